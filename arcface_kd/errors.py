@@ -1,0 +1,20 @@
+"""The errors that a user can mend: each names what was met, what was wanted and what to do.
+
+The command line prints them as one line and ends with exit code 2; anything else that escapes is a fault of ours.
+"""
+
+
+class ArcfaceKDError(Exception):
+    """Base of every error that this package raises on purpose."""
+
+
+class ConfigError(ArcfaceKDError, ValueError):
+    """A key, an option or a combination of them that cannot be run."""
+
+
+class DataError(ArcfaceKDError, ValueError):
+    """A record, an index, a verification set or an image that is not what it should be."""
+
+
+class TeacherError(ArcfaceKDError, ValueError):
+    """A teacher that is missing, cannot be read or does not fit the run."""

@@ -1,0 +1,28 @@
+"""Fixtures that every test may use: where real data and the real host are, and why they are missing."""
+
+import os
+from pathlib import Path
+
+import pytest
+
+
+def _folder_from(variable: str, what: str) -> Path:
+    value = os.environ.get(variable)
+    if not value:
+        pytest.skip(f"{variable} is not set: it names {what}")
+    folder = Path(value).resolve()
+    if not folder.is_dir():
+        pytest.fail(f"{variable}={value} is not a folder; it should name {what}")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def real_data() -> Path:
+    """The folder with ``faces_real`` and ``teachers``."""
+    return _folder_from("ARCFACE_KD_REAL_DATA", "a folder with faces_real/ and teachers/")
+
+
+@pytest.fixture(scope="session")
+def arcface_torch() -> Path:
+    """A checkout of the host trainer, never written to: tests copy it."""
+    return _folder_from("ARCFACE_TORCH", "a checkout of insightface/recognition/arcface_torch")
