@@ -60,7 +60,9 @@ def load(group: str, name: str) -> object:
     if name not in known:
         close = difflib.get_close_matches(name, known, n=1)
         hint = f"; did you mean {close[0]!r}?" if close else ""
-        raise ConfigError(f"no {group.rpartition('.')[2].rstrip('s')} named {name!r}; there are: {', '.join(known)}{hint}")
+        raise ConfigError(
+            f"no {group.rpartition('.')[2].rstrip('s')} named {name!r}; there are: {', '.join(known)}{hint}"
+        )
     try:
         return known[name].load()
     except (ImportError, AttributeError) as error:

@@ -1,0 +1,1 @@
+"""One file a method; ``base`` says what a method declares and returns."""

@@ -1,0 +1,121 @@
+"""Distilled class centers: fp32 buffers, split over ranks, moved towards the teacher's embeddings.
+
+They are no parameters: no optimiser moves them, no gradient is computed for them and nothing is all-reduced. Every rank
+sees the gathered batch and updates the classes that it holds, so the ranks never disagree.
+"""
+
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from arcface_kd.losses.margin_softmax import inverse_norm
+from arcface_kd.sharding import ClassShard
+
+Repeated = Literal["mean", "last"]
+
+# Classes are drawn in blocks, each from a generator of its own, so that a class starts with the same numbers on
+# whichever rank and however many ranks there are.
+_BLOCK = 4096
+
+
+def initial_centers(shard: ClassShard, embedding_size: int, seed: int, std: float = 0.01) -> Tensor:
+    """Normally distributed class centers that depend on the seed and the class, not on the number of ranks.
+
+    Args:
+        shard: which classes are wanted.
+        embedding_size: their dimension D.
+        seed: of the run, non-negative.
+        std: standard deviation; 0.01 is what arcface_torch and AdaDistill's code use.
+
+    Returns:
+        (shard.size, D) fp32 on the CPU.
+    """
+    parts = []
+    for block in range(shard.start // _BLOCK, -(-(shard.start + shard.size) // _BLOCK)):
+        generator = torch.Generator().manual_seed(seed * 1_000_003 + block)
+        rows = torch.empty(_BLOCK, embedding_size).normal_(0, std, generator=generator)
+        first = max(shard.start - block * _BLOCK, 0)
+        last = min(shard.start + shard.size - block * _BLOCK, _BLOCK)
+        parts.append(rows[first:last])
+    return torch.cat(parts) if parts else torch.empty(0, embedding_size)
+
+
+def repetition_weights(labels: Tensor, repeated: Repeated) -> Tensor:
+    """How much each row of a batch counts in the update of its class.
+
+    Args:
+        labels: (B,) int64, negative ones count nothing.
+        repeated: ``mean`` gives each of n rows of one class 1 / n, whatever their order; ``last`` gives the last row 1
+            and the others 0, as the published code leaves it.
+
+    Returns:
+        (B,) fp32 weights.
+    """
+    same = labels.unsqueeze(1) == labels.unsqueeze(0)
+    weights = 1.0 / same.sum(1) if repeated == "mean" else 1.0 - same.triu(1).any(1).float()
+    return weights * (labels >= 0)
+
+
+class DistilledCenters(nn.Module):
+    """This rank's share of the class centers, with the exponential moving average that distils into them.
+
+    Buffers:
+        weight: (shard.size, D) fp32, not normalised: an average of unit vectors is shorter than 1.
+        inverse_norms: (shard.size,) fp32, one over the norms; follows from ``weight`` and is not saved.
+
+    Args:
+        shard: the classes of this rank.
+        embedding_size: dimension D of the teacher's embeddings.
+        seed: of the run.
+    """
+
+    weight: Tensor
+    inverse_norms: Tensor
+
+    def __init__(self, shard: ClassShard, embedding_size: int, seed: int = 0) -> None:
+        super().__init__()
+        self.shard = shard
+        self.register_buffer("weight", initial_centers(shard, embedding_size, seed))
+        self.register_buffer("inverse_norms", inverse_norm(self.weight), persistent=False)
+        self.register_load_state_dict_post_hook(lambda module, _: module.refresh())
+
+    def refresh(self) -> None:
+        """Find the norms again after ``weight`` was written from outside."""
+        self.inverse_norms.copy_(inverse_norm(self.weight))
+
+    @torch.no_grad()
+    def cosine(self, labels: Tensor, unit: Tensor) -> Tensor:
+        """Cosines of rows and their own class centers, for the classes of this rank.
+
+        Args:
+            labels: (B,) labels of the gathered batch.
+            unit: (B, D) normalised rows.
+
+        Returns:
+            (B,) cosines, 0 where the class is held by another rank.
+        """
+        position, owned = self.shard.local(labels)
+        cosine = (self.weight[position] * unit).sum(1) * self.inverse_norms[position]
+        return cosine * owned
+
+    @torch.no_grad()
+    def update(self, labels: Tensor, teacher: Tensor, alpha: Tensor, repeated: Repeated = "mean") -> None:
+        r"""Move the centers of this rank's classes: ``w_y <- a w_y + (1 - a) f_t`` (AdaDistill, eq. 5).
+
+        A class that occurs n times in the batch has its n updates combined after ``repeated``. The step is written as
+        an added difference, so that neither a sort nor a search for distinct labels makes the device wait.
+
+        Args:
+            labels: (B,) labels of the gathered batch; negative ones and other ranks' classes are passed over.
+            teacher: (B, D) normalised teacher embeddings.
+            alpha: (B,) in [0, 1], how much of the old center stays.
+            repeated: ``mean`` or ``last``.
+        """
+        position, owned = self.shard.local(labels)
+        if self.weight.shape[0] == 0:
+            return
+        share = repetition_weights(labels, repeated).to(teacher.dtype) * (1 - alpha) * owned
+        difference = (teacher - self.weight[position]) * share.unsqueeze(1)
+        self.weight.index_add_(0, position, difference.to(self.weight.dtype))
+        self.inverse_norms[position] = inverse_norm(self.weight[position])

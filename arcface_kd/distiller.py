@@ -1,0 +1,282 @@
+"""One run's wiring: the student's hook shows each batch to the teacher, the head turns both into the loss.
+
+The trainer's loop stays as it is. It calls ``backbone(images)`` and ``head(embeddings, labels)``; between the two lies
+a :class:`Distiller`, which remembers what the teacher said of the images.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from arcface_kd import registry
+from arcface_kd.config import KDConfig, build
+from arcface_kd.errors import ConfigError, TeacherError
+from arcface_kd.losses.margin import Margin
+from arcface_kd.methods.base import Batch, Method, Requirement, RunContext
+from arcface_kd.methods.classifier import LearnedClassifier
+from arcface_kd.sharding import RankGroup, for_ddp
+from arcface_kd.teachers.base import Teacher, load_teacher
+
+
+class Distiller:
+    """What the student's hook and the head of one run share.
+
+    Args:
+        kd: the ``kd*`` keys.
+        teacher: a teacher to use instead of loading ``kd.teacher``.
+
+    Raises:
+        ConfigError: an unknown method, or options that it does not have.
+        TeacherError: a method needs a teacher and none was given, or it cannot be read.
+    """
+
+    def __init__(self, kd: KDConfig, teacher: Teacher | None = None) -> None:
+        self.kd = kd
+        self.method_types: dict[str, type[Method]] = {}
+        for name in kd.methods:
+            kind = registry.load(registry.METHODS, name)
+            if not (isinstance(kind, type) and issubclass(kind, Method)):
+                raise ConfigError(f"the entry point of method {name!r} is {kind!r}; it must be a subclass of Method")
+            self.method_types[name] = kind
+        own = [name for name, kind in self.method_types.items() if kind.classifies]
+        if len(own) > 1:
+            raise ConfigError(f"{' and '.join(own)} both bring a classification loss of their own; take one of them")
+        needed = frozenset().union(*(kind.requires for kind in self.method_types.values()))
+        if teacher is None and kd.teacher is not None and self.method_types:
+            teacher = load_teacher(kd.teacher, kd.options.get("teacher"))
+        if teacher is None and Requirement.TEACHER_EMBEDDINGS in needed:
+            raise TeacherError(f"{'+'.join(kd.methods)} needs {Requirement.TEACHER_EMBEDDINGS.value}")
+        self.teacher = teacher
+        self.student_options = kd.student
+        self._seen: Tensor | None = None
+
+    def watch(self, student: nn.Module) -> nn.Module:
+        """Put the hook on a student: in training mode, what it is shown the teacher is shown first.
+
+        The teacher comes first so that its activations are gone before the student's are kept for the backward pass.
+
+        Args:
+            student: any module whose first argument is the batch of images.
+
+        Returns:
+            The same module.
+        """
+        if self.teacher is not None:
+            student.register_forward_pre_hook(self._observe)
+        return student
+
+    def _observe(self, student: nn.Module, arguments: tuple[Any, ...]) -> None:
+        if student.training and torch.is_grad_enabled() and self.teacher is not None:
+            images = arguments[0]
+            self.teacher.to(images.device)
+            self._seen = self.teacher(images)
+
+    def take_teacher_embeddings(self, rows: int) -> Tensor | None:
+        """The teacher's embeddings of the batch that the student has just seen; handed out once.
+
+        Args:
+            rows: number of the student's embeddings.
+
+        Returns:
+            (rows, Dt), or None in a run without a teacher.
+
+        Raises:
+            RuntimeError: the student was not run in training mode before the head, or on another batch.
+        """
+        if self.teacher is None:
+            return None
+        seen, self._seen = self._seen, None
+        if seen is None or seen.shape[0] != rows:
+            met = "no batch" if seen is None else f"a batch of {seen.shape[0]}"
+            raise RuntimeError(
+                f"the head was given {rows} embeddings but the teacher has seen {met}: call the watched student in "
+                "training mode once before each call of the head"
+            )
+        return seen
+
+
+class DistillationHead(nn.Module):
+    """The drop-in for arcface_torch's ``PartialFC_V2``: (embeddings, labels) to a loss, by whatever method.
+
+    Without methods it is a sharded margin softmax over a learned classifier, as the trainer's own head.
+
+    Args:
+        distiller: the run's wiring.
+        margin: margin and logit scale.
+        embedding_size: the student's dimension.
+        num_classes: classes of the whole data set.
+        sample_rate: PartialFC's share of classes a step, in (0, 1].
+        product_dtype: number format of the matrix products, None for fp32.
+        seed: of the run.
+        steps_per_epoch: micro-steps of one epoch.
+        ranks: the ranks that share the classes; None takes the default process group.
+
+    Raises:
+        ConfigError: a teacher of another dimension without a projection; fewer classes than ranks.
+    """
+
+    step: Tensor
+    class_range: Tensor
+
+    def __init__(
+        self,
+        distiller: Distiller,
+        margin: Margin,
+        embedding_size: int,
+        num_classes: int,
+        sample_rate: float = 1.0,
+        product_dtype: torch.dtype | None = None,
+        *,
+        seed: int = 0,
+        steps_per_epoch: int = 1,
+        ranks: RankGroup | None = None,
+    ) -> None:
+        super().__init__()
+        self._distiller = distiller
+        self.ranks = ranks or RankGroup()
+        if num_classes < self.ranks.world_size:
+            raise ConfigError(
+                f"{num_classes} classes cannot be split over {self.ranks.world_size} ranks; use fewer ranks"
+            )
+        if not 0 < sample_rate <= 1:
+            raise ConfigError(f"sample_rate is {sample_rate}; it must be in (0, 1]")
+        self.num_classes = num_classes
+        self.projection = _projection(distiller, embedding_size, seed, self.ranks)
+        shard = self.ranks.shard(num_classes)
+        self.register_buffer("class_range", torch.tensor([shard.start, shard.start + shard.size, num_classes]))
+        self.register_buffer("step", torch.zeros((), dtype=torch.int64))
+        self._steps_done: int | None = None
+        teacher = distiller.teacher
+        context = RunContext(
+            num_classes=num_classes,
+            embedding_size=embedding_size,
+            margin=margin,
+            ranks=self.ranks,
+            teacher_embedding_size=None if teacher is None else teacher.embedding_size,
+            sample_rate=sample_rate,
+            seed=seed,
+            steps_per_epoch=steps_per_epoch,
+            product_dtype=product_dtype,
+        )
+        methods: dict[str, Method] = {}
+        if not any(kind.classifies for kind in distiller.method_types.values()):
+            methods["classifier"] = LearnedClassifier(context)
+        for name, kind in distiller.method_types.items():
+            methods[name] = kind(build(kind.Config, distiller.kd.options.get(name, {}), name), context)
+        self.methods = nn.ModuleDict(methods)
+        self.terms: dict[str, Tensor] = {}
+
+    def forward(self, local_embeddings: Tensor, local_labels: Tensor) -> Tensor:
+        """The step's loss.
+
+        Args:
+            local_embeddings: (b, D) this rank's student embeddings; ranks may differ in b.
+            local_labels: (b,) or (b, 1) labels of any integer or float type, as MXNet and DALI bring them; -1 for none.
+
+        Returns:
+            The sum of all loss terms, the same on every rank. Its gradient is scaled for ``DistributedDataParallel``.
+        """
+        labels = local_labels.reshape(-1).long()
+        rows = local_embeddings.shape[0]
+        teacher = self._distiller.take_teacher_embeddings(rows)
+        sizes = self.ranks.sizes(rows)
+        embeddings = self._gather(local_embeddings, sizes)
+        batch = Batch(
+            embeddings=embeddings,
+            projected=embeddings
+            if self.projection is None
+            else self._gather(self.projection(local_embeddings.to(self.projection.weight.dtype)), sizes),
+            labels=self.ranks.gather(labels, sizes),
+            teacher=None if teacher is None else self.ranks.gather(teacher, sizes),
+            sizes=sizes,
+            step=self._count_step(),
+        )
+        terms: dict[str, Tensor] = {}
+        for method in self.methods.values():
+            terms.update(method(batch))
+        self.terms = {name: term.detach() for name, term in terms.items()}
+        return torch.stack(list(terms.values())).sum()
+
+    def _gather(self, rows: Tensor, sizes: list[int]) -> Tensor:
+        return self.ranks.gather_with_gradient(for_ddp(rows, self.ranks.world_size), sizes)
+
+    def _count_step(self) -> int:
+        """Steps done before this one; the number is read from the device once, when a run begins or resumes."""
+        if self._steps_done is None:
+            self._steps_done = int(self.step)
+        done, self._steps_done = self._steps_done, self._steps_done + 1
+        self.step.fill_(self._steps_done)
+        return done
+
+    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
+        """Load this rank's state; the step is read again from it."""
+        self._steps_done = None
+        return super().load_state_dict(state_dict, strict, assign)
+
+    def observations(self) -> dict[str, float]:
+        """The last step's loss terms and what the methods observed, as numbers; waits for the device."""
+        values = dict(self.terms)
+        for method in self.methods.values():
+            values.update(cast(Method, method).observations())
+        return {name: float(value) for name, value in values.items()}
+
+
+def _projection(distiller: Distiller, embedding_size: int, seed: int, ranks: RankGroup) -> nn.Linear | None:
+    """The matrix between student and teacher where their dimensions differ and the run asks for it."""
+    teacher = distiller.teacher
+    if teacher is None or teacher.embedding_size == embedding_size:
+        return None
+    if distiller.student_options.projection == "none":
+        raise ConfigError(
+            f"the teacher has {teacher.embedding_size} dimensions and the student {embedding_size}: set "
+            f"embedding_size={teacher.embedding_size}, or add --kd-option student.projection=linear"
+        )
+    projection = nn.Linear(embedding_size, teacher.embedding_size, bias=False)
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        nn.init.orthogonal_(projection.weight, generator=generator)
+
+    def average(gradient: Tensor) -> Tensor:
+        # DistributedDataParallel wraps the backbone only.
+        return ranks.sum_(gradient.clone()) / ranks.world_size
+
+    if ranks.world_size > 1:
+        projection.weight.register_hook(average)
+    return projection
+
+
+def product_format(fp16: bool, device: torch.device) -> torch.dtype | None:
+    """The head's product format for the trainer's ``fp16`` switch: half on a GPU, bfloat16 on a CPU, None for fp32."""
+    if not fp16:
+        return None
+    return torch.float16 if device.type == "cuda" else torch.bfloat16
+
+
+def margin_of(margin_loss: object) -> Margin:
+    """Read the margin out of arcface_torch's ``CombinedMarginLoss`` (or any object with its attributes).
+
+    Args:
+        margin_loss: an object with ``s``, ``m1``, ``m2``, ``m3`` and ``interclass_filtering_threshold``; a
+            :class:`~arcface_kd.losses.margin.Margin` is returned as it is.
+
+    Returns:
+        The margin.
+
+    Raises:
+        ConfigError: an attribute is missing or a value out of range.
+    """
+    if isinstance(margin_loss, Margin):
+        return margin_loss
+    names: Sequence[str] = ("s", "m1", "m2", "m3")
+    missing = [name for name in names if not hasattr(margin_loss, name)]
+    if missing:
+        raise ConfigError(
+            f"the margin loss {type(margin_loss).__name__} has no {', '.join(missing)}; a CombinedMarginLoss is wanted"
+        )
+    values = [float(getattr(margin_loss, name)) for name in names]
+    try:
+        return Margin(*values, filter_threshold=float(getattr(margin_loss, "interclass_filtering_threshold", 0.0)))
+    except ValueError as error:
+        raise ConfigError(str(error)) from error

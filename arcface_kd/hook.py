@@ -1,0 +1,199 @@
+"""Where the trainer and this package meet: the flag, the drop-ins and the line that puts them in place.
+
+A patched trainer calls :func:`add_arguments` and, with ``--kd``, :func:`attach`. A copied config calls :func:`attach`
+in its last line. The compact trainer asks for the :func:`drop_ins` directly.
+"""
+
+import argparse
+import sys
+import types
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+from torch import nn
+
+from arcface_kd.backbones import get_backbone
+from arcface_kd.config import KDConfig, reading_config
+from arcface_kd.data.loader import get_dataloader as open_loader
+from arcface_kd.device import training_device
+from arcface_kd.distiller import DistillationHead, Distiller, margin_of, product_format
+from arcface_kd.errors import ConfigError
+from arcface_kd.sharding import RankGroup
+
+# What the running trainer must know by these names for the drop-ins to take their place.
+HOST_NAMES = ("get_model", "get_dataloader", "PartialFC_V2")
+
+
+class DropIns(NamedTuple):
+    """Objects with the signatures of the trainer's own, sharing one run's :class:`~arcface_kd.distiller.Distiller`.
+
+    Attributes:
+        get_model: ``(name, **kwargs) -> nn.Module``, the student with the hook.
+        get_dataloader: ``(root_dir, local_rank, batch_size, dali, dali_aug, seed, num_workers) -> loader``.
+        PartialFC_V2: ``(margin_loss, embedding_size, num_classes, sample_rate, fp16) -> nn.Module``, the head.
+        distiller: what they share.
+    """
+
+    get_model: Callable[..., nn.Module]
+    get_dataloader: Callable[..., Any]
+    PartialFC_V2: Callable[..., nn.Module]
+    distiller: Distiller
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add ``--kd``, ``--kd-teacher`` and ``--kd-option`` to a trainer's arguments.
+
+    Args:
+        parser: of the trainer's command line.
+    """
+    group = parser.add_argument_group("distillation")
+    group.add_argument("--kd", metavar="METHOD", help="distil with this method; several that combine are joined by +")
+    group.add_argument("--kd-teacher", metavar="FILE", help="the teacher: a checkpoint, an ONNX file, ...")
+    group.add_argument(
+        "--kd-option",
+        metavar="NAME=VALUE",
+        nargs="+",
+        action="extend",
+        help="options such as teacher.channels=bgr or adadistill.alpha=plain",
+    )
+
+
+def merge_arguments(config: dict[str, Any], arguments: argparse.Namespace) -> None:
+    """Write the flags that were given into a config, over the keys that it has.
+
+    Args:
+        config: an arcface_torch config.
+        arguments: parsed by a parser that :func:`add_arguments` extended.
+    """
+    for key in ("kd", "kd_teacher"):
+        if getattr(arguments, key) is not None:
+            config[key] = getattr(arguments, key)
+    if arguments.kd_option:
+        options = dict(KDConfig.option_items(config.get("kd_option")))
+        options.update(KDConfig.option_items(arguments.kd_option))
+        config["kd_option"] = options
+
+
+def drop_ins(
+    config: Callable[[], Mapping[str, Any]],
+    *,
+    distiller: Distiller | None = None,
+    host_model: Callable[..., nn.Module] | None = None,
+    host_loader: Callable[..., Any] | None = None,
+) -> DropIns:
+    """Make the drop-ins of one run.
+
+    Args:
+        config: gives the run's merged config; asked when a drop-in is called, since the host completes it late.
+        distiller: None reads the ``kd*`` keys of the config now and loads the teacher.
+        host_model: the trainer's own ``get_model``; None takes this package's backbones.
+        host_loader: the trainer's own ``get_dataloader``, which still serves DALI; None has no DALI.
+
+    Returns:
+        The drop-ins.
+
+    Raises:
+        ConfigError: a bad ``kd*`` key.
+        TeacherError: no teacher where one is needed.
+    """
+    shared = distiller if distiller is not None else Distiller(KDConfig.from_config(config()))
+
+    def get_model(name: str, **kwargs: Any) -> nn.Module:
+        student = get_backbone(name, **kwargs) if host_model is None else host_model(name, **kwargs)
+        return shared.watch(student)
+
+    def get_dataloader(
+        root_dir: str,
+        local_rank: int,
+        batch_size: int,
+        dali: bool = False,
+        dali_aug: bool = False,
+        seed: int = 2048,
+        num_workers: int = 2,
+    ) -> Any:
+        if dali and host_loader is not None:
+            return host_loader(root_dir, local_rank, batch_size, dali, dali_aug, seed, num_workers)
+        num_classes = config().get("num_classes")
+        return open_loader(root_dir, local_rank, batch_size, dali, dali_aug, seed, num_workers, num_classes=num_classes)
+
+    def partial_fc(
+        margin_loss: object,
+        embedding_size: int,
+        num_classes: int,
+        sample_rate: float = 1.0,
+        fp16: bool = False,
+    ) -> nn.Module:
+        settings, ranks = config(), RankGroup()
+        total_batch = settings["batch_size"] * ranks.world_size
+        return DistillationHead(
+            shared,
+            margin_of(margin_loss),
+            embedding_size,
+            num_classes,
+            float(sample_rate),
+            product_format(fp16, training_device()),
+            seed=int(settings["seed"]),
+            steps_per_epoch=max(1, settings["num_image"] // total_batch),
+            ranks=ranks,
+        )
+
+    return DropIns(get_model, get_dataloader, partial_fc, shared)
+
+
+def _live_config(config: Mapping[str, Any]) -> Callable[[], Mapping[str, Any]]:
+    """The host's merged config whenever it is asked for.
+
+    A copied config calls :func:`attach` while the host is still merging: the base gets the file's keys and the output
+    folder only afterwards.
+    """
+
+    def current() -> Mapping[str, Any]:
+        base = sys.modules.get("configs.base")
+        merged = dict(getattr(base, "config", {}))
+        merged.update({key: value for key, value in config.items() if value is not None})
+        return merged
+
+    return current
+
+
+def attach(
+    config: dict[str, Any],
+    arguments: argparse.Namespace | None = None,
+    trainer: types.ModuleType | None = None,
+) -> DropIns | None:
+    """Put the drop-ins into a running arcface_torch trainer.
+
+    The trainer takes ``get_model``, ``get_dataloader`` and ``PartialFC_V2`` by ``from X import Y``, so they are plain
+    globals of its module, and a config is read before any of them is used.
+
+    Args:
+        config: the trainer's config, or the part of it that a config file defines.
+        arguments: the command line's, whose ``--kd*`` flags win over the config's keys.
+        trainer: the running trainer's module; None takes ``__main__``.
+
+    Returns:
+        The drop-ins; None where there is nothing to do: ``kd`` is not set, or the compact trainer reads the config
+        file and asks for the drop-ins itself.
+
+    Raises:
+        ConfigError: a bad ``kd*`` key, or a name that the trainer does not have (the message says which).
+        TeacherError: no teacher where one is needed.
+    """
+    if reading_config():
+        return None
+    if arguments is not None:
+        merge_arguments(config, arguments)
+    if not config.get("kd"):
+        KDConfig.from_config(config)
+        return None
+    host = trainer if trainer is not None else sys.modules["__main__"]
+    missing = [name for name in HOST_NAMES if not hasattr(host, name)]
+    if missing:
+        raise ConfigError(
+            f"{getattr(host, '__file__', host.__name__)} has no {', '.join(missing)}: the drop-ins replace these "
+            "globals of arcface_torch's train_v2.py; run that trainer, or `arcface-kd train`"
+        )
+    made = drop_ins(_live_config(config), host_model=host.get_model, host_loader=host.get_dataloader)
+    for name in HOST_NAMES:
+        setattr(host, name, getattr(made, name))
+    return made

@@ -1,0 +1,76 @@
+"""The angular margin on the target logit: ArcFace, CosFace and their combination, with the derivative."""
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Margin:
+    """A margin-based softmax's knobs, as arcface_torch's ``margin_list`` gives them.
+
+    The target logit is ``scale * psi(cos theta)`` with ``psi = cos(m1 theta + m2) - m3``; every other logit is
+    ``scale * cos theta``. ArcFace is (1, m, 0) (Deng et al., arXiv 1801.07698), CosFace (1, 0, m) (Wang et al.,
+    arXiv 1801.09414), and both at once the combined margin of insightface.
+
+    Attributes:
+        scale: the logit scale s, positive.
+        m1: multiplicative angular margin, at least 1.
+        m2: additive angular margin in radians, in [0, pi / 2].
+        m3: additive cosine margin, in [0, 2).
+        filter_threshold: interclass filtering: a cosine to a class other than the target above this counts as a
+            mislabelled one, its logit becomes 0 and has no gradient. 0 switches it off.
+
+    Raises:
+        ValueError: a knob outside its range.
+    """
+
+    scale: float = 64.0
+    m1: float = 1.0
+    m2: float = 0.5
+    m3: float = 0.0
+    filter_threshold: float = 0.0
+
+    def __post_init__(self) -> None:
+        if not self.scale > 0:
+            raise ValueError(f"the logit scale is {self.scale}; it must be positive")
+        if not self.m1 >= 1:
+            raise ValueError(f"the margin m1 is {self.m1}; it must be at least 1")
+        if not 0 <= self.m2 <= math.pi / 2:
+            raise ValueError(f"the margin m2 is {self.m2}; it must be in [0, pi / 2]")
+        if not 0 <= self.m3 < 2:
+            raise ValueError(f"the margin m3 is {self.m3}; it must be in [0, 2)")
+        if not 0 <= self.filter_threshold <= 1:
+            raise ValueError(f"the interclass filtering threshold is {self.filter_threshold}; it must be in [0, 1]")
+
+    def target(self, cosine: Tensor) -> tuple[Tensor, Tensor]:
+        r"""The target's ``psi`` and its derivative.
+
+        Where ``m1 theta + m2 > pi`` the cosine would rise again and the margin would pull the wrong way; from there on
+        psi goes on linearly in ``cos theta``, with the offset that ArcFace's authors use for m1 = 1
+        (``cos theta - m2 sin m2``), shifted for other m1 so that psi keeps falling with theta.
+
+        The derivative ``m1 sin(m1 theta + m2) / sin theta`` has no limit at theta = 0; ``sin theta`` is bounded from
+        below by the square root of the number format's resolution, so that it stays finite.
+
+        Args:
+            cosine: cosines of embeddings and their own class centers, any shape; values outside [-1, 1] by rounding
+                are clamped.
+
+        Returns:
+            ``(psi, dpsi / dcos)`` of the same shape.
+        """
+        cosine = cosine.clamp(-1, 1)
+        if self.m1 == 1.0 and self.m2 == 0.0:
+            return cosine - self.m3, torch.ones_like(cosine)
+        sine = ((1 - cosine) * (1 + cosine)).sqrt()
+        angle = self.m1 * torch.atan2(sine, cosine) + self.m2
+        turn = math.cos((math.pi - self.m2) / self.m1)
+        beyond = angle > math.pi
+        continued = cosine - (turn + math.cos(self.m2) + self.m2 * math.sin(self.m2))
+        floor = math.sqrt(torch.finfo(cosine.dtype).eps)
+        psi = torch.where(beyond, continued, angle.cos()) - self.m3
+        slope = torch.where(beyond, torch.ones_like(cosine), self.m1 * angle.sin() / sine.clamp_min(floor))
+        return psi, slope

@@ -1,0 +1,104 @@
+"""What a distillation method declares, receives and returns."""
+
+import enum
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from arcface_kd.losses.margin import Margin
+from arcface_kd.sharding import RankGroup
+
+
+class Requirement(enum.Enum):
+    """Something of the teacher that a method cannot do without; the value says how to get it."""
+
+    TEACHER_EMBEDDINGS = "a teacher that embeds the training images: give one with --kd-teacher FILE"
+
+
+@dataclass(frozen=True)
+class RunContext:
+    """What a run tells its methods once, before the first step.
+
+    Attributes:
+        num_classes: classes of the whole data set.
+        embedding_size: the student's dimension D.
+        teacher_embedding_size: the teacher's dimension Dt, None without a teacher.
+        margin: margin and logit scale of the trainer's own margin list.
+        sample_rate: PartialFC's share of classes a step, in (0, 1].
+        seed: of the run.
+        steps_per_epoch: optimiser micro-steps of one epoch, at least 1.
+        product_dtype: number format of the head's matrix products, None for fp32.
+        ranks: the ranks that share the classes.
+    """
+
+    num_classes: int
+    embedding_size: int
+    margin: Margin
+    ranks: RankGroup
+    teacher_embedding_size: int | None = None
+    sample_rate: float = 1.0
+    seed: int = 0
+    steps_per_epoch: int = 1
+    product_dtype: torch.dtype | None = None
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One step as a method sees it: the gathered batch, the same on every rank.
+
+    Attributes:
+        embeddings: (B, D) student embeddings of all ranks, not normalised. A loss over them that each rank computes
+            from its own classes has its gradients summed over ranks.
+        projected: (B, Dt) the same in the teacher's dimension: behind the student's projection where the dimensions
+            differ, the embeddings themselves elsewhere.
+        labels: (B,) int64; -1 where a row has none.
+        teacher: (B, Dt) teacher embeddings, not normalised, without gradient; None without a teacher.
+        sizes: rows of each rank, in order.
+        step: micro-steps done before this one.
+    """
+
+    embeddings: Tensor
+    projected: Tensor
+    labels: Tensor
+    teacher: Tensor | None
+    sizes: list[int]
+    step: int
+
+
+class Method(nn.Module):
+    """A distillation method: state, if it has any, and the loss terms of a step.
+
+    A subclass names its knobs in ``Config`` (a frozen dataclass whose defaults are the published ones and whose
+    ``__post_init__`` refuses what is out of range), what it cannot do without in ``requires``, and in ``classifies``
+    whether its terms take the place of the trainer's learned classifier.
+
+    Args:
+        config: the knobs.
+        context: the run.
+    """
+
+    Config: ClassVar[type[Any]]
+    requires: ClassVar[frozenset[Requirement]] = frozenset()
+    classifies: ClassVar[bool] = False
+
+    def __init__(self, config: Any, context: RunContext) -> None:
+        super().__init__()
+        self.config = config
+        self.context = context
+
+    def forward(self, batch: Batch) -> dict[str, Tensor]:
+        """The step's loss terms by name; their sum is trained on.
+
+        Args:
+            batch: the gathered batch.
+
+        Returns:
+            Scalars, the same on every rank.
+        """
+        raise TypeError(f"{type(self).__name__} must define forward(batch)")
+
+    def observations(self) -> dict[str, Tensor]:
+        """Values of the last step worth a curve (an alpha's quantiles, a drift): small tensors without gradient."""
+        return {}

@@ -1,0 +1,209 @@
+"""Ranks, the classes that each of them holds, and the few collectives that a sharded head needs.
+
+Classes are split over ranks as PartialFC splits them: contiguous ranges, the first ``num_classes % world_size`` ranks
+hold one more. Batches may differ in size from rank to rank.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, distributed
+
+
+def positions_in_shard(labels: Tensor, start: int, size: int) -> tuple[Tensor, Tensor]:
+    """Positions of labels inside the range of classes [start, start + size).
+
+    Args:
+        labels: (B,) int64 labels of the whole data set; negative ones belong to nobody.
+        start: first class of the range.
+        size: number of classes.
+
+    Returns:
+        ``(position, owned)``: (B,) int64 positions in [0, size), 0 where the label is not in the range, and (B,) bool,
+        whether it is.
+    """
+    position = labels - start
+    owned = (labels >= 0) & (position >= 0) & (position < size)
+    return torch.where(owned, position, torch.zeros_like(position)), owned
+
+
+@dataclass(frozen=True)
+class ClassShard:
+    """The contiguous range of classes that one rank holds.
+
+    Attributes:
+        num_classes: classes of the whole data set, at least 1.
+        rank: this rank, in [0, world_size).
+        world_size: number of ranks, at least 1.
+    """
+
+    num_classes: int
+    rank: int = 0
+    world_size: int = 1
+
+    def __post_init__(self) -> None:
+        if self.num_classes < 1:
+            raise ValueError(f"num_classes is {self.num_classes}; it must be at least 1")
+        if not 0 <= self.rank < self.world_size:
+            raise ValueError(f"rank is {self.rank}; it must be in [0, {self.world_size})")
+
+    @property
+    def size(self) -> int:
+        """Classes on this rank."""
+        return self.num_classes // self.world_size + int(self.rank < self.num_classes % self.world_size)
+
+    @property
+    def start(self) -> int:
+        """The first class of this rank."""
+        return self.num_classes // self.world_size * self.rank + min(self.rank, self.num_classes % self.world_size)
+
+    def local(self, labels: Tensor) -> tuple[Tensor, Tensor]:
+        """Positions of labels inside this shard, as :func:`positions_in_shard` gives them."""
+        return positions_in_shard(labels, self.start, self.size)
+
+
+class RankGroup:
+    """The ranks that share one head: their number and their collectives, or a single process without any.
+
+    Sizes of batches are exchanged between the hosts over gloo, so that a step on GPUs never waits for the device to
+    learn how many rows the others bring.
+
+    Args:
+        group: the process group; ``None`` takes the default one when ``torch.distributed`` is initialised.
+    """
+
+    def __init__(self, group: distributed.ProcessGroup | None = None) -> None:
+        self.group = group
+        active = distributed.is_available() and distributed.is_initialized()
+        self.rank: int = distributed.get_rank(group) if active else 0
+        self.world_size: int = distributed.get_world_size(group) if active else 1
+        self._host_group = group
+        self._scatters = False
+        if self.world_size > 1 and "gloo" not in str(distributed.get_backend(group)):
+            ranks = distributed.get_process_group_ranks(group or distributed.group.WORLD)
+            self._host_group = distributed.new_group(ranks, backend="gloo")
+            self._scatters = True
+
+    def shard(self, num_classes: int) -> ClassShard:
+        """The classes that this rank holds out of ``num_classes``."""
+        return ClassShard(num_classes, self.rank, self.world_size)
+
+    def sizes(self, size: int) -> list[int]:
+        """Every rank's ``size``, in the order of the ranks."""
+        if self.world_size == 1:
+            return [size]
+        gathered = torch.empty(self.world_size, dtype=torch.int64)
+        distributed.all_gather_into_tensor(gathered, torch.tensor([size]), group=self._host_group)
+        return [int(value) for value in gathered.tolist()]
+
+    def gather(self, rows: Tensor, sizes: list[int]) -> Tensor:
+        """All ranks' rows, one rank after the other, without gradient.
+
+        Args:
+            rows: (b, ...) this rank's rows, ``b == sizes[rank]``.
+            sizes: what :meth:`sizes` returned for this batch.
+
+        Returns:
+            (sum(sizes), ...) rows, the same on every rank.
+        """
+        rows = rows.detach()
+        if self.world_size == 1:
+            return rows
+        largest = max(sizes)
+        padded = rows.new_zeros((largest, *rows.shape[1:]))
+        padded[: rows.shape[0]] = rows
+        gathered = rows.new_empty((self.world_size * largest, *rows.shape[1:]))
+        distributed.all_gather_into_tensor(gathered, padded, group=self.group)
+        if min(sizes) == largest:
+            return gathered
+        return torch.cat([gathered[i * largest : i * largest + size] for i, size in enumerate(sizes)])
+
+    def gather_with_gradient(self, rows: Tensor, sizes: list[int]) -> Tensor:
+        """All ranks' rows; in the backward pass a rank's rows receive the sum of all ranks' gradients.
+
+        That sum is the gradient of a loss which every rank computes over the whole gathered batch from its own share of
+        the classes. :func:`for_ddp` turns it into what ``DistributedDataParallel`` expects.
+
+        Args:
+            rows: (b, D) this rank's rows.
+            sizes: what :meth:`sizes` returned for this batch.
+
+        Returns:
+            (sum(sizes), D) rows.
+        """
+        if self.world_size == 1:
+            return rows
+        gathered: Tensor = _GatherRows.apply(rows, sizes, self)
+        return gathered
+
+    def own_rows(self, gathered: Tensor, sizes: list[int]) -> Tensor:
+        """This rank's rows of a gathered tensor (sum(sizes), ...)."""
+        start = sum(sizes[: self.rank])
+        return gathered[start : start + sizes[self.rank]]
+
+    def sum_rows(self, gathered: Tensor, sizes: list[int]) -> Tensor:
+        """Sum a (sum(sizes), ...) tensor over ranks and return this rank's rows of the sum."""
+        if self.world_size == 1:
+            return gathered
+        if self._scatters and min(sizes) == max(sizes):
+            own = gathered.new_empty((sizes[self.rank], *gathered.shape[1:]))
+            distributed.reduce_scatter_tensor(own, gathered.contiguous(), group=self.group)
+            return own
+        return self.own_rows(self.sum_(gathered.clone()), sizes)
+
+    def sum_(self, values: Tensor) -> Tensor:
+        """Sum over ranks, in place."""
+        if self.world_size > 1:
+            distributed.all_reduce(values, distributed.ReduceOp.SUM, group=self.group)
+        return values
+
+    def max_(self, values: Tensor) -> Tensor:
+        """Maximum over ranks, in place."""
+        if self.world_size > 1:
+            distributed.all_reduce(values, distributed.ReduceOp.MAX, group=self.group)
+        return values
+
+
+class _GatherRows(torch.autograd.Function):
+    """Gather whose backward pass sums every rank's gradient of this rank's rows."""
+
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, sizes: list[int], ranks: RankGroup) -> Tensor:
+        ctx.sizes, ctx.ranks = sizes, ranks
+        return ranks.gather(rows, sizes)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
+        return ctx.ranks.sum_rows(gradients[0], ctx.sizes), None, None
+
+
+class _ScaleGradient(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, values: Tensor, factor: float) -> Tensor:
+        ctx.factor = factor
+        return values.view_as(values)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
+        return gradients[0] * ctx.factor, None
+
+
+def for_ddp(embeddings: Tensor, world_size: int) -> Tensor:
+    """Pass embeddings on, and multiply their gradient by the world size.
+
+    ``DistributedDataParallel`` takes the mean of the ranks' gradients. That of a loss over the gathered batch is
+    a sum over ranks already, so the mean would make it ``world_size`` times too small; arcface_torch's ``AllGather``
+    does the same.
+
+    Args:
+        embeddings: (b, D) this rank's embeddings.
+        world_size: number of ranks.
+
+    Returns:
+        The same values.
+    """
+    if world_size == 1:
+        return embeddings
+    scaled: Tensor = _ScaleGradient.apply(embeddings, float(world_size))
+    return scaled
