@@ -1,4 +1,4 @@
-"""Where a rank computes."""
+"""Where a rank computes, and in which narrow number format."""
 
 import torch
 
@@ -13,3 +13,10 @@ def training_device(local_rank: int = 0) -> torch.device:
         ``cuda:local_rank`` or ``cpu``.
     """
     return torch.device("cuda", local_rank) if torch.cuda.is_available() else torch.device("cpu")
+
+
+def narrow_format(device: torch.device) -> torch.dtype | None:
+    """The 16-bit format that a device multiplies fast: fp16 on a GPU, bf16 on a CPU that has it, None elsewhere."""
+    if device.type == "cuda":
+        return torch.float16
+    return torch.bfloat16 if torch.ops.mkldnn._is_mkldnn_bf16_supported() else None

@@ -17,6 +17,7 @@ from arcface_kd.losses.margin import Margin
 from arcface_kd.methods.base import Batch, Method, Requirement, RunContext
 from arcface_kd.methods.classifier import LearnedClassifier
 from arcface_kd.sharding import RankGroup, for_ddp
+from arcface_kd.step_log import StepLog
 from arcface_kd.teachers.base import Teacher, load_teacher
 
 
@@ -112,6 +113,7 @@ class DistillationHead(nn.Module):
         seed: of the run.
         steps_per_epoch: micro-steps of one epoch.
         ranks: the ranks that share the classes; None takes the default process group.
+        log: where loss terms, their gradient norms and the methods' observations go; None keeps no log.
 
     Raises:
         ConfigError: a teacher of another dimension without a projection; fewer classes than ranks.
@@ -132,8 +134,10 @@ class DistillationHead(nn.Module):
         seed: int = 0,
         steps_per_epoch: int = 1,
         ranks: RankGroup | None = None,
+        log: StepLog | None = None,
     ) -> None:
         super().__init__()
+        self._log = log
         self._distiller = distiller
         self.ranks = ranks or RankGroup()
         if num_classes < self.ranks.world_size:
@@ -166,7 +170,6 @@ class DistillationHead(nn.Module):
         for name, kind in distiller.method_types.items():
             methods[name] = kind(build(kind.Config, distiller.kd.options.get(name, {}), name), context)
         self.methods = nn.ModuleDict(methods)
-        self.terms: dict[str, Tensor] = {}
 
     def forward(self, local_embeddings: Tensor, local_labels: Tensor) -> Tensor:
         """The step's loss.
@@ -196,7 +199,8 @@ class DistillationHead(nn.Module):
         terms: dict[str, Tensor] = {}
         for method in self.methods.values():
             terms.update(method(batch))
-        self.terms = {name: term.detach() for name, term in terms.items()}
+        if self._log is not None and self._log.due(batch.step + 1):
+            self._log.write(batch.step + 1, self._observations(terms, local_embeddings))
         return torch.stack(list(terms.values())).sum()
 
     def _gather(self, rows: Tensor, sizes: list[int]) -> Tensor:
@@ -215,9 +219,13 @@ class DistillationHead(nn.Module):
         self._steps_done = None
         return super().load_state_dict(state_dict, strict, assign)
 
-    def observations(self) -> dict[str, float]:
-        """The last step's loss terms and what the methods observed, as numbers; waits for the device."""
-        values = dict(self.terms)
+    def _observations(self, terms: Mapping[str, Tensor], local_embeddings: Tensor) -> dict[str, float]:
+        """The step's loss terms, their gradient norms on this rank's embeddings and what the methods observed."""
+        values = {name: term.detach() for name, term in terms.items()}
+        if local_embeddings.requires_grad:
+            for name, term in terms.items():
+                (gradient,) = torch.autograd.grad(term, local_embeddings, retain_graph=True)
+                values[f"gradient_norm/{name}"] = gradient.float().norm() / self.ranks.world_size
         for method in self.methods.values():
             values.update(cast(Method, method).observations())
         return {name: float(value) for name, value in values.items()}
@@ -245,13 +253,6 @@ def _projection(distiller: Distiller, embedding_size: int, seed: int, ranks: Ran
     if ranks.world_size > 1:
         projection.weight.register_hook(average)
     return projection
-
-
-def product_format(fp16: bool, device: torch.device) -> torch.dtype | None:
-    """The head's product format for the trainer's ``fp16`` switch: half on a GPU, bfloat16 on a CPU, None for fp32."""
-    if not fp16:
-        return None
-    return torch.float16 if device.type == "cuda" else torch.bfloat16
 
 
 def margin_of(margin_loss: object) -> Margin:

@@ -8,6 +8,7 @@ import argparse
 import sys
 import types
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any, NamedTuple
 
 from torch import nn
@@ -15,10 +16,11 @@ from torch import nn
 from arcface_kd.backbones import get_backbone
 from arcface_kd.config import KDConfig, reading_config
 from arcface_kd.data.loader import get_dataloader as open_loader
-from arcface_kd.device import training_device
-from arcface_kd.distiller import DistillationHead, Distiller, margin_of, product_format
+from arcface_kd.device import narrow_format, training_device
+from arcface_kd.distiller import DistillationHead, Distiller, margin_of
 from arcface_kd.errors import ConfigError
 from arcface_kd.sharding import RankGroup
+from arcface_kd.step_log import StepLog
 
 # What the running trainer must know by these names for the drop-ins to take their place.
 HOST_NAMES = ("get_model", "get_dataloader", "PartialFC_V2")
@@ -131,10 +133,11 @@ def drop_ins(
             embedding_size,
             num_classes,
             float(sample_rate),
-            product_format(fp16, training_device()),
+            narrow_format(training_device()) if fp16 else None,
             seed=int(settings["seed"]),
             steps_per_epoch=max(1, settings["num_image"] // total_batch),
             ranks=ranks,
+            log=StepLog(Path(settings["output"]) / "tensorboard", int(settings["frequent"]), ranks.rank == 0),
         )
 
     return DropIns(get_model, get_dataloader, partial_fc, shared)

@@ -1,0 +1,39 @@
+# make demo: the main job, from nothing.  make test: the tests.  make bench: the benchmarks (ONLY=head for one).
+# Each sets up what it needs in .venv first; PYTHON chooses the interpreter (3.10 or newer).
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip install --disable-pip-version-check --quiet --constraint constraints.txt
+
+.PHONY: demo test bench lint clean
+
+demo: $(VENV)/ready
+	$(BIN)/arcface-kd demo --out demo $(ARGS)
+
+test: $(VENV)/ready-test
+	$(BIN)/python -m pytest $(ARGS)
+
+bench: $(VENV)/ready-test
+	$(BIN)/python -m benchmarks $(ONLY)
+
+lint: $(VENV)/ready-test
+	$(BIN)/python -m ruff check .
+	$(BIN)/python -m ruff format --check .
+	$(BIN)/python -m mypy
+
+clean:
+	rm -rf $(VENV) demo build *.egg-info
+
+$(VENV)/bin/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
+		{ echo "Python 3.10 or newer is needed; $(PYTHON) is $$($(PYTHON) --version). Run: make PYTHON=python3.11 ..."; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/ready: $(VENV)/bin/python setup.cfg pyproject.toml constraints.txt
+	$(BIN)/python -m pip install --disable-pip-version-check --quiet --upgrade pip
+	$(PIP) --editable '.[report]'
+	touch $@
+
+$(VENV)/ready-test: $(VENV)/ready
+	$(PIP) --editable '.[test]'
+	touch $@

@@ -1,0 +1,7 @@
+"""``python -m arcface_kd`` is ``arcface-kd``."""
+
+import sys
+
+from arcface_kd.cli import main
+
+sys.exit(main())

@@ -1,0 +1,144 @@
+"""The command line: ``arcface-kd COMMAND``. Bad input ends in one line and exit code 2."""
+
+import argparse
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from arcface_kd.errors import ArcfaceKDError, ConfigError
+
+Command = Callable[[argparse.Namespace], None]
+
+
+def _train(arguments: argparse.Namespace) -> None:
+    from arcface_kd.config import load_config
+    from arcface_kd.hook import merge_arguments
+    from arcface_kd.trainer import train
+
+    config = load_config(arguments.config, _settings(arguments.set))
+    merge_arguments(config, arguments)
+    result = train(config)
+    for name, verification in result.verification.items():
+        print(f"{name}: accuracy {verification.accuracy:.5f} +- {verification.accuracy_std:.5f}")
+    print(f"{result.output / 'model.pt'}: {result.steps} steps, {result.images_per_second:.0f} images/s")
+
+
+def _settings(pairs: Sequence[str]) -> dict[str, object]:
+    settings: dict[str, object] = {}
+    for pair in pairs:
+        key, equals, value = pair.partition("=")
+        if not equals:
+            raise ConfigError(f"--set {pair!r} has no value; write --set {key}=VALUE")
+        settings[key] = value
+    return settings
+
+
+def _demo(arguments: argparse.Namespace) -> None:
+    from arcface_kd.demo import DemoSettings, run_demo
+
+    run_demo(
+        DemoSettings(
+            out=arguments.out,
+            data=arguments.data,
+            teacher=arguments.kd_teacher,
+            options=arguments.kd_option or [],
+            method=arguments.kd or "adadistill",
+            seeds=arguments.seeds,
+            epochs=arguments.epochs,
+        )
+    )
+
+
+def _pack(arguments: argparse.Namespace) -> None:
+    from arcface_kd.data.pack import pack_folder
+
+    print(pack_folder(arguments.folder, arguments.out))
+
+
+def _methods(arguments: argparse.Namespace) -> None:
+    from arcface_kd import registry
+
+    for name, entry_point in registry.entry_points(registry.METHODS).items():
+        summary = (entry_point.load().__doc__ or "").strip().splitlines()
+        print(f"{name:20} {summary[0] if summary else entry_point.value}")
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The parser of all commands."""
+    from arcface_kd.hook import add_arguments
+
+    parser = argparse.ArgumentParser(
+        prog="arcface-kd",
+        description="Knowledge distillation for face recognition, beside InsightFace's arcface_torch.",
+    )
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
+
+    def command(name: str, run: Command, summary: str, example: str) -> argparse.ArgumentParser:
+        made = commands.add_parser(
+            name,
+            help=summary,
+            description=summary[0].upper() + summary[1:] + ".",
+            epilog=f"example: {example}",
+        )
+        made.set_defaults(run=run)
+        return made
+
+    train = command(
+        "train",
+        _train,
+        "train a student from an arcface_torch config, on a CPU, a GPU or many under torchrun",
+        "arcface-kd train configs/ms1mv2_mbf.py --kd adadistill --kd-teacher r50.pt --set batch_size=64",
+    )
+    train.add_argument("config", help="an arcface_torch config, by path or by name in configs/; it is run as Python")
+    train.add_argument(
+        "--set", metavar="KEY=VALUE", nargs="+", action="extend", default=[], help="values over those of the config"
+    )
+    add_arguments(train)
+
+    demo = command(
+        "demo",
+        _demo,
+        "the whole job in minutes: data, teacher, student alone, student distilled, a table and pictures",
+        "arcface-kd demo --data faces --kd-teacher teacher.onnx --kd-option teacher.channels=bgr --seeds 3",
+    )
+    demo.add_argument("--out", type=Path, default=Path("demo"), help="folder for everything it writes (default: demo)")
+    demo.add_argument("--data", type=Path, help="a folder with train.rec and .bin sets instead of the drawn faces")
+    demo.add_argument("--seeds", type=int, default=1, help="train each student this often and give means (default: 1)")
+    demo.add_argument("--epochs", type=int, help="epochs of the students (default: chosen for the data)")
+    add_arguments(demo)
+
+    data = commands.add_parser("data", help="make and look at data sets").add_subparsers(
+        dest="data_command", metavar="COMMAND", required=True
+    )
+    pack = data.add_parser(
+        "pack",
+        help="write train.rec, train.idx and property from a folder of identities",
+        epilog="example: arcface-kd data pack aligned_faces/ faces_own/",
+    )
+    pack.add_argument("folder", type=Path, help="one sub-folder of aligned face images for each identity")
+    pack.add_argument("out", type=Path, help="folder for the three files")
+    pack.set_defaults(run=_pack)
+
+    command("methods", _methods, "list the installed methods", "arcface-kd methods")
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command.
+
+    Args:
+        argv: its words; None takes those of the process.
+
+    Returns:
+        The exit code: 0, 2 for input that cannot be run, 130 when interrupted.
+    """
+    try:
+        arguments = build_parser().parse_args(argv)
+        arguments.run(arguments)
+    except (ArcfaceKDError, OSError) as error:
+        print(f"arcface-kd: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("arcface-kd: interrupted", file=sys.stderr)
+        return 130
+    return 0

@@ -1,0 +1,303 @@
+"""The main job in one command: data, a teacher, the same student alone and distilled, a table and pictures."""
+
+import json
+import statistics
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from easydict import EasyDict
+
+from arcface_kd.atomic import atomic_write
+from arcface_kd.config import BASE, KDConfig
+from arcface_kd.distiller import Distiller
+from arcface_kd.errors import ConfigError, DataError
+from arcface_kd.evaluation.plots import plot_alpha, plot_roc, plot_training
+from arcface_kd.evaluation.scalars import Curve, read_scalars
+from arcface_kd.evaluation.verification import VerificationResult, evaluate
+from arcface_kd.teachers.base import Teacher, load_teacher
+from arcface_kd.trainer import TrainResult, train
+
+STUDENT = "thin_r18"
+FAR_LEVELS = (1e-2, 1e-3)
+
+
+@dataclass(frozen=True)
+class DemoSettings:
+    """What the demo is asked for.
+
+    Attributes:
+        out: folder for everything it writes.
+        data: folder with ``train.rec`` and ``.bin`` sets; None draws synthetic faces.
+        teacher: a teacher's file; None trains one on the same data.
+        options: ``--kd-option`` strings.
+        method: what the student is distilled with.
+        seeds: how often each student is trained.
+        epochs: of the students; None chooses for the data.
+    """
+
+    out: Path
+    data: Path | None = None
+    teacher: str | None = None
+    options: Sequence[str] = ()
+    method: str = "adadistill"
+    seeds: int = 1
+    epochs: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.seeds < 1:
+            raise ConfigError(f"seeds is {self.seeds}; it must be at least 1")
+        if self.epochs is not None and self.epochs < 1:
+            raise ConfigError(f"epochs is {self.epochs}; it must be at least 1")
+
+
+@dataclass
+class Row:
+    """One line of the table: a model on one verification set, means over seeds.
+
+    Attributes:
+        model: ``teacher``, ``alone`` or the method's name.
+        verification_set: name of the ``.bin`` file.
+        accuracy: ten-fold verification accuracy, in [0, 1].
+        accuracy_by_seed: the same for each seed.
+        auc: area under the ROC curve, in [0, 1].
+        tar: TAR by FAR level, None where the set has too few pairs.
+        parameters: number of weights; None where the teacher does not tell.
+        images_per_second: of training; None for a teacher that was given.
+        kd_overhead: extra training time per image relative to the student alone; 0.1 is 10 % more.
+    """
+
+    model: str
+    verification_set: str
+    accuracy: float
+    accuracy_by_seed: list[float]
+    auc: float
+    tar: dict[str, float | None]
+    parameters: int | None
+    images_per_second: float | None
+    kd_overhead: float | None = None
+
+    def as_row(self) -> dict[str, Any]:
+        """A JSON-able dict."""
+        return dict(vars(self))
+
+
+@dataclass
+class _Trained:
+    model: str
+    results: list[TrainResult] = field(default_factory=list)
+    verification: list[dict[str, VerificationResult]] = field(default_factory=list)
+    parameters: int | None = None
+
+    @property
+    def images_per_second(self) -> float | None:
+        return statistics.fmean(r.images_per_second for r in self.results) if self.results else None
+
+
+def run_demo(settings: DemoSettings) -> list[Row]:
+    """Run the main job and leave its table, pictures and ``results.json`` in ``settings.out``.
+
+    Args:
+        settings: what is asked for.
+
+    Returns:
+        The table's rows.
+
+    Raises:
+        ConfigError: an option that is not known.
+        DataError: a data folder that cannot be used.
+        TeacherError: a teacher that cannot be used.
+    """
+    began = time.perf_counter()
+    drawn = settings.data is None
+    stages = _Stages(1 + int(drawn) + int(settings.teacher is None) + 2 * settings.seeds)
+    kd = KDConfig.from_config({"kd": settings.method, "kd_teacher": settings.teacher, "kd_option": settings.options})
+    teacher = load_teacher(settings.teacher, kd.options.get("teacher")) if settings.teacher is not None else None
+    data = settings.data if settings.data is not None else _draw_faces(settings.out, stages)
+    base = _config_for(data, settings, drawn)
+
+    trained_teacher = _Trained("teacher")
+    if teacher is None:
+        config = _teacher_config(base, settings.out / "teacher")
+        result = train(config, title=stages.next("teacher"))
+        trained_teacher.results.append(result)
+        teacher = load_teacher(result.output / "model.pt", {"network": config.network})
+    trained_teacher.parameters = teacher.parameter_count
+    trained_teacher.verification.append(_verify_teacher(teacher, data, base.val_targets, stages))
+
+    alone, distilled = _Trained("alone"), _Trained(settings.method)
+    for seed in range(settings.seeds):
+        for runs, distiller in ((alone, None), (distilled, Distiller(kd, teacher))):
+            config = EasyDict(base, seed=base.seed + seed, output=str(settings.out / f"{runs.model}_seed{seed}"))
+            result = train(config, distiller=distiller, title=stages.next(f"student {runs.model}, seed {seed}"))
+            runs.results.append(result)
+            runs.verification.append(dict(result.verification))
+            runs.parameters = sum(p.numel() for p in result.student.parameters())
+    rows = [row for runs in (trained_teacher, alone, distilled) for row in _rows(runs, alone)]
+    _write(settings, rows, (trained_teacher, alone, distilled), time.perf_counter() - began)
+    return rows
+
+
+class _Stages:
+    """Names the stages on the progress bars: ``[2/5] teacher``."""
+
+    def __init__(self, total: int) -> None:
+        self.total, self.done = total, 0
+
+    def next(self, name: str) -> str:
+        self.done += 1
+        return f"[{self.done}/{self.total}] {name}"
+
+
+def _draw_faces(out: Path, stages: _Stages) -> Path:
+    from arcface_kd.data.synthetic_faces import write_dataset
+
+    folder = out / "faces"
+    folder.mkdir(parents=True, exist_ok=True)
+    write_dataset(folder, title=stages.next("drawing faces"))
+    return folder
+
+
+def _config_for(data: Path, settings: DemoSettings, drawn: bool) -> EasyDict:
+    """An arcface_torch config for a student on this data."""
+    from arcface_kd.data.dataset import RecordDataset
+
+    records = RecordDataset(data)
+    targets = sorted(path.stem for path in data.glob("*.bin"))
+    if not targets:
+        raise DataError(f"{data} has no verification set (*.bin); the demo's numbers come from held-out identities")
+    if records.property is None:
+        raise DataError(f"{data} has no `property` file (num_classes,height,width)")
+    config = EasyDict(BASE)
+    config.update(
+        network=STUDENT,
+        rec=str(data),
+        num_classes=records.property[0],
+        num_image=len(records),
+        num_epoch=settings.epochs or 12,
+        warmup_epoch=0,
+        val_targets=targets,
+        fp16=True,
+        batch_size=128,
+        lr=0.1,
+        margin_list=(1.0, 0.5, 0.0),
+        weight_decay=5e-4,
+        verbose=10**9,
+        frequent=10,
+        num_workers=0,
+    )
+    return config
+
+
+def _teacher_config(base: EasyDict, output: Path) -> EasyDict:
+    return EasyDict(base, network="thin_r18", output=str(output))
+
+
+def _verify_teacher(
+    teacher: Teacher, data: Path, names: Sequence[str], stages: _Stages
+) -> dict[str, VerificationResult]:
+    from arcface_kd.data.verification_bin import read_bin
+
+    print(stages.next("verifying the teacher"))
+    return {name: evaluate(teacher, read_bin(data / f"{name}.bin")) for name in names}
+
+
+def _rows(runs: _Trained, alone: _Trained) -> list[Row]:
+    rows = []
+    for name in runs.verification[0]:
+        results = [results[name] for results in runs.verification]
+        overhead = None
+        if runs.images_per_second and alone.images_per_second and runs.model not in ("alone", "teacher"):
+            overhead = alone.images_per_second / runs.images_per_second - 1
+        tar: dict[str, float | None] = {}
+        for far in FAR_LEVELS:
+            values = [result.tar[far] for result in results]
+            known = [value for value in values if value is not None and value == value]
+            tar[f"{far:g}"] = statistics.fmean(known) if len(known) == len(values) else None
+        rows.append(
+            Row(
+                model=runs.model,
+                verification_set=name,
+                accuracy=statistics.fmean(result.accuracy for result in results),
+                accuracy_by_seed=[float(result.accuracy) for result in results],
+                auc=statistics.fmean(result.auc for result in results),
+                tar=tar,
+                parameters=runs.parameters,
+                images_per_second=runs.images_per_second,
+                kd_overhead=overhead,
+            )
+        )
+    return rows
+
+
+def _percent(value: float | None) -> str:
+    return "-" if value is None else f"{100 * value:.2f}"
+
+
+def table(rows: Sequence[Row]) -> str:
+    """The rows as a text table; accuracies, AUC and TAR in percent.
+
+    Args:
+        rows: of :func:`run_demo`.
+
+    Returns:
+        Lines with aligned columns, without a final newline.
+    """
+    heads = ["model", "set", "accuracy", "AUC", *(f"TAR@FAR={far:g}" for far in FAR_LEVELS)]
+    heads += ["parameters", "images/s", "KD overhead"]
+    cells = [heads]
+    for row in rows:
+        cells.append(
+            [
+                row.model,
+                row.verification_set,
+                _percent(row.accuracy),
+                _percent(row.auc),
+                *(_percent(value) for value in row.tar.values()),
+                "-" if row.parameters is None else f"{row.parameters:,}",
+                "-" if row.images_per_second is None else f"{row.images_per_second:.0f}",
+                "-" if row.kd_overhead is None else f"{100 * row.kd_overhead:+.0f} %",
+            ]
+        )
+    widths = [max(len(line[column]) for line in cells) for column in range(len(heads))]
+    return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)) for line in cells)
+
+
+def verdict(rows: Sequence[Row], method: str) -> str:
+    """Who won on each set, in words, whichever way it went.
+
+    Args:
+        rows: of :func:`run_demo`.
+        method: the distilled student's name in them.
+
+    Returns:
+        A line a verification set.
+    """
+    found = {(row.model, row.verification_set): row for row in rows}
+    lines = []
+    for name in sorted({row.verification_set for row in rows}):
+        gain = 100 * (found[method, name].accuracy - found["alone", name].accuracy)
+        outcome = "beats" if gain > 0 else "does NOT beat"
+        lines.append(f"{name}: the student with {method} {outcome} the student alone: {gain:+.2f} points of accuracy")
+    return "\n".join(lines)
+
+
+def _write(settings: DemoSettings, rows: Sequence[Row], runs: Sequence[_Trained], seconds: float) -> None:
+    out = settings.out
+    text = table(rows)
+    with atomic_write(out / "results.json") as stream:
+        stream.write((json.dumps([row.as_row() for row in rows], indent=2) + "\n").encode())
+    with atomic_write(out / "results.txt") as stream:
+        stream.write((text + "\n" + verdict(rows, settings.method) + "\n").encode())
+    students = runs[1:]
+    for name in runs[0].verification[0]:
+        curves = {run.model: run.verification[0][name] for run in runs}
+        plot_roc(out / f"roc_{name}.png", {m: Curve(r.fpr, r.tpr) for m, r in curves.items()}, title=name)
+    scalars = {run.model: read_scalars(run.results[0].output / "tensorboard") for run in students}
+    plot_training(out / "training_curves.png", {model: found["loss"] for model, found in scalars.items()})
+    alphas = {tag: curve for tag, curve in scalars[settings.method].items() if tag.startswith("kd/alpha")}
+    if alphas:
+        plot_alpha(out / "alpha.png", alphas)
+    print(f"\n{text}\n\n{verdict(rows, settings.method)}\n{out}: table, pictures and results.json; {seconds:.0f} s")

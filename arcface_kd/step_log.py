@@ -1,0 +1,41 @@
+"""TensorBoard scalars of the distillation, written by the head itself, so that every trainer gets them."""
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from torch.utils.tensorboard import SummaryWriter
+
+
+class StepLog:
+    """Writes scalars under ``kd/`` beside the trainer's own.
+
+    Args:
+        folder: of the event files, the trainer's ``OUTPUT/tensorboard``.
+        every: steps between two writings, at least 1.
+        writes: whether this rank writes; all ranks must agree on ``every``, since finding the values may take all.
+    """
+
+    def __init__(self, folder: str | os.PathLike[str], every: int, writes: bool) -> None:
+        self.folder = Path(folder)
+        self.every = max(1, every)
+        self.writes = writes
+        self._writer: SummaryWriter | None = None
+
+    def due(self, step: int) -> bool:
+        """Whether a step, counted from 1, is written."""
+        return step % self.every == 0
+
+    def write(self, step: int, values: Mapping[str, float]) -> None:
+        """Write one step's scalars, on the rank that writes."""
+        if not self.writes:
+            return
+        if self._writer is None:
+            from torch.utils.tensorboard import SummaryWriter
+
+            self._writer = SummaryWriter(log_dir=str(self.folder), purge_step=step, filename_suffix=".kd")
+        for name, value in values.items():
+            self._writer.add_scalar(f"kd/{name}", value, step)
+        self._writer.flush()

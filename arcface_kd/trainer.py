@@ -1,0 +1,381 @@
+"""The compact trainer: arcface_torch's loop and files on a CPU, one GPU or many, with the same drop-ins.
+
+It holds no loss and no head: student, loader and head come from :mod:`arcface_kd.hook`, as in the host.
+"""
+
+import contextlib
+import logging
+import os
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from easydict import EasyDict
+from torch import Tensor, distributed, nn
+from tqdm import tqdm
+
+from arcface_kd.atomic import atomic_write
+from arcface_kd.config import BASE, RUN_KEYS, suggestion
+from arcface_kd.data.verification_bin import VerificationSet, read_bin
+from arcface_kd.device import narrow_format, training_device
+from arcface_kd.distiller import Distiller
+from arcface_kd.errors import ArcfaceKDError, ConfigError, DataError
+from arcface_kd.evaluation.verification import VerificationResult, evaluate
+from arcface_kd.hook import DropIns, drop_ins
+from arcface_kd.losses.margin import Margin
+from arcface_kd.schedule import linear_with_warmup
+
+LOGIT_SCALE = 64.0  # the host's, which no key of its configs changes
+CLIP_NORM = 5.0  # on the backbone's gradients, as the host
+
+# Keys that only the host's own surroundings can honour, with the values at which they ask for nothing.
+_HOST_ONLY = {"dali": (False,), "dali_aug": (False,), "using_wandb": (False,)}
+_WANDB = ("wandb_key", "suffix_run_name", "wandb_entity", "wandb_project", "wandb_log_all", "wandb_resume", "notes")
+_IGNORED_WITHOUT_WANDB = (*_WANDB, "save_artifacts")
+
+
+@dataclass(frozen=True)
+class TrainResult:
+    """What a run came to.
+
+    Attributes:
+        output: its folder.
+        steps: micro-steps of the whole run, resumed ones included.
+        images_per_second: over this process's training steps on all ranks, without verification and saving.
+        verification: the last result on each verification set; empty on ranks other than 0.
+        student: the trained backbone, in eval mode.
+    """
+
+    output: Path
+    steps: int
+    images_per_second: float
+    verification: Mapping[str, VerificationResult]
+    student: nn.Module
+
+
+def check_keys(config: Mapping[str, Any]) -> None:
+    """Refuse a config that cannot be honoured to the letter.
+
+    Args:
+        config: a merged arcface_torch config.
+
+    Raises:
+        ConfigError: a key that nobody knows, one that only the host can honour, a missing one, a value out of range.
+    """
+    known = [*BASE, *RUN_KEYS, *_HOST_ONLY, *_IGNORED_WITHOUT_WANDB]
+    for key in config:
+        if key not in known and not key.startswith("kd"):
+            raise ConfigError(f"the compact trainer does not know the key {key!r}{suggestion(key, known)}")
+    for key, allowed in _HOST_ONLY.items():
+        if config.get(key, allowed[0]) not in allowed:
+            raise ConfigError(f"{key}={config[key]!r} needs the host: run train_v2.py, or set {key}={allowed[0]!r}")
+    wanted = ("rec", "num_classes", "num_image", "num_epoch", "warmup_epoch", "val_targets")
+    missing = [key for key in wanted if config.get(key) is None]
+    if missing:
+        raise ConfigError(f"the config sets no {', '.join(missing)}; a run needs {', '.join(wanted)}")
+    for key in ("num_classes", "num_image", "num_epoch", "batch_size", "embedding_size", "gradient_acc", "frequent"):
+        if not (isinstance(config[key], int) and config[key] >= 1):
+            raise ConfigError(f"{key} is {config[key]!r}; it must be a whole number, at least 1")
+    if config["optimizer"] not in ("sgd", "adamw"):
+        raise ConfigError(f"optimizer is {config['optimizer']!r}; it must be sgd or adamw")
+    if not 0 < config["sample_rate"] <= 1:
+        raise ConfigError(f"sample_rate is {config['sample_rate']!r}; it must be in (0, 1]")
+    if len(config["margin_list"]) != 3:
+        raise ConfigError(f"margin_list is {config['margin_list']!r}; it must be three numbers, m1, m2 and m3")
+
+
+@contextlib.contextmanager
+def process_group() -> Iterator[tuple[int, int, int]]:
+    """Join the ranks that ``torchrun`` started, over nccl on GPUs and gloo elsewhere; a lone process needs no group.
+
+    Yields:
+        ``(rank, local_rank, world_size)``.
+    """
+    world_size = int(os.environ.get("WORLD_SIZE", "1"))
+    if world_size == 1 or distributed.is_initialized():
+        ready = distributed.is_available() and distributed.is_initialized()
+        rank = distributed.get_rank() if ready else 0
+        yield rank, int(os.environ.get("LOCAL_RANK", "0")), distributed.get_world_size() if ready else 1
+        return
+    distributed.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
+    try:
+        yield distributed.get_rank(), int(os.environ["LOCAL_RANK"]), world_size
+    finally:
+        distributed.destroy_process_group()
+
+
+@contextlib.contextmanager
+def _log_files(logger: logging.Logger, folder: Path, rank: int) -> Iterator[None]:
+    """Send the run's log to ``training.log`` in the host's format, and to stdout where nobody watches a bar."""
+    logger.setLevel(logging.INFO)
+    logger.propagate = False
+    handlers: list[logging.Handler] = []
+    if rank == 0:
+        handlers.append(logging.FileHandler(folder / "training.log"))
+        if not sys.stderr.isatty():
+            handlers.append(logging.StreamHandler(sys.stdout))
+    else:
+        handlers.append(logging.NullHandler())
+    for handler in handlers:
+        handler.setFormatter(logging.Formatter("Training: %(asctime)s-%(message)s"))
+        logger.addHandler(handler)
+    try:
+        yield
+    finally:
+        for handler in handlers:
+            logger.removeHandler(handler)
+            handler.close()
+
+
+class _Run:
+    """One run's objects and the loop over them."""
+
+    def __init__(self, config: EasyDict, made: DropIns, rank: int, local_rank: int, world_size: int) -> None:
+        self.config, self.rank, self.world_size = config, rank, world_size
+        self.logger = logging.getLogger("arcface_kd.run")
+        self.notes: list[str] = []
+        self.device = training_device(local_rank)
+        self.folder = Path(config.output)
+        self.loader = made.get_dataloader(
+            config.rec, local_rank, config.batch_size, config.dali, config.dali_aug, config.seed, config.num_workers
+        )
+        if len(self.loader) == 0:
+            raise DataError(
+                f"{config.rec} holds less than one batch of {config.batch_size} for {world_size} ranks: lower batch_size"
+            )
+        narrow = bool(config.fp16) and narrow_format(self.device) is not None
+        if config.fp16 and not narrow:
+            self.notes.append("fp16 is on but this processor has no bf16 units: training in fp32")
+        student = made.get_model(config.network, dropout=0.0, fp16=narrow, num_features=config.embedding_size)
+        # Convolutions run several times faster on a CPU with the channels innermost; on a GPU with fp16 as well.
+        self.student = student.to(self.device, memory_format=torch.channels_last)
+        self.backbone: nn.Module = self.student
+        if world_size > 1:
+            ids = [local_rank] if self.device.type == "cuda" else None
+            self.backbone = nn.parallel.DistributedDataParallel(self.student, device_ids=ids, broadcast_buffers=False)
+        margin = Margin(LOGIT_SCALE, *config.margin_list, filter_threshold=config.interclass_filtering_threshold)
+        self.head = made.PartialFC_V2(margin, config.embedding_size, config.num_classes, config.sample_rate, False)
+        self.head.train().to(self.device)
+        self.optimizer = self._optimizer()
+        steps = config.num_image // (config.batch_size * world_size)
+        # The schedule counts the images that the config states, as the host does; the loop those that are there.
+        self.schedule = linear_with_warmup(
+            self.optimizer, steps * config.warmup_epoch, max(1, steps * config.num_epoch)
+        )
+        self.last_step = len(self.loader) * config.num_epoch
+        self.scaler = torch.amp.GradScaler(
+            self.device.type, growth_interval=100, enabled=narrow and self.device.type == "cuda"
+        )
+        self.sets = self._verification_sets()
+        self.results: dict[str, VerificationResult] = {}
+        self.best: dict[str, float] = {}
+        self.epoch = self.step = self.first_step = 0
+        self.seconds, self.images = 0.0, 0
+        self.writer: Any = None
+
+    def _optimizer(self) -> torch.optim.Optimizer:
+        # The head's group comes last, as the host has it.
+        groups = [{"params": list(self.backbone.parameters())}, {"params": list(self.head.parameters())}]
+        config = self.config
+        if config.optimizer == "sgd":
+            return torch.optim.SGD(groups, lr=config.lr, momentum=config.momentum, weight_decay=config.weight_decay)
+        return torch.optim.AdamW(groups, lr=config.lr, weight_decay=config.weight_decay)
+
+    def _verification_sets(self) -> list[VerificationSet]:
+        """The verification sets that lie beside the records; a name without a file is noted, as nobody has all."""
+        if self.rank != 0:
+            return []
+        sets = []
+        for name in self.config.val_targets:
+            path = Path(self.config.rec) / f"{name}.bin"
+            if path.is_file():
+                sets.append(read_bin(path))
+            else:
+                self.notes.append(f"no verification set {path}")
+        return sets
+
+    def _checkpoint(self) -> Path:
+        return self.folder / f"checkpoint_gpu_{self.rank}.pt"
+
+    def resume(self) -> None:
+        """Go on from the last epoch that was saved."""
+        path = self._checkpoint()
+        if not path.is_file():
+            raise ConfigError(f"resume is on but there is no {path}; set resume=False, or save_all_states=True before")
+        state = torch.load(path, map_location=self.device, weights_only=True)
+        self.epoch, self.step = state["epoch"], state["global_step"]
+        self.student.load_state_dict(state["state_dict_backbone"])
+        self.head.load_state_dict(state["state_dict_softmax_fc"])
+        self.optimizer.load_state_dict(state["state_optimizer"])
+        self.schedule.load_state_dict(state["state_lr_scheduler"])
+        if "state_scaler" in state:
+            self.scaler.load_state_dict(state["state_scaler"])
+        if "state_random" in state:
+            torch.set_rng_state(state["state_random"].cpu())
+        self.first_step = self.step
+        self.notes.append(f"resumed after epoch {self.epoch}, step {self.step}")
+
+    def save(self) -> None:
+        """Write the host's files: this rank's checkpoint where the config wants it, and the student on rank 0."""
+        if self.config.save_all_states:
+            with atomic_write(self._checkpoint()) as stream:
+                torch.save(
+                    {
+                        "epoch": self.epoch,
+                        "global_step": self.step,
+                        "state_dict_backbone": self.student.state_dict(),
+                        "state_dict_softmax_fc": self.head.state_dict(),
+                        "state_optimizer": self.optimizer.state_dict(),
+                        "state_lr_scheduler": self.schedule.state_dict(),
+                        "state_scaler": self.scaler.state_dict(),
+                        "state_random": torch.get_rng_state(),
+                    },
+                    stream,
+                )
+        if self.rank == 0:
+            with atomic_write(self.folder / "model.pt") as stream:
+                torch.save(self.student.state_dict(), stream)
+
+    def train_epoch(self, bar: "tqdm[Any]") -> None:
+        """One pass over the loader."""
+        self.loader.sampler.set_epoch(self.epoch)
+        began = time.perf_counter()
+        for images, labels in self.loader:
+            loss = self._train_step(images, labels)
+            bar.update()
+            if self.step % self.config.frequent == 0:
+                self._sync()
+                self.seconds += time.perf_counter() - began
+                self._log(float(loss), bar)
+                began = time.perf_counter()
+            if self.step % self.config.verbose == 0:
+                self._sync()
+                self.seconds += time.perf_counter() - began
+                self.verify()
+                began = time.perf_counter()
+        self._sync()
+        self.seconds += time.perf_counter() - began
+        self.epoch += 1
+
+    def _train_step(self, images: Tensor, labels: Tensor) -> Tensor:
+        self.step += 1
+        embeddings = self.backbone(images.contiguous(memory_format=torch.channels_last))
+        loss: Tensor = self.head(embeddings, labels)
+        self.scaler.scale(loss).backward()
+        if self.step % self.config.gradient_acc == 0:
+            self.scaler.unscale_(self.optimizer)
+            nn.utils.clip_grad_norm_(self.backbone.parameters(), CLIP_NORM)
+            self.scaler.step(self.optimizer)
+            self.scaler.update()
+            self.optimizer.zero_grad()
+        self.schedule.step()
+        self.images += images.shape[0] * self.world_size
+        return loss.detach()
+
+    def _sync(self) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+
+    @property
+    def rate(self) -> float:
+        """Images a second on all ranks so far."""
+        return self.images / self.seconds if self.seconds else 0.0
+
+    def _log(self, loss: float, bar: "tqdm[Any]") -> None:
+        if loss != loss or abs(loss) == float("inf"):
+            raise ArcfaceKDError(f"the loss is {loss} at step {self.step}: lower lr, or switch fp16 off to look closer")
+        rate = self.schedule.get_last_lr()[0]
+        bar.set_postfix_str(f"{self.rate:.0f} images/s, loss {loss:.3f}")
+        remaining = (self.last_step - self.step) * self.seconds / (self.step - self.first_step)
+        self.logger.info(
+            "Speed %.2f samples/sec   Loss %.4f   LearningRate %.6f   Epoch: %d   Global Step: %d   Left: %d s",
+            *(self.rate, loss, rate, self.epoch, self.step, remaining),
+        )
+        if self.writer is not None:
+            self.writer.add_scalar("learning_rate", rate, self.step)
+            self.writer.add_scalar("loss", loss, self.step)
+            self.writer.add_scalar("images_per_second", self.rate, self.step)
+
+    def verify(self) -> None:
+        """Run the verification sets on rank 0, as the host does."""
+        for verification_set in self.sets:
+            name = verification_set.name
+            result = evaluate(self.student, verification_set, device=self.device)
+            self.results[name] = result
+            self.best[name] = max(self.best.get(name, 0.0), result.accuracy)
+            where = f"[{name}][{self.step}]"
+            self.logger.info("%sAccuracy-Flip: %1.5f+-%1.5f", where, result.accuracy, result.accuracy_std)
+            self.logger.info("%sAccuracy-Highest: %1.5f", where, self.best[name])
+            if self.writer is not None:
+                self.writer.add_scalar(name, result.accuracy, self.step)
+
+
+def train(
+    config: EasyDict,
+    *,
+    distiller: Distiller | None = None,
+    title: str | None = None,
+    on_epoch: Callable[[int], None] | None = None,
+) -> TrainResult:
+    """Train a student, with or without distillation.
+
+    Args:
+        config: a merged arcface_torch config, as :func:`arcface_kd.config.load_config` gives it.
+        distiller: the wiring to use; None makes it from the config's ``kd*`` keys.
+        title: of the progress bar.
+        on_epoch: called on every rank with the number of epochs done, after their files are written.
+
+    Returns:
+        The result; the host's files are in ``config.output``.
+
+    Raises:
+        ConfigError: a key that cannot be honoured.
+        DataError: records that cannot be read.
+        TeacherError: a teacher that is missing or does not fit.
+    """
+    check_keys(config)
+    try:
+        Margin(LOGIT_SCALE, *config.margin_list, filter_threshold=config.interclass_filtering_threshold)
+    except ValueError as error:
+        raise ConfigError(f"margin_list {tuple(config.margin_list)}: {error}") from error
+    with process_group() as (rank, local_rank, world_size):
+        if torch.cuda.is_available():
+            torch.cuda.set_device(local_rank)
+        torch.manual_seed(config.seed)
+        # Whatever can be wrong is found before the first file is written.
+        run = _Run(config, drop_ins(lambda: config, distiller=distiller), rank, local_rank, world_size)
+        if config.resume:
+            run.resume()
+        run.folder.mkdir(parents=True, exist_ok=True)
+        with _log_files(run.logger, run.folder, rank):
+            return _train(run, title or run.folder.name, on_epoch)
+
+
+def _train(run: _Run, title: str, on_epoch: Callable[[int], None] | None) -> TrainResult:
+    from torch.utils.tensorboard import SummaryWriter
+
+    config = run.config
+    for key, value in config.items():
+        run.logger.info(": %s%s", key.ljust(25), value)
+    for note in run.notes:
+        run.logger.info(note)
+    with contextlib.ExitStack() as stack:
+        if run.rank == 0:
+            run.writer = SummaryWriter(log_dir=str(run.folder / "tensorboard"), purge_step=run.step)
+            stack.callback(run.writer.close)
+        hidden = run.rank != 0 or not sys.stderr.isatty()
+        bar = stack.enter_context(tqdm(total=run.last_step, initial=run.step, desc=title, unit="step", disable=hidden))
+        run.backbone.train()
+        while run.epoch < config.num_epoch:
+            run.train_epoch(bar)
+            run.save()
+            if on_epoch is not None:
+                on_epoch(run.epoch)
+        run.verify()
+    if run.world_size > 1:
+        distributed.barrier()
+    return TrainResult(run.folder, run.step, run.rate, run.results, run.student.eval())
