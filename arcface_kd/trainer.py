@@ -145,7 +145,7 @@ class _Run:
         )
         if len(self.loader) == 0:
             raise DataError(
-                f"{config.rec} holds less than one batch of {config.batch_size} for {world_size} ranks: lower batch_size"
+                f"{config.rec} has less than one batch of {config.batch_size} on {world_size} ranks: lower batch_size"
             )
         narrow = bool(config.fp16) and narrow_format(self.device) is not None
         if config.fp16 and not narrow:
