@@ -1,0 +1,60 @@
+"""Networks that embed aligned faces, by arcface_torch's names."""
+
+from collections.abc import Callable, Mapping
+from functools import partial
+
+from arcface_kd.backbones.face_backbone import FaceBackbone
+from arcface_kd.backbones.iresnet import IResNet
+from arcface_kd.backbones.mobilefacenet import MobileFaceNet, NarrowMobileFaceNet
+from arcface_kd.backbones.thin_resnet import ThinResNet
+from arcface_kd.errors import ConfigError
+
+__all__ = ["NETWORKS", "FaceBackbone", "get_backbone"]
+
+_WITH_DROPOUT: Mapping[str, Callable[..., FaceBackbone]] = {
+    "r18": partial(IResNet, (2, 2, 2, 2)),
+    "r34": partial(IResNet, (3, 4, 6, 3)),
+    "r50": partial(IResNet, (3, 4, 14, 3)),
+    "r100": partial(IResNet, (3, 13, 30, 3)),
+    "r200": partial(IResNet, (6, 26, 60, 6)),
+    "thin_r18": ThinResNet,
+}
+_WITHOUT_DROPOUT: Mapping[str, Callable[..., FaceBackbone]] = {
+    "mbf": partial(MobileFaceNet, (1, 4, 6, 2), 2),
+    "mbf_large": partial(MobileFaceNet, (2, 8, 12, 4), 4),
+    "mobilefacenet": NarrowMobileFaceNet,
+}
+NETWORKS: Mapping[str, Callable[..., FaceBackbone]] = {**_WITH_DROPOUT, **_WITHOUT_DROPOUT}
+"""Each network's name and what builds it, with the keywords ``fp16`` and ``num_features``."""
+
+
+def get_backbone(name: str, *, dropout: float = 0.0, fp16: bool = False, num_features: int = 512) -> FaceBackbone:
+    """Build a network with fresh weights.
+
+    Args:
+        name: one of ``NETWORKS``. ``r18 r34 r50 r100 r200 mbf mbf_large`` have arcface_torch's parameters,
+            ``mobilefacenet`` AdaDistill's (64 and 128 channels), ``thin_r18`` is the demo's.
+        dropout: probability of dropping a value before the embedding layer, in [0, 1); MobileFaceNets have none.
+        fp16: autocast of the convolutions, float16 on GPUs and bfloat16 on CPUs; the embedding layer is float32.
+        num_features: embedding size D, at least 1.
+
+    Returns:
+        The network, in training mode: (B, 3, 112, 112) RGB images in [-1, 1] to (B, D) embeddings, not normalised.
+
+    Raises:
+        ConfigError: an unknown name, a dropout out of range or for a network without one, an embedding size below 1.
+    """
+    if name not in NETWORKS:
+        raise ConfigError(f"no network named {name!r}; there are: {', '.join(NETWORKS)}")
+    if isinstance(num_features, bool) or not isinstance(num_features, int) or num_features < 1:
+        raise ConfigError(f"embedding size {num_features!r}: wanted a whole number of at least 1, such as 512")
+    if not 0 <= dropout < 1:
+        raise ConfigError(f"dropout {dropout!r}: wanted a probability of at least 0 and below 1")
+    if name in _WITH_DROPOUT:
+        return _WITH_DROPOUT[name](dropout=dropout, fp16=fp16, num_features=num_features)
+    if dropout:
+        raise ConfigError(
+            f"dropout {dropout!r}: {name} has no dropout layer; set dropout to 0 or take one of "
+            f"{', '.join(_WITH_DROPOUT)}"
+        )
+    return _WITHOUT_DROPOUT[name](fp16=fp16, num_features=num_features)

@@ -1,0 +1,68 @@
+"""What every backbone here is: convolutions up to a feature map, then a tail that turns the map into an embedding."""
+
+from contextlib import AbstractContextManager, nullcontext
+
+import torch
+from torch import Tensor, nn
+
+
+class FaceBackbone(nn.Module):
+    """A network that embeds aligned 112x112 faces.
+
+    Subclasses build their layers and implement ``feature_map`` and ``tail``.
+
+    Args:
+        fp16: autocast of the convolutions, float16 on GPUs and bfloat16 on CPUs; the embedding layer is float32.
+    """
+
+    def __init__(self, *, fp16: bool) -> None:
+        super().__init__()
+        self.fp16 = fp16
+
+    def autocast(self, tensor: Tensor, *, half: bool) -> AbstractContextManager[object]:
+        """The context for layers that see ``tensor``.
+
+        ``half=False`` means float32 even inside a surrounding ``torch.autocast``, as in arcface_torch: a network's
+        precision is its own ``fp16`` and nothing else.
+
+        Args:
+            tensor: what the layers get; its device decides on the type.
+            half: whether these layers leave float32; devices without autocast (``meta``) never do.
+        """
+        if not torch.amp.is_autocast_available(tensor.device.type):
+            return nullcontext()
+        dtype = torch.bfloat16 if tensor.device.type == "cpu" else torch.float16
+        return torch.autocast(tensor.device.type, dtype=dtype, enabled=half)
+
+    def feature_map(self, images: Tensor) -> Tensor:
+        """The map that the tail sees.
+
+        Args:
+            images: (B, 3, 112, 112), RGB in [-1, 1].
+
+        Returns:
+            (B, C, H, W); (B, 512, 7, 7) for the networks of arcface_torch and AdaDistill.
+        """
+        raise NotImplementedError
+
+    def tail(self, feature_map: Tensor) -> Tensor:
+        """What turns a feature map into an embedding.
+
+        Args:
+            feature_map: (B, C, H, W) as ``feature_map`` returns it.
+
+        Returns:
+            (B, D) embeddings, not normalised.
+        """
+        raise NotImplementedError
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Embed faces.
+
+        Args:
+            images: (B, 3, 112, 112), RGB in [-1, 1].
+
+        Returns:
+            (B, D) embeddings, not normalised.
+        """
+        return self.tail(self.feature_map(images))

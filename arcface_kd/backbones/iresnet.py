@@ -1,0 +1,100 @@
+"""IResNet (r18, r34, r50, r100, r200): the residual networks of arcface_torch.
+
+Improved residual units after Duta et al., "Improved Residual Networks for Image and Video Recognition" (2020,
+arXiv 2004.04989), with the face head of ArcFace (Deng et al., CVPR 2019): flatten -> fully connected -> batch norm.
+Parameter names, their order, shapes, initial distributions and arithmetic are those of arcface_torch, so that its
+checkpoints (weights and optimizer states) load here with ``strict=True``, and ours there.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from arcface_kd.backbones.face_backbone import FaceBackbone
+
+_WIDTHS = (64, 128, 256, 512)
+_MAP_SIZE = 7
+
+
+def _conv(in_channels: int, out_channels: int, kernel_size: int, stride: int = 1) -> nn.Conv2d:
+    return nn.Conv2d(in_channels, out_channels, kernel_size, stride, padding=kernel_size // 2, bias=False)
+
+
+class ResidualUnit(nn.Module):
+    """Batch norm, 3x3, batch norm, PReLU, 3x3 (strided), batch norm, plus the shortcut; no activation after the sum.
+
+    Args:
+        in_channels: channels of the input.
+        out_channels: channels of the output.
+        stride: 1, or 2 to halve the map; where it or the channels change, the shortcut is a 1x1 convolution.
+    """
+
+    def __init__(self, in_channels: int, out_channels: int, stride: int = 1) -> None:
+        super().__init__()
+        self.bn1 = nn.BatchNorm2d(in_channels)
+        self.conv1 = _conv(in_channels, out_channels, 3)
+        self.bn2 = nn.BatchNorm2d(out_channels)
+        self.prelu = nn.PReLU(out_channels)
+        self.conv2 = _conv(out_channels, out_channels, 3, stride)
+        self.bn3 = nn.BatchNorm2d(out_channels)
+        self.downsample: nn.Module | None = None
+        if stride != 1 or in_channels != out_channels:
+            self.downsample = nn.Sequential(_conv(in_channels, out_channels, 1, stride), nn.BatchNorm2d(out_channels))
+
+    def forward(self, features: Tensor) -> Tensor:
+        """Map features (B, in_channels, H, W) to (B, out_channels, H / stride, W / stride)."""
+        residual = self.conv1(self.bn1(features))
+        residual = self.conv2(self.prelu(self.bn2(residual)))
+        residual = self.bn3(residual)
+        residual += features if self.downsample is None else self.downsample(features)
+        return residual
+
+
+class IResNet(FaceBackbone):
+    """An IResNet for 112x112 faces.
+
+    ``features.weight`` (the scale of the embedding's batch norm) stays 1 and is not trained, as in arcface_torch.
+
+    Args:
+        depths: residual units in each of the four stages; each stage halves the map.
+        dropout: probability of dropping a value of the flattened map, in [0, 1).
+        fp16: autocast up to the flattened map (float16 on GPUs, bfloat16 on CPUs); the embedding layer is float32.
+        num_features: embedding size D.
+    """
+
+    def __init__(
+        self, depths: Sequence[int], *, dropout: float = 0.0, fp16: bool = False, num_features: int = 512
+    ) -> None:
+        super().__init__(fp16=fp16)
+        channels = _WIDTHS[0]
+        self.conv1 = _conv(3, channels, 3)
+        self.bn1 = nn.BatchNorm2d(channels)
+        self.prelu = nn.PReLU(channels)
+        for stage, (depth, width) in enumerate(zip(depths, _WIDTHS, strict=True), start=1):
+            units = [ResidualUnit(channels, width, stride=2), *(ResidualUnit(width, width) for _ in range(depth - 1))]
+            self.add_module(f"layer{stage}", nn.Sequential(*units))
+            channels = width
+        self.bn2 = nn.BatchNorm2d(channels)
+        self.dropout = nn.Dropout(dropout, inplace=True)
+        self.fc = nn.Linear(channels * _MAP_SIZE**2, num_features)
+        self.features = nn.BatchNorm1d(num_features)
+        self.features.weight.requires_grad_(False)
+        for module in self.modules():
+            if isinstance(module, nn.Conv2d):
+                nn.init.normal_(module.weight, std=0.1)
+
+    def feature_map(self, images: Tensor) -> Tensor:
+        """Stem and stages: (B, 3, 112, 112) to (B, 512, 7, 7), in the half precision type when ``fp16`` is set."""
+        with self.autocast(images, half=self.fp16):
+            features = self.prelu(self.bn1(self.conv1(images)))
+            for stage in range(1, len(_WIDTHS) + 1):
+                features = self.get_submodule(f"layer{stage}")(features)
+        return features
+
+    def tail(self, feature_map: Tensor) -> Tensor:
+        """Batch norm, dropout, fully connected layer, batch norm: (B, 512, 7, 7) to (B, D)."""
+        with self.autocast(feature_map, half=self.fp16):
+            flat = self.dropout(torch.flatten(self.bn2(feature_map), 1))
+        with self.autocast(feature_map, half=False):
+            return self.features(self.fc(flat.float() if self.fp16 else flat))

@@ -1,0 +1,93 @@
+"""ThinResNet (thin_r18): a small residual network that trains quickly on a CPU.
+
+Made for the demo and for tests on real faces, not for publishing numbers: 3.5 M parameters at 512-d. What counts on a
+CPU is memory traffic, not multiplications (its bfloat16 matrix units do those almost for free), hence a strided stem, a
+first stage at 28x28, plain post-activation units (He et al., CVPR 2016) with ReLU instead of PReLU, and channels_last.
+The head is IResNet's: batch norm, flatten, dropout, fully connected layer, batch norm.
+"""
+
+import torch
+from torch import Tensor, nn
+
+from arcface_kd.backbones.face_backbone import FaceBackbone
+
+_WIDTHS = (32, 64, 128, 192)
+_UNITS_A_STAGE = 2
+_MAP_SIZE = 4
+
+
+def _conv_and_norm(
+    in_channels: int, out_channels: int, kernel_size: int, stride: int = 1
+) -> tuple[nn.Module, nn.Module]:
+    conv = nn.Conv2d(in_channels, out_channels, kernel_size, stride, padding=kernel_size // 2, bias=False)
+    return conv, nn.BatchNorm2d(out_channels)
+
+
+class ThinUnit(nn.Module):
+    """3x3 (strided), batch norm, ReLU, 3x3, batch norm, plus the shortcut, ReLU.
+
+    Args:
+        in_channels: channels of the input.
+        out_channels: channels of the output.
+        stride: 1, or 2 to halve the map; where it or the channels change, the shortcut is a 1x1 convolution.
+    """
+
+    def __init__(self, in_channels: int, out_channels: int, stride: int = 1) -> None:
+        super().__init__()
+        self.residual = nn.Sequential(
+            *_conv_and_norm(in_channels, out_channels, 3, stride),
+            nn.ReLU(inplace=True),
+            *_conv_and_norm(out_channels, out_channels, 3),
+        )
+        self.shortcut: nn.Module = nn.Identity()
+        if stride != 1 or in_channels != out_channels:
+            self.shortcut = nn.Sequential(*_conv_and_norm(in_channels, out_channels, 1, stride))
+
+    def forward(self, features: Tensor) -> Tensor:
+        """Map features (B, in_channels, H, W) to (B, out_channels, ceil(H / stride), ceil(W / stride))."""
+        total = self.residual(features)
+        total += self.shortcut(features)
+        return torch.relu_(total)
+
+
+class ThinResNet(FaceBackbone):
+    """A thin residual network for 112x112 faces.
+
+    ``features.weight`` (the scale of the embedding's batch norm) stays 1 and is not trained, as in IResNet.
+
+    Args:
+        dropout: probability of dropping a value of the flattened map, in [0, 1).
+        fp16: autocast up to the flattened map (float16 on GPUs, bfloat16 on CPUs); the embedding layer is float32.
+        num_features: embedding size D.
+    """
+
+    def __init__(self, *, dropout: float = 0.0, fp16: bool = False, num_features: int = 512) -> None:
+        super().__init__(fp16=fp16)
+        channels = _WIDTHS[0]
+        self.stem = nn.Sequential(*_conv_and_norm(3, channels, 3, stride=2), nn.ReLU(inplace=True))
+        stages = []
+        for width in _WIDTHS:
+            units = [ThinUnit(channels, width, stride=2), *(ThinUnit(width, width) for _ in range(_UNITS_A_STAGE - 1))]
+            stages.append(nn.Sequential(*units))
+            channels = width
+        self.stages = nn.Sequential(*stages)
+        self.bn2 = nn.BatchNorm2d(channels)
+        self.dropout = nn.Dropout(dropout, inplace=True)
+        self.fc = nn.Linear(channels * _MAP_SIZE**2, num_features)
+        self.features = nn.BatchNorm1d(num_features)
+        self.features.weight.requires_grad_(False)
+        for module in self.modules():
+            if isinstance(module, nn.Conv2d):
+                nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+
+    def feature_map(self, images: Tensor) -> Tensor:
+        """Stem and stages: (B, 3, 112, 112) to (B, 192, 4, 4), in the half precision type when ``fp16`` is set."""
+        with self.autocast(images, half=self.fp16):
+            return self.stages(self.stem(images.contiguous(memory_format=torch.channels_last)))
+
+    def tail(self, feature_map: Tensor) -> Tensor:
+        """Batch norm, dropout, fully connected layer, batch norm: (B, 192, 4, 4) to (B, D)."""
+        with self.autocast(feature_map, half=self.fp16):
+            flat = self.dropout(torch.flatten(self.bn2(feature_map), 1))
+        with self.autocast(feature_map, half=False):
+            return self.features(self.fc(flat.float() if self.fp16 else flat))
