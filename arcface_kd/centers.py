@@ -41,19 +41,20 @@ def initial_centers(shard: ClassShard, embedding_size: int, seed: int, std: floa
     return torch.cat(parts) if parts else torch.empty(0, embedding_size)
 
 
-def repetition_weights(labels: Tensor, repeated: Repeated) -> Tensor:
+def repetition_weights(labels: Tensor, repeated: Repeated, dtype: torch.dtype = torch.float32) -> Tensor:
     """How much each row of a batch counts in the update of its class.
 
     Args:
         labels: (B,) int64, negative ones count nothing.
         repeated: ``mean`` gives each of n rows of one class 1 / n, whatever their order; ``last`` gives the last row 1
             and the others 0, as the published code leaves it.
+        dtype: of the weights.
 
     Returns:
-        (B,) fp32 weights.
+        (B,) weights.
     """
     same = labels.unsqueeze(1) == labels.unsqueeze(0)
-    weights = 1.0 / same.sum(1) if repeated == "mean" else 1.0 - same.triu(1).any(1).float()
+    weights = same.sum(1).to(dtype).reciprocal() if repeated == "mean" else 1 - same.triu(1).any(1).to(dtype)
     return weights * (labels >= 0)
 
 
@@ -97,7 +98,7 @@ class DistilledCenters(nn.Module):
         """
         position, owned = self.shard.local(labels)
         cosine = (self.weight[position] * unit).sum(1) * self.inverse_norms[position]
-        return cosine * owned
+        return torch.where(owned, cosine, torch.zeros_like(cosine))
 
     @torch.no_grad()
     def update(self, labels: Tensor, teacher: Tensor, alpha: Tensor, repeated: Repeated = "mean") -> None:
@@ -107,7 +108,8 @@ class DistilledCenters(nn.Module):
         an added difference, so that neither a sort nor a search for distinct labels makes the device wait.
 
         Args:
-            labels: (B,) labels of the gathered batch; negative ones and other ranks' classes are passed over.
+            labels: (B,) labels of the gathered batch; negative ones and other ranks' classes are passed over, and rows
+                whose embeddings are not finite.
             teacher: (B, D) normalised teacher embeddings.
             alpha: (B,) in [0, 1], how much of the old center stays.
             repeated: ``mean`` or ``last``.
@@ -115,7 +117,11 @@ class DistilledCenters(nn.Module):
         position, owned = self.shard.local(labels)
         if self.weight.shape[0] == 0:
             return
-        share = repetition_weights(labels, repeated).to(teacher.dtype) * (1 - alpha) * owned
+        share = repetition_weights(labels, repeated, teacher.dtype) * (1 - alpha)
         difference = (teacher - self.weight[position]) * share.unsqueeze(1)
+        # Other ranks' rows add zero to row 0. A row that fp16 has overflown is passed over: the step that it spoils can
+        # be skipped, a center that it spoils would be lost for good.
+        kept = owned & difference.isfinite().all(1)
+        difference = torch.where(kept.unsqueeze(1), difference, torch.zeros_like(difference))
         self.weight.index_add_(0, position, difference.to(self.weight.dtype))
         self.inverse_norms[position] = inverse_norm(self.weight[position])

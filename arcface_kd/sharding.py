@@ -71,11 +71,12 @@ class RankGroup:
 
     Args:
         group: the process group; ``None`` takes the default one when ``torch.distributed`` is initialised.
+        alone: be a single process, whatever group there is.
     """
 
-    def __init__(self, group: distributed.ProcessGroup | None = None) -> None:
+    def __init__(self, group: distributed.ProcessGroup | None = None, *, alone: bool = False) -> None:
         self.group = group
-        active = distributed.is_available() and distributed.is_initialized()
+        active = not alone and distributed.is_available() and distributed.is_initialized()
         self.rank: int = distributed.get_rank(group) if active else 0
         self.world_size: int = distributed.get_world_size(group) if active else 1
         self._host_group = group
@@ -150,7 +151,7 @@ class RankGroup:
             own = gathered.new_empty((sizes[self.rank], *gathered.shape[1:]))
             distributed.reduce_scatter_tensor(own, gathered.contiguous(), group=self.group)
             return own
-        return self.own_rows(self.sum_(gathered.clone()), sizes)
+        return self.own_rows(self.sum_(gathered.clone(memory_format=torch.contiguous_format)), sizes)
 
     def sum_(self, values: Tensor) -> Tensor:
         """Sum over ranks, in place."""

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn.functional import normalize
+from torch.autograd.function import once_differentiable
 
 from arcface_kd.losses.margin import Margin
 from arcface_kd.sharding import RankGroup, positions_in_shard
@@ -25,10 +25,14 @@ from arcface_kd.sharding import RankGroup, positions_in_shard
 _CHUNK_ELEMENTS = {"cpu": 1 << 19, "cuda": 1 << 24}
 
 
+# A chunk's weighted sum of unit centers stays below this number of classes, so that fp16 (up to 65504) can hold it.
+_LARGEST_CHUNK = 1 << 15
+
+
 def chunk_size(batch: int, device: torch.device) -> int:
     """Classes in one chunk for a gathered batch, chosen so that a chunk's logits suit the device's memory."""
     budget = _CHUNK_ELEMENTS.get(device.type, _CHUNK_ELEMENTS["cuda"])
-    return max(256, budget // max(batch, 1) // 256 * 256)
+    return min(max(256, budget // max(batch, 1) // 256 * 256), _LARGEST_CHUNK)
 
 
 class _Classes(NamedTuple):
@@ -37,7 +41,7 @@ class _Classes(NamedTuple):
     Attributes:
         centers: (C, D) class centers of this shard, not normalised.
         inverse_norms: (C,) one over each center's norm, or None to find it on the way.
-        index: (K,) sorted positions of the sampled classes, or None for all.
+        sampled: (K,) sorted positions of the sampled classes, or None for all.
         position: (B,) the target's position among the classes that the pass visits; -1 where it is not here.
         target: (B,) the target's position in ``centers``; 0 where it is not here.
         owned: (B,) bool, whether the target is on this rank.
@@ -45,19 +49,19 @@ class _Classes(NamedTuple):
 
     centers: Tensor
     inverse_norms: Tensor | None
-    index: Tensor | None
+    sampled: Tensor | None
     position: Tensor
     target: Tensor
     owned: Tensor
 
     @property
     def visited(self) -> int:
-        return self.centers.shape[0] if self.index is None else self.index.shape[0]
+        return self.centers.shape[0] if self.sampled is None else self.sampled.shape[0]
 
     def rows(self, start: int, dtype: torch.dtype, chunk: int) -> tuple[Tensor, Tensor]:
         """One chunk's centers (K, D) as they are and one over their norms (K,)."""
         stop = min(start + chunk, self.visited)
-        chosen = slice(start, stop) if self.index is None else self.index[start:stop]
+        chosen = slice(start, stop) if self.sampled is None else self.sampled[start:stop]
         rows = self.centers[chosen].to(dtype)
         if self.inverse_norms is None:
             return rows, inverse_norm(rows)
@@ -192,7 +196,9 @@ class _MarginSoftmax(torch.autograd.Function):
         unit = raw * inverse
         classes = _classes(centers, inverse_norms, labels, class_start, index)
 
-        own = normalize(centers[classes.target].to(dtype))
+        own = centers[classes.target].to(dtype)
+        own_inverse = inverse_norm(own).unsqueeze(1)
+        own = own * own_inverse
         psi, slope = margin.target((unit * own).sum(1))
         local = _pass_over_classes(unit * margin.scale, classes, margin, chunk, product_dtype)
 
@@ -202,44 +208,48 @@ class _MarginSoftmax(torch.autograd.Function):
         valid = labels >= 0
         target = torch.where(valid, target, torch.zeros_like(target))
         top = torch.maximum(maximum, target)
-        total = ranks.sum_(local.total * (local.maximum - top).exp())
-        log_normaliser = top + (total + (target - top).exp()).log()
+        others = ranks.sum_(local.total * (local.maximum - top).exp())
+        whole = others + (target - top).exp()
 
         weight = valid.to(dtype) / valid.sum().clamp_min(1).to(dtype)
-        loss = ((log_normaliser - target) * weight).sum()
+        # log(1 + others / own) and 1 - p_y by their small parts: nothing cancels where p_y is nearly 1.
+        odds = others.log() + (top - target)
+        loss = (torch.logaddexp(odds, torch.zeros_like(odds)) * weight).sum()
 
         scale = margin.scale * weight
         # Rows of other shards' maximum may be far above this shard's: the share underflows to 0 as it should.
-        share = (local.maximum - log_normaliser).exp() * scale
-        miss = ((target - log_normaliser).exp() - 1) * slope * scale * classes.owned
+        share = (local.maximum - top).exp() / whole * scale
+        miss = -others / whole * slope * scale * classes.owned
         gradient = local.pull * share.unsqueeze(1) + own * miss.unsqueeze(1)
-        ctx.save_for_backward(
-            _through_normalisation(gradient, unit, inverse),
-            unit,
-            miss,
-            weight,
-            log_normaliser,
-            centers,
-            inverse_norms,
-            labels,
-            index,
-        )
+        in_embeddings = _through_normalisation(gradient, unit, inverse)
         ctx.settings = (margin, class_start, chunk, product_dtype, embeddings.dtype)
+        if ctx.needs_input_grad[1]:
+            ctx.save_for_backward(
+                in_embeddings, unit, own, own_inverse, local.maximum, share, miss, centers, inverse_norms, labels, index
+            )
+        else:
+            # Frozen centers may move before the backward pass, which does not look at them.
+            ctx.save_for_backward(in_embeddings)
         return loss
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         (upstream,) = gradients
-        gradient, unit, miss, weight, log_normaliser, centers, inverse_norms, labels, index = ctx.saved_tensors
+        in_embeddings, *saved = ctx.saved_tensors
         margin, class_start, chunk, product_dtype, embedding_dtype = ctx.settings
-        in_embeddings = (gradient * upstream).to(embedding_dtype) if ctx.needs_input_grad[0] else None
         in_centers = None
-        if ctx.needs_input_grad[1]:
+        if saved:
+            unit, own, own_inverse, maximum, share, miss, centers, inverse_norms, labels, index = saved
             classes = _classes(centers, inverse_norms, labels, class_start, index)
-            in_centers = _gradient_in_centers(
-                unit, classes, margin, chunk, product_dtype, log_normaliser, weight * upstream, miss * upstream
-            )
-        return in_embeddings, in_centers, *(None,) * 8
+            # As in the forward pass, the products' format is chosen here and nowhere else.
+            with torch.autocast(unit.device.type, enabled=False):
+                in_centers = _gradient_in_centers(unit, classes, margin, chunk, product_dtype, maximum, share, upstream)
+            # The target's own pull, which the margin's slope has scaled; rows of other ranks add zero to row 0.
+            pull = _through_normalisation(unit * (miss * upstream).unsqueeze(1), own, own_inverse)
+            in_centers.index_add_(0, classes.target, pull.to(in_centers.dtype))
+        wanted = ctx.needs_input_grad[0]
+        return (in_embeddings * upstream).to(embedding_dtype) if wanted else None, in_centers, *(None,) * 8
 
 
 def _gradient_in_centers(
@@ -248,15 +258,33 @@ def _gradient_in_centers(
     margin: Margin,
     chunk: int,
     product_dtype: torch.dtype,
-    log_normaliser: Tensor,
-    weight: Tensor,
-    miss: Tensor,
+    maximum: Tensor,
+    share: Tensor,
+    upstream: Tensor,
 ) -> Tensor:
-    """The second pass: softmax weights again, with the normaliser known, and their product with the embeddings."""
+    """The second pass: softmax weights again, and their product with the embeddings, but for the targets' own pull.
+
+    Args:
+        unit: (B, D) normalised embeddings.
+        classes: this rank's classes.
+        margin: for the scale and the interclass filter.
+        chunk: classes at a time.
+        product_dtype: number format of the factors of the two matrix products.
+        maximum: (B,) largest non-target logit of this shard, from the first pass.
+        share: (B,) factor from ``exp(z - maximum)`` to the loss's derivative in the cosine.
+        upstream: scalar, the gradient in the loss.
+    """
     dtype, centers = unit.dtype, classes.centers
     result = torch.zeros_like(centers)
-    scaled = unit * margin.scale
-    factor, weighted = scaled.to(product_dtype), (scaled * weight.unsqueeze(1)).to(product_dtype)
+    if unit.shape[0] == 0:
+        return result
+    # The largest share is divided out of the product and put back behind it: a loss scaled for fp16 and a mean over a
+    # large batch stay inside the format's range.
+    largest = share.amax().clamp_min(torch.finfo(dtype).tiny)
+    factor = (unit * margin.scale).to(product_dtype)
+    weighted = (unit * (share / largest).unsqueeze(1)).to(product_dtype)
+    restore = largest * upstream
+    shift = torch.where(maximum.isinf(), torch.zeros_like(maximum), maximum).unsqueeze(1)
     for start in range(0, classes.visited, chunk):
         rows, inverse = classes.rows(start, dtype, chunk)
         logits = _chunk_of(rows, inverse, product_dtype).cosines(factor, dtype)
@@ -264,24 +292,16 @@ def _gradient_in_centers(
         filtered = logits > margin.filter_threshold * margin.scale if margin.filter_threshold > 0 else None
         if filtered is not None:
             logits.masked_fill_(filtered, 0.0)
-        weights = logits.sub_(log_normaliser.unsqueeze(1)).exp_()
+        weights = logits.sub_(shift).exp_()
         if filtered is not None:
             weights.masked_fill_(filtered, 0.0)
-        column = classes.position - start
-        here = (column >= 0) & (column < rows.shape[0])
         gradient = (weights.to(product_dtype).T @ weighted).to(dtype)
-        # The target's own pull, which the margin's slope has scaled; rows of other chunks add zero to row 0.
-        gradient.index_add_(
-            0,
-            torch.where(here, column, torch.zeros_like(column)),
-            unit * torch.where(here, miss, torch.zeros_like(miss)).unsqueeze(1),
-        )
         inverse = inverse.unsqueeze(1)
-        gradient = _through_normalisation(gradient, rows * inverse, inverse).to(centers.dtype)
-        if classes.index is None:
+        gradient = _through_normalisation(gradient, rows * inverse, inverse * restore).to(centers.dtype)
+        if classes.sampled is None:
             result[start : start + rows.shape[0]] = gradient
         else:
-            result[classes.index[start : start + rows.shape[0]]] = gradient
+            result[classes.sampled[start : start + rows.shape[0]]] = gradient
     return result
 
 
@@ -341,10 +361,10 @@ def margin_softmax(
             centers,
             inverse_norms,
             labels,
-            index,
+            None if index is None else index.contiguous(),
             margin,
             class_start,
-            ranks or RankGroup(),
+            ranks or RankGroup(alone=True),
             chunk or chunk_size(embeddings.shape[0], embeddings.device),
             product_dtype or dtype,
         )

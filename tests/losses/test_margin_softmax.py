@@ -1,0 +1,445 @@
+"""Margin softmax in one process: values and gradients against the dense twin, precision, corner cases."""
+
+import copy
+import warnings
+from collections.abc import Callable
+
+import pytest
+import torch
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+from torch.nn.functional import normalize
+
+from arcface_kd.losses.margin import Margin
+from arcface_kd.losses.margin_softmax import chunk_size, inverse_norm, margin_softmax
+from tests.reference.margin_softmax import dense_margin_softmax
+from tests.reference.problems import ARCFACE, COMBINED, COSFACE, MARGINS, Problem, random_problem
+
+CHUNKS = [1, 7, 10_000, None]
+
+
+def differentiate(loss_of: Callable[[Tensor, Tensor], Tensor], problem: Problem) -> tuple[Tensor, Tensor, Tensor]:
+    """(loss, gradient in the embeddings, gradient in the centers)."""
+    embeddings = problem.embeddings.clone().requires_grad_()
+    centers = problem.centers.clone().requires_grad_()
+    loss = loss_of(embeddings, centers)
+    in_embeddings, in_centers = torch.autograd.grad(loss, [embeddings, centers])
+    return loss.detach(), in_embeddings, in_centers
+
+
+def twin(problem: Problem, margin: Margin, index: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
+    return differentiate(lambda e, c: dense_margin_softmax(e, problem.labels, c, margin, index), problem)
+
+
+def ours(
+    problem: Problem,
+    margin: Margin,
+    index: Tensor | None = None,
+    chunk: int | None = None,
+    product_dtype: torch.dtype | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    def loss_of(embeddings: Tensor, centers: Tensor) -> Tensor:
+        return margin_softmax(
+            embeddings, problem.labels, centers, margin, index=index, chunk=chunk, product_dtype=product_dtype
+        )
+
+    return differentiate(loss_of, problem)
+
+
+def assert_equal(met: tuple[Tensor, ...], wanted: tuple[Tensor, ...], tolerance: float = 1e-10) -> None:
+    for name, a, b in zip(("loss", "embeddings", "centers"), met, wanted, strict=True):
+        assert torch.allclose(a, b, rtol=tolerance, atol=tolerance), f"{name}: off by {(a - b).abs().max():.2e}"
+
+
+@pytest.mark.parametrize("chunk", CHUNKS)
+@pytest.mark.parametrize("sampled", [False, True])
+@pytest.mark.parametrize("name", MARGINS)
+def test_loss_and_gradients_equal_the_dense_twin(name: str, sampled: bool, chunk: int | None) -> None:
+    """Half of the labels are outside the sampled index: targets take part all the same, and pull their center."""
+    problem = random_problem(seed=1)
+    index = torch.arange(0, 23, 2) if sampled else None
+    met, wanted = ours(problem, MARGINS[name], index, chunk), twin(problem, MARGINS[name], index)
+    assert_equal(met, wanted)
+    assert wanted[1].abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("name", MARGINS)
+def test_every_problem_reaches_what_it_is_there_for(name: str) -> None:
+    """The dense comparison means nothing if no angle passes pi and no cosine is filtered."""
+    problem, margin = random_problem(seed=1), MARGINS[name]
+    cosine = normalize(problem.embeddings) @ normalize(problem.centers).T
+    own = cosine[problem.labels >= 0, problem.labels[problem.labels >= 0]]
+    assert (problem.labels == -1).any()
+    assert len(set(problem.labels.tolist())) < len(problem.labels)
+    if margin.m2 > 0 or margin.m1 > 1:
+        assert (margin.m1 * own.acos() + margin.m2 > torch.pi).any()
+    if margin.filter_threshold > 0:
+        assert (cosine > margin.filter_threshold).any()
+
+
+@settings(deadline=None, max_examples=60)
+@given(
+    batch=st.integers(1, 9),
+    classes=st.integers(1, 20),
+    dimension=st.integers(2, 7),
+    chunk=st.integers(1, 25),
+    seed=st.integers(0, 1000),
+    name=st.sampled_from(sorted(MARGINS)),
+    keep=st.integers(0, 20),
+)
+def test_any_shape_equals_the_dense_twin(
+    batch: int, classes: int, dimension: int, chunk: int, seed: int, name: str, keep: int
+) -> None:
+    problem = random_problem(seed, batch, classes, dimension)
+    cosine = normalize(problem.embeddings) @ normalize(problem.centers).T
+    threshold = MARGINS[name].filter_threshold
+    # Cosines of exactly +-1 have no derivative in the twin (they are tested below), those at the threshold no side.
+    assume(not (threshold > 0 and ((cosine - threshold).abs() < 1e-12).any()))
+    drawn = torch.randperm(classes, generator=torch.Generator().manual_seed(seed))
+    index = None if keep >= classes else drawn[:keep].sort().values
+    assert_equal(ours(problem, MARGINS[name], index, chunk), twin(problem, MARGINS[name], index), 1e-9)
+
+
+@pytest.mark.parametrize("index", [None, torch.tensor([0, 3, 4, 9, 10])], ids=["all", "sampled"])
+@pytest.mark.parametrize("margin", [ARCFACE, COSFACE, COMBINED], ids=["arcface", "cosface", "combined"])
+def test_gradcheck(margin: Margin, index: Tensor | None) -> None:
+    problem = random_problem(seed=5, batch=7, classes=11, dimension=4)
+    # A logit scale of 64 makes the loss too curved for finite differences.
+    soft = Margin(4.0, margin.m1, margin.m2, margin.m3)
+    torch.autograd.gradcheck(
+        lambda e, c: margin_softmax(e, problem.labels, c, soft, index=index, chunk=3),
+        (problem.embeddings.requires_grad_(), problem.centers.requires_grad_()),
+    )
+
+
+@pytest.mark.parametrize("weight_wants_gradient", [False, True])
+def test_a_second_derivative_is_refused_and_not_silently_wrong(weight_wants_gradient: bool) -> None:
+    problem = random_problem(seed=1)
+    embeddings = problem.embeddings.requires_grad_()
+    weight = torch.ones((), dtype=torch.float64, requires_grad=weight_wants_gradient)
+    loss = weight * margin_softmax(embeddings, problem.labels, problem.centers, ARCFACE)
+    (gradient,) = torch.autograd.grad(loss, embeddings, create_graph=True)
+    with pytest.raises(RuntimeError, match=r"differentiate twice|does not require grad"):
+        gradient.sum().backward()
+
+
+# ---- number formats, judged against the fp64 truth
+
+
+def _distances(problem: Problem, margin: Margin, product_dtype: torch.dtype | None) -> tuple[list[float], list[float]]:
+    """How far (loss, embedding gradient, center gradient) are from the truth: ours and the naive computation's."""
+    truth = twin(Problem(problem.embeddings.double(), problem.labels, problem.centers.double()), margin)
+    met = ours(problem, margin, product_dtype=product_dtype, chunk=300)
+    naive = differentiate(
+        lambda e, c: dense_margin_softmax(e, problem.labels, c, margin, product_dtype=product_dtype), problem
+    )
+    return (
+        [float((a.double() - b).norm() / b.norm()) for a, b in zip(met, truth, strict=True)],
+        [float((a.double() - b).norm() / b.norm()) for a, b in zip(naive, truth, strict=True)],
+    )
+
+
+@pytest.mark.parametrize("product_dtype", [None, torch.bfloat16, torch.float16], ids=["fp32", "bf16", "fp16"])
+@pytest.mark.parametrize("phase", ["first steps", "half way", "converged"])
+@pytest.mark.parametrize("name", ["arcface", "cosface", "combined"])
+def test_precision_is_no_worse_than_the_naive_computation(
+    name: str, phase: str, product_dtype: torch.dtype | None
+) -> None:
+    """Rounding is a lottery, so the mean over eight batches is compared, with a tenth of leeway."""
+    bound = {None: 1e-5, torch.bfloat16: 3e-2, torch.float16: 5e-3}[product_dtype]
+    met, naive = torch.zeros(3), torch.zeros(3)
+    for seed in range(8):
+        problem = random_problem(seed, batch=48, classes=1000, dimension=64, dtype=torch.float32)
+        own = normalize(problem.centers[problem.labels.clamp_min(0)])
+        lean = {"first steps": 0.0, "half way": 5.0, "converged": 40.0}[phase]
+        problem = problem._replace(embeddings=problem.embeddings + lean * own)
+        a, b = _distances(problem, MARGINS[name], product_dtype)
+        met, naive = met + torch.tensor(a), naive + torch.tensor(b)
+    # In bf16 the naive cosine of a converged row rounds to 1, where acos has no finite gradient.
+    naive = naive.nan_to_num(nan=torch.inf)
+    assert (met <= 1.1 * naive).all(), f"ours {met / 8}, naive {naive / 8}"
+    assert (met / 8 < bound).all(), f"ours {met / 8}"
+
+
+def test_fp32_keeps_the_small_loss_of_a_confident_row() -> None:
+    """Where p_y is 1 to the last digit, loss and gradient are the other classes' small share, not a cancelled 0."""
+    problem = random_problem(3, batch=1, classes=40, dimension=32, dtype=torch.float32)
+    problem = problem._replace(embeddings=normalize(problem.centers[problem.labels]) + 0.02)
+    plain = Margin(32.0, 1.0, 0.0, 0.0)
+    truth = twin(Problem(problem.embeddings.double(), problem.labels, problem.centers.double()), plain)
+    assert 1e-10 < truth[0] < 3e-8
+    for a, b in zip(ours(problem, plain), truth, strict=True):
+        assert (a.double() - b).norm() <= 1e-4 * b.norm()
+
+
+@pytest.mark.parametrize("batch", [2, 64])
+def test_fp16_products_survive_a_loss_scaled_for_fp16(batch: int) -> None:
+    """GradScaler begins at 65536, which times the logit scale is beyond fp16."""
+    problem = random_problem(2, batch=batch, classes=200, dimension=16, dtype=torch.float32)
+
+    def with_loss_scale(factor: float) -> tuple[Tensor, Tensor, Tensor]:
+        def loss_of(embeddings: Tensor, centers: Tensor) -> Tensor:
+            half = torch.float16
+            return factor * margin_softmax(embeddings, problem.labels, centers, ARCFACE, product_dtype=half, chunk=64)
+
+        return differentiate(loss_of, problem)
+
+    plain, scaled = with_loss_scale(1.0), with_loss_scale(65536.0)
+    for a, b in zip(plain, scaled, strict=True):
+        torch.testing.assert_close(a * 65536.0, b, rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_embeddings_get_a_fp32_loss_and_a_gradient_of_their_own_format(dtype: torch.dtype) -> None:
+    problem = random_problem(4, batch=16, classes=50, dimension=16, dtype=torch.float32)
+    embeddings = problem.embeddings.to(dtype).requires_grad_()
+    loss = margin_softmax(embeddings, problem.labels, problem.centers, ARCFACE)
+    loss.backward()
+    assert loss.dtype == torch.float32
+    assert embeddings.grad is not None
+    assert embeddings.grad.dtype == dtype
+    exact = twin(problem._replace(embeddings=embeddings.detach().float()), ARCFACE)
+    torch.testing.assert_close(loss.detach(), exact[0], rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(embeddings.grad.float(), exact[1], rtol=2e-2, atol=1e-4)
+
+
+@pytest.mark.parametrize("learned", [False, True], ids=["frozen", "learned"])
+def test_an_enclosing_autocast_changes_nothing(learned: bool) -> None:
+    """Neither around the forward nor around the backward pass."""
+    problem = random_problem(6, batch=16, classes=50, dimension=16, dtype=torch.float32)
+
+    def run() -> list[Tensor]:
+        embeddings = problem.embeddings.clone().requires_grad_()
+        centers = problem.centers.clone().requires_grad_(learned)
+        loss = margin_softmax(embeddings, problem.labels, centers, ARCFACE)
+        loss.backward()
+        return [loss.detach(), *[t.grad for t in (embeddings, centers) if t.grad is not None]]
+
+    wanted = run()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        met = run()
+    assert len(met) == 2 + learned
+    for a, b in zip(met, wanted, strict=True):
+        assert torch.equal(a, b)
+
+
+# ---- corner cases
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("name", MARGINS)
+def test_huge_logit_scale_and_underflow_stay_finite_and_right(name: str, dtype: torch.dtype) -> None:
+    """s = 512: a row's exponentials span e^1000, most of them 0 in any format."""
+    base = MARGINS[name]
+    margin = Margin(512.0, base.m1, base.m2, base.m3, base.filter_threshold)
+    problem = random_problem(7, dtype=dtype)
+    met = ours(problem, margin, chunk=5)
+    wanted = twin(Problem(problem.embeddings.double(), problem.labels, problem.centers.double()), margin)
+    tolerance = 1e-9 if dtype == torch.float64 else 2e-3
+    for a, b in zip(met, wanted, strict=True):
+        assert a.isfinite().all()
+        torch.testing.assert_close(a.double(), b, rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize("name", MARGINS)
+def test_all_cosines_negative(name: str) -> None:
+    """Every logit is far below 0, where exponentials without a maximum taken off would all be 0."""
+    generator = torch.Generator().manual_seed(0)
+    centers = torch.rand(30, 8, generator=generator, dtype=torch.float64) + 1
+    embeddings = -torch.rand(5, 8, generator=generator, dtype=torch.float64) - 1
+    problem = Problem(embeddings, torch.tensor([0, 29, 4, 4, -1]), centers)
+    base = MARGINS[name]
+    margin = Margin(900.0, base.m1, base.m2, base.m3, base.filter_threshold)
+    assert_equal(ours(problem, margin, chunk=7), twin(problem, margin), 1e-9)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("name", MARGINS)
+@pytest.mark.parametrize("sign", [1.0, -1.0])
+def test_embeddings_on_and_opposite_their_center_have_finite_gradients(
+    name: str, dtype: torch.dtype, sign: float
+) -> None:
+    centers = torch.eye(4, dtype=dtype) * 2
+    problem = Problem(sign * centers[:3].clone(), torch.tensor([0, 1, 2]), centers)
+    loss, in_embeddings, in_centers = ours(problem, MARGINS[name])
+    for values in (loss, in_embeddings, in_centers):
+        assert values.isfinite().all()
+    nudged = problem._replace(embeddings=problem.embeddings + torch.tensor([0.0, 0.0, 0.0, 1e-5], dtype=dtype))
+    near = ours(nudged, MARGINS[name])
+    torch.testing.assert_close(loss, near[0], rtol=1e-3, atol=1e-3)
+    # On the center itself the gradient has a kink (every direction is downhill for the margin), but stays bounded.
+    assert in_embeddings.norm() <= near[1].norm() + MARGINS[name].scale
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_centers_of_zero_norm_have_cosine_0(dtype: torch.dtype) -> None:
+    problem = random_problem(8, dtype=dtype)
+    problem.centers[problem.labels[0]] = 0  # a target
+    problem.centers[(problem.labels.max() + 1) % 23] = 0
+    met, wanted = ours(problem, ARCFACE, chunk=4), twin(problem, ARCFACE)
+    tolerance = 1e-10 if dtype == torch.float64 else 1e-4
+    for a, b in zip(met, wanted, strict=True):
+        assert a.isfinite().all()
+        torch.testing.assert_close(a, b, rtol=tolerance, atol=tolerance)
+
+
+def test_embeddings_of_zero_norm_are_finite() -> None:
+    problem = random_problem(8)
+    problem.embeddings[0] = 0
+    loss, in_embeddings, in_centers = ours(problem, ARCFACE)
+    assert loss.isfinite()
+    assert in_embeddings.isfinite().all()
+    assert in_centers.isfinite().all()
+
+
+@pytest.mark.parametrize("chunk", [1, 4, None])
+def test_rows_without_label_count_for_nothing(chunk: int | None) -> None:
+    problem = random_problem(9)
+    kept = problem.labels >= 0
+    assert not kept.all()
+    alone = Problem(problem.embeddings[kept], problem.labels[kept], problem.centers)
+    met, wanted = ours(problem, ARCFACE, chunk=chunk), ours(alone, ARCFACE, chunk=chunk)
+    torch.testing.assert_close(met[0], wanted[0])
+    torch.testing.assert_close(met[1][kept], wanted[1])
+    torch.testing.assert_close(met[2], wanted[2])
+    assert (met[1][~kept] == 0).all()
+
+
+@pytest.mark.parametrize("batch", [0, 1, 5])
+@pytest.mark.parametrize("name", MARGINS)
+def test_a_batch_without_any_label_has_loss_and_gradients_0(name: str, batch: int) -> None:
+    problem = random_problem(9, batch=batch)
+    problem = problem._replace(labels=torch.full((batch,), -1))
+    for values in ours(problem, MARGINS[name]):
+        assert (values == 0).all()
+
+
+@pytest.mark.parametrize("name", MARGINS)
+def test_one_row_and_one_class(name: str) -> None:
+    """Nothing to tell apart: loss and gradients are 0, not nan."""
+    problem = random_problem(10, batch=1, classes=1)
+    for values in ours(problem, MARGINS[name]):
+        assert (values == 0).all()
+    one_row = random_problem(10, batch=1, classes=9)
+    assert_equal(ours(one_row, MARGINS[name], chunk=2), twin(one_row, MARGINS[name]))
+
+
+@pytest.mark.parametrize("given_norms", [False, True])
+@pytest.mark.parametrize("index", [None, torch.tensor([1, 2, 5, 22])], ids=["all", "sampled"])
+def test_norms_that_the_caller_keeps_change_nothing(given_norms: bool, index: Tensor | None) -> None:
+    problem = random_problem(11)
+    norms = inverse_norm(problem.centers) if given_norms else None
+    embeddings = problem.embeddings.clone().requires_grad_()
+    loss = margin_softmax(
+        embeddings, problem.labels, problem.centers, COMBINED, inverse_norms=norms, index=index, chunk=4
+    )
+    (gradient,) = torch.autograd.grad(loss, embeddings)
+    wanted = twin(problem, COMBINED, index)
+    torch.testing.assert_close(loss.detach(), wanted[0], rtol=1e-10, atol=1e-10)
+    torch.testing.assert_close(gradient, wanted[1], rtol=1e-10, atol=1e-10)
+
+
+def test_non_contiguous_inputs_are_taken_without_a_warning() -> None:
+    problem, index = random_problem(12), torch.arange(0, 23, 2)
+    spread = Problem(
+        torch.stack([problem.embeddings, problem.embeddings], 2)[..., 0],
+        torch.stack([problem.labels, problem.labels], 1)[:, 1],
+        problem.centers.T.contiguous().T,
+    )
+    strided = torch.stack([index, index], 1)[:, 0]
+    assert not any(t.is_contiguous() for t in (*spread, strided))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        met = differentiate(
+            lambda e, c: margin_softmax(
+                torch.stack([e, e], 2)[..., 0], spread.labels, c.T.contiguous().T, ARCFACE, index=strided, chunk=5
+            ),
+            problem,
+        )
+    assert_equal(met, twin(problem, ARCFACE, index))
+
+
+def test_a_shard_that_holds_no_target_and_an_empty_sample() -> None:
+    """Both shards of a two-way split in one process: what each of them contributes alone is finite."""
+    problem = random_problem(13)
+    labels = torch.zeros_like(problem.labels)
+    loss = margin_softmax(
+        problem.embeddings.requires_grad_(),
+        labels,
+        problem.centers,
+        ARCFACE,
+        index=torch.empty(0, dtype=torch.int64),
+    )
+    loss.backward()
+    assert loss == 0
+    assert problem.embeddings.grad is not None
+    assert (problem.embeddings.grad == 0).all()
+
+
+def test_inputs_are_left_as_they_were() -> None:
+    problem = random_problem(14)
+    before = copy.deepcopy(problem)
+    ours(problem, MARGINS["combined-filtered"], index=torch.arange(3, 20), chunk=4)
+    for a, b in zip(problem, before, strict=True):
+        assert torch.equal(a, b)
+
+
+def test_frozen_centers_may_move_between_forward_and_backward() -> None:
+    """As they do when a trainer calls the head twice before it goes back."""
+    problem = random_problem(15)
+    wanted = twin(problem, ARCFACE)[1]
+    embeddings, centers = problem.embeddings.clone().requires_grad_(), problem.centers.clone()
+    loss = margin_softmax(embeddings, problem.labels, centers, ARCFACE)
+    centers.zero_()
+    loss.backward()
+    assert embeddings.grad is not None
+    torch.testing.assert_close(embeddings.grad, wanted, rtol=1e-10, atol=1e-10)
+
+
+def test_nothing_of_the_size_of_the_logits_is_kept_for_frozen_centers() -> None:
+    problem = random_problem(16, batch=8, classes=5000)
+    kept: list[tuple[int, ...]] = []
+
+    def pack(tensor: Tensor) -> Tensor:
+        kept.append(tuple(tensor.shape))
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        margin_softmax(problem.embeddings.requires_grad_(), problem.labels, problem.centers, ARCFACE)
+    assert kept == [(8, 6)]
+
+
+def test_gradients_reach_only_who_asks() -> None:
+    problem = random_problem(17)
+    wanted = twin(problem, ARCFACE)
+    centers = problem.centers.clone().requires_grad_()
+    margin_softmax(problem.embeddings, problem.labels, centers, ARCFACE).backward()
+    torch.testing.assert_close(centers.grad, wanted[2], rtol=1e-10, atol=1e-10)
+    with torch.no_grad():
+        loss = margin_softmax(problem.embeddings, problem.labels, centers, ARCFACE)
+    assert not loss.requires_grad
+
+
+@pytest.mark.parametrize("batch", [0, 1, 7, 256, 1024, 10_000_000])
+@pytest.mark.parametrize("kind", ["cpu", "cuda", "mps"])
+def test_chunks_are_bounded_whatever_the_batch(batch: int, kind: str) -> None:
+    size = chunk_size(batch, torch.device(kind))
+    assert 256 <= size <= 32768
+    assert batch * size <= max(1 << 24, 256 * batch)
+
+
+@pytest.mark.parametrize(
+    ("embeddings", "labels", "centers", "said"),
+    [
+        ((4, 3), (4,), (5, 2), r"embeddings \(4, 3\) and centers \(5, 2\)"),
+        ((4,), (4,), (5, 4), r"embeddings \(4,\)"),
+        ((4, 3), (5,), (5, 3), r"labels \(5,\)"),
+        ((4, 3), (4, 1), (5, 3), r"labels \(4, 1\)"),
+    ],
+)
+def test_shapes_that_do_not_belong_together_are_named(
+    embeddings: tuple[int, ...], labels: tuple[int, ...], centers: tuple[int, ...], said: str
+) -> None:
+    with pytest.raises(ValueError, match=said):
+        margin_softmax(torch.ones(embeddings), torch.zeros(labels, dtype=torch.int64), torch.ones(centers), ARCFACE)
