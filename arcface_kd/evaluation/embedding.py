@@ -1,0 +1,99 @@
+"""From images to the embeddings that verification compares: flip-summed, L2-normalised."""
+
+from itertools import chain
+
+import numpy as np
+import torch
+from numpy.typing import DTypeLike
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from arcface_kd.errors import DataError
+
+
+def normalize(embeddings: np.ndarray) -> np.ndarray:
+    """Scale every row to length 1, in float64, with the same bits as scikit-learn's ``normalize``.
+
+    Args:
+        embeddings: (N, D).
+
+    Returns:
+        (N, D) float64. Rows shorter than 10 machine epsilons (zero vectors) stay as they are.
+    """
+    rows = np.asarray(embeddings, dtype=np.float64)
+    norms = np.sqrt(np.einsum("ij,ij->i", rows, rows))
+    norms[norms < 10 * np.finfo(np.float64).eps] = 1.0
+    return rows / norms[:, None]
+
+
+def _device_of(model: nn.Module) -> torch.device:
+    tensor = next(chain(model.parameters(), model.buffers()), None)
+    return torch.device("cpu") if tensor is None else tensor.device
+
+
+@torch.no_grad()
+def embed(
+    model: nn.Module,
+    images: Tensor,
+    *,
+    batch_size: int = 128,
+    flip: bool = True,
+    device: torch.device | str | None = None,
+    dtype: DTypeLike = np.float32,
+    progress: bool = False,
+) -> np.ndarray:
+    """Embed images as InsightFace's verification does: f(x) + f(mirrored x), then L2-normalised.
+
+    The model is in evaluation mode meanwhile; afterwards every module is in the mode it was in. Sums and norms are
+    float64. The last batch reaches back over earlier images to be as long as the others (as InsightFace's does), so
+    that every batch runs through the same kernels.
+
+    Args:
+        model: (B, 3, H, W) float32 RGB images in [-1, 1] to (B, D) embeddings.
+        images: (N, 3, H, W) uint8 RGB, N >= 1.
+        batch_size: images a forward pass, at least 1.
+        flip: add the embedding of the mirrored image.
+        device: where the batches go, ``None`` for where the model's parameters are.
+        dtype: type of the result; float64 keeps what float32 rounds off, which ``evaluate`` needs to agree with
+            InsightFace to the last digit.
+        progress: show a bar, on a terminal only.
+
+    Returns:
+        (N, D) array of ``dtype``; a zero embedding stays zero.
+
+    Raises:
+        DataError: images of another type or shape, or none; a model that does not return (B, D); a batch size below 1.
+    """
+    if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[1] != 3 or len(images) == 0:
+        raise DataError(
+            f"images of shape {tuple(images.shape)} and type {images.dtype}: wanted (N, 3, H, W) of torch.uint8 with "
+            "at least one image"
+        )
+    if batch_size < 1:
+        raise DataError(f"batch size {batch_size}: wanted at least 1")
+    target = _device_of(model) if device is None else torch.device(device)
+    training = [module for module in model.modules() if module.training]
+    sums: np.ndarray | None = None
+    model.eval()
+    try:
+        with tqdm(total=len(images), unit="image", desc="embedding", disable=None if progress else True) as bar:
+            for start in range(0, len(images), batch_size):
+                stop = min(start + batch_size, len(images))
+                batch = images[max(0, stop - batch_size) : stop].to(target).float()
+                batch = ((batch / 255) - 0.5) / 0.5
+                for view in (batch, batch.flip(-1)) if flip else (batch,):
+                    output = model(view)
+                    if not isinstance(output, Tensor) or output.ndim != 2 or len(output) != len(batch):
+                        met = tuple(output.shape) if isinstance(output, Tensor) else type(output).__name__
+                        raise DataError(
+                            f"the model returned {met} for {len(batch)} images: wanted embeddings ({len(batch)}, D)"
+                        )
+                    if sums is None:
+                        sums = np.zeros((len(images), output.shape[1]))
+                    sums[start:stop] += output[start - stop :].float().cpu().numpy()
+                bar.update(stop - start)
+    finally:
+        for module in training:
+            module.training = True
+    assert sums is not None
+    return normalize(sums).astype(dtype, copy=False)

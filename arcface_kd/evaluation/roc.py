@@ -1,0 +1,120 @@
+"""Receiver operating characteristic of genuine and impostor scores: curve, area, equal error rate, TAR at a FAR.
+
+A score is a similarity: larger means more alike. A pair is accepted when its score reaches a threshold. FAR is the
+share of impostor pairs that are accepted, TAR the share of genuine ones; both are exact step functions of the threshold
+here, without a grid.
+"""
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from arcface_kd.errors import ConfigError, DataError
+
+
+def _require_both(genuine: np.ndarray, impostor: np.ndarray) -> None:
+    if len(genuine) == 0 or len(impostor) == 0:
+        raise DataError(
+            f"{len(genuine)} genuine and {len(impostor)} impostor scores: wanted at least one of each to compare"
+        )
+
+
+def roc_curve(genuine: np.ndarray, impostor: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """One point for each distinct score, from the strictest threshold to the loosest.
+
+    Args:
+        genuine: (G,) finite scores of pairs of one identity, G >= 1.
+        impostor: (I,) finite scores of pairs of two identities, I >= 1.
+
+    Returns:
+        FAR and TAR, both (K,) float64, rising from 0 to 1.
+
+    Raises:
+        DataError: no genuine or no impostor score.
+    """
+    _require_both(genuine, impostor)
+    scores = np.concatenate([genuine, impostor])
+    order = np.argsort(-scores, kind="stable")
+    descending = scores[order]
+    is_last_of_its_score = np.append(descending[1:] != descending[:-1], True)
+    accepted_genuine = np.cumsum(order < len(genuine))[is_last_of_its_score]
+    accepted = np.flatnonzero(is_last_of_its_score) + 1
+    far = np.append(0.0, (accepted - accepted_genuine) / len(impostor))
+    tar = np.append(0.0, accepted_genuine / len(genuine))
+    return far, tar
+
+
+def area_under_curve(genuine: np.ndarray, impostor: np.ndarray) -> float:
+    """Probability that a genuine score exceeds an impostor score, ties counting half (Mann-Whitney).
+
+    Args:
+        genuine: (G,) finite scores, G >= 1.
+        impostor: (I,) finite scores, I >= 1.
+
+    Returns:
+        The area, in [0, 1].
+
+    Raises:
+        DataError: no genuine or no impostor score.
+    """
+    _require_both(genuine, impostor)
+    ascending = np.sort(impostor)
+    below = np.searchsorted(ascending, genuine, side="left").sum(dtype=np.int64)
+    not_above = np.searchsorted(ascending, genuine, side="right").sum(dtype=np.int64)
+    return int(below + not_above) / (2 * len(genuine) * len(impostor))
+
+
+def equal_error_rate(genuine: np.ndarray, impostor: np.ndarray) -> float:
+    """Where the curve, joined by straight lines, has FAR = 1 - TAR.
+
+    Args:
+        genuine: (G,) finite scores, G >= 1.
+        impostor: (I,) finite scores, I >= 1.
+
+    Returns:
+        The common error rate, in [0, 1].
+
+    Raises:
+        DataError: no genuine or no impostor score.
+    """
+    far, tar = roc_curve(genuine, impostor)
+    excess = far - (1 - tar)
+    after = int(np.argmax(excess >= 0))
+    before = after - 1
+    share = excess[before] / (excess[before] - excess[after])
+    return float(far[before] + share * (far[after] - far[before]))
+
+
+def tar_at_far(genuine: np.ndarray, impostor: np.ndarray, levels: Sequence[float]) -> dict[float, float | None]:
+    """TAR at the loosest threshold whose FAR does not exceed each level.
+
+    A level needs at least 1 / level impostor pairs: with fewer, a single false acceptance already exceeds it, and the
+    number would only say where the hardest impostor pair is.
+
+    Args:
+        genuine: (G,) finite scores, G >= 1.
+        impostor: (I,) finite scores, I >= 1.
+        levels: FAR levels, in (0, 1].
+
+    Returns:
+        TAR for each level, ``None`` where there are too few impostor pairs.
+
+    Raises:
+        ConfigError: a level out of range.
+        DataError: no genuine or no impostor score.
+    """
+    _require_both(genuine, impostor)
+    descending = -np.sort(-impostor)
+    result: dict[float, float | None] = {}
+    for level in levels:
+        if not 0 < level <= 1:
+            raise ConfigError(f"FAR level {level!r}: wanted a share above 0 and at most 1, such as 1e-3")
+        # 1e-3 * 1000 is a hair below 1 in floating point for some levels; a whole pair is meant.
+        allowed = int(level * len(impostor) + 1e-9)
+        if allowed == 0:
+            result[level] = None
+        elif allowed >= len(impostor):
+            result[level] = 1.0
+        else:
+            result[level] = float(np.mean(genuine > descending[allowed]))
+    return result
