@@ -10,6 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor, distributed
 
+# torch 2.13 gave them new names and warns about the old ones.
+_all_gather = getattr(distributed, "all_gather_single", None) or distributed.all_gather_into_tensor
+_reduce_scatter = getattr(distributed, "reduce_scatter_single", None) or distributed.reduce_scatter_tensor
+
 
 def positions_in_shard(labels: Tensor, start: int, size: int) -> tuple[Tensor, Tensor]:
     """Positions of labels inside the range of classes [start, start + size).
@@ -95,7 +99,7 @@ class RankGroup:
         if self.world_size == 1:
             return [size]
         gathered = torch.empty(self.world_size, dtype=torch.int64)
-        distributed.all_gather_into_tensor(gathered, torch.tensor([size]), group=self._host_group)
+        _all_gather(gathered, torch.tensor([size]), group=self._host_group)
         return [int(value) for value in gathered.tolist()]
 
     def gather(self, rows: Tensor, sizes: list[int]) -> Tensor:
@@ -115,7 +119,7 @@ class RankGroup:
         padded = rows.new_zeros((largest, *rows.shape[1:]))
         padded[: rows.shape[0]] = rows
         gathered = rows.new_empty((self.world_size * largest, *rows.shape[1:]))
-        distributed.all_gather_into_tensor(gathered, padded, group=self.group)
+        _all_gather(gathered, padded, group=self.group)
         if min(sizes) == largest:
             return gathered
         return torch.cat([gathered[i * largest : i * largest + size] for i, size in enumerate(sizes)])
@@ -149,7 +153,7 @@ class RankGroup:
             return gathered
         if self._scatters and min(sizes) == max(sizes):
             own = gathered.new_empty((sizes[self.rank], *gathered.shape[1:]))
-            distributed.reduce_scatter_tensor(own, gathered.contiguous(), group=self.group)
+            _reduce_scatter(own, gathered.contiguous(), group=self.group)
             return own
         return self.own_rows(self.sum_(gathered.clone(memory_format=torch.contiguous_format)), sizes)
 

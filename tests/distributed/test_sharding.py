@@ -1,0 +1,71 @@
+"""The collectives of a rank group, with batches that differ in size."""
+
+import pytest
+import torch
+from torch import Tensor
+
+from arcface_kd.losses.margin_softmax import margin_softmax
+from arcface_kd.sharding import RankGroup, for_ddp
+from tests.distributed.pool import RankPool
+from tests.reference.problems import ARCFACE, random_problem
+
+SIZES = {1: [[3], [1]], 2: [[2, 2], [3, 1], [0, 2]], 3: [[1, 1, 1], [2, 0, 3]], 4: [[1, 2, 1, 2], [0, 0, 1, 0]]}
+
+
+def _gather(ranks: RankGroup, sizes: list[int]) -> tuple[list[int], Tensor, Tensor, Tensor]:
+    rows = torch.arange(sizes[ranks.rank] * 3, dtype=torch.float64).reshape(-1, 3) + 100 * ranks.rank
+    met = ranks.sizes(len(rows))
+    gathered = ranks.gather(rows, met)
+    labels = ranks.gather(torch.full((len(rows),), ranks.rank), met)
+    return met, gathered, labels, ranks.own_rows(gathered, met)
+
+
+@pytest.mark.parametrize("world_size", SIZES)
+def test_every_rank_gets_all_rows_in_the_order_of_the_ranks(ranks: RankPool, world_size: int) -> None:
+    for sizes in SIZES[world_size]:
+        parts = [torch.arange(n * 3, dtype=torch.float64).reshape(-1, 3) + 100 * r for r, n in enumerate(sizes)]
+        for rank, (met, gathered, labels, own) in enumerate(ranks.run(world_size, _gather, sizes)):
+            assert met == sizes
+            assert torch.equal(gathered, torch.cat(parts))
+            assert labels.tolist() == [r for r, n in enumerate(sizes) for _ in range(n)]
+            assert torch.equal(own, parts[rank])
+
+
+def _gradient(ranks: RankGroup, sizes: list[int], layout: str, scatters: bool) -> Tensor:
+    ranks._scatters = scatters  # as over nccl
+    rows = torch.ones(sizes[ranks.rank], 3, dtype=torch.float64, requires_grad=True)
+    gathered = ranks.gather_with_gradient(for_ddp(rows, ranks.world_size), sizes)
+    weight = torch.arange(gathered.numel(), dtype=torch.float64).view_as(gathered) * (ranks.rank + 1)
+    if layout == "transposed":
+        gathered, weight = gathered.T.contiguous(), weight.T.contiguous()
+    (gathered * weight if layout != "expanded" else gathered * (ranks.rank + 1)).sum().backward()
+    assert rows.grad is not None
+    return rows.grad
+
+
+@pytest.mark.parametrize("scatters", [False, True])
+@pytest.mark.parametrize("layout", ["plain", "transposed", "expanded"])
+@pytest.mark.parametrize("world_size", SIZES)
+def test_a_rank_receives_the_sum_of_all_gradients_of_its_rows_times_the_world_size(
+    ranks: RankPool, world_size: int, layout: str, scatters: bool
+) -> None:
+    for sizes in SIZES[world_size]:
+        total = sum(sizes)
+        weight = torch.ones(total, 3) if layout == "expanded" else torch.arange(total * 3.0).view(-1, 3)
+        wanted = (weight * sum(range(1, world_size + 1)) * world_size).double().split(sizes)
+        met = ranks.run(world_size, _gradient, sizes, layout, scatters)
+        for a, b in zip(met, wanted, strict=True):
+            assert torch.equal(a, b)
+
+
+def _alone(ranks: RankGroup) -> float:
+    assert torch.distributed.is_initialized()
+    problem = random_problem(ranks.rank)
+    return float(margin_softmax(problem.embeddings, problem.labels, problem.centers, ARCFACE))
+
+
+def test_a_loss_without_a_rank_group_is_this_process_s_own(ranks: RankPool) -> None:
+    """Whatever group the process has joined: other ranks may not even call it."""
+    for rank, met in enumerate(ranks.run(3, _alone)):
+        problem = random_problem(rank)
+        assert met == float(margin_softmax(problem.embeddings, problem.labels, problem.centers, ARCFACE))
