@@ -88,7 +88,8 @@ def convert(text: object, kind: Any, name: str) -> Any:
         if str(text).lower() in known:
             return known[str(text).lower()]
         raise ConfigError(f"{name} is {text!r}; it must be true or false")
-    if isinstance(text, bool) and kind in (int, float):
+    lossy = isinstance(text, float) and kind is int and not text.is_integer()
+    if lossy or (isinstance(text, bool) and kind in (int, float)):
         raise ConfigError(f"{name} is {text!r}; it must be {kind.__name__}")
     try:
         return kind(text)
@@ -143,11 +144,14 @@ class KDConfig:
     Attributes:
         methods: names joined by ``+`` in ``kd``, in order; empty when distillation is off.
         teacher: ``kd_teacher``: a file or another source that :func:`arcface_kd.teachers.base.load_teacher` knows.
+        cache: ``kd_cache``: a file for the teacher's embeddings, made and filled as the run goes; None asks the teacher
+            for every batch.
         options: ``kd_option``: values by ``prefix`` and name; prefixes are ``teacher``, ``student`` and the methods.
     """
 
     methods: tuple[str, ...] = ()
     teacher: str | None = None
+    cache: str | None = None
     options: Mapping[str, Mapping[str, object]] = dataclasses.field(default_factory=dict)
 
     @classmethod
@@ -155,8 +159,8 @@ class KDConfig:
         """Read the ``kd*`` keys of an arcface_torch config.
 
         Args:
-            config: with ``kd`` ("adadistill", "a+b" or None), ``kd_teacher`` and ``kd_option`` (a mapping of dotted
-                names, or strings ``name=value``).
+            config: with ``kd`` ("adadistill", "a+b" or None), ``kd_teacher``, ``kd_cache`` and ``kd_option`` (a mapping
+                of dotted names, or strings ``name=value``).
 
         Returns:
             The checked keys.
@@ -164,7 +168,7 @@ class KDConfig:
         Raises:
             ConfigError: an unknown ``kd*`` key, an option without prefix or for a method that is not in ``kd``.
         """
-        known = ("kd", "kd_teacher", "kd_option")
+        known = ("kd", "kd_teacher", "kd_cache", "kd_option")
         for key in config:
             if key.startswith("kd") and key not in known:
                 raise ConfigError(f"unknown key {key!r}; there are {', '.join(known)}{suggestion(key, known)}")
@@ -181,8 +185,8 @@ class KDConfig:
                     f"{suggestion(prefix, allowed)}"
                 )
             options.setdefault(prefix, {})[rest] = value
-        teacher = config.get("kd_teacher")
-        return cls(methods, None if teacher is None else str(teacher), options)
+        files = {name: config.get(f"kd_{name}") for name in ("teacher", "cache")}
+        return cls(methods, options=options, **{name: None if f is None else str(f) for name, f in files.items()})
 
     @staticmethod
     def option_items(value: object) -> list[tuple[str, object]]:
@@ -229,13 +233,21 @@ def _run(path: Path) -> EasyDict:
 
 @contextlib.contextmanager
 def _importable(path: Path) -> Iterator[None]:
-    """Let a config import its neighbours as ``configs.NAME``, as it can inside the host."""
+    """Let a config import its neighbours as ``configs.NAME``, as it can inside the host.
+
+    What was imported for it is forgotten, since the next config may have other neighbours of the same names and may
+    have changed what it got from these.
+    """
     root = str(path.resolve().parent.parent)
+    before = set(sys.modules)
     sys.path.insert(0, root)
     try:
         yield
     finally:
         sys.path.remove(root)
+        for name in set(sys.modules) - before:
+            if name.partition(".")[0] == path.resolve().parent.name:
+                del sys.modules[name]
 
 
 def find_config(name: str) -> Path:
@@ -245,8 +257,8 @@ def find_config(name: str) -> Path:
         ConfigError: there is none; the message lists where it was looked for.
     """
     tried = []
-    for candidate in (Path(name), Path("configs") / name):
-        for path in (candidate, candidate.with_name(candidate.name + ".py")):
+    for candidate in (name, str(Path("configs") / name)):
+        for path in (Path(candidate), Path(candidate + ".py")):
             if path.is_file():
                 return path
             tried.append(str(path))
@@ -293,6 +305,7 @@ RUN_KEYS: dict[str, Any] = {
     "output": str,
     "kd": str,
     "kd_teacher": str,
+    "kd_cache": str,
     "kd_option": list,
 }
 
@@ -306,7 +319,7 @@ def _override(config: Mapping[str, Any], key: str, value: object) -> object:
         return value
     if kind in (list, tuple):
         parts = [part.strip() for part in value.strip("()[] ").split(",") if part.strip()]
-        return kind(float(part) for part in parts) if kind is tuple else parts
+        return tuple(convert(part, float, key) for part in parts) if kind is tuple else parts
     if key in ("sample_rate", "interclass_filtering_threshold"):
         kind = float
     return convert(value, kind, key)
