@@ -63,8 +63,41 @@ _MODULES = {
     "write_bin": "data.verification_bin",
 }
 
-__all__ = [  # noqa: PLE0604
-    *_MODULES,
+__all__ = [
+    "AdaDistill",
+    "AdaDistillConfig",
+    "ArcfaceKDError",
+    "Batch",
+    "ClassShard",
+    "ConfigError",
+    "DataError",
+    "DistillationHead",
+    "DistilledCenters",
+    "Distiller",
+    "FaceLoader",
+    "KDConfig",
+    "Margin",
+    "Method",
+    "RankGroup",
+    "RecordDataset",
+    "RecordReader",
+    "RecordWriter",
+    "Requirement",
+    "RunContext",
+    "Teacher",
+    "TeacherError",
+    "attach",
+    "drop_ins",
+    "evaluate",
+    "get_backbone",
+    "get_dataloader",
+    "load_config",
+    "load_teacher",
+    "margin_softmax",
+    "read_bin",
+    "train",
+    "verify",
+    "write_bin",
 ]
 
 

@@ -9,16 +9,20 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import normalize
 
 from arcface_kd import registry
 from arcface_kd.config import KDConfig, build
+from arcface_kd.data.fingerprint import fingerprint
+from arcface_kd.data.loader import BatchViews, FaceLoader
 from arcface_kd.errors import ConfigError, TeacherError
 from arcface_kd.losses.margin import Margin
 from arcface_kd.methods.base import Batch, Method, Requirement, RunContext
 from arcface_kd.methods.classifier import LearnedClassifier
-from arcface_kd.sharding import RankGroup, for_ddp
+from arcface_kd.sharding import RankGroup, for_ddp, on_first_rank_first
 from arcface_kd.step_log import StepLog
 from arcface_kd.teachers.base import Teacher, load_teacher
+from arcface_kd.teachers.embedding_cache import EmbeddingCache, identity_of
 
 
 class Distiller:
@@ -51,7 +55,32 @@ class Distiller:
             raise TeacherError(f"{'+'.join(kd.methods)} needs {Requirement.TEACHER_EMBEDDINGS.value}")
         self.teacher = teacher
         self.student_options = kd.student
+        self.cache: EmbeddingCache | None = None
+        self._views: BatchViews | None = None
         self._seen: Tensor | None = None
+
+    def read_through_cache(self, loader: FaceLoader) -> None:
+        """Keep the teacher's embeddings in the file that ``kd_cache`` names, and ask the teacher for missing ones only.
+
+        The loader says which records a batch shows and which of them mirrored.
+
+        Args:
+            loader: of the training records.
+
+        Raises:
+            TeacherError: the cache belongs to another teacher or other data, or is damaged.
+            DataError: data that cannot be told apart from other data.
+        """
+        if self.kd.cache is None or self.teacher is None:
+            return
+        identity = identity_of(
+            self.teacher.fingerprint, fingerprint(loader.faces), len(loader.faces), self.teacher.embedding_size
+        )
+        self.cache = on_first_rank_first(lambda: EmbeddingCache(str(self.kd.cache), identity))
+        loader.on_batch = self._next_views
+
+    def _next_views(self, views: BatchViews) -> None:
+        self._views = views
 
     def watch(self, student: nn.Module) -> nn.Module:
         """Put the hook on a student: in training mode, what it is shown the teacher is shown first.
@@ -70,9 +99,26 @@ class Distiller:
 
     def _observe(self, student: nn.Module, arguments: tuple[Any, ...]) -> None:
         if student.training and torch.is_grad_enabled() and self.teacher is not None:
-            images = arguments[0]
-            self.teacher.to(images.device)
-            self._seen = self.teacher(images)
+            self._seen = self._embed(self.teacher, arguments[0])
+
+    def _embed(self, teacher: Teacher, images: Tensor) -> Tensor:
+        """The teacher's unit embeddings of a batch, from the cache where they are in it."""
+        views, self._views = self._views, None
+        if self.cache is None:
+            return normalize(teacher(images))
+        if views is None or views.index.shape[0] != images.shape[0]:
+            raise RuntimeError(
+                f"kd_cache is set, but the loader did not say which records these {images.shape[0]} images are: use "
+                "the drop-in loader, one batch a step"
+            )
+        rows, known = self.cache.look_up(views.index, views.flipped)
+        if not known.all():
+            missing = ~known
+            index, flipped = views.index[missing], views.flipped[missing]
+            self.cache.store(index, flipped, teacher(images[missing.to(images.device)]))
+            # Read back: the step that fills a row and the one that finds it see the same rounded numbers.
+            rows[missing], _ = self.cache.look_up(index, flipped)
+        return rows.to(images.device, non_blocking=True)
 
     def take_teacher_embeddings(self, rows: int) -> Tensor | None:
         """The teacher's embeddings of the batch that the student has just seen; handed out once.
@@ -81,7 +127,7 @@ class Distiller:
             rows: number of the student's embeddings.
 
         Returns:
-            (rows, Dt), or None in a run without a teacher.
+            (rows, Dt) unit vectors, or None in a run without a teacher.
 
         Raises:
             RuntimeError: the student was not run in training mode before the head, or on another batch.
@@ -183,6 +229,10 @@ class DistillationHead(nn.Module):
         """
         labels = local_labels.reshape(-1).long()
         rows = local_embeddings.shape[0]
+        if labels.shape[0] != rows:
+            raise ValueError(
+                f"the head was given {rows} embeddings and {labels.shape[0]} labels; it takes one for each"
+            )
         teacher = self._distiller.take_teacher_embeddings(rows)
         sizes = self.ranks.sizes(rows)
         embeddings = self._gather(local_embeddings, sizes)
@@ -197,8 +247,11 @@ class DistillationHead(nn.Module):
             step=self._count_step(),
         )
         terms: dict[str, Tensor] = {}
-        for method in self.methods.values():
-            terms.update(method(batch))
+        for name, method in self.methods.items():
+            for term, value in method(batch).items():
+                if term in terms:
+                    raise ValueError(f"method {name!r} returns a loss term {term!r}, a name that another one has taken")
+                terms[term] = value
         if self._log is not None and self._log.due(batch.step + 1):
             self._log.write(batch.step + 1, self._observations(terms, local_embeddings))
         return torch.stack(list(terms.values())).sum()

@@ -5,6 +5,7 @@ in its last line. The compact trainer asks for the :func:`drop_ins` directly.
 """
 
 import argparse
+import logging
 import sys
 import types
 from collections.abc import Callable, Mapping
@@ -21,6 +22,8 @@ from arcface_kd.distiller import DistillationHead, Distiller, margin_of
 from arcface_kd.errors import ConfigError
 from arcface_kd.sharding import RankGroup
 from arcface_kd.step_log import StepLog
+
+logger = logging.getLogger(__name__)
 
 # What the running trainer must know by these names for the drop-ins to take their place.
 HOST_NAMES = ("get_model", "get_dataloader", "PartialFC_V2")
@@ -43,7 +46,7 @@ class DropIns(NamedTuple):
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add ``--kd``, ``--kd-teacher`` and ``--kd-option`` to a trainer's arguments.
+    """Add ``--kd``, ``--kd-teacher``, ``--kd-cache`` and ``--kd-option`` to a trainer's arguments.
 
     Args:
         parser: of the trainer's command line.
@@ -51,6 +54,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("distillation")
     group.add_argument("--kd", metavar="METHOD", help="distil with this method; several that combine are joined by +")
     group.add_argument("--kd-teacher", metavar="FILE", help="the teacher: a checkpoint, an ONNX file, ...")
+    group.add_argument("--kd-cache", metavar="FILE", help="keep the teacher's embeddings here: it then runs once")
     group.add_argument(
         "--kd-option",
         metavar="NAME=VALUE",
@@ -67,7 +71,7 @@ def merge_arguments(config: dict[str, Any], arguments: argparse.Namespace) -> No
         config: an arcface_torch config.
         arguments: parsed by a parser that :func:`add_arguments` extended.
     """
-    for key in ("kd", "kd_teacher"):
+    for key in ("kd", "kd_teacher", "kd_cache"):
         if getattr(arguments, key) is not None:
             config[key] = getattr(arguments, key)
     if arguments.kd_option:
@@ -114,9 +118,17 @@ def drop_ins(
         num_workers: int = 2,
     ) -> Any:
         if dali and host_loader is not None:
+            if shared.kd.cache is not None:
+                logger.warning(
+                    "kd_cache is off: DALI does not say which records a batch shows, nor how: the teacher runs each step"
+                )
             return host_loader(root_dir, local_rank, batch_size, dali, dali_aug, seed, num_workers)
         num_classes = config().get("num_classes")
-        return open_loader(root_dir, local_rank, batch_size, dali, dali_aug, seed, num_workers, num_classes=num_classes)
+        loader = open_loader(
+            root_dir, local_rank, batch_size, dali, dali_aug, seed, num_workers, num_classes=num_classes
+        )
+        shared.read_through_cache(loader)
+        return loader
 
     def partial_fc(
         margin_loss: object,
@@ -196,7 +208,9 @@ def attach(
             f"{getattr(host, '__file__', host.__name__)} has no {', '.join(missing)}: the drop-ins replace these "
             "globals of arcface_torch's train_v2.py; run that trainer, or `arcface-kd train`"
         )
-    made = drop_ins(_live_config(config), host_model=host.get_model, host_loader=host.get_dataloader)
+    # A copied config on a trainer with the flag comes here twice: the second time must not wrap the first's drop-ins.
+    own = host.__dict__.setdefault("_arcface_kd_replaced", {name: getattr(host, name) for name in HOST_NAMES})
+    made = drop_ins(_live_config(config), host_model=own["get_model"], host_loader=own["get_dataloader"])
     for name in HOST_NAMES:
         setattr(host, name, getattr(made, name))
     return made

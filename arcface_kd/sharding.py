@@ -4,11 +4,14 @@ Classes are split over ranks as PartialFC splits them: contiguous ranges, the fi
 hold one more. Batches may differ in size from rank to rank.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, distributed
+
+T = TypeVar("T")
 
 # torch 2.13 gave them new names and warns about the old ones.
 _all_gather = getattr(distributed, "all_gather_single", None) or distributed.all_gather_into_tensor
@@ -212,3 +215,20 @@ def for_ddp(embeddings: Tensor, world_size: int) -> Tensor:
         return embeddings
     scaled: Tensor = _ScaleGradient.apply(embeddings, float(world_size))
     return scaled
+
+
+def on_first_rank_first(make: Callable[[], T]) -> T:
+    """Let rank 0 make something while the others wait, then let them make it too: what it creates, they find.
+
+    Args:
+        make: called once on every rank.
+
+    Returns:
+        What it returned on this rank.
+    """
+    ranks = RankGroup()
+    if ranks.world_size == 1:
+        return make()
+    made = make() if ranks.rank == 0 else None
+    distributed.barrier()
+    return make() if made is None else made

@@ -54,7 +54,7 @@ class Batch:
         projected: (B, Dt) the same in the teacher's dimension: behind the student's projection where the dimensions
             differ, the embeddings themselves elsewhere.
         labels: (B,) int64; -1 where a row has none.
-        teacher: (B, Dt) teacher embeddings, not normalised, without gradient; None without a teacher.
+        teacher: (B, Dt) teacher embeddings, unit vectors without gradient; None without a teacher.
         sizes: rows of each rank, in order.
         step: micro-steps done before this one.
     """

@@ -1,0 +1,266 @@
+"""The compact trainer: the host's files, the keys it honours, resuming to the same bits, ranks."""
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from easydict import EasyDict
+
+from arcface_kd.backbones import get_backbone
+from arcface_kd.config import BASE, KDConfig
+from arcface_kd.distiller import Distiller
+from arcface_kd.errors import ArcfaceKDError, ConfigError, DataError, TeacherError
+from arcface_kd.evaluation.scalars import read_scalars
+from arcface_kd.teachers.base import load_teacher
+from arcface_kd.trainer import TrainResult, check_keys, train
+from tests.trainer.faces import Faces, draw_faces
+
+
+@pytest.fixture(scope="module")
+def faces(tmp_path_factory: pytest.TempPathFactory) -> Faces:
+    return draw_faces(tmp_path_factory.mktemp("faces"), identities=10, images=8)
+
+
+@pytest.fixture(scope="module")
+def teacher_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    torch.manual_seed(7)
+    path = tmp_path_factory.mktemp("teacher") / "teacher.pt"
+    torch.save(get_backbone("thin_r18", num_features=32).state_dict(), path)
+    return path
+
+
+def config_for(faces: Faces, output: Path, **keys: Any) -> EasyDict:
+    config = EasyDict(BASE)
+    config.update(
+        network="thin_r18",
+        rec=str(faces.folder),
+        num_classes=faces.num_classes,
+        num_image=faces.num_image,
+        num_epoch=2,
+        warmup_epoch=0,
+        val_targets=["pairs"],
+        embedding_size=32,
+        batch_size=16,
+        frequent=1,
+        verbose=10**6,
+        num_workers=0,
+        output=str(output),
+    )
+    config.update(keys)
+    return config
+
+
+def loss_trace(output: Path) -> list[float]:
+    return read_scalars(output / "tensorboard")["loss"].y.tolist()
+
+
+def same_weights(one: Mapping[str, torch.Tensor], other: Mapping[str, torch.Tensor]) -> bool:
+    return one.keys() == other.keys() and all(torch.equal(one[key], other[key]) for key in one)
+
+
+def saved(output: Path, name: str = "model.pt") -> Any:
+    return torch.load(output / name, weights_only=True)
+
+
+def test_leaves_the_hosts_files(faces: Faces, tmp_path: Path) -> None:
+    result = train(config_for(faces, tmp_path / "run", save_all_states=True))
+    assert isinstance(result, TrainResult)
+    assert result.steps == 2 * (80 // 16)
+    assert {"training.log", "tensorboard", "model.pt", "checkpoint_gpu_0.pt"} <= {
+        path.name for path in (tmp_path / "run").iterdir()
+    }
+    get_backbone("thin_r18", num_features=32).load_state_dict(saved(tmp_path / "run"), strict=True)
+    host_keys = {"epoch", "global_step", "state_dict_backbone", "state_dict_softmax_fc"}
+    host_keys |= {"state_optimizer", "state_lr_scheduler"}
+    assert host_keys <= set(saved(tmp_path / "run", "checkpoint_gpu_0.pt"))
+    log = (tmp_path / "run" / "training.log").read_text()
+    assert log.startswith("Training: ")
+    assert "[pairs][10]Accuracy-Flip: " in log
+    assert 0.0 <= result.verification["pairs"].accuracy <= 1.0
+
+
+def test_learns(faces: Faces, tmp_path: Path) -> None:
+    train(config_for(faces, tmp_path / "run", num_epoch=8, lr=0.05))
+    losses = loss_trace(tmp_path / "run")
+    assert sum(losses[-5:]) < 0.7 * sum(losses[:5])
+
+
+def test_a_resumed_run_gives_the_same_bits(faces: Faces, teacher_file: Path, tmp_path: Path) -> None:
+    keys: dict[str, Any] = {
+        "kd": "adadistill",
+        "kd_teacher": str(teacher_file),
+        "num_epoch": 4,
+        "save_all_states": True,
+    }
+    train(config_for(faces, tmp_path / "whole", **keys))
+
+    class Stop(Exception):
+        pass
+
+    def stop(epoch: int) -> None:
+        if epoch == 2:
+            raise Stop
+
+    with pytest.raises(Stop):
+        train(config_for(faces, tmp_path / "parts", **keys), on_epoch=stop)
+    train(config_for(faces, tmp_path / "parts", resume=True, **keys))
+    assert loss_trace(tmp_path / "parts") == loss_trace(tmp_path / "whole")
+    assert same_weights(saved(tmp_path / "parts"), saved(tmp_path / "whole"))
+    heads = [saved(tmp_path / name, "checkpoint_gpu_0.pt")["state_dict_softmax_fc"] for name in ("parts", "whole")]
+    assert same_weights(*heads)
+
+
+def test_adadistill_trains_the_student_towards_the_teacher(faces: Faces, teacher_file: Path, tmp_path: Path) -> None:
+    teacher = load_teacher(teacher_file)
+    distiller = Distiller(KDConfig(methods=("adadistill",)), teacher)
+    before = {key: value.clone() for key, value in teacher.state_dict().items()}
+    result = train(config_for(faces, tmp_path / "run", num_epoch=6, lr=0.02, save_all_states=True), distiller=distiller)
+    assert same_weights(before, teacher.state_dict())
+    scalars = read_scalars(result.output / "tensorboard")
+    cosine = scalars["kd/student_teacher_cosine"].y
+    assert cosine[-5:].mean() > cosine[:5].mean() + 0.1
+    assert {"kd/ce", "kd/gradient_norm/ce", "kd/alpha_mean", "kd/alpha_q10", "kd/alpha_q90"} <= set(scalars)
+    head = saved(result.output, "checkpoint_gpu_0.pt")["state_dict_softmax_fc"]
+    centers = head["methods.adadistill.centers.weight"]
+    assert centers.shape == (10, 32)
+    norms = centers.norm(dim=1)
+    # A class that was visited is an average of unit vectors; the start has norms of 0.01 * sqrt(32) = 0.06.
+    assert (norms > 0.5).all()
+    assert (norms <= 1 + 1e-5).all()
+
+
+def test_switching_distillation_off_is_an_ordinary_run(faces: Faces, tmp_path: Path) -> None:
+    train(config_for(faces, tmp_path / "plain"))
+    train(config_for(faces, tmp_path / "off", kd=None, kd_teacher="nowhere.pt"))
+    assert loss_trace(tmp_path / "plain") == loss_trace(tmp_path / "off")
+
+
+@pytest.mark.parametrize(
+    ("keys", "differs"),
+    [
+        ({"margin_list": (1.0, 0.0, 0.4)}, True),
+        ({"sample_rate": 0.3}, True),
+        ({"interclass_filtering_threshold": 0.05}, True),
+        ({"gradient_acc": 2}, True),
+        ({"optimizer": "adamw", "lr": 0.001}, True),
+        ({"momentum": 0.5}, True),
+        ({"weight_decay": 0.05}, True),
+        ({"lr": 0.01}, True),
+        ({"warmup_epoch": 1}, True),
+        ({"seed": 3}, True),
+        ({"num_workers": 1}, False),
+        ({"frequent": 3}, False),
+        ({"verbose": 2}, False),
+        ({"save_all_states": True}, False),
+    ],
+    ids=lambda value: "-".join(value) if isinstance(value, dict) else "",
+)
+def test_honours_a_key(faces: Faces, tmp_path: Path, keys: dict[str, Any], differs: bool) -> None:
+    train(config_for(faces, tmp_path / "base"))
+    train(config_for(faces, tmp_path / "other", **keys))
+    assert same_weights(saved(tmp_path / "base"), saved(tmp_path / "other")) != differs
+
+
+def test_verifies_every_verbose_steps(faces: Faces, tmp_path: Path) -> None:
+    train(config_for(faces, tmp_path / "run", verbose=4))
+    steps = read_scalars(tmp_path / "run" / "tensorboard")["pairs"].x.tolist()
+    assert steps == [4, 8, 10]
+
+
+def test_fp16_is_bf16_on_a_cpu(faces: Faces, tmp_path: Path) -> None:
+    result = train(config_for(faces, tmp_path / "run", fp16=True))
+    assert all(value.dtype != torch.bfloat16 for value in result.student.state_dict().values())
+    assert not same_weights(saved(tmp_path / "run"), saved(train(config_for(faces, tmp_path / "base")).output))
+
+
+@pytest.mark.parametrize(
+    ("keys", "message"),
+    [
+        ({"dali": True}, "dali=True needs the host"),
+        ({"using_wandb": True}, "using_wandb=True needs the host"),
+        ({"batchsize": 3}, "does not know the key 'batchsize'; did you mean 'batch_size'"),
+        ({"optimizer": "lion"}, "it must be sgd or adamw"),
+        ({"sample_rate": 0}, "sample_rate is 0"),
+        ({"batch_size": 0}, "batch_size is 0"),
+        ({"num_classes": None}, "the config sets no num_classes"),
+        ({"margin_list": (1.0, 0.5)}, "margin_list"),
+    ],
+)
+def test_refuses_a_key_by_name(faces: Faces, tmp_path: Path, keys: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message.replace("(", r"\(")):
+        check_keys(config_for(faces, tmp_path, **keys))
+
+
+@pytest.mark.parametrize(
+    ("keys", "error"),
+    [
+        ({"num_classes": 3}, DataError),
+        ({"rec": "/nowhere"}, DataError),
+        ({"kd": "adadistill"}, TeacherError),
+        ({"kd": "adadistill", "kd_teacher": "/nowhere.pt"}, TeacherError),
+        ({"kd": "nosuch"}, ConfigError),
+        ({"kd_teachr": "x"}, ConfigError),
+        ({"kd": "adadistill", "kd_option": ["adadistill.alpha=odd"]}, ConfigError),
+        ({"network": "r9"}, ConfigError),
+        ({"margin_list": (1.0, 9.0, 0.0)}, ConfigError),
+        ({"resume": True}, ConfigError),
+        ({"batch_size": 500}, (ConfigError, DataError)),
+    ],
+)
+def test_bad_input_leaves_no_file(
+    faces: Faces, tmp_path: Path, keys: dict[str, Any], error: type[ArcfaceKDError]
+) -> None:
+    with pytest.raises(error):
+        train(config_for(faces, tmp_path / "run", **keys))
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_teacher_of_another_dimension_wants_a_projection(faces: Faces, teacher_file: Path, tmp_path: Path) -> None:
+    keys: dict[str, Any] = {"kd": "adadistill", "kd_teacher": str(teacher_file), "embedding_size": 24}
+    with pytest.raises(ConfigError, match="32 dimensions and the student 24"):
+        train(config_for(faces, tmp_path / "run", **keys))
+    assert not (tmp_path / "run").exists()
+    train(config_for(faces, tmp_path / "run", kd_option=["student.projection=linear"], **keys))
+    assert not any("projection" in key for key in saved(tmp_path / "run"))
+
+
+@pytest.mark.slow
+def test_two_ranks_agree_and_resume(faces: Faces, teacher_file: Path, tmp_path: Path) -> None:
+    config = tmp_path / "two_ranks.py"
+
+    def run(ranks: int, output: str, *settings: str) -> None:
+        subprocess.run(
+            [
+                *(sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"),
+                *("-m", "arcface_kd", "train", str(config), "--kd", "adadistill", "--kd-teacher", str(teacher_file)),
+                *("--set", f"output={tmp_path / output}", *settings),
+            ],
+            check=True,
+            env={**os.environ, "OMP_NUM_THREADS": "1"},
+            timeout=240,
+        )
+
+    keys = {
+        key: value
+        for key, value in config_for(faces, tmp_path, batch_size=8, num_epoch=2, save_all_states=True).items()
+        if BASE.get(key, "unset") != value
+    }
+    body = "\n".join(f"config[{json.dumps(key)}] = {value!r}" for key, value in keys.items())
+    config.write_text(f"from easydict import EasyDict\nconfig = EasyDict()\n{body}\n")
+    run(2, "whole")
+    run(2, "parts", "num_epoch=1")
+    first = [saved(tmp_path / "whole", f"checkpoint_gpu_{rank}.pt") for rank in (0, 1)]
+    assert same_weights(
+        {k: v for k, v in first[0]["state_dict_backbone"].items() if "running" not in k},
+        {k: v for k, v in first[1]["state_dict_backbone"].items() if "running" not in k},
+    )
+    ranges = [state["state_dict_softmax_fc"]["class_range"].tolist() for state in first]
+    assert ranges == [[0, 5, 10], [5, 10, 10]]
+    trace = loss_trace(tmp_path / "whole")
+    assert len(trace) == 2 * (40 // 8)
