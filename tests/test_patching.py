@@ -252,9 +252,7 @@ class TestPatchCheckout:
         trainer = miniature / "train_v2.py"
         wanted = b"    cfg = get_config(args.config)\n"
         trainer.write_bytes(trainer.read_bytes().replace(wanted, wanted + b"    print(cfg)\n"))
-        with pytest.raises(
-            ConfigError, match=r"hunk 1 of kd_flag\.patch does not fit: its lines do not stand"
-        ):
+        with pytest.raises(ConfigError, match=r"hunk 1 of kd_flag\.patch does not fit: its lines do not stand"):
             patch_checkout(miniature)
 
     def test_a_hunk_that_fits_twice_is_refused(self, miniature: Path) -> None:

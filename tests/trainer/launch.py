@@ -1,0 +1,112 @@
+"""Running a trainer as its users do, and reading what it leaves."""
+
+import os
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Mapping
+from contextlib import ExitStack
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+    return port
+
+
+class Run(NamedTuple):
+    """How a run ended: the first exit code that is not 0, and what its ranks printed, one after the other."""
+
+    exit_code: int
+    printed: str
+
+
+def launch(folder: Path, config: str, *arguments: str, ranks: int = 1, torchrun: bool = False) -> Run:
+    """Train with ``configs/CONFIG`` in a trainer's folder, on CPUs.
+
+    ``torchrun`` starts the ranks as its users do; without it they get the same environment from here, which saves a
+    process and its imports.
+    """
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONDONTWRITEBYTECODE": "1"}
+    trainer = ["train_v2.py", f"configs/{config}", *arguments]
+    port = str(_free_port())
+    if torchrun:
+        options = [f"--nproc_per_node={ranks}", "--master_addr=127.0.0.1", f"--master_port={port}"]
+        starts = [([sys.executable, "-m", "torch.distributed.run", *options, *trainer], environment)]
+    else:
+        shared = {**environment, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": str(ranks)}
+        starts = [
+            ([sys.executable, *trainer], {**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)})
+            for rank in range(ranks)
+        ]
+    with ExitStack() as stack:
+        logs = [stack.enter_context(tempfile.TemporaryFile()) for _ in starts]
+        processes = [
+            subprocess.Popen(command, cwd=folder, env=variables, stdout=log, stderr=subprocess.STDOUT)
+            for (command, variables), log in zip(starts, logs, strict=True)
+        ]
+        exit_code = _wait(processes)
+        for log in logs:
+            log.seek(0)
+        return Run(exit_code, "\n".join(log.read().decode(errors="replace") for log in logs))
+
+
+def _wait(processes: list[subprocess.Popen[bytes]], seconds: float = 600) -> int:
+    """Wait for all, or until one fails or time is up; the others would wait for it."""
+    deadline = time.monotonic() + seconds
+    try:
+        while any(process.poll() is None for process in processes):
+            failed = [process.returncode for process in processes if process.returncode]
+            if failed:
+                return failed[0]
+            assert time.monotonic() < deadline, f"the trainer still ran after {seconds} seconds"
+            time.sleep(0.05)
+        return next((process.returncode for process in processes if process.returncode), 0)
+    finally:
+        for process in processes:
+            process.kill()
+            process.wait()
+
+
+def train(folder: Path, config: str, *arguments: str, ranks: int = 1, torchrun: bool = False) -> str:
+    """As ``launch``, for a run that must succeed; returns what it printed."""
+    run = launch(folder, config, *arguments, ranks=ranks, torchrun=torchrun)
+    assert run.exit_code == 0, run.printed[-8000:]
+    return run.printed
+
+
+def write_config(folder: Path, name: str, keys: Mapping[str, object], last_line: str = "") -> str:
+    """Write ``configs/NAME.py`` with these keys, and perhaps a last line; returns the name."""
+    lines = ["from easydict import EasyDict as edict", "", "config = edict()"]
+    lines += [f"config.{key} = {value!r}" for key, value in keys.items()]
+    (folder / "configs" / f"{name}.py").write_text("\n".join([*lines, last_line, ""]), encoding="utf-8")
+    return name
+
+
+def loss_trace(output: Path) -> dict[int, float]:
+    """The float32 losses that arcface_torch itself wrote to TensorBoard, by step; a later run's count."""
+    from tensorboard.backend.event_processing.event_file_loader import EventFileLoader  # type: ignore[import-untyped]
+    from tensorboard.util.tensor_util import make_ndarray  # type: ignore[import-untyped]
+
+    losses: dict[int, float] = {}
+    own = [path for path in (output / "tensorboard").glob("events.out.tfevents.*") if path.suffix != ".kd"]
+    for path in sorted(own, key=lambda path: path.stat().st_mtime_ns):
+        for event in EventFileLoader(str(path)).Load():
+            for value in event.summary.value:
+                if value.tag == "loss":
+                    losses[event.step] = float(make_ndarray(value.tensor))
+    return losses
+
+
+def head_state(output: Path, rank: int = 0) -> dict[str, torch.Tensor]:
+    """The head's part of ``checkpoint_gpu_RANK.pt``."""
+    state = torch.load(output / f"checkpoint_gpu_{rank}.pt", weights_only=True)
+    head: dict[str, torch.Tensor] = state["state_dict_softmax_fc"]
+    return head
