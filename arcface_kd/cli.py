@@ -1,6 +1,7 @@
 """The command line: ``arcface-kd COMMAND``. Bad input ends in one line and exit code 2."""
 
 import argparse
+import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -21,6 +22,20 @@ def _train(arguments: argparse.Namespace) -> None:
     for name, verification in result.verification.items():
         print(f"{name}: accuracy {verification.accuracy:.5f} +- {verification.accuracy_std:.5f}")
     print(f"{result.output / 'model.pt'}: {result.steps} steps, {result.images_per_second:.0f} images/s")
+
+
+def _cache(arguments: argparse.Namespace) -> None:
+    from arcface_kd.cache_filling import fill_cache
+    from arcface_kd.config import load_config
+    from arcface_kd.hook import merge_arguments
+
+    config = load_config(arguments.config, _settings(arguments.set))
+    merge_arguments(config, arguments)
+    if arguments.out is not None:
+        config.kd_cache = arguments.out
+    report = fill_cache(config)
+    if int(os.environ.get("RANK", "0")) == 0:
+        print(report)
 
 
 def _settings(pairs: Sequence[str]) -> dict[str, object]:
@@ -94,6 +109,19 @@ def build_parser() -> argparse.ArgumentParser:
         "--set", metavar="KEY=VALUE", nargs="+", action="extend", default=[], help="values over those of the config"
     )
     add_arguments(train)
+
+    cache = command(
+        "cache",
+        _cache,
+        "embed all training images beforehand, so that no run asks the teacher again (11.9 GB for MS1MV2)",
+        "arcface-kd cache configs/ms1mv2_mbf_adadistill.py --kd-teacher r50.pt --out /train_tmp/r50.cache",
+    )
+    cache.add_argument("config", help="an arcface_torch config, by path or by name in configs/; it is run as Python")
+    cache.add_argument("--out", metavar="FILE", help="the cache (default: the config's kd_cache)")
+    cache.add_argument(
+        "--set", metavar="KEY=VALUE", nargs="+", action="extend", default=[], help="values over those of the config"
+    )
+    add_arguments(cache)
 
     demo = command(
         "demo",

@@ -2,6 +2,7 @@
 
 import json
 import statistics
+import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -148,7 +149,10 @@ class _Stages:
 
     def next(self, name: str) -> str:
         self.done += 1
-        return f"[{self.done}/{self.total}] {name}"
+        title = f"[{self.done}/{self.total}] {name}"
+        if not sys.stderr.isatty():
+            print(title, flush=True)
+        return title
 
 
 def _draw_faces(out: Path, stages: _Stages) -> Path:
@@ -200,7 +204,7 @@ def _verify_teacher(
 ) -> dict[str, VerificationResult]:
     from arcface_kd.data.verification_bin import read_bin
 
-    print(stages.next("verifying the teacher"))
+    stages.next("verifying the teacher")
     return {name: evaluate(teacher, read_bin(data / f"{name}.bin")) for name in names}
 
 

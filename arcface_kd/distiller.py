@@ -4,6 +4,7 @@ The trainer's loop stays as it is. It calls ``backbone(images)`` and ``head(embe
 a :class:`Distiller`, which remembers what the teacher said of the images.
 """
 
+import logging
 from collections.abc import Mapping, Sequence
 from typing import Any, cast
 
@@ -13,7 +14,7 @@ from torch.nn.functional import normalize
 
 from arcface_kd import registry
 from arcface_kd.config import KDConfig, build
-from arcface_kd.data.fingerprint import fingerprint
+from arcface_kd.data.fingerprint import fingerprint, shows_two_views
 from arcface_kd.data.loader import BatchViews, FaceLoader
 from arcface_kd.errors import ConfigError, TeacherError
 from arcface_kd.losses.margin import Margin
@@ -23,6 +24,8 @@ from arcface_kd.sharding import RankGroup, for_ddp, on_first_rank_first
 from arcface_kd.step_log import StepLog
 from arcface_kd.teachers.base import Teacher, load_teacher
 from arcface_kd.teachers.embedding_cache import EmbeddingCache, identity_of
+
+logger = logging.getLogger(__name__)
 
 
 class Distiller:
@@ -62,20 +65,26 @@ class Distiller:
     def read_through_cache(self, loader: FaceLoader) -> None:
         """Keep the teacher's embeddings in the file that ``kd_cache`` names, and ask the teacher for missing ones only.
 
-        The loader says which records a batch shows and which of them mirrored.
+        The loader says which records a batch shows and which of them mirrored. Data that may show an image in other
+        ways, by an augmentation of its own, switches the cache off with a warning: the teacher then runs each step.
 
         Args:
             loader: of the training records.
 
         Raises:
             TeacherError: the cache belongs to another teacher or other data, or is damaged.
-            DataError: data that cannot be told apart from other data.
+            DataError: an image that cannot be read.
         """
         if self.kd.cache is None or self.teacher is None:
             return
-        identity = identity_of(
-            self.teacher.fingerprint, fingerprint(loader.faces), len(loader.faces), self.teacher.embedding_size
-        )
+        if not shows_two_views(loader.faces):
+            logger.warning(
+                "kd_cache is off: a %s may show an image in other ways than plain and mirrored: the teacher runs each "
+                "step",
+                type(loader.faces).__name__,
+            )
+            return
+        identity = identity_of(self.teacher, fingerprint(loader.faces), len(loader.faces))
         self.cache = on_first_rank_first(lambda: EmbeddingCache(str(self.kd.cache), identity))
         loader.on_batch = self._next_views
 
@@ -329,8 +338,8 @@ def margin_of(margin_loss: object) -> Margin:
         raise ConfigError(
             f"the margin loss {type(margin_loss).__name__} has no {', '.join(missing)}; a CombinedMarginLoss is wanted"
         )
-    values = [float(getattr(margin_loss, name)) for name in names]
+    scale, m1, m2, m3 = (float(getattr(margin_loss, name)) for name in names)
     try:
-        return Margin(*values, filter_threshold=float(getattr(margin_loss, "interclass_filtering_threshold", 0.0)))
+        return Margin(scale, m1, m2, m3, float(getattr(margin_loss, "interclass_filtering_threshold", 0.0)))
     except ValueError as error:
         raise ConfigError(str(error)) from error

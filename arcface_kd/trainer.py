@@ -84,8 +84,20 @@ def check_keys(config: Mapping[str, Any]) -> None:
         raise ConfigError(f"optimizer is {config['optimizer']!r}; it must be sgd or adamw")
     if not 0 < config["sample_rate"] <= 1:
         raise ConfigError(f"sample_rate is {config['sample_rate']!r}; it must be in (0, 1]")
-    if len(config["margin_list"]) != 3:
-        raise ConfigError(f"margin_list is {config['margin_list']!r}; it must be three numbers, m1, m2 and m3")
+    margin_of_config(config)
+
+
+def margin_of_config(config: Mapping[str, Any]) -> Margin:
+    """The margin that ``margin_list`` and ``interclass_filtering_threshold`` ask for, at the host's logit scale.
+
+    Raises:
+        ConfigError: other than three numbers, or one out of range.
+    """
+    try:
+        m1, m2, m3 = config["margin_list"]
+        return Margin(LOGIT_SCALE, m1, m2, m3, config["interclass_filtering_threshold"])
+    except (TypeError, ValueError) as error:
+        raise ConfigError(f"margin_list is {config['margin_list']!r}; it must be m1, m2 and m3: {error}") from error
 
 
 @contextlib.contextmanager
@@ -111,13 +123,14 @@ def process_group() -> Iterator[tuple[int, int, int]]:
 @contextlib.contextmanager
 def _log_files(logger: logging.Logger, folder: Path, rank: int) -> Iterator[None]:
     """Send the run's log to ``training.log`` in the host's format, and to stdout where nobody watches a bar."""
-    logger.setLevel(logging.INFO)
+    logger.setLevel(logging.DEBUG)
     logger.propagate = False
     handlers: list[logging.Handler] = []
     if rank == 0:
         handlers.append(logging.FileHandler(folder / "training.log"))
         if not sys.stderr.isatty():
             handlers.append(logging.StreamHandler(sys.stdout))
+            handlers[-1].setLevel(logging.INFO)
     else:
         handlers.append(logging.NullHandler())
     for handler in handlers:
@@ -152,13 +165,15 @@ class _Run:
             self.notes.append("fp16 is on but this processor has no bf16 units: training in fp32")
         student = made.get_model(config.network, dropout=0.0, fp16=narrow, num_features=config.embedding_size)
         # Convolutions run several times faster on a CPU with the channels innermost; on a GPU with fp16 as well.
-        self.student = student.to(self.device, memory_format=torch.channels_last)
+        self.student = student.to(self.device)
+        self.student.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.backbone: nn.Module = self.student
         if world_size > 1:
             ids = [local_rank] if self.device.type == "cuda" else None
             self.backbone = nn.parallel.DistributedDataParallel(self.student, device_ids=ids, broadcast_buffers=False)
-        margin = Margin(LOGIT_SCALE, *config.margin_list, filter_threshold=config.interclass_filtering_threshold)
-        self.head = made.PartialFC_V2(margin, config.embedding_size, config.num_classes, config.sample_rate, False)
+        self.head = made.PartialFC_V2(
+            margin_of_config(config), config.embedding_size, config.num_classes, config.sample_rate, False
+        )
         self.head.train().to(self.device)
         self.optimizer = self._optimizer()
         steps = config.num_image // (config.batch_size * world_size)
@@ -338,10 +353,6 @@ def train(
         TeacherError: a teacher that is missing or does not fit.
     """
     check_keys(config)
-    try:
-        Margin(LOGIT_SCALE, *config.margin_list, filter_threshold=config.interclass_filtering_threshold)
-    except ValueError as error:
-        raise ConfigError(f"margin_list {tuple(config.margin_list)}: {error}") from error
     with process_group() as (rank, local_rank, world_size):
         if torch.cuda.is_available():
             torch.cuda.set_device(local_rank)
@@ -360,7 +371,7 @@ def _train(run: _Run, title: str, on_epoch: Callable[[int], None] | None) -> Tra
 
     config = run.config
     for key, value in config.items():
-        run.logger.info(": %s%s", key.ljust(25), value)
+        run.logger.debug(": %s%s", key.ljust(25), value)
     for note in run.notes:
         run.logger.info(note)
     with contextlib.ExitStack() as stack:

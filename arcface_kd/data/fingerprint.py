@@ -1,7 +1,7 @@
 """What a data set is, in one number: whether a cache of its images' embeddings still belongs to it."""
 
 import hashlib
-from pathlib import Path
+import os
 
 import numpy as np
 
@@ -11,12 +11,24 @@ from arcface_kd.errors import DataError
 _SAMPLES = 256
 
 
-def fingerprint(dataset: FaceDataset) -> str:
-    """SHA-256 over the number of images and what tells them apart, in hexadecimal.
+def shows_two_views(dataset: FaceDataset) -> bool:
+    """Whether a data set shows each image plain or mirrored and in no other way.
 
-    Records: every key, and the bytes of 256 images spread over the set. Folders: every identity's name and label, and
-    256 files. Reading all of a set would take as long as an epoch; a set that was packed again differs in its images
-    or in their order, which the sample sees.
+    A subclass may augment, so it is not taken at its parent's word.
+
+    Args:
+        dataset: any.
+    """
+    return type(dataset) in (RecordDataset, FolderDataset)
+
+
+def fingerprint(dataset: FaceDataset) -> str:
+    """SHA-256 over what tells a data set's images and their order from others', in hexadecimal.
+
+    Records: every key, every byte offset and with it every record's length, and the bytes of 256 images spread over the
+    set. Folders: every file's place and length, and the bytes of 256. Reading all of a set would take as long as an
+    epoch; an image that was exchanged for another one of exactly its length, none of the 256, is not noticed. Labels
+    do not count, since embeddings do not depend on them.
 
     Args:
         dataset: records or a folder.
@@ -25,16 +37,36 @@ def fingerprint(dataset: FaceDataset) -> str:
         64 characters.
 
     Raises:
-        DataError: a kind of data set whose images are not kept anywhere.
+        DataError: a kind of data set that does not show the same two views of an image every time, or whose files
+            cannot be read.
     """
+    if not shows_two_views(dataset):
+        raise DataError(
+            f"{type(dataset).__name__} does not keep images that are shown plain or mirrored and in no other way, so "
+            "embeddings of them cannot be cached: leave kd_cache unset"
+        )
     digest = hashlib.sha256(f"{type(dataset).__name__} {len(dataset)}".encode())
     if isinstance(dataset, RecordDataset):
-        digest.update(np.ascontiguousarray(dataset.keys).tobytes())
+        keys = np.ascontiguousarray(dataset.keys)
+        digest.update(keys)
+        digest.update(np.ascontiguousarray(dataset.reader.offsets[dataset.reader.find(keys)]))
     elif isinstance(dataset, FolderDataset):
-        digest.update("\0".join(Path(name).name for name in dataset.names).encode())
-    else:
-        raise DataError(f"{type(dataset).__name__} has no images of its own that could be cached: leave kd_cache unset")
+        _add_files(digest, dataset)
     for index in np.unique(np.linspace(0, len(dataset) - 1, _SAMPLES, dtype=np.int64)).tolist():
-        digest.update(f"{dataset.label(index)} ".encode())
-        digest.update(dataset.image_bytes(index))
+        image = dataset.image_bytes(index)
+        digest.update(f" {len(image)} ".encode())
+        digest.update(image)
     return digest.hexdigest()
+
+
+def _add_files(digest: "hashlib._Hash", dataset: FolderDataset) -> None:
+    # Relative to what the first and the last have in common: a folder may be moved.
+    top = os.path.commonpath([os.path.dirname(dataset.where(index)) for index in (0, len(dataset) - 1)])
+    digest.update("\0".join(dataset.names).encode(errors="surrogateescape"))
+    for index in range(len(dataset)):
+        path = dataset.where(index)
+        try:
+            size = os.stat(path).st_size
+        except OSError as error:
+            raise DataError(f"cannot read {path}: {error.strerror}") from None
+        digest.update(f"\0{path[len(top) :]}\0{size}".encode(errors="surrogateescape"))

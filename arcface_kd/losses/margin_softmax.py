@@ -5,11 +5,12 @@ For a normalised embedding f_i with label y, normalised class centers w_j and th
     z_ij = s cos(f_i, w_j)  for j != y,      z_iy = s psi(cos(f_i, w_y)),
     loss = mean_i [ log sum_j exp(z_ij) - z_iy ].
 
-The pass keeps, per row, a running maximum, the sum of exponentials and the exponentially weighted sum of centers, as
-flash attention does (Dao et al., arXiv 2205.14135), so that loss and embedding gradient come out together
-and nothing of size (batch, classes) is ever kept. The margin touches one column: the target is left out of the sum and
-added at the end. Where the class centers want a gradient too (a learned classifier), the backward pass walks over the
-chunks once more.
+The pass keeps, per row, the sum of exponentials and the exponentially weighted sum of centers, as flash attention does
+(Dao et al., arXiv 2205.14135), so that loss and embedding gradient come out together and nothing of size
+(batch, classes) is ever kept. Flash attention needs a running maximum besides; a logit here is at most s, so that the
+maximum is only followed where exp(s) would leave the number format. The margin touches one column: the target is left
+out of the sum and added at the end. Where the class centers want a gradient too (a learned classifier), the backward
+pass walks over the chunks once more.
 """
 
 from typing import Any, NamedTuple
@@ -24,9 +25,11 @@ from arcface_kd.sharding import RankGroup, positions_in_shard
 # A chunk's logits should stay in the processor's cache on a CPU, and fill the device on a GPU.
 _CHUNK_ELEMENTS = {"cpu": 1 << 19, "cuda": 1 << 24}
 
-
 # A chunk's weighted sum of unit centers stays below this number of classes, so that fp16 (up to 65504) can hold it.
 _LARGEST_CHUNK = 1 << 15
+
+# exp(64), exp(-64) and the sum of two thousand million of them are normal numbers of fp32 and bf16.
+_LARGEST_BARE_SCALE = 64.0
 
 
 def chunk_size(batch: int, device: torch.device) -> int:
@@ -58,15 +61,6 @@ class _Classes(NamedTuple):
     def visited(self) -> int:
         return self.centers.shape[0] if self.sampled is None else self.sampled.shape[0]
 
-    def rows(self, start: int, dtype: torch.dtype, chunk: int) -> tuple[Tensor, Tensor]:
-        """One chunk's centers (K, D) as they are and one over their norms (K,)."""
-        stop = min(start + chunk, self.visited)
-        chosen = slice(start, stop) if self.sampled is None else self.sampled[start:stop]
-        rows = self.centers[chosen].to(dtype)
-        if self.inverse_norms is None:
-            return rows, inverse_norm(rows)
-        return rows, self.inverse_norms[chosen].to(dtype)
-
 
 def inverse_norm(rows: Tensor) -> Tensor:
     """One over the L2 norm of each row of a (..., D) tensor; finite for rows of zeros."""
@@ -86,15 +80,6 @@ def _classes(
     return _Classes(centers, inverse_norms, index, torch.where(visited, place, -1), target, owned)
 
 
-def _hide_target(logits: Tensor, classes: _Classes, start: int, value: float) -> None:
-    """Overwrite each row's target, where this chunk holds it. Without a branch on data: no wait for the device."""
-    column = classes.position - start
-    here = (column >= 0) & (column < logits.shape[1])
-    column = torch.where(here, column, torch.zeros_like(column)).unsqueeze(1)
-    kept = logits.gather(1, column)
-    logits.scatter_(1, column, torch.where(here.unsqueeze(1), torch.full_like(kept, value), kept))
-
-
 class _Chunk(NamedTuple):
     """One chunk of classes, ready for products: ``factor * inverse`` is the matrix of unit centers.
 
@@ -102,70 +87,144 @@ class _Chunk(NamedTuple):
     copy of (K, D); a narrower format needs a copy anyhow, and unit rows keep fp16 away from its smallest numbers.
     """
 
-    factor: Tensor  # (K, D) in the products' format
-    inverse: Tensor | None  # (K,) or None where the factor has unit rows already
+    rows: Tensor  # (K, D) centers as they are
+    inverse: Tensor  # (K,) one over their norms
+    factor: Tensor  # (K, D) rows, or unit rows in the products' narrower format
+    logits: Tensor  # (B, K), the target's -inf
+    filtered: Tensor | None  # (B, K) bool, logits that interclass filtering has set to 0
 
-    def cosines(self, unit: Tensor, dtype: torch.dtype) -> Tensor:
-        """(B, K) products of (B, D) rows with the unit centers."""
-        product = (unit @ self.factor.T).to(dtype)
-        return product if self.inverse is None else product.mul_(self.inverse)
 
-    def add_weighted_sum(self, weights: Tensor, result: Tensor) -> None:
-        """Add ``weights @ unit centers`` to the (B, D) result; the weights (B, K) are used up."""
-        if self.inverse is None:
-            result.add_(weights.to(self.factor.dtype) @ self.factor)
+class _Chunks:
+    """A shard's classes chunk by chunk beside one batch, in memory that all chunks share.
+
+    Fresh memory for each chunk would cost more time than the exponentials.
+
+    Args:
+        unit: (B, D) normalised embeddings.
+        classes: this rank's classes.
+        margin: for the scale and the interclass filter.
+        chunk: classes at a time.
+        product_dtype: number format of the factors of the matrix products.
+    """
+
+    def __init__(
+        self, unit: Tensor, classes: _Classes, margin: Margin, chunk: int, product_dtype: torch.dtype
+    ) -> None:
+        batch, self._dtype = unit.shape[0], unit.dtype
+        self._classes = classes
+        self._threshold = margin.filter_threshold * margin.scale
+        self._size = max(min(chunk, classes.visited), 1)
+        self._scaled = (unit * margin.scale).to(product_dtype)
+        self.narrow = product_dtype != unit.dtype
+        # One element more takes what is written for rows whose target is in another chunk.
+        self._spare = batch * self._size
+        self._flat = unit.new_empty(self._spare + 1)
+        self._logits = self._flat[:-1].view(batch, self._size)
+        shape = (self._size, unit.shape[1])
+        self._products = self._scaled.new_empty(batch, self._size) if self.narrow else self._logits
+        self._factor = self._scaled.new_empty(shape) if self.narrow else None
+        self._gathered = None if classes.sampled is None else classes.centers.new_empty(shape)
+        self._target_chunk = classes.position.div(self._size, rounding_mode="floor")
+        place = torch.arange(batch, device=unit.device) * self._size
+        self._target_place = place + classes.position.remainder(self._size)
+
+    def __len__(self) -> int:
+        return -(-self._classes.visited // self._size)
+
+    def span(self, number: int) -> tuple[int, int]:
+        """First and last but one of the visited classes in a chunk."""
+        return number * self._size, min((number + 1) * self._size, self._classes.visited)
+
+    def load(self, number: int) -> _Chunk:
+        """A chunk's centers and logits; they stay until the next one is loaded."""
+        start, stop = self.span(number)
+        centers, inverse_norms, sampled = self._classes.centers, self._classes.inverse_norms, self._classes.sampled
+        if sampled is None or self._gathered is None:
+            rows = centers[start:stop]
         else:
-            result.addmm_(weights.mul_(self.inverse), self.factor)
+            rows = torch.index_select(centers, 0, sampled[start:stop], out=self._gathered[: stop - start])
+        rows = rows.to(self._dtype)
+        if inverse_norms is None:
+            inverse = inverse_norm(rows)
+        else:
+            inverse = inverse_norms[slice(start, stop) if sampled is None else sampled[start:stop]].to(self._dtype)
+        logits = self._logits[:, : stop - start]
+        if self._factor is None:
+            factor = rows
+            logits.addmm_(self._scaled, factor.T, beta=0).mul_(inverse)
+        else:
+            factor = torch.mul(rows, inverse.unsqueeze(1), out=self._factor[: stop - start])
+            logits.copy_(self._products[:, : stop - start].addmm_(self._scaled, factor.T, beta=0))
+        # Without a branch on data: no wait for the device.
+        hidden = torch.where(self._target_chunk == number, self._target_place, self._spare)
+        self._flat.index_fill_(0, hidden, -torch.inf)
+        filtered = None
+        if self._threshold > 0:
+            filtered = logits > self._threshold
+            logits.masked_fill_(filtered, 0.0)
+        return _Chunk(rows, inverse, factor, logits, filtered)
+
+    def in_product_format(self, weights: Tensor) -> Tensor:
+        """Weights (B, K) as a factor of a matrix product."""
+        return self._products[:, : weights.shape[1]].copy_(weights) if self.narrow else weights
+
+    def add_weighted_sum(self, part: _Chunk, weights: Tensor, result: Tensor) -> None:
+        """Add ``weights @ unit centers`` to the (B, D) result; the weights (B, K) are used up."""
+        if self.narrow:
+            result.add_(self.in_product_format(weights) @ part.factor)
+        else:
+            result.addmm_(weights.mul_(part.inverse), part.factor)
 
 
-def _chunk_of(rows: Tensor, inverse: Tensor, product_dtype: torch.dtype) -> _Chunk:
-    if product_dtype == rows.dtype:
-        return _Chunk(rows, inverse)
-    return _Chunk((rows * inverse.unsqueeze(1)).to(product_dtype), None)
+def _follows_maximum(margin: Margin, product_dtype: torch.dtype) -> bool:
+    """Whether exponentials of the bare logits could leave the number format."""
+    return margin.scale > _LARGEST_BARE_SCALE or product_dtype == torch.float16
 
 
 class _Pass(NamedTuple):
-    maximum: Tensor  # (B,) largest non-target logit of this shard, -inf where there is none
-    total: Tensor  # (B,) sum of exp(z - maximum) over the non-target classes of this shard
-    pull: Tensor  # (B, D) sum of exp(z - maximum) w over them
+    shift: Tensor  # (B,) what was taken from the logits: 0, or this shard's largest, -inf where there is none
+    total: Tensor  # (B,) sum of exp(z - shift) over the non-target classes of this shard
+    pull: Tensor  # (B, D) sum of exp(z - shift) w over them
 
 
 def _pass_over_classes(
-    embeddings: Tensor, classes: _Classes, margin: Margin, chunk: int, product_dtype: torch.dtype
+    unit: Tensor, classes: _Classes, margin: Margin, chunk: int, product_dtype: torch.dtype
 ) -> _Pass:
-    """The running maximum, sum and weighted sum of centers over this shard's classes but the target.
+    """The sum of exponentials and the weighted sum of centers over this shard's classes but the target.
 
     Args:
-        embeddings: (B, D) normalised embeddings times the logit scale.
+        unit: (B, D) normalised embeddings.
         classes: this rank's classes.
         margin: for the scale and the interclass filter.
         chunk: classes at a time.
         product_dtype: number format of the factors of the two matrix products.
     """
-    batch, dtype = embeddings.shape[0], embeddings.dtype
-    maximum = embeddings.new_full((batch, 1), -torch.inf)
-    total = embeddings.new_zeros(batch, 1)
-    pull = torch.zeros_like(embeddings)
-    factor = embeddings.to(product_dtype)
-    for start in range(0, classes.visited, chunk):
-        part = _chunk_of(*classes.rows(start, dtype, chunk), product_dtype)
-        logits = part.cosines(factor, dtype)
-        _hide_target(logits, classes, start, -torch.inf)
-        filtered = None
-        if margin.filter_threshold > 0:
-            filtered = logits > margin.filter_threshold * margin.scale
-            logits.masked_fill_(filtered, 0.0)
-        risen = torch.maximum(maximum, logits.amax(1, keepdim=True))
-        # A row whose every class is its target has no maximum yet: -inf - -inf would be nan.
-        shift = torch.where(risen.isinf(), torch.zeros_like(risen), risen)
-        fade = (maximum - shift).exp_()
-        weights = logits.sub_(shift).exp_()
-        total.mul_(fade).add_(weights.sum(1, keepdim=True))
-        if filtered is not None:
-            weights.masked_fill_(filtered, 0.0)
-        part.add_weighted_sum(weights, pull.mul_(fade))
-        maximum = risen
-    return _Pass(maximum.squeeze(1), total.squeeze(1), pull)
+    follows = _follows_maximum(margin, product_dtype)
+    shift = unit.new_full((unit.shape[0], 1), -torch.inf if follows else 0.0)
+    total = torch.zeros_like(shift)
+    pull = torch.zeros_like(unit)
+    chunks = _Chunks(unit, classes, margin, chunk, product_dtype)
+    for number in range(len(chunks)):
+        part = chunks.load(number)
+        if follows:
+            risen = torch.maximum(shift, part.logits.amax(1, keepdim=True))
+            base = _finite(risen)
+            fade = (shift - base).exp_()
+            total.mul_(fade)
+            pull.mul_(fade)
+            part.logits.sub_(base)
+            shift = risen
+        weights = part.logits.exp_()
+        total.add_(weights.sum(1, keepdim=True))
+        if part.filtered is not None:
+            weights.masked_fill_(part.filtered, 0.0)
+        chunks.add_weighted_sum(part, weights, pull)
+    return _Pass(shift.squeeze(1), total.squeeze(1), pull)
+
+
+def _finite(shift: Tensor) -> Tensor:
+    """A row whose every class is its target has no maximum: -inf - -inf would be nan."""
+    return torch.where(shift.isinf(), torch.zeros_like(shift), shift)
 
 
 def _through_normalisation(gradient: Tensor, unit: Tensor, inverse: Tensor) -> Tensor:
@@ -200,15 +259,15 @@ class _MarginSoftmax(torch.autograd.Function):
         own_inverse = inverse_norm(own).unsqueeze(1)
         own = own * own_inverse
         psi, slope = margin.target((unit * own).sum(1))
-        local = _pass_over_classes(unit * margin.scale, classes, margin, chunk, product_dtype)
+        local = _pass_over_classes(unit, classes, margin, chunk, product_dtype)
 
         # One reduction finds the largest logit and brings every target from the one rank that holds it.
         target = torch.where(classes.owned, margin.scale * psi, torch.full_like(psi, -torch.inf))
-        maximum, target = ranks.max_(torch.stack([local.maximum, target])).unbind()
+        maximum, target = ranks.max_(torch.stack([local.shift, target])).unbind()
         valid = labels >= 0
         target = torch.where(valid, target, torch.zeros_like(target))
         top = torch.maximum(maximum, target)
-        others = ranks.sum_(local.total * (local.maximum - top).exp())
+        others = ranks.sum_(local.total * (local.shift - top).exp())
         whole = others + (target - top).exp()
 
         weight = valid.to(dtype) / valid.sum().clamp_min(1).to(dtype)
@@ -218,14 +277,14 @@ class _MarginSoftmax(torch.autograd.Function):
 
         scale = margin.scale * weight
         # Rows of other shards' maximum may be far above this shard's: the share underflows to 0 as it should.
-        share = (local.maximum - top).exp() / whole * scale
+        share = (local.shift - top).exp() / whole * scale
         miss = -others / whole * slope * scale * classes.owned
         gradient = local.pull * share.unsqueeze(1) + own * miss.unsqueeze(1)
         in_embeddings = _through_normalisation(gradient, unit, inverse)
         ctx.settings = (margin, class_start, chunk, product_dtype, embeddings.dtype)
         if ctx.needs_input_grad[1]:
             ctx.save_for_backward(
-                in_embeddings, unit, own, own_inverse, local.maximum, share, miss, centers, inverse_norms, labels, index
+                in_embeddings, unit, own, own_inverse, local.shift, share, miss, centers, inverse_norms, labels, index
             )
         else:
             # Frozen centers may move before the backward pass, which does not look at them.
@@ -240,11 +299,11 @@ class _MarginSoftmax(torch.autograd.Function):
         margin, class_start, chunk, product_dtype, embedding_dtype = ctx.settings
         in_centers = None
         if saved:
-            unit, own, own_inverse, maximum, share, miss, centers, inverse_norms, labels, index = saved
+            unit, own, own_inverse, shift, share, miss, centers, inverse_norms, labels, index = saved
             classes = _classes(centers, inverse_norms, labels, class_start, index)
             # As in the forward pass, the products' format is chosen here and nowhere else.
             with torch.autocast(unit.device.type, enabled=False):
-                in_centers = _gradient_in_centers(unit, classes, margin, chunk, product_dtype, maximum, share, upstream)
+                in_centers = _gradient_in_centers(unit, classes, margin, chunk, product_dtype, shift, share, upstream)
             # The target's own pull, which the margin's slope has scaled; rows of other ranks add zero to row 0.
             pull = _through_normalisation(unit * (miss * upstream).unsqueeze(1), own, own_inverse)
             in_centers.index_add_(0, classes.target, pull.to(in_centers.dtype))
@@ -258,7 +317,7 @@ def _gradient_in_centers(
     margin: Margin,
     chunk: int,
     product_dtype: torch.dtype,
-    maximum: Tensor,
+    shift: Tensor,
     share: Tensor,
     upstream: Tensor,
 ) -> Tensor:
@@ -270,38 +329,42 @@ def _gradient_in_centers(
         margin: for the scale and the interclass filter.
         chunk: classes at a time.
         product_dtype: number format of the factors of the two matrix products.
-        maximum: (B,) largest non-target logit of this shard, from the first pass.
-        share: (B,) factor from ``exp(z - maximum)`` to the loss's derivative in the cosine.
+        shift: (B,) what the first pass took from the logits.
+        share: (B,) factor from ``exp(z - shift)`` to the loss's derivative in the cosine.
         upstream: scalar, the gradient in the loss.
     """
-    dtype, centers = unit.dtype, classes.centers
-    result = torch.zeros_like(centers)
+    dtype, centers, sampled = unit.dtype, classes.centers, classes.sampled
     if unit.shape[0] == 0:
-        return result
+        return torch.zeros_like(centers)
+    result = torch.empty_like(centers) if sampled is None else torch.zeros_like(centers)
     # The largest share is divided out of the product and put back behind it: a loss scaled for fp16 and a mean over a
     # large batch stay inside the format's range.
     largest = share.amax().clamp_min(torch.finfo(dtype).tiny)
-    factor = (unit * margin.scale).to(product_dtype)
     weighted = (unit * (share / largest).unsqueeze(1)).to(product_dtype)
     restore = largest * upstream
-    shift = torch.where(maximum.isinf(), torch.zeros_like(maximum), maximum).unsqueeze(1)
-    for start in range(0, classes.visited, chunk):
-        rows, inverse = classes.rows(start, dtype, chunk)
-        logits = _chunk_of(rows, inverse, product_dtype).cosines(factor, dtype)
-        _hide_target(logits, classes, start, -torch.inf)
-        filtered = logits > margin.filter_threshold * margin.scale if margin.filter_threshold > 0 else None
-        if filtered is not None:
-            logits.masked_fill_(filtered, 0.0)
-        weights = logits.sub_(shift).exp_()
-        if filtered is not None:
-            weights.masked_fill_(filtered, 0.0)
-        gradient = (weights.to(product_dtype).T @ weighted).to(dtype)
-        inverse = inverse.unsqueeze(1)
-        gradient = _through_normalisation(gradient, rows * inverse, inverse * restore).to(centers.dtype)
-        if classes.sampled is None:
-            result[start : start + rows.shape[0]] = gradient
+    shift = _finite(shift).unsqueeze(1)
+    chunks = _Chunks(unit, classes, margin, chunk, product_dtype)
+    radial_part = unit.new_empty(min(chunk, classes.visited), unit.shape[1])
+    for number in range(len(chunks)):
+        start, stop = chunks.span(number)
+        part = chunks.load(number)
+        if _follows_maximum(margin, product_dtype):
+            part.logits.sub_(shift)
+        weights = part.logits.exp_()
+        if part.filtered is not None:
+            weights.masked_fill_(part.filtered, 0.0)
+        factor = chunks.in_product_format(weights).T
+        if sampled is None and not chunks.narrow and centers.dtype == dtype:
+            gradient = result[start:stop].addmm_(factor, weighted, beta=0)
         else:
-            result[classes.sampled[start : start + rows.shape[0]]] = gradient
+            gradient = (factor @ weighted).to(dtype)
+        # Through the normalisation, in place: less its part along the center, over the center's norm.
+        along = torch.mul(gradient, part.rows, out=radial_part[: stop - start]).sum(1) * part.inverse.square()
+        gradient.addcmul_(part.rows, along.unsqueeze(1), value=-1).mul_((part.inverse * restore).unsqueeze(1))
+        if sampled is not None:
+            result[sampled[start:stop]] = gradient.to(result.dtype)
+        elif gradient.data_ptr() != result[start:stop].data_ptr():
+            result[start:stop] = gradient
     return result
 
 

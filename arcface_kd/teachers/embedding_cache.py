@@ -1,117 +1,224 @@
 """The teacher's embeddings of every image, plain and mirrored, in a file: after one epoch the teacher is free.
 
 Training shows the teacher each image plain or mirrored and nothing else, so two embeddings an image replace it. A cache
-is two files: FILE, a memory map of fp16 numbers (images, 2, D), and FILE.json, which says whose embeddings these are.
-They are unit vectors, rounded to fp16: within 2.5e-4 of the teacher's own.
+is two files: FILE, fp16 numbers (images, 2, D) that readers map, and FILE.json, the header, which says whose embeddings
+these are. They are unit vectors, rounded to fp16: within 2.5e-4 of the teacher's own. MS1MV2 (5,822,653 images) at 512
+dimensions takes 11.9 GB.
 
-A row that is there is whole. The numbers are kept with all bits inverted, so that the zeros of a new file read as NaN,
-and a row that a killed process left half-written still has NaN in it and counts as missing. The space is reserved
-when the file is made: a full disk shows then, not in the middle of a run.
+A row that is there is whole. The numbers are kept with all bits inverted, so that the zeros of a new file read as NaN;
+a row that is no unit vector, because a killed process left half of it or a disk damaged it, counts as missing. The
+header is written last: FILE without it is a cache that was never finished, and is finished by the next run if it holds
+nothing but zeros. The space is reserved when the file is made, where the file system can: a full disk shows then, not
+in the middle of a run.
+
+All processes of a machine may fill one file at once. On a network file system, several machines that write one file may
+overwrite each other's neighbouring rows with zeros or see them late: such rows count as missing and are made again,
+never wrong. Fill it from one machine, or give each machine a file of its own.
 """
 
+import errno
 import json
 import os
-from collections.abc import Mapping
+import shutil
+import stat
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
+from typing import IO, Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
 from arcface_kd.atomic import atomic_write
 from arcface_kd.errors import TeacherError
+from arcface_kd.teachers.base import Teacher
 
 _FORMAT = 1
+_LARGEST_HEADER = 1 << 16
+# What each entry of a header is called in messages, in the order in which differences are told.
+_ENTRIES = {
+    "format": "file format",
+    "embedding_size": "embedding size",
+    "images": "number of images",
+    "data": "data set",
+    "preprocessing": "preprocessing",
+    "precision": "precision",
+    "teacher": "teacher",
+}
+_ROWS_AT_ONCE = 1 << 14
+# A unit vector in fp16 has a norm within 5e-4 of 1; one with a damaged exponent is far from it.
+_NORM_TOLERANCE = 5e-3
 
 
-def identity_of(teacher_fingerprint: str, data_fingerprint: str, images: int, embedding_size: int) -> dict[str, object]:
+def identity_of(teacher: Teacher, data_fingerprint: str, images: int) -> dict[str, object]:
     """What makes two caches exchangeable.
 
     Args:
-        teacher_fingerprint: over weights, preprocessing and precision.
-        data_fingerprint: over the images and their order.
+        teacher: whose embeddings they are.
+        data_fingerprint: over the images and their order, see :func:`arcface_kd.data.fingerprint.fingerprint`.
         images: number of them.
-        embedding_size: dimension D.
 
     Returns:
-        What the header of such a cache must say.
+        What the header of such a cache says.
     """
     return {
         "format": _FORMAT,
-        "teacher": teacher_fingerprint,
+        "teacher": teacher.fingerprint,
+        "preprocessing": {name: value for name, value in vars(teacher.preprocessing).items()},
+        "precision": teacher.precision,
         "data": data_fingerprint,
         "images": images,
-        "embedding_size": embedding_size,
+        "embedding_size": teacher.embedding_size,
     }
 
 
-class EmbeddingCache:
-    """Rows of one teacher over one data set, shared by all processes of a machine that open the same file.
+def readable_size(count: float) -> str:
+    """A number of bytes with a decimal unit: ``11.9 GB``."""
+    for unit in ("bytes", "kB", "MB", "GB"):
+        if count < 1000:
+            return f"{count:.0f} bytes" if unit == "bytes" else f"{count:.1f} {unit}"
+        count /= 1000
+    return f"{count:.1f} TB"
 
-    Several ranks may write at once: two that find the same row missing write the same numbers.
+
+class EmbeddingCache:
+    """Rows of one teacher over one data set.
+
+    Several processes may read and write at once: two that find the same row missing write the same numbers.
+
+    Attributes:
+        path: the file; its header stands beside it as ``path.json``.
+        images: number of images.
+        embedding_size: dimension D.
+        size: bytes of the file.
+        read_only: whether the file cannot be written: a full one serves all the same.
 
     Args:
-        path: the file; its header stands beside it as ``path.json``.
+        path: the file, made if there is none; symbolic links are followed.
         identity: from :func:`identity_of`.
 
     Raises:
-        TeacherError: the files belong to another teacher or other data (the message says in what they differ), or are
-            damaged.
-        OSError: the folder is missing, read-only or too full.
+        TeacherError: the files belong to another teacher or other data (the message says in what they differ), are
+            damaged or something else altogether, or there is no room for them.
     """
 
     def __init__(self, path: str | os.PathLike[str], identity: Mapping[str, object]) -> None:
         self.path = Path(path)
-        self.identity = dict(identity)
-        self.images = int(str(identity["images"]))
-        self.embedding_size = int(str(identity["embedding_size"]))
-        header = self.path.with_name(self.path.name + ".json")
-        if header.exists():
-            self._check(header)
-        else:
-            self._create(header)
-        count = 2 * self.images * self.embedding_size
-        self._rows = torch.from_file(str(self.path), shared=True, size=count, dtype=torch.int16)
-        self._rows = self._rows.view(2 * self.images, self.embedding_size)
+        # As JSON gives it back: tuples become lists.
+        self._identity: dict[str, Any] = json.loads(json.dumps(dict(identity)))
+        self.images = int(self._identity["images"])
+        self.embedding_size = int(self._identity["embedding_size"])
+        self.size = 4 * self.images * self.embedding_size
+        self._header = self.path.with_name(self.path.name + ".json")
+        try:
+            self._refuse_special_files()
+            if not self._header.exists():
+                self._create()
+            self._check_header()
+            self._check_size()
+            self._rows = np.memmap(self.path, np.uint16, mode="r", shape=(2 * self.images, self.embedding_size))
+            self._file = self._open_for_writing()
+        except OSError as error:
+            raise TeacherError(f"the cache {self.path} cannot be used: {error.strerror or error}") from error
 
     @property
-    def _bytes(self) -> int:
-        return 4 * self.images * self.embedding_size
+    def read_only(self) -> bool:
+        """Whether the file cannot be written."""
+        return self._file is None
 
-    def _check(self, header: Path) -> None:
+    def _refuse_special_files(self) -> None:
+        """A pipe would wait for ever and a device has no end."""
+        for path in (self.path, self._header):
+            try:
+                mode = path.stat().st_mode
+            except FileNotFoundError:
+                continue
+            if not stat.S_ISREG(mode):
+                what = "a folder" if stat.S_ISDIR(mode) else "no regular file"
+                raise TeacherError(f"the cache {path} is {what}: name a file for the teacher's embeddings")
+
+    def _create(self) -> None:
+        """Reserve the file under a lock, and write the header when it is there."""
+        with self._claimed() as stream:
+            if self._header.exists():
+                return
+            if _holds_anything(stream):
+                raise TeacherError(
+                    f"{self.path} exists without its header {self._header.name}: name another file for the cache, or "
+                    "delete it"
+                )
+            try:
+                _reserve(stream, self.size)
+                with atomic_write(self._header) as header:
+                    header.write((json.dumps(self._identity, indent=2) + "\n").encode())
+            except OSError as error:
+                stream.truncate(0)
+                os.unlink(os.path.realpath(self.path))
+                free = readable_size(shutil.disk_usage(self.path.resolve().parent).free)
+                raise TeacherError(
+                    f"no room for the cache {self.path}: it takes {readable_size(self.size)} ({self.images} images, "
+                    f"two views, {self.embedding_size} numbers each) and {free} are free ({error.strerror or error})"
+                ) from error
+
+    @contextmanager
+    def _claimed(self) -> Iterator[IO[bytes]]:
+        """The file, open and locked against other processes that want to make it."""
+        while True:
+            descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT | getattr(os, "O_BINARY", 0), 0o666)
+            with os.fdopen(descriptor, "r+b", buffering=0) as stream:
+                _lock(stream)
+                # Whoever held the lock may have found no room and taken the file away.
+                if self.path.exists() and os.path.samestat(os.fstat(stream.fileno()), self.path.stat()):
+                    yield stream
+                    return
+
+    def _check_header(self) -> None:
+        with open(self._header, "rb") as stream:
+            text = stream.read(_LARGEST_HEADER)
         try:
-            found = json.loads(header.read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
+            found = json.loads(text)
+        # The JSON reader answers deep nesting with a RecursionError.
+        except (ValueError, RecursionError) as error:
             raise TeacherError(
-                f"{header} is no cache header ({error}); delete it and {self.path} to start anew"
+                f"{self._header} is no cache header ({type(error).__name__}); delete it and {self.path} to start anew"
             ) from None
         if not isinstance(found, dict):
-            raise TeacherError(f"{header} is no cache header; delete it and {self.path} to start anew")
-        differing = [name for name in self.identity if found.get(name) != self.identity[name]]
+            raise TeacherError(f"{self._header} is no cache header; delete it and {self.path} to start anew")
+        wanted = self._identity
+        differing = [
+            f"another {called} (it has {_short(found.get(name))}, this run {_short(wanted.get(name))})"
+            for name, called in _ENTRIES.items()
+            if found.get(name) != wanted.get(name)
+        ]
         if differing:
-            name = differing[0]
             raise TeacherError(
-                f"the cache {self.path} was made for another {name} ({str(found.get(name))[:16]}, this run has "
-                f"{str(self.identity[name])[:16]}): give another kd_cache, or delete it and {header.name}"
-            )
-        size = self.path.stat().st_size if self.path.is_file() else 0
-        if size != self._bytes:
-            raise TeacherError(
-                f"the cache {self.path} has {size} bytes and should have {self._bytes}: delete it and {header.name}"
+                f"the cache {self.path} was made for {' and '.join(differing)}: name another file for the cache, or "
+                f"delete it and {self._header.name}"
             )
 
-    def _create(self, header: Path) -> None:
-        if self.path.exists():
+    def _check_size(self) -> None:
+        size = self.path.stat().st_size if self.path.exists() else 0
+        if size != self.size:
             raise TeacherError(
-                f"{self.path} exists without its header {header.name}: give another kd_cache, or delete it"
+                f"the cache {self.path} has {size} bytes and should have {self.size}: it is cut short or another file; "
+                f"delete it and {self._header.name} to start anew"
             )
-        with atomic_write(self.path) as stream:
-            if hasattr(os, "posix_fallocate"):
-                os.posix_fallocate(stream.fileno(), 0, self._bytes)
-            else:
-                stream.truncate(self._bytes)
-        with atomic_write(header) as stream:
-            stream.write((json.dumps(self.identity, indent=2) + "\n").encode())
+
+    def _open_for_writing(self) -> IO[bytes] | None:
+        try:
+            return open(self.path, "r+b", buffering=0)
+        except OSError as error:
+            if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
+                return None
+            raise
+
+    def _positions(self, index: Tensor, flipped: Tensor) -> np.ndarray:
+        positions = index.cpu().numpy() * 2 + flipped.cpu().numpy()
+        if len(positions) and not (positions.min() >= 0 and positions.max() < 2 * self.images):
+            raise IndexError(f"images {index.tolist()[:5]} are not all in 0 .. {self.images - 1}")
+        return positions
 
     def look_up(self, index: Tensor, flipped: Tensor) -> tuple[Tensor, Tensor]:
         """Rows of some views.
@@ -122,9 +229,11 @@ class EmbeddingCache:
 
         Returns:
             ``(embeddings, known)``: (B, D) fp32 unit vectors on the CPU, NaN where the row is missing, and (B,) bool.
+
+        Raises:
+            IndexError: a position that the data set does not have.
         """
-        rows = self._rows[2 * index.cpu() + flipped.cpu()].bitwise_not_().view(torch.float16).float()
-        return rows, ~rows.isnan().any(1)
+        return _decoded(self._rows[self._positions(index, flipped)])
 
     def store(self, index: Tensor, flipped: Tensor, embeddings: Tensor) -> None:
         """Keep the teacher's embeddings of some views.
@@ -135,16 +244,100 @@ class EmbeddingCache:
             embeddings: (B, D), any norm.
 
         Raises:
-            TeacherError: an embedding is zero, NaN or inf.
+            TeacherError: an embedding is zero, NaN or inf; or the file is read-only.
+            OSError: the disk is full or broken; rows that were stored stay.
+            IndexError: a position that the data set does not have.
         """
-        unit = normalize(embeddings.detach().float()).to("cpu", torch.float16)
-        bad = ~unit.isfinite().all(1) | (unit == 0).all(1)
-        if bad.any():
-            where = index.cpu()[bad][:5].tolist()
+        positions = self._positions(index, flipped)
+        rows = ~normalize(embeddings.detach().float()).to("cpu", torch.float16).numpy().view(np.uint16)
+        _, sound = _decoded(rows)
+        if not sound.all():
+            where = index.cpu()[~sound][:5].tolist()
             raise TeacherError(f"the teacher's embeddings of images {where} are zero, NaN or inf: look at these images")
-        self._rows[2 * index.cpu() + flipped.cpu()] = unit.view(torch.int16).bitwise_not()
+        if self._file is None:
+            raise TeacherError(
+                f"the cache {self.path} is read-only and not full: let somebody who may write it fill it with "
+                "`arcface-kd cache`, or name another file"
+            )
+        # Written, not assigned through the map: a full disk is then an error, where the map would end the process, and
+        # no kill comes between the bytes of a number.
+        for position, row in zip(positions.tolist(), rows, strict=True):
+            _write_at(self._file, position * 2 * self.embedding_size, row.tobytes())
+
+    def known(self, start: int, stop: int) -> np.ndarray:
+        """Which rows of a range of images are there; reads them all.
+
+        Args:
+            start: the first image.
+            stop: the one after the last.
+
+        Returns:
+            (stop - start, 2) bool: plain, mirrored.
+        """
+        found = np.zeros((max(0, stop - start), 2), dtype=bool)
+        for first in range(start, stop, _ROWS_AT_ONCE):
+            last = min(stop, first + _ROWS_AT_ONCE)
+            _, known = _decoded(self._rows[2 * first : 2 * last])
+            found[first - start : last - start] = known.numpy().reshape(-1, 2)
+        return found
 
     def filled(self) -> int:
         """Rows that are there, of 2 x images; reads the whole file."""
-        blocks = self._rows.split(max(1, (1 << 24) // self.embedding_size))
-        return sum(int((~block.bitwise_not().view(torch.float16).isnan().any(1)).sum()) for block in blocks)
+        return int(self.known(0, self.images).sum())
+
+
+def _decoded(rows: np.ndarray) -> tuple[Tensor, Tensor]:
+    """Unit vectors (B, D) out of a file's rows, NaN where a row is no unit vector, and (B,) bool whether it is one."""
+    values = torch.from_numpy(np.invert(np.asarray(rows)).view(np.float16)).float()
+    norms = values.norm(dim=1)
+    known = (norms - 1).abs() < _NORM_TOLERANCE
+    return values / norms.where(known, torch.nan).unsqueeze(1), known
+
+
+def _short(value: object) -> str:
+    text = value if isinstance(value, str) else json.dumps(value)
+    if isinstance(value, str) and len(text) > 16:
+        return text[:12] + "..."
+    return text if len(text) <= 120 else text[:117] + "..."
+
+
+def _lock(stream: IO[bytes]) -> None:
+    """Wait for the file to be nobody else's, where the system and the file system can lock."""
+    try:
+        import fcntl
+    except ImportError:
+        return
+    try:
+        fcntl.flock(stream.fileno(), fcntl.LOCK_EX)
+    except OSError as error:
+        if error.errno not in (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS, errno.EINVAL):
+            raise
+
+
+def _holds_anything(stream: IO[bytes]) -> bool:
+    """Whether a file has a byte that is not zero."""
+    while block := stream.read(1 << 24):
+        if np.frombuffer(block, np.uint8).any():
+            return True
+    return False
+
+
+def _reserve(stream: IO[bytes], size: int) -> None:
+    """Make a file of zeros that has its room on the disk, where the file system can promise that."""
+    stream.truncate(0)
+    try:
+        os.posix_fallocate(stream.fileno(), 0, size)
+    except AttributeError:  # macOS and Windows have no such call
+        stream.truncate(size)
+    except OSError as error:
+        if error.errno not in (errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL):
+            raise
+        stream.truncate(size)
+    os.fsync(stream.fileno())
+
+
+def _write_at(stream: IO[bytes], offset: int, data: bytes) -> None:
+    stream.seek(offset)
+    rest = memoryview(data)
+    while rest:
+        rest = rest[stream.write(rest) :]

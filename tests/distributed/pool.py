@@ -59,7 +59,7 @@ class RankPool:
         patience: seconds that a function may take before its ranks count as hanging.
     """
 
-    def __init__(self, patience: float = 60.0) -> None:
+    def __init__(self, patience: float = 120.0) -> None:
         self.patience = patience
         self._workers: list[tuple[multiprocessing.process.BaseProcess, Connection]] = []
 
@@ -93,7 +93,8 @@ class RankPool:
         method = "forkserver" if "forkserver" in multiprocessing.get_all_start_methods() else "spawn"
         context: Any = multiprocessing.get_context(method)
         if method == "forkserver":
-            context.set_forkserver_preload(["tests.distributed.pool", "arcface_kd.distiller"])
+            # The last is what DistributedDataParallel loads when it is first used.
+            context.set_forkserver_preload(["tests.distributed.pool", "arcface_kd.distiller", "torch._dynamo"])
         with tempfile.TemporaryDirectory() as folder:
             for rank in range(LARGEST_WORLD):
                 ours, theirs = context.Pipe()

@@ -5,6 +5,7 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import normalize
 from torch.nn.parallel import DistributedDataParallel
 
 from arcface_kd.centers import DistilledCenters
@@ -90,7 +91,7 @@ def _run(ranks: RankGroup, case: Case) -> tuple[Tensor, Tensor | None, list[Step
         "student": {"projection": "linear" if case.teacher_dimension != case.student_dimension else "none"},
     }
     teacher = load_teacher(network, TeacherOptions(size=8))
-    distiller = Distiller(KDConfig(("adadistill",), None, options), teacher)
+    distiller = Distiller(KDConfig(("adadistill",), options=options), teacher)
     head = DistillationHead(
         distiller, MARGINS[case.margin], case.student_dimension, CLASSES, seed=3, ranks=ranks
     ).double()
@@ -138,8 +139,8 @@ def _compare(ranks: RankPool, case: Case) -> None:
         projection = projection.clone().requires_grad_()
     for step, (images, labels) in enumerate(batches(case)):
         parts = [results[step] for _, _, results in answers]
-        # Rank by rank: in fp32, the last digit of a product depends on how many rows it has.
-        teacher = torch.cat([network(part.float()) for part in images.split(case.sizes)]).detach().double()
+        # Rank by rank and in fp32, as the teacher works: the last digit of a product depends on how many rows it has.
+        teacher = torch.cat([normalize(network(part.float())) for part in images.split(case.sizes)]).detach().double()
         embeddings = student(images)
         embeddings.retain_grad()
         wanted = adadistill_step(

@@ -58,7 +58,7 @@ def launch(folder: Path, config: str, *arguments: str, ranks: int = 1, torchrun:
         return Run(exit_code, "\n".join(log.read().decode(errors="replace") for log in logs))
 
 
-def _wait(processes: list[subprocess.Popen[bytes]], seconds: float = 600) -> int:
+def _wait(processes: list[subprocess.Popen[bytes]], seconds: float = 1200) -> int:
     """Wait for all, or until one fails or time is up; the others would wait for it."""
     deadline = time.monotonic() + seconds
     try:

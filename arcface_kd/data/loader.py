@@ -1,0 +1,376 @@
+"""Batches of faces for training: which views in which order, decoded by workers, normalised on the device."""
+
+import warnings
+from collections.abc import Callable, Generator, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import distributed
+from torch.utils.data import DataLoader, Dataset, Sampler, get_worker_info
+
+from arcface_kd.data.dataset import IMAGE_SIZE, FaceDataset, View, open_dataset
+from arcface_kd.device import training_device
+from arcface_kd.errors import ConfigError, DataError
+
+_WORD = (1 << 64) - 1
+_VIEWS_AT_ONCE = 1 << 14
+
+
+def _mix(words: np.ndarray) -> np.ndarray:
+    """The splitmix64 step (Steele, Lea, Flood 2014): uint64 to well-mixed uint64, one to one."""
+    words = words + np.uint64(0x9E3779B97F4A7C15)
+    words = (words ^ (words >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    words = (words ^ (words >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return words ^ (words >> np.uint64(31))
+
+
+def flips(indices: np.ndarray, *, seed: int, epoch: int) -> np.ndarray:
+    """Decide which records are mirrored in an epoch, each with probability one half.
+
+    The answer depends on nothing but seed, epoch and index: not on ranks, workers, batches or what was drawn before.
+
+    Args:
+        indices: integers (N,), not negative.
+        seed: the run's seed.
+        epoch: the epoch.
+
+    Returns:
+        bool (N,).
+    """
+    stream = _mix(np.array([seed & _WORD], dtype=np.uint64))
+    stream = _mix(stream ^ np.array([epoch & _WORD], dtype=np.uint64))
+    return _mix(_mix(indices.astype(np.uint64)) ^ stream) >> np.uint64(63) == 1
+
+
+class ViewSampler(Sampler[View]):
+    """The views of an epoch for one rank, in the order of the host's ``DistributedSampler``.
+
+    ``torch.randperm`` under ``epoch + seed``, padded from its start to a multiple of the ranks, every
+    ``world_size``-th from ``rank`` on. ``set_epoch`` determines order and flips completely, so a resumed run sees what
+    an uninterrupted one would have seen.
+
+    Args:
+        size: number of records.
+        rank: this rank, 0 .. ``world_size - 1``.
+        world_size: number of ranks.
+        seed: the run's seed, the same on every rank.
+        shuffle: whether to permute; False gives 0, 1, 2, ...
+        flip: whether to mirror half of the records.
+
+    Raises:
+        ConfigError: an impossible rank, or no records.
+    """
+
+    def __init__(
+        self, size: int, *, rank: int = 0, world_size: int = 1, seed: int = 0, shuffle: bool = True, flip: bool = True
+    ) -> None:
+        if not 0 <= rank < world_size:
+            raise ConfigError(f"rank {rank} of {world_size} ranks; wanted 0 .. {world_size - 1}")
+        if size < 1:
+            raise ConfigError(f"nothing to sample from: {size} records")
+        self.size = size
+        self.rank = rank
+        self.world_size = world_size
+        self.seed = seed
+        self.shuffle = shuffle
+        self.flip = flip
+        self.epoch = 0
+
+    def set_epoch(self, epoch: int) -> None:
+        """Choose the epoch that the next iteration goes through.
+
+        Args:
+            epoch: 0, 1, ...
+        """
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        return -(-self.size // self.world_size)
+
+    def __iter__(self) -> Iterator[View]:
+        return self._views(self.epoch)
+
+    def _views(self, epoch: int) -> Iterator[View]:
+        if self.shuffle:
+            order = torch.randperm(self.size, generator=torch.Generator().manual_seed(epoch + self.seed)).numpy()
+        else:
+            order = np.arange(self.size)
+        mine = np.resize(order, len(self) * self.world_size)[self.rank :: self.world_size]
+        for start in range(0, len(mine), _VIEWS_AT_ONCE):
+            indices = mine[start : start + _VIEWS_AT_ONCE]
+            flipped = flips(indices, seed=self.seed, epoch=epoch) if self.flip else np.zeros(len(indices), dtype=bool)
+            yield from map(View, indices.tolist(), flipped.tolist())
+
+
+class BatchViews(NamedTuple):
+    """Which records a batch shows, and how.
+
+    Attributes:
+        index: int64 (B,), on the CPU: indices in the data set.
+        flipped: bool (B,), on the CPU: whether each is mirrored.
+    """
+
+    index: torch.Tensor  # type: ignore[assignment]
+    flipped: torch.Tensor
+
+
+class _Batch(NamedTuple):
+    pixels: torch.Tensor
+    labels: torch.Tensor
+    views: BatchViews
+
+
+class _BatchReader(Dataset[Any]):
+    """A data set's samples by the batch, as workers read them.
+
+    A bad record is returned, not raised: a worker's exception would come out wrapped in its traceback.
+    """
+
+    def __init__(self, dataset: FaceDataset) -> None:
+        self.dataset = dataset
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, view: View) -> _Batch | DataError:
+        return self.__getitems__([view])
+
+    def __getitems__(self, views: list[View]) -> _Batch | DataError:
+        pixels = torch.empty((len(views), *IMAGE_SIZE, 3), dtype=torch.uint8)
+        if get_worker_info() is not None:
+            # Shared before it is filled, the batch need not be copied on its way to the training process.
+            pixels.share_memory_()
+        rows = pixels.numpy()
+        labels = [0] * len(views)
+        try:
+            # Each image is copied while it is hot in the cache; keeping them all to stack them costs a fifth more.
+            for place, view in enumerate(views):
+                labels[place], rows[place] = self.dataset.pixels(view)
+        except DataError as error:
+            return error
+        index, flipped = zip(*views, strict=True)
+        return _Batch(pixels, torch.tensor(labels), BatchViews(torch.tensor(index), torch.tensor(flipped)))
+
+
+def _as_it_is(batch: Any) -> Any:
+    return batch
+
+
+def _start_worker(worker: int) -> None:
+    import cv2
+
+    # One thread a worker; OpenCV's own pool does not survive a fork.
+    cv2.setNumThreads(0)
+
+
+def _read_ahead(batches: Iterator[_Batch | DataError]) -> Generator[_Batch | DataError, None, None]:
+    """Let a thread fetch the next batch while the present one is in use."""
+    with ThreadPoolExecutor(1, thread_name_prefix="face-loader") as thread:
+        pending = thread.submit(next, batches, None)
+        while (batch := pending.result()) is not None:
+            pending = thread.submit(next, batches, None)
+            yield batch
+
+
+class FaceLoader(DataLoader[Any]):
+    """Batches of ``(images, labels)`` on the training device.
+
+    ``images`` is float32 (B, 3, 112, 112), RGB, -1 .. 1; ``labels`` is int64 (B,). The next batch is read while the
+    present one is in use: by worker processes, or by a thread when there are none; on a GPU its copy overlaps as well.
+    The loader can be iterated any number of times, one iteration at a time; ``loader.sampler.set_epoch`` takes effect
+    at the next one.
+
+    Attributes:
+        on_batch: called with the ``BatchViews`` of a batch just before that batch is handed out, or None.
+        device: where the batches are.
+
+    Args:
+        dataset: the faces.
+        batch_size: records a batch.
+        sampler: yields ``View`` objects; all records in order, plain, when None.
+        num_workers: worker processes; 0 reads in this one.
+        device: where batches go; the CPU when None.
+        drop_last: whether to leave out a last batch that is not full.
+
+    Raises:
+        ConfigError: a batch size or a number of workers that cannot be, or not one full batch when ``drop_last``.
+    """
+
+    on_batch: Callable[[BatchViews], None] | None
+
+    def __init__(
+        self,
+        dataset: FaceDataset,
+        *,
+        batch_size: int,
+        sampler: ViewSampler | None = None,
+        num_workers: int = 2,
+        device: torch.device | None = None,
+        drop_last: bool = True,
+    ) -> None:
+        if batch_size < 1:
+            raise ConfigError(f"batch_size is {batch_size}, wanted 1 or more")
+        if num_workers < 0:
+            raise ConfigError(f"num_workers is {num_workers}, wanted 0 or more")
+        if sampler is None:
+            sampler = ViewSampler(len(dataset), shuffle=False, flip=False)
+        if drop_last and len(sampler) < batch_size:
+            raise ConfigError(
+                f"batch_size {batch_size} is above the {len(sampler)} records of a rank, and no batch would be full; "
+                "lower it"
+            )
+        self.device = device if device is not None else torch.device("cpu")
+        self.on_batch = None
+        super().__init__(
+            _BatchReader(dataset),
+            batch_size=batch_size,
+            sampler=sampler,
+            num_workers=num_workers,
+            collate_fn=_as_it_is,
+            pin_memory=self.device.type == "cuda",
+            drop_last=drop_last,
+            worker_init_fn=_start_worker,
+            persistent_workers=num_workers > 0,
+            # Starting an iteration draws a number for the workers; a generator of its own leaves the run's alone.
+            generator=torch.Generator(),
+        )
+
+    @property
+    def faces(self) -> FaceDataset:
+        """The data set behind the batches."""
+        assert isinstance(self.dataset, _BatchReader)
+        return self.dataset.dataset
+
+    def __iter__(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:  # type: ignore[override]
+        """Start an epoch.
+
+        Returns:
+            An iterator over ``(images, labels)``.
+
+        Raises:
+            DataError: while iterating, on a bad record; the message names it.
+        """
+        with warnings.catch_warnings():
+            # Python 3.12 warns of every fork beside threads; the workers touch none of the parent's.
+            warnings.filterwarnings("ignore", "This process .* is multi-threaded", DeprecationWarning)
+            batches: Iterator[_Batch | DataError] = super().__iter__()
+        if self.num_workers == 0:
+            batches = _read_ahead(batches)
+        if self.device.type == "cuda":
+            return self._through_stream(batches, torch.cuda.Stream(self.device))
+        return self._through_memory(batches)
+
+    def _hand_out(self, batch: _Batch) -> None:
+        if self.on_batch is not None:
+            self.on_batch(batch.views)
+
+    def _through_memory(self, batches: Iterator[_Batch | DataError]) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        for batch in batches:
+            good = _good(batch)
+            images = _normalise(good.pixels.to(self.device))
+            self._hand_out(good)
+            yield images, good.labels.to(self.device)
+
+    def _through_stream(
+        self, batches: Iterator[_Batch | DataError], stream: torch.cuda.Stream
+    ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        """Copy each batch to the GPU while the one before it is in use."""
+
+        def send() -> tuple[_Batch, torch.Tensor, torch.Tensor] | None:
+            batch = next(batches, None)
+            if batch is None:
+                return None
+            good = _good(batch)
+            with torch.cuda.stream(stream):
+                pixels = good.pixels.to(self.device, non_blocking=True)
+                return good, _normalise(pixels), good.labels.to(self.device, non_blocking=True)
+
+        sent = send()
+        while sent is not None:
+            good, images, labels = sent
+            current = torch.cuda.current_stream(self.device)
+            current.wait_stream(stream)
+            for tensor in (images, labels):
+                # The memory was taken on the side stream and must not return to it while this one still reads.
+                tensor.record_stream(current)
+            sent = send()
+            self._hand_out(good)
+            yield images, labels
+
+
+def _good(batch: _Batch | DataError) -> _Batch:
+    if isinstance(batch, DataError):
+        raise batch
+    return batch
+
+
+def _normalise(pixels: torch.Tensor) -> torch.Tensor:
+    """uint8 (B, H, W, 3) to float32 (B, 3, H, W) in -1 .. 1, the bits of the host's ToTensor and Normalize."""
+    images = pixels.permute(0, 3, 1, 2).to(torch.float32, memory_format=torch.contiguous_format)
+    # On a GPU, dividing by a Python number multiplies by its reciprocal, which rounds differently.
+    images.div_(torch.full((1,), 255.0, device=images.device))
+    return images.sub_(0.5).div_(0.5)
+
+
+def _shared_seed(seed: int | None) -> int:
+    """Rank 0's seed on every rank, drawn when None, as the host's ``sync_random_seed`` does."""
+    chosen = [int(torch.randint(1 << 31, ())) if seed is None else seed]
+    if distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1:
+        distributed.broadcast_object_list(chosen, src=0)
+    return chosen[0]
+
+
+def get_dataloader(
+    root_dir: str,
+    local_rank: int,
+    batch_size: int,
+    dali: bool = False,
+    dali_aug: bool = False,
+    seed: int | None = 2048,
+    num_workers: int = 2,
+    *,
+    num_classes: int | None = None,
+    drop_last: bool = True,
+) -> FaceLoader:
+    """Open the training data: a drop-in for the host's function of this name.
+
+    Rank and world size are those of the default process group, or 0 and 1 without one.
+
+    Args:
+        root_dir: see ``open_dataset``.
+        local_rank: the rank's number on its machine; chooses the GPU, where there is one.
+        batch_size: records a batch on this rank.
+        dali: NVIDIA's loader, which this function does not offer.
+        dali_aug: has no meaning without ``dali``, as in the host.
+        seed: decides order and flips; rank 0's counts. None draws one.
+        num_workers: worker processes a rank.
+        num_classes: labels must be below it; None for no limit.
+        drop_last: whether to leave out a last batch that is not full.
+
+    Returns:
+        The loader.
+
+    Raises:
+        ConfigError: ``dali``, or sizes that cannot be.
+        DataError: the data cannot be read.
+    """
+    if dali and root_dir != "synthetic":
+        raise ConfigError("dali = True needs the host's own loader; set dali = False to read with arcface_kd's")
+    grouped = distributed.is_available() and distributed.is_initialized()
+    dataset = open_dataset(root_dir, num_classes)
+    sampler = ViewSampler(
+        len(dataset),
+        rank=distributed.get_rank() if grouped else 0,
+        world_size=distributed.get_world_size() if grouped else 1,
+        seed=_shared_seed(seed),
+    )
+    return FaceLoader(
+        dataset,
+        batch_size=batch_size,
+        sampler=sampler,
+        num_workers=num_workers,
+        device=training_device(local_rank),
+        drop_last=drop_last,
+    )

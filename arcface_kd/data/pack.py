@@ -1,0 +1,130 @@
+"""Pack a folder of face images into RecordIO in InsightFace's layout."""
+
+import os
+from contextlib import suppress
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from arcface_kd.atomic import atomic_write
+from arcface_kd.data.dataset import IMAGE_SIZE
+from arcface_kd.data.image import decode_rgb, is_webp
+from arcface_kd.data.image_folder import Identity, list_identities, read_image_file
+from arcface_kd.data.recordio import RecordHeader, RecordWriter, pack
+from arcface_kd.errors import DataError
+
+_MAX_IDENTITIES = 1 << 24
+_JPEG_QUALITY = 95
+
+
+class PackCounts(NamedTuple):
+    """What was packed.
+
+    Attributes:
+        identities: number of identities, the classes of the data set.
+        images: number of images.
+        resized: how many of them were not 112x112 and have been scaled.
+    """
+
+    identities: int
+    images: int
+    resized: int
+
+
+def _as_stored(path: str) -> tuple[bytes, bool]:
+    """The bytes to store for an image file, and whether it had to be scaled."""
+    import cv2
+
+    data = read_image_file(path)
+    try:
+        pixels = decode_rgb(data)
+    except DataError as error:
+        raise DataError(f"{path}: {error}") from None
+    height, width = pixels.shape[:2]
+    bgr = cv2.cvtColor(pixels, cv2.COLOR_RGB2BGR)
+    if (height, width) != IMAGE_SIZE:
+        # Averaging keeps a shrunk image free of aliasing; there is nothing to average when it grows.
+        way = cv2.INTER_AREA if height * width > IMAGE_SIZE[0] * IMAGE_SIZE[1] else cv2.INTER_LINEAR
+        scaled = cv2.resize(bgr, IMAGE_SIZE[::-1], interpolation=way)
+        return cv2.imencode(".jpg", scaled, [cv2.IMWRITE_JPEG_QUALITY, _JPEG_QUALITY])[1].tobytes(), True
+    if is_webp(data):
+        return cv2.imencode(".png", bgr)[1].tobytes(), False
+    return data, False
+
+
+def _write_records(writer: RecordWriter, identities: list[Identity]) -> PackCounts:
+    from tqdm import tqdm
+
+    images = sum(len(identity.images) for identity in identities)
+    first_identity = images + 1
+
+    def write(key: int, label: float | np.ndarray, payload: bytes) -> None:
+        writer.write(key, pack(RecordHeader(0, label, key, 0), payload))
+
+    write(0, np.array([first_identity, first_identity + len(identities)]), b"")
+    key = 0
+    resized = 0
+    # None shows the bar on a terminal only.
+    with tqdm(total=images, desc="packing", unit="image", disable=None) as progress:
+        for label, identity in enumerate(identities):
+            for path in identity.images:
+                payload, scaled = _as_stored(path)
+                key += 1
+                resized += scaled
+                write(key, float(label), payload)
+                progress.update()
+    start = 1
+    for key, identity in enumerate(identities, start=first_identity):
+        write(key, np.array([start, start + len(identity.images)]), b"")
+        start += len(identity.images)
+    return PackCounts(len(identities), images, resized)
+
+
+def pack_folder(folder: str | os.PathLike[str], out: str | os.PathLike[str]) -> PackCounts:
+    """Pack a folder of face images into ``train.rec``, ``train.idx`` and ``property``.
+
+    InsightFace's layout: record 0 is a header with the labels [n + 1, n + 1 + identities]; records 1 .. n are the
+    images with their labels; one record for each identity follows, with the range [start, end) of its images' keys.
+    Labels number the identities' folders in the order of their names.
+
+    An image of 112x112 pixels is stored as it is, byte for byte, except that WebP, which mxnet cannot decode, becomes
+    PNG with the same pixels. Any other is scaled to 112x112 (area averaging down, bilinear up; the aspect ratio is not
+    kept) and stored as JPEG of quality 95. Faces are expected to be aligned.
+
+    Args:
+        folder: one sub-folder of images per identity.
+        out: where the three files go; made when missing. It must not hold records already.
+
+    Returns:
+        How much was packed.
+
+    Raises:
+        DataError: nothing to pack, an image that cannot be decoded, or ``out`` cannot be written; ``out`` is as it was
+            before.
+    """
+    identities = list_identities(folder)
+    if len(identities) > _MAX_IDENTITIES:
+        raise DataError(f"{folder} holds {len(identities)} identities; a float32 label tells {_MAX_IDENTITIES} apart")
+    target = Path(out)
+    rec, idx = target / "train.rec", target / "train.idx"
+    for path in (rec, idx):
+        if path.exists():
+            raise DataError(f"{path} exists; remove it or choose another folder")
+    made = not target.exists()
+    try:
+        target.mkdir(parents=True, exist_ok=True)
+        with atomic_write(target / "property") as stream, RecordWriter(rec, idx) as writer:
+            stream.write(b"%d,%d,%d\n" % (len(identities), *IMAGE_SIZE))
+            # On disk before the records appear, so that a full disk cannot leave them without it.
+            stream.flush()
+            os.fsync(stream.fileno())
+            counts = _write_records(writer, identities)
+    except BaseException as error:
+        if made:
+            with suppress(OSError):
+                target.rmdir()
+        if isinstance(error, OSError):
+            raise DataError(f"cannot write to {target}: {error.strerror}") from None
+        raise
+    return counts

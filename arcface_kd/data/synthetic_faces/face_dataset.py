@@ -1,0 +1,97 @@
+"""A whole face data set of synthetic identities, in the trainer's own files."""
+
+import os
+from collections.abc import Iterator
+from itertools import count
+from pathlib import Path
+
+import numpy as np
+from tqdm import tqdm
+
+from arcface_kd.data.pack import write_identities
+from arcface_kd.data.synthetic_faces.faces import SyntheticFaces
+from arcface_kd.data.verification_bin import write_bin
+from arcface_kd.errors import ConfigError
+
+FOLDS = 10
+"""Verification is ten-fold over consecutive pairs."""
+
+_PAIR_STREAM = 2
+
+
+def draw_pairs(pairs: int, identities: int, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
+    """Choose who is compared with whom: in each of ten consecutive folds, first pairs of one person, then of two.
+
+    Args:
+        pairs: P, a multiple of 20.
+        identities: number of persons, 2 or more.
+        rng: decides.
+
+    Returns:
+        Persons (P, 2), int64, in [0, identities); whether a pair is of one person, bool (P,).
+    """
+    is_same = np.tile(np.repeat([True, False], pairs // (2 * FOLDS)), FOLDS)
+    first = rng.integers(identities, size=pairs)
+    other = (first + rng.integers(1, identities, size=pairs)) % identities
+    return np.stack([first, np.where(is_same, first, other)], 1), is_same
+
+
+def write_dataset(
+    out: str | os.PathLike[str],
+    *,
+    identities: int = 300,
+    images_per_identity: int = 20,
+    pairs: int = 1200,
+    heldout_identities: int = 100,
+    seed: int = 0,
+    title: str | None = None,
+) -> None:
+    """Draw a training set and a verification set.
+
+    ``train.rec``, ``train.idx`` and ``property`` hold identities 0 .. ``identities`` - 1 of the population in
+    InsightFace's layout, labelled by number. ``synthetic.bin`` holds pairs of the ``heldout_identities`` that follow;
+    each of its images occurs once. In each of ten consecutive folds, as many pairs are of one person as of two.
+
+    Args:
+        out: folder for the files; made when missing. Files of the same names are replaced.
+        identities: number of training identities, the classes; 2 or more.
+        images_per_identity: 1 or more.
+        pairs: number of verification pairs, a multiple of 20.
+        heldout_identities: number of verification identities, 2 or more.
+        seed: of the population, not negative; the same seed gives the same files.
+        title: of the progress bar; None shows none.
+
+    Raises:
+        ConfigError: a number out of range.
+        DataError: ``out`` cannot be written.
+    """
+    smallest = {"identities": 2, "images_per_identity": 1, "pairs": 1, "heldout_identities": 2, "seed": 0}
+    asked = dict(zip(smallest, (identities, images_per_identity, pairs, heldout_identities, seed), strict=True))
+    for name, value in asked.items():
+        if value < smallest[name]:
+            raise ConfigError(f"{name} is {value}; it must be at least {smallest[name]}")
+    if pairs % (2 * FOLDS):
+        raise ConfigError(f"pairs is {pairs}; it must be a multiple of {2 * FOLDS}: ten folds, half of each one person")
+    faces = SyntheticFaces(seed)
+    folder = Path(out)
+    total = identities * images_per_identity + 2 * pairs
+    # None shows the bar on a terminal only.
+    with tqdm(total=total, desc=title, unit="image", disable=True if title is None else None) as bar:
+
+        def training_images() -> Iterator[bytes]:
+            for identity in range(identities):
+                for index in range(images_per_identity):
+                    yield faces.jpeg(identity, index)
+                    bar.update()
+
+        write_identities(folder, [images_per_identity] * identities, training_images())
+        rng = np.random.default_rng(np.random.SeedSequence(seed, spawn_key=(_PAIR_STREAM,)))
+        persons, is_same = draw_pairs(pairs, heldout_identities, rng)
+        images = [b""] * persons.size
+        taken = {person: count() for person in range(heldout_identities)}
+        # Person by person, so that each is modelled once.
+        for place in np.argsort(persons, axis=None, kind="stable"):
+            person = int(persons.flat[place])
+            images[place] = faces.jpeg(identities + person, next(taken[person]))
+            bar.update()
+    write_bin(folder / "synthetic.bin", images, is_same)

@@ -1,0 +1,410 @@
+"""The teacher of a run: a frozen network behind the student's view of an image, whatever file it came from."""
+
+import hashlib
+import json
+import logging
+import os
+import re
+from collections.abc import Callable, Mapping
+from itertools import chain
+from pathlib import Path
+from typing import Any, ClassVar, Protocol, runtime_checkable
+
+import torch
+from torch import Tensor, nn
+
+from arcface_kd import registry
+from arcface_kd.errors import TeacherError
+from arcface_kd.teachers.options import Precision, Preprocessing, TeacherOptions
+from arcface_kd.teachers.signature import describe
+
+__all__ = [
+    "Preprocessing",
+    "Teacher",
+    "TeacherOptions",
+    "TeacherSource",
+    "existing_file",
+    "first_line",
+    "load_teacher",
+    "local_path",
+    "read_bytes",
+    "tensors_digest",
+]
+
+logger = logging.getLogger(__name__)
+
+_AUTOCAST: dict[Precision, torch.dtype] = {"bf16": torch.bfloat16, "fp16": torch.float16}
+_SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9_+.-]+:")
+
+
+def first_line(error: BaseException) -> str:
+    """A foreign exception's message on one line, cut to a readable length.
+
+    Args:
+        error: what was raised.
+    """
+    text = " ".join(str(error).split()) or type(error).__name__
+    return text if len(text) <= 240 else text[:237] + "..."
+
+
+def local_path(source: object) -> Path | None:
+    """The place a source names on this machine, existing or not.
+
+    Args:
+        source: a path or text; text of the form ``scheme:name`` names no place, unless a file is called so.
+
+    Returns:
+        The path, or None when the source is something else.
+
+    Raises:
+        TeacherError: the system cannot say whether there is such a place: no permission, a name too long.
+    """
+    if isinstance(source, str):
+        if not source or "\0" in source or (_SCHEME.match(source) and not os.path.exists(source)):
+            return None
+    elif not isinstance(source, os.PathLike):
+        return None
+    path = Path(source).expanduser()
+    try:
+        path.stat()
+    except (FileNotFoundError, NotADirectoryError):
+        pass
+    except OSError as error:
+        raise TeacherError(f"teacher {str(path)[:200]}: cannot be read: {error.strerror}") from error
+    return path
+
+
+def existing_file(path: Path) -> Path:
+    """Insist on a regular file.
+
+    Args:
+        path: where it should be.
+
+    Returns:
+        ``path`` itself.
+
+    Raises:
+        TeacherError: it is something else, and what.
+    """
+    if not path.is_file():
+        raise TeacherError(f"teacher {path}: {describe(path)}; wanted a file")
+    return path
+
+
+def read_bytes(path: Path) -> bytes:
+    """A whole file.
+
+    Args:
+        path: a regular file.
+
+    Raises:
+        TeacherError: it is missing, not a regular file or not readable.
+    """
+    try:
+        return existing_file(path).read_bytes()
+    except OSError as error:
+        raise TeacherError(f"teacher {path}: cannot be read: {error.strerror or first_line(error)}") from error
+
+
+def tensors_digest(tensors: Mapping[str, Tensor]) -> str:
+    """A digest of weights that does not depend on their order, device or memory layout.
+
+    Args:
+        tensors: names and tensors, as in a ``state_dict``.
+
+    Returns:
+        SHA-256 over names, dtypes, shapes and bytes, in hexadecimal.
+    """
+    digest = hashlib.sha256()
+    for name in sorted(tensors):
+        tensor = tensors[name].detach().cpu().contiguous()
+        digest.update(json.dumps([name, str(tensor.dtype), list(tensor.shape)]).encode())
+        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data if tensor.numel() else b"")
+    return digest.hexdigest()
+
+
+def _probe_images(size: int) -> Tensor:
+    """Two unlike images that are the same in every process: noise, and a ramp."""
+    noise = torch.rand((3, size, size), generator=torch.Generator().manual_seed(0)) * 2 - 1
+    ramp = torch.linspace(-1, 1, size).expand(3, size, size)
+    return torch.stack([noise, ramp])
+
+
+class Teacher(nn.Module):
+    """A frozen network that embeds the images the student sees.
+
+    The network is held outside the module tree: wherever a teacher is attached, its weights stay out of the other's
+    ``state_dict``, optimiser and DDP. ``to(device)`` reaches it all the same, and a network with weights follows its
+    images to another device.
+
+    Attributes:
+        embedding_size: dimension D of the embeddings.
+        description: what it is and where it came from, in one line.
+        fingerprint: SHA-256 over weights, preprocessing and precision; equal in every process.
+        preprocessing: how the network wants its input.
+        precision: ``fp32``, or the type of autocast.
+        parameter_count: number of weights, or None where a callable does not tell.
+    """
+
+    def __init__(
+        self,
+        network: Callable[[Tensor], Tensor],
+        *,
+        preprocessing: Preprocessing,
+        description: str,
+        weights: str,
+        precision: str | None = None,
+        embedding_size: int | str | None = None,
+        parameter_count: int | None = None,
+        channels_last: bool = False,
+    ) -> None:
+        """Freeze a network and look at what it returns for two images.
+
+        Args:
+            network: takes (B, 3, S, S) float32, prepared; returns (B, D) or (B, D, 1, 1).
+            preprocessing: what the network expects; S is its size.
+            description: for messages and reports.
+            weights: digest of everything that the network computes with.
+            precision: ``fp32`` (default), ``bf16`` or ``fp16``.
+            embedding_size: the dimension it has to have, where known.
+            parameter_count: number of weights; counted where the network is a module with parameters.
+            channels_last: run the network in channels_last memory format, which is quicker for convolutions.
+
+        Raises:
+            TeacherError: the network cannot embed such images, or embeds them as NaN, inf or another dimension.
+        """
+        super().__init__()
+        if isinstance(network, nn.Module):
+            network.eval().requires_grad_(False)
+            if channels_last:
+                network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+            if parameter_count is None:
+                parameter_count = sum(parameter.numel() for parameter in network.parameters())
+        # A tuple, since nn.Module registers any module that is an attribute.
+        self._held = (network,)
+        self._memory_format = torch.channels_last if channels_last else torch.contiguous_format
+        self._weights = weights
+        self.preprocessing = preprocessing
+        self.precision: Precision = precision or "fp32"  # type: ignore[assignment]
+        self.description = description
+        self.parameter_count = parameter_count
+        self.training = False
+        self.embedding_size = self._probed_size()
+        if embedding_size is not None and self.embedding_size != int(embedding_size):
+            raise TeacherError(
+                f"teacher {description} has embeddings of dimension {self.embedding_size}, wanted {embedding_size}"
+            )
+
+    @property
+    def network(self) -> Callable[[Tensor], Tensor]:
+        """The frozen network behind the preprocessing."""
+        return self._held[0]
+
+    @property
+    def device(self) -> torch.device | None:
+        """Where the network's weights are; None for one that keeps none in torch: an ONNX session, a callable."""
+        network = self.network
+        if not isinstance(network, nn.Module):
+            return None
+        weight = next(chain(network.parameters(), network.buffers()), None)
+        return None if weight is None else weight.device
+
+    @property
+    def fingerprint(self) -> str:
+        """SHA-256 over weights, preprocessing and precision, in hexadecimal."""
+        identity = {"weights": self._weights, "precision": self.precision, **vars(self.preprocessing)}
+        return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
+
+    def with_preprocessing(self, preprocessing: Preprocessing) -> "Teacher":
+        """The same network behind another preprocessing; nothing is copied.
+
+        Args:
+            preprocessing: the other one.
+
+        Raises:
+            TeacherError: the network cannot take images of the new size.
+        """
+        return Teacher(
+            self.network,
+            preprocessing=preprocessing,
+            description=self.description,
+            weights=self._weights,
+            precision=self.precision,
+            parameter_count=self.parameter_count,
+            channels_last=self._memory_format == torch.channels_last,
+        )
+
+    def prepare(self, images: Tensor) -> Tensor:
+        """Turn the student's view of images into what the network expects.
+
+        Args:
+            images: (B, 3, H, W), RGB, pixel values x as x / 127.5 - 1, in [-1, 1].
+
+        Returns:
+            (B, 3, S, S) in the network's channel order, (x - mean) / std, S = ``preprocessing.size``.
+        """
+        wanted = self.preprocessing
+        if images.shape[-2:] != (wanted.size, wanted.size):
+            images = nn.functional.interpolate(
+                images, (wanted.size, wanted.size), mode="bilinear", align_corners=False, antialias=True
+            )
+        if wanted.channels == "bgr":
+            images = images.flip(1)
+        # ((image + 1) 127.5 - mean) / std in one step: exact when nothing is to be done.
+        scale = [127.5 / std for std in wanted.std]
+        shift = [(127.5 - mean) / std for mean, std in zip(wanted.mean, wanted.std, strict=True)]
+        if scale != [1.0] * 3 or shift != [0.0] * 3:
+            images = images * images.new_tensor(scale).view(3, 1, 1) + images.new_tensor(shift).view(3, 1, 1)
+        return images.contiguous(memory_format=self._memory_format)
+
+    @torch.no_grad()
+    def forward(self, images: Tensor) -> Tensor:
+        """Embed images as the student sees them.
+
+        Args:
+            images: (B, 3, H, W), RGB in [-1, 1], on any device.
+
+        Returns:
+            (B, D) float32 embeddings, not normalised, without gradient, on the device of ``images``.
+
+        Raises:
+            TeacherError: the images are not of that shape, or the network returns something else than embeddings.
+        """
+        if images.dim() != 4 or images.shape[1] != 3 or not images.is_floating_point():
+            raise TeacherError(
+                f"a teacher takes (B, 3, H, W) floating-point images in [-1, 1], got "
+                f"{tuple(images.shape)} {images.dtype}"
+            )
+        if len(images) == 0:
+            return images.new_zeros((0, self.embedding_size), dtype=torch.float32)
+        network = self.network
+        if isinstance(network, nn.Module):
+            if network.training:
+                network.eval()
+            if self.device not in (None, images.device):
+                network.to(images.device)
+        kind = images.device.type
+        autocast = self.precision in _AUTOCAST
+        # Autocast of the student's step is switched off too: the teacher's precision is the teacher's own.
+        with torch.autocast(kind, dtype=_AUTOCAST.get(self.precision), enabled=autocast):
+            embeddings = network(self.prepare(images.float()))
+        if not isinstance(embeddings, Tensor):
+            raise TeacherError(
+                f"teacher {self.description} returns {type(embeddings).__name__}; wanted one tensor "
+                "(B, D) of embeddings"
+            )
+        if embeddings.dim() == 4 and embeddings.shape[2:] == (1, 1):
+            embeddings = embeddings.flatten(1)
+        if embeddings.dim() != 2 or len(embeddings) != len(images) or embeddings.shape[1] == 0:
+            raise TeacherError(
+                f"teacher {self.description} returns {tuple(embeddings.shape)} for {len(images)} images; wanted "
+                f"({len(images)}, D) embeddings"
+            )
+        return embeddings.to(images.device, torch.float32)
+
+    def train(self, mode: bool = True) -> "Teacher":
+        """Stay in evaluation mode, whatever is asked.
+
+        Args:
+            mode: ignored.
+        """
+        return self
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Teacher":
+        if isinstance(self.network, nn.Module):
+            self.network._apply(fn, recurse)
+        return self
+
+    def extra_repr(self) -> str:
+        """One line for ``print(teacher)``."""
+        return f"{self.description}, embedding_size={self.embedding_size}, input={self.preprocessing}"
+
+    def _probed_size(self) -> int:
+        images = _probe_images(self.preprocessing.size).to(self.device or "cpu")
+        # Rows are counted by `forward`; the dimension is what the probe is for.
+        self.embedding_size = 0
+        try:
+            embeddings = self(images)
+        except TeacherError:
+            raise
+        # The network may be anybody's code or file: whatever it raises means that it cannot be a teacher.
+        except Exception as error:
+            raise TeacherError(
+                f"teacher {self.description} cannot embed {self.preprocessing.size}x{self.preprocessing.size} images: "
+                f"{first_line(error)}"
+            ) from error
+        if not torch.isfinite(embeddings).all():
+            raise TeacherError(
+                f"teacher {self.description} embeds test images as NaN or inf in {self.precision}: its weights are "
+                "damaged, or the precision is too low for it"
+            )
+        return embeddings.shape[1]
+
+
+@runtime_checkable
+class TeacherSource(Protocol):
+    """What an entry point of the group ``arcface_kd.teachers`` names: a kind of teacher and how to load it."""
+
+    description: ClassVar[str]
+
+    @staticmethod
+    def accepts(source: object) -> bool:
+        """Whether ``source`` exists and is of this kind; quick, reads no more than a file's beginning."""
+
+    @staticmethod
+    def load(source: Any, options: TeacherOptions) -> Teacher:
+        """Load a source that was accepted.
+
+        Raises:
+            TeacherError: it cannot be read or is not what it should be.
+            ConfigError: an option that this kind cannot honour.
+        """
+
+
+def load_teacher(
+    source: object,
+    options: TeacherOptions | Mapping[str, object] | None = None,
+    *,
+    device: torch.device | str | None = None,
+) -> Teacher:
+    """Load a teacher from whatever it is kept in.
+
+    Args:
+        source: a file, a folder, ``insightface:NAME``, ``timm:NAME``, an ``nn.Module`` or a callable. The kinds are the
+            entry points of the group ``arcface_kd.teachers``, chosen by what the source is.
+        options: the ``teacher.*`` options.
+        device: where the teacher computes; by default where its source puts it: ONNX on the GPU when onnxruntime has
+            one, everything else wherever its images are.
+
+    Returns:
+        The teacher, frozen, tried on two images.
+
+    Raises:
+        TeacherError: the source is missing, of no known kind, damaged, or cannot embed faces. A teacher is never
+            made up.
+        ConfigError: an option is unknown, out of range or without meaning for this source.
+    """
+    checked = TeacherOptions.of(options)
+    sources = {name: registry.load(registry.TEACHERS, name) for name in registry.entry_points(registry.TEACHERS)}
+    willing = {name: kind for name, kind in sources.items() if kind.accepts(source)}  # type: ignore[attr-defined]
+    if len(willing) > 1:
+        raise TeacherError(f"teacher {source!s} is claimed by several sources: {', '.join(willing)}; uninstall one")
+    if not willing:
+        raise TeacherError(_nobody_accepts(source, sources))
+    (kind,) = willing.values()
+    teacher: Teacher = kind.load(source, checked)  # type: ignore[attr-defined]
+    if device is not None:
+        teacher.to(device)
+    logger.info("teacher: %s, %d-d, %s", teacher.description, teacher.embedding_size, teacher.preprocessing)
+    return teacher
+
+
+def _nobody_accepts(source: object, sources: Mapping[str, object]) -> str:
+    kinds = "; ".join(f"{name}: {getattr(kind, 'description', 'no description')}" for name, kind in sources.items())
+    path = local_path(source)
+    if path is None:
+        found = repr(source) if isinstance(source, str) else f"a {type(source).__name__}"
+        return f"no teacher source takes {found}; there are {kinds}"
+    if not path.exists():
+        return f"teacher {path} does not exist (looked from {Path.cwd()})"
+    return f"teacher {path} is {describe(path)}, which no teacher source takes; there are {kinds}"

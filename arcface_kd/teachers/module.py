@@ -1,0 +1,150 @@
+"""Teachers that are somebody's own modules or callables, and timm models by name."""
+
+import hashlib
+from collections.abc import Callable
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from arcface_kd.errors import TeacherError
+from arcface_kd.teachers.base import Teacher, TeacherOptions, first_line, tensors_digest
+from arcface_kd.teachers.options import Preprocessing
+
+_TIMM = "timm:"
+
+
+def _name(network: object) -> str:
+    kind = network if hasattr(network, "__qualname__") else type(network)
+    return f"{getattr(kind, '__module__', '')}.{getattr(kind, '__qualname__', '')}"
+
+
+def _digest(network: Callable[[Tensor], Tensor], size: int) -> str:
+    """Identity of a network's weights.
+
+    A module's is taken over its ``state_dict`` and class. A callable may bring its own as ``fingerprint``; of any other
+    nothing is known but its name and its answer to a fixed input, rounded so that the last bits do not matter.
+    """
+    own = getattr(network, "fingerprint", None)
+    if isinstance(own, str) and own:
+        return own
+    if isinstance(network, nn.Module) and (state := network.state_dict()):
+        return hashlib.sha256(f"{_name(network)} {tensors_digest(state)}".encode()).hexdigest()
+    images = torch.linspace(-1, 1, 2 * 3 * size * size).view(2, 3, size, size)
+    with torch.no_grad():
+        answer = network(images)
+    if not isinstance(answer, Tensor):
+        return hashlib.sha256(_name(network).encode()).hexdigest()
+    directions = nn.functional.normalize(answer.detach().float().cpu().flatten(1), dim=1)
+    return hashlib.sha256(
+        _name(network).encode() + directions.mul(100).round().to(torch.int8).numpy().tobytes()
+    ).hexdigest()
+
+
+class ModuleSource:
+    """Any ``nn.Module`` or callable from (B, 3, S, S) to (B, D), fed RGB as (x - 127.5) / 127.5."""
+
+    description: ClassVar[str] = "from the library, an nn.Module or a callable"
+
+    @staticmethod
+    def accepts(source: object) -> bool:
+        """Whether this is a network rather than the name of one."""
+        return isinstance(source, nn.Module) or callable(source)
+
+    @staticmethod
+    def load(source: Callable[[Tensor], Tensor], options: TeacherOptions) -> Teacher:
+        """Wrap a network; a module is frozen and put into evaluation mode in place.
+
+        Args:
+            source: the network. A teacher is returned as it is when no option is given.
+            options: ``network`` has no meaning here.
+
+        Raises:
+            TeacherError: it cannot embed images.
+            ConfigError: an option without meaning.
+        """
+        if isinstance(source, Teacher):
+            if options != TeacherOptions():
+                raise TeacherError(f"{source.description} is a teacher already; give the options when loading it")
+            return source
+        options.refuse("network", "the network is given")
+        preprocessing = options.preprocessing(Preprocessing())
+        if isinstance(source, nn.Module):
+            source.eval()
+        try:
+            weights = _digest(source, preprocessing.size)
+        # Somebody's own code: whatever it raises means that it cannot be a teacher.
+        except Exception as error:
+            raise TeacherError(
+                f"teacher {_name(source)} cannot embed {preprocessing.size}x{preprocessing.size} images: "
+                f"{first_line(error)}"
+            ) from error
+        return Teacher(
+            source,
+            preprocessing=preprocessing,
+            description=_name(source),
+            weights=weights,
+            precision=options.precision,
+            embedding_size=options.embedding_size,
+        )
+
+
+class TimmSource:
+    """timm models by name, with their published weights and without their classifier: SSL teachers, for one.
+
+    The weights come from timm's own cache, and from the network when they are not there.
+    """
+
+    description: ClassVar[str] = "timm:NAME, a timm model with its published weights"
+
+    @staticmethod
+    def accepts(source: object) -> bool:
+        """Whether this is ``timm:`` and a name."""
+        return isinstance(source, str) and source.startswith(_TIMM)
+
+    @staticmethod
+    def load(source: str, options: TeacherOptions) -> Teacher:
+        """Build the model with its published weights, its pooled features being the embedding.
+
+        Args:
+            source: ``timm:NAME``, with a tag of weights if wished: ``timm:vit_small_patch14_dinov2.lvd142m``.
+            options: ``network`` has no meaning here; the preprocessing is the model's own unless given.
+
+        Raises:
+            TeacherError: timm is not installed, knows no such model, has no weights for it, or cannot get them.
+            ConfigError: an option without meaning.
+        """
+        options.refuse("network", "timm:NAME names it")
+        name = source[len(_TIMM) :]
+        try:
+            import timm
+        except ImportError as error:
+            raise TeacherError(f'teacher {source} needs timm: pip install "arcface_kd[timm]"') from error
+        # A torchvision built for another torch raises RuntimeError, for one.
+        except Exception as error:
+            raise TeacherError(f"teacher {source}: timm cannot be imported here: {first_line(error)}") from error
+        try:
+            # timm builds a network with random weights where it has none to offer; that is no teacher.
+            if not timm.is_model_pretrained(name):
+                raise TeacherError(f"teacher {source}: timm has no model of that name with published weights")
+            network = timm.create_model(name, pretrained=True, num_classes=0)
+            known = _expected(timm.data.resolve_model_data_config(network))
+        except TeacherError:
+            raise
+        # timm raises RuntimeError for names, and whatever its downloads and safetensors raise.
+        except Exception as error:
+            raise TeacherError(f"teacher {source} cannot be loaded by timm: {first_line(error)}") from error
+        return Teacher(
+            network,
+            preprocessing=options.preprocessing(known),
+            description=source,
+            weights=_digest(network, known.size),
+            precision=options.precision,
+            embedding_size=options.embedding_size,
+        )
+
+
+def _expected(config: dict[str, Any]) -> Preprocessing:
+    """Timm's input in our terms: it counts pixel values from 0 to 1."""
+    mean, std = (tuple(255.0 * float(value) for value in config[key]) for key in ("mean", "std"))
+    return Preprocessing("rgb", (mean[0], mean[1], mean[2]), (std[0], std[1], std[2]), int(config["input_size"][-1]))

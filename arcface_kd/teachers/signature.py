@@ -1,0 +1,84 @@
+"""What a file is, told by its first bytes rather than by its name."""
+
+from pathlib import Path
+from typing import Literal
+
+Signature = Literal["zip", "pickle", "onnx", "mxnet", "json", "git-lfs", "html"]
+
+_MXNET_LIST_MAGIC = (0x112).to_bytes(8, "little")
+# Wire tags of the fields 2..8 and 14 of ONNX's ModelProto: one of them follows the ir_version, which is written first.
+_ONNX_SECOND_TAGS = frozenset((0x12, 0x1A, 0x22, 0x28, 0x32, 0x3A, 0x42, 0x72))
+
+
+def head(path: Path, size: int = 64) -> bytes:
+    """The first bytes of a regular file; none where there is no such file or it cannot be opened.
+
+    Args:
+        path: the file.
+        size: how many bytes at most.
+    """
+    if not path.is_file():
+        return b""
+    try:
+        with path.open("rb") as stream:
+            return stream.read(size)
+    except OSError:
+        return b""
+
+
+def signature(path: Path) -> Signature | None:
+    """Recognise a file of one of the kinds that hold teachers, or that people take for them.
+
+    Args:
+        path: any path, existing or not.
+
+    Returns:
+        The kind, or None when the bytes say nothing; the name's ending may then decide.
+    """
+    start = head(path)
+    if start.startswith(b"PK\x03\x04"):
+        return "zip"
+    if start[:1] == b"\x80" and start[1:2] in (b"\x02", b"\x03", b"\x04", b"\x05"):
+        return "pickle"
+    if start.startswith(_MXNET_LIST_MAGIC):
+        return "mxnet"
+    if len(start) > 2 and start[0] == 0x08 and 1 <= start[1] < 0x40 and start[2] in _ONNX_SECOND_TAGS:
+        return "onnx"
+    if start.startswith(b"version https://git-lfs"):
+        return "git-lfs"
+    text = start.lstrip().lower()
+    if text.startswith(b"{"):
+        return "json"
+    if text.startswith((b"<!doctype html", b"<html")):
+        return "html"
+    return None
+
+
+def describe(path: Path) -> str:
+    """Say in a few words what stands at a path, for error messages.
+
+    Args:
+        path: any path.
+    """
+    if path.is_dir():
+        return "a folder"
+    if not path.exists():
+        return "no such file"
+    if not path.is_file():
+        return "not a regular file"
+    size = path.stat().st_size
+    if size == 0:
+        return "an empty file"
+    words = {
+        "zip": "a zip archive",
+        "pickle": "a Python pickle",
+        "onnx": "an ONNX file",
+        "mxnet": "an MXNet parameter file",
+        "json": "a JSON file",
+        "git-lfs": "a Git LFS pointer, not the file itself (run `git lfs pull`)",
+        "html": "an HTML page, not a model (a download that asked for a login?)",
+    }
+    kind = signature(path)
+    if kind is not None:
+        return words[kind]
+    return f"a file of {size} bytes that starts with {head(path, 8).hex(' ')}"

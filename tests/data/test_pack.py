@@ -1,0 +1,169 @@
+import os
+from pathlib import Path
+from types import ModuleType
+
+import cv2
+import numpy as np
+import pytest
+
+from arcface_kd.data.dataset import RecordDataset, View
+from arcface_kd.data.image import decode_rgb
+from arcface_kd.data.pack import PackCounts, pack_folder
+from arcface_kd.data.recordio import RecordReader, RecordWriter, unpack
+from arcface_kd.errors import DataError
+from tests.data.record_sets import encoded, pixels
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """Three identities; one image is larger, one smaller, one WebP, one grey."""
+    root = tmp_path / "faces"
+    files = {
+        "bob/1.jpg": encoded(1),
+        "bob/2.png": encoded(2, ".png"),
+        "alice/large.jpg": encoded(3, ".jpg", 250, 200),
+        "alice/grey.jpg": cv2.imencode(".jpg", pixels(4)[..., 0])[1].tobytes(),
+        "carol/w.webp": encoded(5, ".webp"),
+        "carol/small.png": encoded(6, ".png", 60, 60),
+        "carol/z.bmp": encoded(7, ".bmp"),
+    }
+    for place, content in files.items():
+        path = root / place
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(content)
+    return root
+
+
+def test_a_folder_becomes_records_in_insightface_layout(folder: Path, tmp_path: Path) -> None:
+    out = tmp_path / "new" / "packed"
+    assert pack_folder(folder, out) == PackCounts(identities=3, images=7, resized=2)
+    assert sorted(path.name for path in out.iterdir()) == ["property", "train.idx", "train.rec"]
+    assert (out / "property").read_text() == "3,112,112\n"
+
+    faces = RecordDataset(out, num_classes=3)
+    assert faces.keys.tolist() == [1, 2, 3, 4, 5, 6, 7]
+    assert [faces.label(index) for index in range(7)] == [0, 0, 1, 1, 2, 2, 2]
+    order = [
+        "alice/grey.jpg",
+        "alice/large.jpg",
+        "bob/1.jpg",
+        "bob/2.png",
+        "carol/small.png",
+        "carol/w.webp",
+        "carol/z.bmp",
+    ]
+    for index, place in enumerate(order):
+        data = (folder / place).read_bytes()
+        if place in ("alice/large.jpg", "carol/small.png"):
+            way = cv2.INTER_AREA if "large" in place else cv2.INTER_LINEAR
+            scaled = cv2.resize(decode_rgb(data), (112, 112), interpolation=way)
+            expected = cv2.imencode(".jpg", scaled[..., ::-1], [cv2.IMWRITE_JPEG_QUALITY, 95])[1].tobytes()
+            assert faces.image_bytes(index) == expected
+        elif place.endswith(".webp"):
+            assert faces.image_bytes(index)[:4] == b"\x89PNG"
+            np.testing.assert_array_equal(faces.pixels(View(index, False))[1], decode_rgb(data))
+        else:
+            assert faces.image_bytes(index) == data
+
+    with RecordReader(out / "train.rec", out / "train.idx") as reader:
+        assert reader.keys.tolist() == list(range(11))
+        header, payload = unpack(reader.read(0))
+        assert np.asarray(header.label).tolist() == [8, 11]
+        assert len(payload) == 0
+        for key in range(1, 8):
+            assert unpack(reader.read(key))[0].id == key
+            assert unpack(reader.read(key))[0].flag == 0
+        ranges = [np.asarray(unpack(reader.read(key))[0].label).tolist() for key in (8, 9, 10)]
+        assert ranges == [[1, 3], [3, 5], [5, 8]]
+
+
+def test_mxnet_reads_and_writes_the_same(mxnet: ModuleType, folder: Path, tmp_path: Path) -> None:
+    out = tmp_path / "packed"
+    pack_folder(folder, out)
+    theirs = mxnet.recordio.MXIndexedRecordIO(str(out / "train.idx"), str(out / "train.rec"), "r")
+    again = mxnet.recordio.MXIndexedRecordIO(str(tmp_path / "a.idx"), str(tmp_path / "a.rec"), "w")
+    faces = RecordDataset(out)
+    for key in theirs.keys:
+        header, image = mxnet.recordio.unpack(theirs.read_idx(key))
+        again.write_idx(key, mxnet.recordio.pack(header, image))
+        if header.flag == 0:
+            np.testing.assert_array_equal(mxnet.image.imdecode(image).asnumpy(), faces.pixels(View(key - 1, False))[1])
+    again.close()
+    for end in ("rec", "idx"):
+        assert (out / f"train.{end}").read_bytes() == (tmp_path / f"a.{end}").read_bytes()
+
+
+def everything_in(root: Path) -> dict[str, bytes | None]:
+    return {
+        os.path.relpath(path, root): path.read_bytes() if path.is_file() else None for path in sorted(root.rglob("*"))
+    }
+
+
+@pytest.mark.parametrize("there", [False, True])
+def test_a_bad_image_leaves_everything_as_it_was(folder: Path, tmp_path: Path, there: bool) -> None:
+    out = tmp_path / "packed"
+    if there:
+        out.mkdir()
+        (out / "lfw.bin").write_text("kept")
+        (out / "property").write_text("old")
+    (folder / "carol" / "y.jpg").write_bytes(encoded(0)[:700])
+    before = everything_in(tmp_path)
+    with pytest.raises(DataError, match=r"carol/y\.jpg: OpenCV cannot decode the image: it is damaged") as caught:
+        pack_folder(folder, out)
+    assert "\n" not in str(caught.value)
+    assert everything_in(tmp_path) == before
+
+
+@pytest.mark.parametrize("error", [OSError(28, "No space left on device"), KeyboardInterrupt()])
+def test_a_full_disk_or_an_interruption_leaves_everything_as_it_was(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: BaseException
+) -> None:
+    write = RecordWriter.write
+
+    def failing(self: RecordWriter, key: int, record: bytes) -> None:
+        if key == 6:
+            raise error
+        write(self, key, record)
+
+    monkeypatch.setattr(RecordWriter, "write", failing)
+    before = everything_in(tmp_path)
+    wanted = DataError if isinstance(error, OSError) else KeyboardInterrupt
+    with pytest.raises(wanted) as caught:
+        pack_folder(folder, tmp_path / "packed")
+    if isinstance(error, OSError):
+        assert str(caught.value) == f"cannot write to {tmp_path}/packed: No space left on device"
+    assert everything_in(tmp_path) == before
+
+
+def test_records_are_never_overwritten(folder: Path, tmp_path: Path) -> None:
+    for name in ("train.rec", "train.idx"):
+        out = tmp_path / name.replace(".", "-")
+        out.mkdir()
+        (out / name).write_text("precious")
+        with pytest.raises(DataError, match=f"{name} exists; remove it or choose another folder"):
+            pack_folder(folder, out)
+        assert everything_in(out) == {name: b"precious"}
+
+
+def test_places_that_cannot_be_are_refused(folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(DataError, match=r"cannot write to .*file: File exists"):
+        pack_folder(folder, tmp_path / "file")
+    with pytest.raises(DataError, match="cannot write to"):
+        pack_folder(folder, tmp_path / "file" / "below")
+    with pytest.raises(DataError, match=r"cannot list .*none: No such file"):
+        pack_folder(tmp_path / "none", tmp_path / "out")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(DataError, match="holds no identity folders"):
+        pack_folder(tmp_path / "empty", tmp_path / "out")
+    (folder / "dave").mkdir()
+    with pytest.raises(DataError, match=r"the identity folder .*dave holds no image"):
+        pack_folder(folder, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_progress_is_silent_without_a_terminal(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pack_folder(folder, tmp_path / "packed")
+    assert capsys.readouterr() == ("", "")

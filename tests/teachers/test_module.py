@@ -1,0 +1,178 @@
+import sys
+from types import ModuleType, SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from arcface_kd.errors import ConfigError, TeacherError
+from arcface_kd.teachers import Preprocessing, load_teacher
+from arcface_kd.teachers.module import ModuleSource, TimmSource
+
+
+def network(seed: int = 0, size: int = 8) -> nn.Module:
+    torch.manual_seed(seed)
+    return nn.Sequential(nn.AdaptiveAvgPool2d(4), nn.Flatten(), nn.Linear(48, size), nn.BatchNorm1d(size))
+
+
+def images() -> Tensor:
+    return torch.rand((3, 3, 112, 112), generator=torch.Generator().manual_seed(1)) * 2 - 1
+
+
+def test_a_module_is_a_teacher_with_the_students_view() -> None:
+    module = network()
+    teacher = load_teacher(module)
+    assert teacher.network is module
+    assert not module.training
+    assert teacher.preprocessing == Preprocessing()
+    assert teacher.embedding_size == 8
+    assert teacher.description == "torch.nn.modules.container.Sequential"
+    with torch.no_grad():
+        assert torch.equal(teacher(images()), module(images()))
+
+
+def test_options_apply_to_a_module() -> None:
+    module = network()
+    options = {"channels": "bgr", "mean": 0, "std": 255, "size": 32, "embedding_size": 8, "precision": "bf16"}
+    teacher = load_teacher(module, options)
+    assert teacher.preprocessing == Preprocessing("bgr", (0.0,) * 3, (255.0,) * 3, 32)
+    assert teacher.precision == "bf16"
+    with pytest.raises(TeacherError, match="dimension 8, wanted 512"):
+        load_teacher(module, {"embedding_size": 512})
+    with pytest.raises(ConfigError, match=r"teacher\.network='r50' does not apply"):
+        load_teacher(module, {"network": "r50"})
+
+
+def test_a_modules_fingerprint_follows_its_weights() -> None:
+    assert load_teacher(network(0)).fingerprint == load_teacher(network(0)).fingerprint
+    assert load_teacher(network(0)).fingerprint != load_teacher(network(1)).fingerprint
+
+
+def test_a_callable_is_a_teacher() -> None:
+    def embed(batch: Tensor) -> Tensor:
+        return batch.mean((2, 3))
+
+    teacher = load_teacher(embed)
+    assert teacher.embedding_size == 3
+    assert teacher.parameter_count is None
+    assert teacher.description.endswith("embed")
+    torch.testing.assert_close(teacher(images()), images().mean((2, 3)))
+
+
+def test_a_callables_fingerprint_follows_its_answers_or_is_its_own() -> None:
+    def scaled(weights: Tensor) -> Any:
+        return lambda batch: batch.mean((2, 3)) * weights
+
+    one = load_teacher(scaled(torch.tensor([1.0, 2.0, 3.0]))).fingerprint
+    assert one == load_teacher(scaled(torch.tensor([1.0, 2.0, 3.0]))).fingerprint
+    assert one != load_teacher(scaled(torch.tensor([3.0, 2.0, 1.0]))).fingerprint
+
+    class Named:
+        fingerprint = "mine"
+
+        def __call__(self, batch: Tensor) -> Tensor:
+            return batch.mean((2, 3)) + torch.rand(3)
+
+    assert load_teacher(Named()).fingerprint == load_teacher(Named()).fingerprint
+
+
+def test_a_module_without_weights_is_known_by_its_answers() -> None:
+    first = nn.Sequential(nn.AdaptiveAvgPool2d(2), nn.Flatten())
+    second = nn.Sequential(nn.AdaptiveMaxPool2d(2), nn.Flatten())
+    assert load_teacher(first).fingerprint != load_teacher(second).fingerprint
+
+
+def test_a_teacher_is_returned_as_it_is() -> None:
+    teacher = load_teacher(network())
+    assert load_teacher(teacher) is teacher
+    with pytest.raises(TeacherError, match="is a teacher already"):
+        load_teacher(teacher, {"channels": "bgr"})
+
+
+def test_a_network_that_fails_ends_in_one_line() -> None:
+    def broken(batch: Tensor) -> Tensor:
+        raise KeyError("first\nsecond")
+
+    for bad in (broken, nn.Linear(5, 5)):
+        with pytest.raises(TeacherError, match="cannot embed 112x112 images") as caught:
+            load_teacher(bad)
+        assert "\n" not in str(caught.value)
+    with pytest.raises(TeacherError, match="returns NoneType"):
+        load_teacher(lambda batch: None)
+
+
+def test_names_are_not_modules() -> None:
+    assert not ModuleSource.accepts("torch.nn.Linear")
+    assert ModuleSource.accepts(nn.Identity())
+    assert TimmSource.accepts("timm:resnet18")
+    assert not TimmSource.accepts("resnet18")
+
+
+def test_a_missing_timm_names_the_pip_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "timm", None)
+    with pytest.raises(TeacherError, match=r'pip install "arcface_kd\[timm\]"'):
+        load_teacher("timm:resnet18")
+
+
+class FakeTimm(ModuleType):
+    """timm's few functions that are called, with one model."""
+
+    def __init__(self) -> None:
+        super().__init__("timm")
+        self.asked: list[tuple[str, dict[str, object]]] = []
+        self.data = SimpleNamespace(
+            resolve_model_data_config=lambda model: {
+                "input_size": (3, 96, 96),
+                "mean": (0.485, 0.456, 0.406),
+                "std": (0.229, 0.224, 0.225),
+            }
+        )
+
+    def is_model_pretrained(self, name: str) -> bool:
+        return name in ("small", "offline")
+
+    def create_model(self, name: str, **options: object) -> nn.Module:
+        self.asked.append((name, options))
+        if name == "offline":
+            raise OSError("no route\nto host")
+        return network()
+
+
+def test_a_timm_model_comes_with_its_weights_and_its_own_preprocessing(monkeypatch: pytest.MonkeyPatch) -> None:
+    timm = FakeTimm()
+    monkeypatch.setitem(sys.modules, "timm", timm)
+    teacher = load_teacher("timm:small")
+    assert timm.asked == [("small", {"pretrained": True, "num_classes": 0})]
+    assert teacher.preprocessing.size == 96
+    assert teacher.preprocessing.mean == pytest.approx((123.675, 116.28, 103.53))
+    assert teacher.preprocessing.std == pytest.approx((58.395, 57.12, 57.375))
+    assert teacher.description == "timm:small"
+    assert load_teacher("timm:small", {"mean": 0}).preprocessing.mean == (0.0, 0.0, 0.0)
+
+
+def test_timm_never_makes_a_random_teacher(monkeypatch: pytest.MonkeyPatch) -> None:
+    timm = FakeTimm()
+    monkeypatch.setitem(sys.modules, "timm", timm)
+    with pytest.raises(TeacherError, match="no model of that name with published weights"):
+        load_teacher("timm:unknown")
+    assert timm.asked == []
+    with pytest.raises(TeacherError, match="cannot be loaded by timm: no route to host"):
+        load_teacher("timm:offline")
+
+
+def test_real_timm_refuses_an_unknown_name() -> None:
+    pytest.importorskip("timm", reason="timm is not installed here")
+    with pytest.raises(TeacherError, match="no model of that name with published weights"):
+        load_teacher("timm:no_such_model_at_all")
+
+
+def test_real_timm_is_asked_for_what_it_offers(monkeypatch: pytest.MonkeyPatch) -> None:
+    timm = pytest.importorskip("timm", reason="timm is not installed here")
+    create = timm.create_model
+    # The published weights would come over the network.
+    monkeypatch.setattr(timm, "create_model", lambda name, pretrained, **rest: create(name, pretrained=False, **rest))
+    teacher = load_teacher("timm:resnet10t")
+    assert teacher.embedding_size == 512
+    assert teacher.preprocessing.size == 176
+    assert teacher.preprocessing.mean == pytest.approx((123.675, 116.28, 103.53))

@@ -1,0 +1,212 @@
+"""The command line: exit codes, one-line errors, nothing half-written."""
+
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from arcface_kd.backbones import get_backbone
+from arcface_kd.cli import build_parser, main
+from tests.trainer.faces import Faces, draw_faces
+
+KEYS = """
+from easydict import EasyDict as edict
+
+config = edict()
+config.network = "thin_r18"
+config.embedding_size = 16
+config.rec = {rec!r}
+config.num_classes = {num_classes}
+config.num_image = {num_image}
+config.num_epoch = 1
+config.warmup_epoch = 0
+config.batch_size = 8
+config.num_workers = 0
+config.val_targets = ["pairs"]
+config.output = {output!r}
+"""
+
+
+@pytest.fixture
+def faces(tmp_path: Path) -> Faces:
+    folder = tmp_path / "faces"
+    folder.mkdir()
+    return draw_faces(folder, identities=4, images=4)
+
+
+@pytest.fixture
+def config(faces: Faces, tmp_path: Path) -> Path:
+    path = tmp_path / "small.py"
+    path.write_text(
+        KEYS.format(
+            rec=str(faces.folder),
+            num_classes=faces.num_classes,
+            num_image=faces.num_image,
+            output=str(tmp_path / "run"),
+        )
+    )
+    return path
+
+
+@pytest.fixture
+def teacher(tmp_path: Path) -> Path:
+    torch.manual_seed(0)
+    path = tmp_path / "teacher.pt"
+    torch.save(get_backbone("thin_r18", num_features=16).state_dict(), path)
+    return path
+
+
+def truncated(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-100])
+
+
+def emptied(path: Path) -> None:
+    path.write_bytes(b"")
+
+
+def pointing_past_the_end(path: Path) -> None:
+    lines = path.read_text().splitlines()
+    lines[3] = lines[3].split("\t")[0] + "\t999999999"
+    path.write_text("\n".join(lines) + "\n")
+
+
+def not_a_pickle(path: Path) -> None:
+    path.write_bytes(b"these are no pairs")
+
+
+def test_trains_from_a_config(config: Path, teacher: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["train", str(config), "--kd", "adadistill", "--kd-teacher", str(teacher)]) == 0
+    assert (tmp_path / "run" / "model.pt").is_file()
+    assert "pairs: accuracy" in capsys.readouterr().out
+
+
+def test_settings_win_over_the_config(config: Path, tmp_path: Path) -> None:
+    assert main(["train", str(config), "--set", f"output={tmp_path / 'other'}", "margin_list=1.0,0.0,0.4"]) == 0
+    assert (tmp_path / "other" / "model.pt").is_file()
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--kd", "adadistill"], "--kd-teacher FILE"),
+        (["--kd", "adadistill", "--kd-teacher", "{folder}/none.pt"], "none.pt"),
+        (["--kd", "adadistil", "--kd-teacher", "{teacher}"], "did you mean 'adadistill'"),
+        (
+            ["--kd", "adadistill", "--kd-teacher", "{teacher}", "--kd-option", "adadistill.alfa=plain"],
+            "adadistill.alfa",
+        ),
+        (["--kd", "adadistill", "--kd-teacher", "{teacher}", "--kd-option", "alpha=plain"], "options start with"),
+        (["--kd", "adadistill", "--kd-teacher", "{teacher}", "--set", "embedding_size=8"], "student.projection=linear"),
+        (["--set", "num_classes=2"], "num_classes"),
+        (["--set", "nosuchkey=2"], "nosuchkey"),
+        (["--set", "batch_size=many"], "batch_size is 'many'"),
+        (["--set", "batch_size"], "has no value"),
+        (["--set", "network=r7"], "r7"),
+        (["--set", "rec={folder}/none"], "none"),
+        (["--set", "resume=True"], "resume is on"),
+    ],
+)
+def test_bad_words_end_in_one_line_and_code_2(
+    config: Path,
+    teacher: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    words: list[str],
+    message: str,
+) -> None:
+    filled = [word.format(folder=tmp_path, teacher=teacher) for word in words]
+    assert main(["train", str(config), *filled]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("arcface-kd: ")
+    assert error.count("\n") == 1
+    assert message in error
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("file", "damage"),
+    [
+        ("train.rec", emptied),
+        ("train.rec", truncated),
+        ("train.idx", emptied),
+        ("train.idx", pointing_past_the_end),
+        ("pairs.bin", not_a_pickle),
+        ("pairs.bin", emptied),
+        ("property", Path.unlink),
+    ],
+    ids=lambda value: getattr(value, "__name__", value),
+)
+def test_damaged_data_end_in_one_line_and_code_2(
+    config: Path,
+    faces: Faces,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    file: str,
+    damage: Callable[[Path], None],
+) -> None:
+    damage(faces.folder / file)
+    code = main(["train", str(config)])
+    error = capsys.readouterr().err
+    if file == "property":
+        # The config states the classes; the file only repeats them.
+        assert code == 0
+        return
+    assert code == 2
+    assert error.startswith("arcface-kd: ")
+    assert error.count("\n") == 1
+    assert file in error
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("body", "message"),
+    [("config = 3", "does not define `config`"), ("1 / 0", "ZeroDivisionError"), ("nonsense(", "SyntaxError")],
+)
+def test_a_config_that_is_none(tmp_path: Path, capsys: pytest.CaptureFixture[str], body: str, message: str) -> None:
+    path = tmp_path / "odd.py"
+    path.write_text(body)
+    assert main(["train", str(path)]) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_no_such_config(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["train", "configs/nosuch"]) == 2
+    assert "looked for configs/nosuch" in capsys.readouterr().err
+
+
+def test_unknown_command_exits_with_2() -> None:
+    with pytest.raises(SystemExit) as stopped:
+        main(["trian"])
+    assert stopped.value.code == 2
+
+
+def test_every_command_has_help_with_an_example(capsys: pytest.CaptureFixture[str]) -> None:
+    commands = build_parser()._subparsers._group_actions[0].choices  # type: ignore[union-attr]
+    assert {"train", "demo", "data", "methods"} <= set(commands or ())
+    for name in commands or ():
+        words = [name, "pack"] if name == "data" else [str(name)]
+        with pytest.raises(SystemExit) as stopped:
+            main([*words, "--help"])
+        assert stopped.value.code == 0
+        assert "example: arcface-kd " + " ".join(words) in capsys.readouterr().out
+
+
+def test_methods_lists_what_is_installed(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["methods"]) == 0
+    assert "adadistill " in capsys.readouterr().out
+
+
+def test_the_module_is_the_command(config: Path, tmp_path: Path) -> None:
+    finished = subprocess.run(
+        [sys.executable, "-m", "arcface_kd", "train", str(config), "--set", "network=r7"],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert finished.returncode == 2
+    assert finished.stderr.startswith("arcface-kd: ")
+    assert finished.stderr.count("\n") == 1
