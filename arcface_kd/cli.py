@@ -64,6 +64,24 @@ def _demo(arguments: argparse.Namespace) -> None:
     )
 
 
+def _patch(arguments: argparse.Namespace) -> None:
+    from arcface_kd.patching import patch_checkout
+
+    for outcome in patch_checkout(arguments.folder, arguments.names, check=arguments.check, revert=arguments.revert):
+        print(outcome)
+
+
+def _check(arguments: argparse.Namespace) -> None:
+    from arcface_kd.config import KDConfig
+    from arcface_kd.data.verification_bin import read_bin
+    from arcface_kd.teachers.base import load_teacher
+    from arcface_kd.teachers.check import check_teacher
+
+    kd = KDConfig.from_config({"kd_option": arguments.kd_option})
+    pairs = None if arguments.bin is None else read_bin(arguments.bin)
+    print(check_teacher(load_teacher(arguments.kd_teacher, kd.options.get("teacher")), pairs))
+
+
 def _pack(arguments: argparse.Namespace) -> None:
     from arcface_kd.data.pack import pack_folder
 
@@ -134,6 +152,27 @@ def build_parser() -> argparse.ArgumentParser:
     demo.add_argument("--seeds", type=int, default=1, help="train each student this often and give means (default: 1)")
     demo.add_argument("--epochs", type=int, help="epochs of the students (default: chosen for the data)")
     add_arguments(demo)
+
+    patch = command(
+        "patch",
+        _patch,
+        "add --kd to a checkout of arcface_torch, or other patches: kd_flag, current_stack, cpu_gloo",
+        "arcface-kd patch insightface/recognition/arcface_torch",
+    )
+    patch.add_argument("folder", type=Path, help="arcface_torch, or a checkout of insightface")
+    patch.add_argument("names", nargs="*", default=["kd_flag"], help="which patches (default: kd_flag)")
+    patch.add_argument("--check", action="store_true", help="say what would happen and write nothing")
+    patch.add_argument("--revert", action="store_true", help="take the patches out again, byte for byte")
+
+    check = command(
+        "check",
+        _check,
+        "describe a teacher and, with verification pairs, find out how its input should be prepared",
+        "arcface-kd check --kd-teacher w600k_r50.onnx --bin faces_emore/lfw.bin",
+    )
+    check.add_argument("--kd-teacher", metavar="FILE", required=True, help="a checkpoint, an ONNX file, ...")
+    check.add_argument("--kd-option", metavar="NAME=VALUE", nargs="+", action="extend", help="such as teacher.std=128")
+    check.add_argument("--bin", metavar="FILE", type=Path, help="verification pairs to try preprocessings on")
 
     data = commands.add_parser("data", help="make and look at data sets").add_subparsers(
         dest="data_command", metavar="COMMAND", required=True
