@@ -1,6 +1,7 @@
 """Pack a folder of face images into RecordIO in InsightFace's layout."""
 
 import os
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
@@ -10,7 +11,7 @@ import numpy as np
 from arcface_kd.atomic import atomic_write
 from arcface_kd.data.dataset import IMAGE_SIZE
 from arcface_kd.data.image import decode_rgb, is_webp
-from arcface_kd.data.image_folder import Identity, list_identities, read_image_file
+from arcface_kd.data.image_folder import list_identities, read_image_file
 from arcface_kd.data.recordio import RecordHeader, RecordWriter, pack
 from arcface_kd.errors import DataError
 
@@ -53,40 +54,63 @@ def _as_stored(path: str) -> tuple[bytes, bool]:
     return data, False
 
 
-def _write_records(writer: RecordWriter, identities: list[Identity]) -> PackCounts:
-    from tqdm import tqdm
-
-    images = sum(len(identity.images) for identity in identities)
-    first_identity = images + 1
+def _write_records(writer: RecordWriter, sizes: Sequence[int], images: Iterable[bytes]) -> None:
+    first_identity = sum(sizes) + 1
 
     def write(key: int, label: float | np.ndarray, payload: bytes) -> None:
         writer.write(key, pack(RecordHeader(0, label, key, 0), payload))
 
-    write(0, np.array([first_identity, first_identity + len(identities)]), b"")
-    key = 0
-    resized = 0
-    # None shows the bar on a terminal only.
-    with tqdm(total=images, desc="packing", unit="image", disable=None) as progress:
-        for label, identity in enumerate(identities):
-            for path in identity.images:
-                payload, scaled = _as_stored(path)
-                key += 1
-                resized += scaled
-                write(key, float(label), payload)
-                progress.update()
+    write(0, np.array([first_identity, first_identity + len(sizes)]), b"")
+    labels = (label for label, size in enumerate(sizes) for _ in range(size))
+    for key, (label, payload) in enumerate(zip(labels, images, strict=True), start=1):
+        write(key, float(label), payload)
     start = 1
-    for key, identity in enumerate(identities, start=first_identity):
-        write(key, np.array([start, start + len(identity.images)]), b"")
-        start += len(identity.images)
-    return PackCounts(len(identities), images, resized)
+    for key, size in enumerate(sizes, start=first_identity):
+        write(key, np.array([start, start + size]), b"")
+        start += size
+
+
+def write_identities(out: str | os.PathLike[str], sizes: Sequence[int], images: Iterable[bytes]) -> None:
+    """Write encoded images as ``train.rec``, ``train.idx`` and ``property`` in InsightFace's layout.
+
+    Record 0 is a header with the labels [n + 1, n + 1 + identities]; records 1 .. n are the images with their labels;
+    one record for each identity follows, with the range [start, end) of its images' keys.
+
+    Args:
+        out: where the three files go; made when missing. Files of these names are replaced.
+        sizes: number of images of each identity; its place is its label.
+        images: encoded 112x112 images, ``sum(sizes)`` of them, identity by identity.
+
+    Raises:
+        DataError: ``out`` cannot be written; it is as it was before.
+        ValueError: the number of images is not ``sum(sizes)``; ``out`` is as it was before.
+    """
+    target = Path(out)
+    made = not target.exists()
+    try:
+        target.mkdir(parents=True, exist_ok=True)
+        with (
+            atomic_write(target / "property") as stream,
+            RecordWriter(target / "train.rec", target / "train.idx") as writer,
+        ):
+            stream.write(b"%d,%d,%d\n" % (len(sizes), *IMAGE_SIZE))
+            # On disk before the records appear, so that a full disk cannot leave them without it.
+            stream.flush()
+            os.fsync(stream.fileno())
+            _write_records(writer, sizes, images)
+    except BaseException as error:
+        if made:
+            with suppress(OSError):
+                target.rmdir()
+        if isinstance(error, OSError):
+            raise DataError(f"cannot write to {target}: {error.strerror}") from None
+        raise
 
 
 def pack_folder(folder: str | os.PathLike[str], out: str | os.PathLike[str]) -> PackCounts:
     """Pack a folder of face images into ``train.rec``, ``train.idx`` and ``property``.
 
-    InsightFace's layout: record 0 is a header with the labels [n + 1, n + 1 + identities]; records 1 .. n are the
-    images with their labels; one record for each identity follows, with the range [start, end) of its images' keys.
-    Labels number the identities' folders in the order of their names.
+    The layout is that of :func:`write_identities`. Labels number the identities' folders in the order of their names.
 
     An image of 112x112 pixels is stored as it is, byte for byte, except that WebP, which mxnet cannot decode, becomes
     PNG with the same pixels. Any other is scaled to 112x112 (area averaging down, bilinear up; the aspect ratio is not
@@ -103,28 +127,27 @@ def pack_folder(folder: str | os.PathLike[str], out: str | os.PathLike[str]) -> 
         DataError: nothing to pack, an image that cannot be decoded, or ``out`` cannot be written; ``out`` is as it was
             before.
     """
+    from tqdm import tqdm
+
     identities = list_identities(folder)
     if len(identities) > _MAX_IDENTITIES:
         raise DataError(f"{folder} holds {len(identities)} identities; a float32 label tells {_MAX_IDENTITIES} apart")
-    target = Path(out)
-    rec, idx = target / "train.rec", target / "train.idx"
-    for path in (rec, idx):
+    for path in (Path(out) / "train.rec", Path(out) / "train.idx"):
         if path.exists():
             raise DataError(f"{path} exists; remove it or choose another folder")
-    made = not target.exists()
-    try:
-        target.mkdir(parents=True, exist_ok=True)
-        with atomic_write(target / "property") as stream, RecordWriter(rec, idx) as writer:
-            stream.write(b"%d,%d,%d\n" % (len(identities), *IMAGE_SIZE))
-            # On disk before the records appear, so that a full disk cannot leave them without it.
-            stream.flush()
-            os.fsync(stream.fileno())
-            counts = _write_records(writer, identities)
-    except BaseException as error:
-        if made:
-            with suppress(OSError):
-                target.rmdir()
-        if isinstance(error, OSError):
-            raise DataError(f"cannot write to {target}: {error.strerror}") from None
-        raise
-    return counts
+    sizes = [len(identity.images) for identity in identities]
+    resized = 0
+    # None shows the bar on a terminal only.
+    with tqdm(total=sum(sizes), desc="packing", unit="image", disable=None) as progress:
+
+        def stored() -> Iterator[bytes]:
+            nonlocal resized
+            for identity in identities:
+                for path in identity.images:
+                    payload, scaled = _as_stored(path)
+                    resized += scaled
+                    yield payload
+                    progress.update()
+
+        write_identities(out, sizes, stored())
+    return PackCounts(len(identities), sum(sizes), resized)

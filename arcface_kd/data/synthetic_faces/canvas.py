@@ -179,11 +179,9 @@ def soft_mask(outlines: Sequence[Floats], softness: float) -> Floats:
     # A wide blur is as good on a coarse canvas, and many times cheaper.
     coarseness = int(np.clip(softness, 1, 5))
     side = SIDE // coarseness
-    mask = hard_mask(outlines, side).astype(np.float32)
-    mask = cv2.GaussianBlur(mask, (0, 0), softness * side / FIELD_SIZE)  # type: ignore[assignment]
-    if coarseness > 1:
-        mask = cv2.resize(mask, (SIDE, SIDE), interpolation=cv2.INTER_LINEAR)  # type: ignore[assignment]
-    return mask * np.float32(1 / 255)
+    blurred = cv2.GaussianBlur(hard_mask(outlines, side), (0, 0), softness * side / FIELD_SIZE)
+    mask = blurred.astype(np.float32) * np.float32(1 / 255)
+    return mask if side == SIDE else cv2.resize(mask, (SIDE, SIDE))  # type: ignore[return-value]
 
 
 def blend(canvas: Bytes, mask: Floats, paint: ArrayLike) -> None:
