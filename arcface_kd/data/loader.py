@@ -198,6 +198,7 @@ class FaceLoader(DataLoader[Any]):
         ConfigError: a batch size or a number of workers that cannot be, or not one full batch when ``drop_last``.
     """
 
+    sampler: ViewSampler
     on_batch: Callable[[BatchViews], None] | None
 
     def __init__(

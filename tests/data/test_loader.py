@@ -118,11 +118,11 @@ def test_flips_are_fair_and_fresh_every_epoch_and_seed() -> None:
 
 def test_flips_do_not_depend_on_ranks() -> None:
     def seen(world_size: int) -> dict[int, bool]:
-        found = {}
+        found: dict[int, bool] = {}
         for rank in range(world_size):
             sampler = ViewSampler(100, rank=rank, world_size=world_size, seed=3)
             sampler.set_epoch(7)
-            found.update(sampler)
+            found.update((view.index, view.flipped) for view in sampler)
         return found
 
     assert seen(1) == seen(3) == seen(8)
