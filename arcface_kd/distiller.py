@@ -6,6 +6,7 @@ a :class:`Distiller`, which remembers what the teacher said of the images.
 
 import logging
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any, cast
 
 import torch
@@ -16,10 +17,11 @@ from arcface_kd import registry
 from arcface_kd.config import KDConfig, build
 from arcface_kd.data.fingerprint import fingerprint, shows_two_views
 from arcface_kd.data.loader import BatchViews, FaceLoader
-from arcface_kd.errors import ConfigError, TeacherError
+from arcface_kd.errors import CheckpointError, ConfigError, TeacherError
 from arcface_kd.losses.margin import Margin
 from arcface_kd.methods.base import Batch, Method, Requirement, RunContext
 from arcface_kd.methods.classifier import LearnedClassifier
+from arcface_kd.resharding import fit_head_state
 from arcface_kd.sharding import RankGroup, for_ddp, on_first_rank_first
 from arcface_kd.step_log import StepLog
 from arcface_kd.teachers.base import Teacher, load_teacher
@@ -62,7 +64,7 @@ class Distiller:
         self._views: BatchViews | None = None
         self._seen: Tensor | None = None
 
-    def read_through_cache(self, loader: FaceLoader) -> None:
+    def read_through_cache(self, loader: FaceLoader, ranks: RankGroup | None = None) -> None:
         """Keep the teacher's embeddings in the file that ``kd_cache`` names, and ask the teacher for missing ones only.
 
         The loader says which records a batch shows and which of them mirrored. Data that may show an image in other
@@ -70,6 +72,7 @@ class Distiller:
 
         Args:
             loader: of the training records.
+            ranks: the ranks of the run; None takes the default process group.
 
         Raises:
             TeacherError: the cache belongs to another teacher or other data, or is damaged.
@@ -85,7 +88,7 @@ class Distiller:
             )
             return
         identity = identity_of(self.teacher, fingerprint(loader.faces), len(loader.faces))
-        self.cache = on_first_rank_first(lambda: EmbeddingCache(str(self.kd.cache), identity))
+        self.cache = on_first_rank_first(lambda: EmbeddingCache(str(self.kd.cache), identity), ranks)
         loader.on_batch = self._next_views
 
     def _next_views(self, views: BatchViews) -> None:
@@ -169,6 +172,7 @@ class DistillationHead(nn.Module):
         steps_per_epoch: micro-steps of one epoch.
         ranks: the ranks that share the classes; None takes the default process group.
         log: where loss terms, their gradient norms and the methods' observations go; None keeps no log.
+        run_folder: the run's output folder, where a state of another number of ranks finds the other ranks' shards.
 
     Raises:
         ConfigError: a teacher of another dimension without a projection; fewer classes than ranks.
@@ -190,8 +194,10 @@ class DistillationHead(nn.Module):
         steps_per_epoch: int = 1,
         ranks: RankGroup | None = None,
         log: StepLog | None = None,
+        run_folder: Path | None = None,
     ) -> None:
         super().__init__()
+        self.run_folder = run_folder
         self._log = log
         self._distiller = distiller
         self.ranks = ranks or RankGroup()
@@ -203,7 +209,7 @@ class DistillationHead(nn.Module):
             raise ConfigError(f"sample_rate is {sample_rate}; it must be in (0, 1]")
         self.num_classes = num_classes
         self.projection = _projection(distiller, embedding_size, seed, self.ranks)
-        shard = self.ranks.shard(num_classes)
+        self.shard = shard = self.ranks.shard(num_classes)
         self.register_buffer("class_range", torch.tensor([shard.start, shard.start + shard.size, num_classes]))
         self.register_buffer("step", torch.zeros((), dtype=torch.int64))
         self._steps_done: int | None = None
@@ -277,9 +283,38 @@ class DistillationHead(nn.Module):
         return done
 
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
-        """Load this rank's state; the step is read again from it."""
+        """Load a state of this run, saved on this rank or, on another number of ranks, on any.
+
+        Args:
+            state_dict: a rank's state. Where it holds other classes than this rank's, these are read from the
+                checkpoints in ``run_folder``.
+            strict: refuse a state of other methods.
+            assign: as in torch.
+
+        Returns:
+            As in torch.
+
+        Raises:
+            CheckpointError: a state of other methods, or checkpoints that are missing or do not belong together.
+        """
         self._steps_done = None
-        return super().load_state_dict(state_dict, strict, assign)
+        fitted = fit_head_state(state_dict, self.shard, self.sharded_entries(), self.run_folder)
+        has, wants = set(fitted), set(self.state_dict())
+        if strict and has != wants:
+            raise CheckpointError(
+                f"the checkpoint's head lacks {', '.join(sorted(wants - has)) or 'nothing'} and has "
+                f"{', '.join(sorted(has - wants)) or 'nothing'} beside: go on with the kd* keys that the run began with"
+            )
+        return super().load_state_dict(fitted, strict, assign)
+
+    def sharded_entries(self) -> tuple[str, ...]:
+        """Names of the state's entries that have one row for each class of this rank."""
+        return tuple(f"methods.{name}.{entry}" for name, m in self.methods.items() for entry in cast(Method, m).sharded)
+
+    def sharded_parameters(self) -> list[nn.Parameter]:
+        """The parameters among them."""
+        parameters = dict(self.named_parameters())
+        return [parameters[name] for name in self.sharded_entries() if name in parameters]
 
     def _observations(self, terms: Mapping[str, Tensor], local_embeddings: Tensor) -> dict[str, float]:
         """The step's loss terms, their gradient norms on this rank's embeddings and what the methods observed."""

@@ -16,5 +16,9 @@ class DataError(ArcfaceKDError, ValueError):
     """A record, an index, a verification set or an image that is not what it should be."""
 
 
+class CheckpointError(ArcfaceKDError, ValueError):
+    """A run's checkpoints that are missing, cannot be read or do not belong together."""
+
+
 class TeacherError(ArcfaceKDError, ValueError):
     """A teacher that is missing, cannot be read or does not fit the run."""

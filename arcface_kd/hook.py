@@ -150,6 +150,7 @@ def drop_ins(
             steps_per_epoch=max(1, settings["num_image"] // total_batch),
             ranks=ranks,
             log=StepLog(Path(settings["output"]) / "tensorboard", int(settings["frequent"]), ranks.rank == 0),
+            run_folder=Path(settings["output"]),
         )
 
     return DropIns(get_model, get_dataloader, partial_fc, shared)

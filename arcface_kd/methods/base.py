@@ -71,8 +71,9 @@ class Method(nn.Module):
     """A distillation method: state, if it has any, and the loss terms of a step.
 
     A subclass names its knobs in ``Config`` (a frozen dataclass whose defaults are the published ones and whose
-    ``__post_init__`` refuses what is out of range), what it cannot do without in ``requires``, and in ``classifies``
-    whether its terms take the place of the trainer's learned classifier.
+    ``__post_init__`` refuses what is out of range), what it cannot do without in ``requires``, in ``classifies``
+    whether its terms take the place of the trainer's learned classifier, and in ``sharded`` which entries of its
+    ``state_dict`` have one row for each class of this rank (the first of a method that classifies: its class centers).
 
     Args:
         config: the knobs.
@@ -82,6 +83,7 @@ class Method(nn.Module):
     Config: ClassVar[type[Any]]
     requires: ClassVar[frozenset[Requirement]] = frozenset()
     classifies: ClassVar[bool] = False
+    sharded: ClassVar[tuple[str, ...]] = ()
 
     def __init__(self, config: Any, context: RunContext) -> None:
         super().__init__()

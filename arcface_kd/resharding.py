@@ -1,0 +1,332 @@
+"""The head's state across numbers of ranks: a run's shards read as one, cut anew, or joined into a file.
+
+Every rank of a run writes ``checkpoint_gpu_RANK.pt`` with its own classes. Files are mapped into memory and only the
+rows that are asked for are read, so that a rank needs no more memory than its own shard takes.
+"""
+
+import os
+import pickle
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from arcface_kd import registry
+from arcface_kd.atomic import atomic_write
+from arcface_kd.errors import CheckpointError
+from arcface_kd.methods.base import Method
+from arcface_kd.methods.classifier import LearnedClassifier
+from arcface_kd.sharding import ClassShard
+
+HEAD = "state_dict_softmax_fc"
+OPTIMIZER = "state_optimizer"
+
+# What arcface_torch's own PartialFC calls its shard; it does not save which classes they are.
+_HOST_WEIGHT = "weight"
+
+
+def checkpoint_file(folder: str | os.PathLike[str], rank: int) -> Path:
+    """The file that a rank of a run writes its state to."""
+    return Path(folder) / f"checkpoint_gpu_{rank}.pt"
+
+
+def read_checkpoint(path: Path) -> Mapping[str, Any]:
+    """A trainer's checkpoint, mapped into memory where its format allows.
+
+    Args:
+        path: the file.
+
+    Returns:
+        Its entries; tensors are on the CPU and are read from the file when they are looked at. Copy what is to outlive
+        the file as it is: arcface_torch writes over it in place.
+
+    Raises:
+        CheckpointError: it is missing, damaged, holds more than tensors and plain values, or is of no trainer.
+    """
+    if not path.is_file():
+        raise CheckpointError(f"{path} is missing; a run writes one for each rank with save_all_states=True")
+    try:
+        try:
+            loaded = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        # Files of torch < 1.6 cannot be mapped.
+        except (RuntimeError, ValueError):
+            loaded = torch.load(path, map_location="cpu", weights_only=True)
+    except (RuntimeError, ValueError, EOFError, KeyError, OSError, pickle.UnpicklingError) as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise CheckpointError(f"{path} cannot be read as a checkpoint: {reason}") from error
+    if not isinstance(loaded, dict) or not isinstance(loaded.get(HEAD), Mapping):
+        raise CheckpointError(f"{path} holds no {HEAD}: it is not a checkpoint of arcface_torch or of this package")
+    return loaded
+
+
+@dataclass(frozen=True)
+class RunShards:
+    """The checkpoints of a run's ranks, whose shards follow one another.
+
+    Attributes:
+        folder: the run's output folder.
+        checkpoints: one of each rank, in order.
+        edges: the first class of each rank, and the number of classes at the end.
+    """
+
+    folder: Path
+    checkpoints: tuple[Mapping[str, Any], ...]
+    edges: tuple[int, ...]
+
+    @property
+    def world_size(self) -> int:
+        """Ranks that wrote the checkpoints."""
+        return len(self.checkpoints)
+
+    @property
+    def num_classes(self) -> int:
+        """Classes of all shards."""
+        return self.edges[-1]
+
+    def rows(self, start: int, stop: int, *keys: Any) -> Tensor:
+        """Rows of a tensor that is split over the ranks.
+
+        Args:
+            start: first class wanted.
+            stop: one behind the last.
+            keys: where the tensor is in every checkpoint: ``("state_dict_softmax_fc", "weight")``.
+
+        Returns:
+            (stop - start, ...), a tensor of its own.
+
+        Raises:
+            CheckpointError: a checkpoint lacks the tensor, or holds another number of rows than its classes.
+        """
+        result: Tensor | None = None
+        for rank, first in enumerate(self.edges[:-1]):
+            last = self.edges[rank + 1]
+            begin, end = max(start, first), min(stop, last)
+            if begin >= end:
+                continue
+            part = self._shard(rank, last - first, keys)
+            if result is None:
+                result = part.new_empty((stop - start, *part.shape[1:]))
+            if part.shape[1:] != result.shape[1:] or part.dtype != result.dtype:
+                raise CheckpointError(
+                    f"{checkpoint_file(self.folder, rank)} holds {tuple(part.shape)} of {part.dtype} where other ranks "
+                    f"have rows of {tuple(result.shape[1:])} of {result.dtype}: it belongs to another run"
+                )
+            result[begin - start : end - start] = part[begin - first : end - first]
+        if result is None:
+            raise CheckpointError(f"{self.folder} holds none of the classes {start} to {stop - 1}")
+        return result
+
+    def _shard(self, rank: int, size: int, keys: tuple[Any, ...]) -> Tensor:
+        value: Any = self.checkpoints[rank]
+        for key in keys:
+            value = value.get(key) if isinstance(value, Mapping) else None
+        path = checkpoint_file(self.folder, rank)
+        if not isinstance(value, Tensor):
+            raise CheckpointError(f"{path} holds no {'.'.join(map(str, keys))}, which other ranks have")
+        if value.shape[:1] != (size,):
+            raise CheckpointError(
+                f"{path} holds {tuple(value.shape)} as {'.'.join(map(str, keys))} for {size} classes: it is damaged"
+            )
+        return value
+
+
+def open_shards(folder: str | os.PathLike[str]) -> RunShards:
+    """Open the checkpoints of a run: as many, from rank 0 on, as it takes to cover all classes.
+
+    Files of higher ranks, which an earlier run on more ranks has left, are not looked at. arcface_torch's own PartialFC
+    does not save how many classes there are: of its checkpoints, all must belong together.
+
+    Args:
+        folder: the run's output folder.
+
+    Returns:
+        The run's shards.
+
+    Raises:
+        CheckpointError: a checkpoint is missing, cannot be read, or does not continue where the one before it ends.
+    """
+    folder = Path(folder)
+    first = read_checkpoint(checkpoint_file(folder, 0))
+    return _own_shards(folder, first) if "class_range" in first[HEAD] else _host_shards(folder, first)
+
+
+def _own_shards(folder: Path, first: Mapping[str, Any]) -> RunShards:
+    checkpoints, edges = [first], [0]
+    num_classes = int(first[HEAD]["class_range"][2])
+    while True:
+        rank = len(checkpoints) - 1
+        path, checkpoint = checkpoint_file(folder, rank), checkpoints[-1]
+        met = checkpoint[HEAD].get("class_range")
+        start, stop, total = (-1, -1, -1) if met is None else met.tolist()
+        if total != num_classes or start != edges[-1] or not start < stop <= num_classes:
+            says = "no class_range" if met is None else f"classes {start} to {stop - 1} of {total}"
+            raise CheckpointError(
+                f"{path} holds {says}; wanted classes from {edges[-1]} on, of {num_classes}, as the lower ranks' files "
+                "leave them: it belongs to another run"
+            )
+        _check_step(folder, rank, checkpoint, first)
+        edges.append(stop)
+        if stop == num_classes:
+            return RunShards(folder, tuple(checkpoints), tuple(edges))
+        checkpoints.append(read_checkpoint(checkpoint_file(folder, rank + 1)))
+
+
+def _host_shards(folder: Path, first: Mapping[str, Any]) -> RunShards:
+    count = max(_saved_ranks(folder)) + 1
+    checkpoints, edges = [first], [0]
+    for rank in range(count):
+        if rank:
+            checkpoints.append(read_checkpoint(checkpoint_file(folder, rank)))
+        weight = checkpoints[rank][HEAD].get(_HOST_WEIGHT)
+        if not isinstance(weight, Tensor) or weight.ndim != 2:
+            raise CheckpointError(f"{checkpoint_file(folder, rank)} holds no classifier: {HEAD} has no matrix 'weight'")
+        _check_step(folder, rank, checkpoints[rank], first)
+        edges.append(edges[-1] + weight.shape[0])
+    for rank in range(count):
+        shard = ClassShard(edges[-1], rank, count)
+        if edges[rank] != shard.start or edges[rank + 1] != shard.start + shard.size:
+            raise CheckpointError(
+                f"{checkpoint_file(folder, rank)} holds {edges[rank + 1] - edges[rank]} classes where rank {rank} of "
+                f"{count} has {shard.size} of {edges[-1]}: files of several runs are mixed in {folder}"
+            )
+    return RunShards(folder, tuple(checkpoints), tuple(edges))
+
+
+def _check_step(folder: Path, rank: int, checkpoint: Mapping[str, Any], first: Mapping[str, Any]) -> None:
+    met, wanted = checkpoint.get("global_step"), first.get("global_step")
+    if met != wanted:
+        raise CheckpointError(
+            f"{checkpoint_file(folder, rank)} was written at step {met}, {checkpoint_file(folder, 0).name} at step "
+            f"{wanted}: they are of different runs, or writing was interrupted"
+        )
+
+
+def _saved_ranks(folder: Path) -> list[int]:
+    names = (path.stem.removeprefix("checkpoint_gpu_") for path in folder.glob("checkpoint_gpu_*.pt"))
+    return sorted(int(name) for name in names if name.isdecimal())
+
+
+def fit_head_state(
+    state: Mapping[str, Any], shard: ClassShard, sharded: Iterable[str], folder: Path | None
+) -> Mapping[str, Any]:
+    """Turn the state of whichever rank into that of this one.
+
+    Args:
+        state: a rank's head state, as its checkpoint has it.
+        shard: the classes of this rank.
+        sharded: names of entries whose rows are classes.
+        folder: of the run whose checkpoints hold the other shards; None if it is not known.
+
+    Returns:
+        ``state`` itself if it is this rank's, else a copy with this rank's classes.
+
+    Raises:
+        CheckpointError: a head of another trainer or number of classes, or checkpoints that are missing or do not
+            belong together.
+    """
+    if "class_range" not in state:
+        raise CheckpointError(
+            f"the checkpoint's head has {', '.join(state) or 'nothing'} and no class_range: it is not one of this "
+            "package, so the run began without --kd; begin anew, in another output folder"
+        )
+    wanted = [shard.start, shard.start + shard.size, shard.num_classes]
+    given = state["class_range"].tolist()
+    if given[2] != shard.num_classes:
+        raise CheckpointError(f"the checkpoint's head has {given[2]} classes, the run {shard.num_classes}")
+    if folder is None or not checkpoint_file(folder, 0).is_file():
+        if given == wanted:
+            return state
+        raise CheckpointError(
+            f"the checkpoint's head holds classes {given[0]} to {given[1] - 1}, this rank takes {wanted[0]} to "
+            f"{wanted[1] - 1}, and the other ranks' checkpoints are not there: {folder or 'no run folder is known'}"
+        )
+    shards = open_shards(folder)
+    met, known = state.get("step"), shards.checkpoints[0][HEAD].get("step")
+    if met is not None and known is not None and int(met) != int(known):
+        raise CheckpointError(
+            f"the head's state is of step {int(met)}, those in {folder} of step {int(known)}: remove the "
+            f"checkpoint_gpu_*.pt of ranks from {shards.world_size} on, which an earlier run has left"
+        )
+    if given == wanted and shards.world_size == shard.world_size:
+        return state
+    own = {name: shards.rows(wanted[0], wanted[1], HEAD, name) for name in sharded}
+    return {**state, **own, "class_range": torch.tensor(wanted)}
+
+
+def fit_optimizer_state(
+    state: Mapping[str, Any],
+    optimizer: torch.optim.Optimizer,
+    parameters: Iterable[nn.Parameter],
+    shard: ClassShard,
+    folder: Path,
+) -> Mapping[str, Any]:
+    """Turn the optimiser's state of whichever rank into that of this one: momentum follows its classes.
+
+    Args:
+        state: a rank's optimiser state, as its checkpoint has it.
+        optimizer: of this run, with the parameters in the order of the one that was saved.
+        parameters: those whose rows are this rank's classes.
+        shard: the classes of this rank.
+        folder: of the run.
+
+    Returns:
+        ``state`` itself if the run had as many ranks, else a copy with this rank's rows.
+
+    Raises:
+        CheckpointError: checkpoints that are missing or do not belong together.
+    """
+    shards = open_shards(folder)
+    if shards.world_size == shard.world_size:
+        return state
+    order = [id(parameter) for group in optimizer.param_groups for parameter in group["params"]]
+    fitted = dict(state["state"])
+    for parameter in parameters:
+        place = order.index(id(parameter))
+        # An optimiser keeps nothing for a parameter that has had no gradient yet.
+        entries: Mapping[str, Any] = fitted.get(place, {})
+        own = {
+            name: shards.rows(shard.start, shard.start + shard.size, OPTIMIZER, "state", place, name)
+            for name, value in entries.items()
+            if isinstance(value, Tensor) and value.ndim == parameter.ndim
+        }
+        if entries:
+            fitted[place] = {**entries, **own}
+    return {**state, "state": fitted}
+
+
+def _classifier_entry(head: Mapping[str, Any]) -> str:
+    """The entry of a head's state that holds the class centers which the student is scored against."""
+    if "class_range" not in head:
+        return _HOST_WEIGHT
+    names = dict.fromkeys(key.split(".")[1] for key in head if key.startswith("methods."))
+    for name in names:
+        kind = LearnedClassifier if name == "classifier" else registry.load(registry.METHODS, name)
+        if isinstance(kind, type) and issubclass(kind, Method) and kind.classifies and kind.sharded:
+            return f"methods.{name}.{kind.sharded[0]}"
+    raise CheckpointError(f"the head of {', '.join(names) or 'no method'} holds no class centers that could be joined")
+
+
+def merge_head(run_folder: str | os.PathLike[str], out_file: str | os.PathLike[str]) -> tuple[int, int]:
+    """Join the class centers of a run's ranks, ours or those of arcface_torch's PartialFC, into one file.
+
+    The file holds ``{"weight": (C, D) tensor, "num_classes": C}``; centers are as they were trained, not normalised.
+
+    Args:
+        run_folder: the run's output folder, with ``checkpoint_gpu_*.pt``.
+        out_file: the file to write, replaced in one step.
+
+    Returns:
+        ``(C, D)``.
+
+    Raises:
+        CheckpointError: a checkpoint is missing, cannot be read or belongs to another run; nothing is written.
+    """
+    shards = open_shards(run_folder)
+    entry = _classifier_entry(shards.checkpoints[0][HEAD])
+    weight = shards.rows(0, shards.num_classes, HEAD, entry)
+    with atomic_write(out_file) as stream:
+        torch.save({"weight": weight, "num_classes": shards.num_classes}, stream)
+    return weight.shape[0], weight.shape[1]
