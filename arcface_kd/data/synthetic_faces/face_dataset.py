@@ -43,13 +43,14 @@ def write_dataset(
     images_per_identity: int = 20,
     pairs: int = 1200,
     heldout_identities: int = 100,
+    heldout_from: int | None = None,
     seed: int = 0,
     title: str | None = None,
 ) -> None:
     """Draw a training set and a verification set.
 
     ``train.rec``, ``train.idx`` and ``property`` hold identities 0 .. ``identities`` - 1 of the population in
-    InsightFace's layout, labelled by number. ``synthetic.bin`` holds pairs of the ``heldout_identities`` that follow;
+    InsightFace's layout, labelled by number. ``synthetic.bin`` holds pairs of ``heldout_identities`` others;
     each of its images occurs once. In each of ten consecutive folds, as many pairs are of one person as of two.
 
     Args:
@@ -58,6 +59,8 @@ def write_dataset(
         images_per_identity: 1 or more.
         pairs: number of verification pairs, a multiple of 20.
         heldout_identities: number of verification identities, 2 or more.
+        heldout_from: the first of them in the population, at least ``identities``; None takes the one that follows the
+            training identities. Sets of different sizes can share held-out identities that way.
         seed: of the population, not negative; the same seed gives the same files.
         title: of the progress bar; None shows none.
 
@@ -70,6 +73,9 @@ def write_dataset(
     for name, value in asked.items():
         if value < smallest[name]:
             raise ConfigError(f"{name} is {value}; it must be at least {smallest[name]}")
+    first_heldout = identities if heldout_from is None else heldout_from
+    if first_heldout < identities:
+        raise ConfigError(f"heldout_from is {heldout_from}; it must be at least the {identities} training identities")
     if pairs % (2 * FOLDS):
         raise ConfigError(f"pairs is {pairs}; it must be a multiple of {2 * FOLDS}: ten folds, half of each one person")
     faces = SyntheticFaces(seed)
@@ -92,6 +98,6 @@ def write_dataset(
         # Person by person, so that each is modelled once.
         for place in np.argsort(persons, axis=None, kind="stable"):
             person = int(persons.flat[place])
-            images[place] = faces.jpeg(identities + person, next(taken[person]))
+            images[place] = faces.jpeg(first_heldout + person, next(taken[person]))
             bar.update()
     write_bin(folder / "synthetic.bin", images, is_same)
