@@ -21,8 +21,14 @@ from arcface_kd.evaluation.verification import VerificationResult, evaluate
 from arcface_kd.teachers.base import Teacher, load_teacher
 from arcface_kd.trainer import TrainResult, train
 
-STUDENT = "thin_r18"
+NETWORK = "thin_r18"
 FAR_LEVELS = (1e-2, 1e-3)
+
+# Synthetic identities: the teacher knows those of the students and many more, as the teacher of a real run does; the
+# pairs are of identities that neither has seen.
+_STUDENT_IDENTITIES, _TEACHER_IDENTITIES, _IMAGES = 150, 600, 12
+_HELDOUT_IDENTITIES, _PAIRS = 150, 1200
+_TEACHER_EPOCHS = 6
 
 
 @dataclass(frozen=True)
@@ -113,15 +119,27 @@ def run_demo(settings: DemoSettings) -> list[Row]:
     """
     began = time.perf_counter()
     drawn = settings.data is None
-    stages = _Stages(1 + int(drawn) + int(settings.teacher is None) + 2 * settings.seeds)
-    kd = KDConfig.from_config({"kd": settings.method, "kd_teacher": settings.teacher, "kd_option": settings.options})
+    train_teacher = settings.teacher is None
+    stages = _Stages(1 + int(drawn) + int(drawn and train_teacher) + int(train_teacher) + 2 * settings.seeds)
+    cache = settings.out / "teacher.cache"
+    kd = KDConfig.from_config(
+        {"kd": settings.method, "kd_teacher": settings.teacher, "kd_cache": cache, "kd_option": settings.options}
+    )
+    if settings.teacher is None and "teacher" in kd.options:
+        raise ConfigError("teacher options were given without a teacher; add --kd-teacher FILE")
     teacher = load_teacher(settings.teacher, kd.options.get("teacher")) if settings.teacher is not None else None
-    data = settings.data if settings.data is not None else _draw_faces(settings.out, stages)
-    base = _config_for(data, settings, drawn)
+    # Given data are looked at before the first file is written.
+    given = None if settings.data is None else _config_for(settings.data, settings)
+    settings.out.mkdir(parents=True, exist_ok=True)
+    for stale in (cache, cache.with_name(cache.name + ".json")):
+        stale.unlink(missing_ok=True)
+    data = settings.data if settings.data is not None else _draw_faces(settings.out / "faces", stages)
+    base = given if given is not None else _config_for(data, settings)
 
     trained_teacher = _Trained("teacher")
     if teacher is None:
-        config = _teacher_config(base, settings.out / "teacher")
+        config = _teacher_config(base, settings.out, stages) if drawn else EasyDict(base)
+        config.output = str(settings.out / "teacher")
         result = train(config, title=stages.next("teacher"))
         trained_teacher.results.append(result)
         teacher = load_teacher(result.output / "model.pt", {"network": config.network})
@@ -155,16 +173,44 @@ class _Stages:
         return title
 
 
-def _draw_faces(out: Path, stages: _Stages) -> Path:
+def _draw_faces(folder: Path, stages: _Stages) -> Path:
     from arcface_kd.data.synthetic_faces import write_dataset
 
-    folder = out / "faces"
-    folder.mkdir(parents=True, exist_ok=True)
-    write_dataset(folder, title=stages.next("drawing faces"))
+    write_dataset(
+        folder,
+        identities=_STUDENT_IDENTITIES,
+        images_per_identity=_IMAGES,
+        pairs=_PAIRS,
+        heldout_identities=_HELDOUT_IDENTITIES,
+        heldout_from=_TEACHER_IDENTITIES,
+        title=stages.next("drawing faces"),
+    )
     return folder
 
 
-def _config_for(data: Path, settings: DemoSettings, drawn: bool) -> EasyDict:
+def _teacher_config(base: EasyDict, out: Path, stages: _Stages) -> EasyDict:
+    """The config of a teacher that is trained on four times as many synthetic identities as the students."""
+    from arcface_kd.data.synthetic_faces import write_dataset
+
+    write_dataset(
+        out / "teacher_faces",
+        identities=_TEACHER_IDENTITIES,
+        images_per_identity=_IMAGES,
+        pairs=20,
+        heldout_identities=2,
+        title=stages.next("drawing the teacher's faces"),
+    )
+    return EasyDict(
+        base,
+        rec=str(out / "teacher_faces"),
+        num_classes=_TEACHER_IDENTITIES,
+        num_image=_TEACHER_IDENTITIES * _IMAGES,
+        num_epoch=_TEACHER_EPOCHS,
+        val_targets=[],
+    )
+
+
+def _config_for(data: Path, settings: DemoSettings) -> EasyDict:
     """An arcface_torch config for a student on this data."""
     from arcface_kd.data.dataset import RecordDataset
 
@@ -176,7 +222,7 @@ def _config_for(data: Path, settings: DemoSettings, drawn: bool) -> EasyDict:
         raise DataError(f"{data} has no `property` file (num_classes,height,width)")
     config = EasyDict(BASE)
     config.update(
-        network=STUDENT,
+        network=NETWORK,
         rec=str(data),
         num_classes=records.property[0],
         num_image=len(records),
@@ -189,14 +235,10 @@ def _config_for(data: Path, settings: DemoSettings, drawn: bool) -> EasyDict:
         margin_list=(1.0, 0.5, 0.0),
         weight_decay=5e-4,
         verbose=10**9,
-        frequent=10,
+        frequent=max(1, min(10, len(records) // 128)),
         num_workers=0,
     )
     return config
-
-
-def _teacher_config(base: EasyDict, output: Path) -> EasyDict:
-    return EasyDict(base, network="thin_r18", output=str(output))
 
 
 def _verify_teacher(

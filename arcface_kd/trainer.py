@@ -27,6 +27,7 @@ from arcface_kd.errors import ArcfaceKDError, ConfigError, DataError
 from arcface_kd.evaluation.verification import VerificationResult, evaluate
 from arcface_kd.hook import DropIns, drop_ins
 from arcface_kd.losses.margin import Margin
+from arcface_kd.resharding import checkpoint_file, fit_optimizer_state, open_shards
 from arcface_kd.schedule import linear_with_warmup
 
 LOGIT_SCALE = 64.0  # the host's, which no key of its configs changes
@@ -213,19 +214,22 @@ class _Run:
                 self.notes.append(f"no verification set {path}")
         return sets
 
-    def _checkpoint(self) -> Path:
-        return self.folder / f"checkpoint_gpu_{self.rank}.pt"
-
     def resume(self) -> None:
-        """Go on from the last epoch that was saved."""
-        path = self._checkpoint()
+        """Go on from the last epoch that was saved, by as many ranks or others."""
+        path = checkpoint_file(self.folder, 0)
         if not path.is_file():
             raise ConfigError(f"resume is on but there is no {path}; set resume=False, or save_all_states=True before")
+        # What is not split over ranks is in any file; a rank that the run did not have takes the first one's.
+        if self.rank < open_shards(self.folder).world_size:
+            path = checkpoint_file(self.folder, self.rank)
         state = torch.load(path, map_location=self.device, weights_only=True)
         self.epoch, self.step = state["epoch"], state["global_step"]
         self.student.load_state_dict(state["state_dict_backbone"])
         self.head.load_state_dict(state["state_dict_softmax_fc"])
-        self.optimizer.load_state_dict(state["state_optimizer"])
+        momentum = fit_optimizer_state(
+            state["state_optimizer"], self.optimizer, self.head.sharded_parameters(), self.head.shard, self.folder
+        )
+        self.optimizer.load_state_dict(dict(momentum))
         self.schedule.load_state_dict(state["state_lr_scheduler"])
         if "state_scaler" in state:
             self.scaler.load_state_dict(state["state_scaler"])
@@ -237,7 +241,7 @@ class _Run:
     def save(self) -> None:
         """Write the host's files: this rank's checkpoint where the config wants it, and the student on rank 0."""
         if self.config.save_all_states:
-            with atomic_write(self._checkpoint()) as stream:
+            with atomic_write(checkpoint_file(self.folder, self.rank)) as stream:
                 torch.save(
                     {
                         "epoch": self.epoch,

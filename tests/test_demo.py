@@ -1,0 +1,83 @@
+"""The main job, at a small size: its files, its rows, its honesty."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from arcface_kd import demo
+from arcface_kd.backbones import get_backbone
+from arcface_kd.demo import DemoSettings, Row, run_demo, table, verdict
+from arcface_kd.errors import ConfigError, DataError
+from tests.trainer.faces import draw_faces
+
+
+def row(model: str, accuracy: float, overhead: float | None = None) -> Row:
+    return Row(model, "pairs", accuracy, [accuracy], 0.9, {"0.01": 0.5, "0.001": None}, 1234567, 321.4, overhead)
+
+
+def test_table_has_a_line_a_row_and_says_what_is_unknown() -> None:
+    lines = table([row("alone", 0.85), row("adadistill", 0.9, 0.125)]).splitlines()
+    assert lines[0].split()[:4] == ["model", "set", "accuracy", "AUC"]
+    assert lines[1].split() == ["alone", "pairs", "85.00", "90.00", "50.00", "-", "1,234,567", "321", "-"]
+    assert lines[2].split() == [
+        *("adadistill", "pairs", "90.00", "90.00", "50.00", "-", "1,234,567", "321", "+12", "%")
+    ]
+
+
+@pytest.mark.parametrize(
+    ("accuracy", "words"), [(0.9, "beats the student alone: +5.00"), (0.8, "does NOT beat the student alone: -5.00")]
+)
+def test_verdict_says_who_won(accuracy: float, words: str) -> None:
+    assert words in verdict([row("alone", 0.85), row("adadistill", accuracy)], "adadistill")
+
+
+def test_runs_on_given_data_with_a_given_teacher(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "faces").mkdir()
+    faces = draw_faces(tmp_path / "faces", identities=16, images=10)
+    torch.manual_seed(0)
+    teacher = tmp_path / "teacher.pt"
+    torch.save(get_backbone("thin_r18").state_dict(), teacher)
+    out = tmp_path / "out"
+    rows = run_demo(DemoSettings(out=out, data=faces.folder, teacher=str(teacher), epochs=1, seeds=2))
+    assert [r.model for r in rows] == ["teacher", "alone", "adadistill"]
+    assert [len(r.accuracy_by_seed) for r in rows] == [1, 2, 2]
+    assert rows[2].kd_overhead is not None
+    assert json.loads((out / "results.json").read_text()) == [r.as_row() for r in rows]
+    for name in ("roc_pairs.png", "training_curves.png", "alpha.png"):
+        assert (out / name).read_bytes().startswith(b"\x89PNG")
+    printed = capsys.readouterr().out
+    assert table(rows) in printed
+    assert "points of accuracy" in printed
+    assert "[5/5] student adadistill, seed 1" in printed
+
+
+@pytest.mark.slow
+def test_draws_trains_and_compares(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    sizes = {"_STUDENT_IDENTITIES": 16, "_TEACHER_IDENTITIES": 24, "_IMAGES": 8, "_HELDOUT_IDENTITIES": 12}
+    for name, value in {**sizes, "_PAIRS": 40, "_TEACHER_EPOCHS": 1}.items():
+        monkeypatch.setattr(demo, name, value)
+    rows = run_demo(DemoSettings(out=tmp_path, epochs=1))
+    assert [(r.model, r.verification_set) for r in rows] == [
+        ("teacher", "synthetic"),
+        ("alone", "synthetic"),
+        ("adadistill", "synthetic"),
+    ]
+    assert (tmp_path / "faces" / "train.rec").is_file()
+    assert (tmp_path / "teacher" / "model.pt").is_file()
+
+
+def test_data_without_pairs_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "faces").mkdir()
+    faces = draw_faces(tmp_path / "faces", identities=4, images=4)
+    (faces.folder / "pairs.bin").unlink()
+    with pytest.raises(DataError, match="no verification set"):
+        run_demo(DemoSettings(out=tmp_path / "out", data=faces.folder))
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("settings", [{"seeds": 0}, {"epochs": 0}])
+def test_numbers_out_of_range(settings: dict[str, int], tmp_path: Path) -> None:
+    with pytest.raises(ConfigError):
+        DemoSettings(out=tmp_path, **settings)  # type: ignore[arg-type]
