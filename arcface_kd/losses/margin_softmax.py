@@ -107,9 +107,7 @@ class _Chunks:
         product_dtype: number format of the factors of the matrix products.
     """
 
-    def __init__(
-        self, unit: Tensor, classes: _Classes, margin: Margin, chunk: int, product_dtype: torch.dtype
-    ) -> None:
+    def __init__(self, unit: Tensor, classes: _Classes, margin: Margin, chunk: int, product_dtype: torch.dtype) -> None:
         batch, self._dtype = unit.shape[0], unit.dtype
         self._classes = classes
         self._threshold = margin.filter_threshold * margin.scale
@@ -131,30 +129,28 @@ class _Chunks:
     def __len__(self) -> int:
         return -(-self._classes.visited // self._size)
 
-    def span(self, number: int) -> tuple[int, int]:
-        """First and last but one of the visited classes in a chunk."""
-        return number * self._size, min((number + 1) * self._size, self._classes.visited)
+    def chosen(self, number: int) -> slice | Tensor:
+        """A chunk's rows of the centers."""
+        visited = slice(number * self._size, min((number + 1) * self._size, self._classes.visited))
+        return visited if self._classes.sampled is None else self._classes.sampled[visited]
 
     def load(self, number: int) -> _Chunk:
         """A chunk's centers and logits; they stay until the next one is loaded."""
-        start, stop = self.span(number)
-        centers, inverse_norms, sampled = self._classes.centers, self._classes.inverse_norms, self._classes.sampled
-        if sampled is None or self._gathered is None:
-            rows = centers[start:stop]
+        chosen, centers, inverse_norms = self.chosen(number), self._classes.centers, self._classes.inverse_norms
+        if isinstance(chosen, Tensor) and self._gathered is not None:
+            rows = torch.index_select(centers, 0, chosen, out=self._gathered[: chosen.shape[0]])
         else:
-            rows = torch.index_select(centers, 0, sampled[start:stop], out=self._gathered[: stop - start])
+            rows = centers[chosen]
         rows = rows.to(self._dtype)
-        if inverse_norms is None:
-            inverse = inverse_norm(rows)
-        else:
-            inverse = inverse_norms[slice(start, stop) if sampled is None else sampled[start:stop]].to(self._dtype)
-        logits = self._logits[:, : stop - start]
+        inverse = inverse_norm(rows) if inverse_norms is None else inverse_norms[chosen].to(self._dtype)
+        count = rows.shape[0]
+        logits = self._logits[:, :count]
         if self._factor is None:
             factor = rows
             logits.addmm_(self._scaled, factor.T, beta=0).mul_(inverse)
         else:
-            factor = torch.mul(rows, inverse.unsqueeze(1), out=self._factor[: stop - start])
-            logits.copy_(self._products[:, : stop - start].addmm_(self._scaled, factor.T, beta=0))
+            factor = torch.mul(rows, inverse.unsqueeze(1), out=self._factor[:count])
+            logits.copy_(self._products[:, :count].addmm_(self._scaled, factor.T, beta=0))
         # Without a branch on data: no wait for the device.
         hidden = torch.where(self._target_chunk == number, self._target_place, self._spare)
         self._flat.index_fill_(0, hidden, -torch.inf)
@@ -182,7 +178,7 @@ def _follows_maximum(margin: Margin, product_dtype: torch.dtype) -> bool:
 
 
 class _Pass(NamedTuple):
-    shift: Tensor  # (B,) what was taken from the logits: 0, or this shard's largest, -inf where there is none
+    shift: Tensor  # (B,) this shard's largest non-target logit or log-sum-exp, -inf where it has none
     total: Tensor  # (B,) sum of exp(z - shift) over the non-target classes of this shard
     pull: Tensor  # (B, D) sum of exp(z - shift) w over them
 
@@ -219,11 +215,16 @@ def _pass_over_classes(
         if part.filtered is not None:
             weights.masked_fill_(part.filtered, 0.0)
         chunks.add_weighted_sum(part, weights, pull)
+    if not follows:
+        shift = total.log()
+        fade = _finite(shift).neg().exp_()
+        total.mul_(fade)
+        pull.mul_(fade)
     return _Pass(shift.squeeze(1), total.squeeze(1), pull)
 
 
 def _finite(shift: Tensor) -> Tensor:
-    """A row whose every class is its target has no maximum: -inf - -inf would be nan."""
+    """A row whose every class is its target has no logits: -inf - -inf would be nan."""
     return torch.where(shift.isinf(), torch.zeros_like(shift), shift)
 
 
@@ -329,7 +330,7 @@ def _gradient_in_centers(
         margin: for the scale and the interclass filter.
         chunk: classes at a time.
         product_dtype: number format of the factors of the two matrix products.
-        shift: (B,) what the first pass took from the logits.
+        shift: (B,) largest logit or log-sum-exp of this shard, from the first pass.
         share: (B,) factor from ``exp(z - shift)`` to the loss's derivative in the cosine.
         upstream: scalar, the gradient in the loss.
     """
@@ -344,27 +345,20 @@ def _gradient_in_centers(
     restore = largest * upstream
     shift = _finite(shift).unsqueeze(1)
     chunks = _Chunks(unit, classes, margin, chunk, product_dtype)
-    radial_part = unit.new_empty(min(chunk, classes.visited), unit.shape[1])
+    product = unit.new_empty(min(chunk, classes.visited), unit.shape[1])
+    in_place = sampled is None and centers.dtype == product_dtype == dtype
     for number in range(len(chunks)):
-        start, stop = chunks.span(number)
-        part = chunks.load(number)
-        if _follows_maximum(margin, product_dtype):
-            part.logits.sub_(shift)
-        weights = part.logits.exp_()
+        part, chosen = chunks.load(number), chunks.chosen(number)
+        weights = part.logits.sub_(shift).exp_()
         if part.filtered is not None:
             weights.masked_fill_(part.filtered, 0.0)
         factor = chunks.in_product_format(weights).T
-        if sampled is None and not chunks.narrow and centers.dtype == dtype:
-            gradient = result[start:stop].addmm_(factor, weighted, beta=0)
-        else:
-            gradient = (factor @ weighted).to(dtype)
-        # Through the normalisation, in place: less its part along the center, over the center's norm.
-        along = torch.mul(gradient, part.rows, out=radial_part[: stop - start]).sum(1) * part.inverse.square()
+        gradient = result[chosen].addmm_(factor, weighted, beta=0) if in_place else (factor @ weighted).to(dtype)
+        # Through the normalisation without a copy: less its part along the center, over the center's norm.
+        along = torch.mul(gradient, part.rows, out=product[: part.rows.shape[0]]).sum(1) * part.inverse.square()
         gradient.addcmul_(part.rows, along.unsqueeze(1), value=-1).mul_((part.inverse * restore).unsqueeze(1))
-        if sampled is not None:
-            result[sampled[start:stop]] = gradient.to(result.dtype)
-        elif gradient.data_ptr() != result[start:stop].data_ptr():
-            result[start:stop] = gradient
+        if not in_place:
+            result[chosen] = gradient.to(result.dtype)
     return result
 
 

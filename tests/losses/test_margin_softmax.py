@@ -254,6 +254,28 @@ def test_all_cosines_negative(name: str) -> None:
     assert_equal(ours(problem, margin, chunk=7), twin(problem, margin), 1e-9)
 
 
+@pytest.mark.parametrize("scale", [30.0, 64.0, 65.0, 80.0])
+def test_fp32_holds_the_largest_and_the_smallest_logits_in_one_batch(scale: float) -> None:
+    """All classes lie in one direction; one row looks along it and one against it: their exponentials differ by e^128.
+
+    Up to a scale of 64 they are taken of the bare logits, beyond it less a running maximum.
+    """
+    generator = torch.Generator().manual_seed(0)
+    direction = torch.ones(8)
+    centers = direction + 0.05 * torch.randn(30, 8, generator=generator)
+    tilt = 0.2 * torch.randn(2, 8, generator=generator)
+    embeddings = torch.stack([direction + tilt[0], -direction + tilt[1]])
+    labels = torch.tensor([3, 4])
+    for margin in (Margin(scale, 1.0, 0.0, 0.0), Margin(scale, 1.0, 0.5, 0.0)):
+        truth = twin(Problem(embeddings.double(), labels, centers.double()), margin)
+        for row in (0, 1):
+            alone = torch.where(torch.arange(2) == row, labels, -1)
+            part = twin(Problem(embeddings.double(), alone, centers.double()), margin)[2] / 2
+            assert part.norm() > 0.05 * truth[2].norm(), "a row that hardly moves the centers could be lost unseen"
+        for a, b in zip(ours(Problem(embeddings, labels, centers), margin, chunk=7), truth, strict=True):
+            assert (a.double() - b).norm() <= 1e-3 * b.norm()
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("name", MARGINS)
 @pytest.mark.parametrize("sign", [1.0, -1.0])

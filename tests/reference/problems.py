@@ -16,6 +16,8 @@ MARGINS = {
     "cosface": COSFACE,
     "combined": COMBINED,
     "sphereface": Margin(30.0, 1.35, 0.0, 0.0),
+    # Beyond a scale of 64 the running maximum is followed.
+    "arcface-steep": Margin(80.0, 1.0, 0.5, 0.0),
     "arcface-filtered": Margin(64.0, 1.0, 0.5, 0.0, filter_threshold=0.2),
     "combined-filtered": Margin(32.0, 1.1, 0.3, 0.2, filter_threshold=0.1),
 }
