@@ -31,14 +31,14 @@ def initial_centers(shard: ClassShard, embedding_size: int, seed: int, std: floa
     Returns:
         (shard.size, D) fp32 on the CPU.
     """
-    parts = []
+    centers = torch.empty(shard.size, embedding_size)
     for block in range(shard.start // _BLOCK, -(-(shard.start + shard.size) // _BLOCK)):
         generator = torch.Generator().manual_seed(seed * 1_000_003 + block)
         rows = torch.empty(_BLOCK, embedding_size).normal_(0, std, generator=generator)
-        first = max(shard.start - block * _BLOCK, 0)
-        last = min(shard.start + shard.size - block * _BLOCK, _BLOCK)
-        parts.append(rows[first:last])
-    return torch.cat(parts) if parts else torch.empty(0, embedding_size)
+        place = block * _BLOCK - shard.start
+        first, last = max(-place, 0), min(shard.size - place, _BLOCK)
+        centers[place + first : place + last] = rows[first:last]
+    return centers
 
 
 def repetition_weights(labels: Tensor, repeated: Repeated, dtype: torch.dtype = torch.float32) -> Tensor:
