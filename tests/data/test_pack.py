@@ -8,7 +8,7 @@ import pytest
 
 from arcface_kd.data.dataset import RecordDataset, View
 from arcface_kd.data.image import decode_rgb
-from arcface_kd.data.pack import PackCounts, pack_folder
+from arcface_kd.data.pack import PackCounts, pack_folder, write_identities
 from arcface_kd.data.recordio import RecordReader, RecordWriter, unpack
 from arcface_kd.errors import DataError
 from tests.data.record_sets import encoded, pixels
@@ -167,3 +167,20 @@ def test_progress_is_silent_without_a_terminal(
 ) -> None:
     pack_folder(folder, tmp_path / "packed")
     assert capsys.readouterr() == ("", "")
+
+
+@pytest.mark.parametrize("images", [3, 5])
+def test_as_many_images_as_announced(images: int, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="zip"):
+        write_identities(tmp_path / "out", [1, 3], (encoded(number) for number in range(images)))
+    assert not (tmp_path / "out").exists()
+
+
+def test_encoded_images_are_written_as_they_are_and_replace_what_was_there(tmp_path: Path) -> None:
+    write_identities(tmp_path, [1, 1], [encoded(8), encoded(9)])
+    images = [encoded(number) for number in range(4)]
+    write_identities(tmp_path, [1, 3], images)
+    records = RecordDataset(tmp_path, num_classes=2)
+    assert [bytes(records.image_bytes(place)) for place in range(4)] == images
+    assert [records.label(place) for place in range(4)] == [0, 1, 1, 1]
+    assert (tmp_path / "property").read_text() == "2,112,112\n"
