@@ -217,18 +217,19 @@ def for_ddp(embeddings: Tensor, world_size: int) -> Tensor:
     return scaled
 
 
-def on_first_rank_first(make: Callable[[], T]) -> T:
+def on_first_rank_first(make: Callable[[], T], ranks: RankGroup | None = None) -> T:
     """Let rank 0 make something while the others wait, then let them make it too: what it creates, they find.
 
     Args:
         make: called once on every rank.
+        ranks: the ranks; None takes the default process group.
 
     Returns:
         What it returned on this rank.
     """
-    ranks = RankGroup()
+    ranks = ranks or RankGroup()
     if ranks.world_size == 1:
         return make()
     made = make() if ranks.rank == 0 else None
-    distributed.barrier()
+    distributed.barrier(ranks.group)
     return make() if made is None else made

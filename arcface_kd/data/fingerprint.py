@@ -47,9 +47,8 @@ def fingerprint(dataset: FaceDataset) -> str:
         )
     digest = hashlib.sha256(f"{type(dataset).__name__} {len(dataset)}".encode())
     if isinstance(dataset, RecordDataset):
-        keys = np.ascontiguousarray(dataset.keys)
-        digest.update(keys)
-        digest.update(np.ascontiguousarray(dataset.reader.offsets[dataset.reader.find(keys)]))
+        digest.update(dataset.keys.tobytes())
+        digest.update(dataset.reader.offsets[dataset.reader.find(dataset.keys)].tobytes())
     elif isinstance(dataset, FolderDataset):
         _add_files(digest, dataset)
     for index in np.unique(np.linspace(0, len(dataset) - 1, _SAMPLES, dtype=np.int64)).tolist():

@@ -21,8 +21,10 @@ import json
 import os
 import shutil
 import stat
+import weakref
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from io import FileIO
 from pathlib import Path
 from typing import IO, Any
 
@@ -158,8 +160,9 @@ class EmbeddingCache:
                 os.unlink(os.path.realpath(self.path))
                 free = readable_size(shutil.disk_usage(self.path.resolve().parent).free)
                 raise TeacherError(
-                    f"no room for the cache {self.path}: it takes {readable_size(self.size)} ({self.images} images, "
-                    f"two views, {self.embedding_size} numbers each) and {free} are free ({error.strerror or error})"
+                    f"no room for the cache {self.path}: {error.strerror or error}; it takes "
+                    f"{readable_size(self.size)} ({self.images} images, two views, {self.embedding_size} numbers each) "
+                    f"and {free} are free"
                 ) from error
 
     @contextmanager
@@ -206,13 +209,15 @@ class EmbeddingCache:
                 f"delete it and {self._header.name} to start anew"
             )
 
-    def _open_for_writing(self) -> IO[bytes] | None:
+    def _open_for_writing(self) -> FileIO | None:
         try:
-            return open(self.path, "r+b", buffering=0)
+            stream = FileIO(self.path, "r+")
         except OSError as error:
             if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
                 return None
             raise
+        weakref.finalize(self, stream.close)
+        return stream
 
     def _positions(self, index: Tensor, flipped: Tensor) -> np.ndarray:
         positions = index.cpu().numpy() * 2 + flipped.cpu().numpy()
@@ -336,7 +341,7 @@ def _reserve(stream: IO[bytes], size: int) -> None:
     os.fsync(stream.fileno())
 
 
-def _write_at(stream: IO[bytes], offset: int, data: bytes) -> None:
+def _write_at(stream: FileIO, offset: int, data: bytes) -> None:
     stream.seek(offset)
     rest = memoryview(data)
     while rest:
