@@ -1,0 +1,96 @@
+"""What importing the package costs: nothing but torch, no process group, no optional package."""
+
+import json
+import subprocess
+import sys
+from typing import NamedTuple
+
+import pytest
+
+import arcface_kd
+
+# Packages that only some runs need, and parts of torch that are slow to load.
+LATE = {
+    "cv2",
+    "insightface",
+    "matplotlib",
+    "mpmath",
+    "mxnet",
+    "onnx",
+    "onnxruntime",
+    "PIL",
+    "scipy",
+    "sklearn",
+    "sympy",
+    "tensorboard",
+    "timm",
+    "torch._dynamo",
+    "torch._inductor",
+    "torch.utils.tensorboard",
+    "tqdm",
+    "unidiff",
+}
+
+
+# In the order of the layers, from the package itself to those on top.
+MODULES = [
+    "arcface_kd",
+    "arcface_kd.losses.margin_softmax",
+    "arcface_kd.methods.adadistill",
+    "arcface_kd.config",
+    "arcface_kd.resharding",
+    "arcface_kd.distiller",
+    "arcface_kd.hook",
+    "arcface_kd.cli",
+    "arcface_kd.trainer",
+]
+
+WATCH = """
+import importlib, json, sys
+import torch
+added = {}
+for name in sys.argv[1:]:
+    before = set(sys.modules)
+    importlib.import_module(name)
+    added[name] = sorted(set(sys.modules) - before)
+state = [torch.distributed.is_initialized(), torch.cuda.is_initialized()]
+print(json.dumps([added, state]))
+"""
+
+
+class Imports(NamedTuple):
+    """What a fresh interpreter that knows torch has loaded with each module, and what it has opened on the way."""
+
+    added: dict[str, list[str]]
+    process_group: bool
+    gpu: bool
+
+
+@pytest.fixture(scope="module")
+def imports() -> Imports:
+    done = subprocess.run([sys.executable, "-c", WATCH, *MODULES], capture_output=True, text=True, check=True)
+    added, (process_group, gpu) = json.loads(done.stdout.splitlines()[-1])
+    return Imports(added, process_group, gpu)
+
+
+def test_importing_the_package_loads_no_more_than_torch(imports: Imports) -> None:
+    assert {name for name in imports.added["arcface_kd"] if name.partition(".")[0] != "arcface_kd"} == set()
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_modules_of_a_run_load_no_optional_package(imports: Imports, module: str) -> None:
+    allowed = {"tqdm"} if module == "arcface_kd.trainer" else set()
+    assert (LATE & set(imports.added[module])) - allowed == set()
+
+
+def test_importing_opens_no_process_group_and_touches_no_gpu(imports: Imports) -> None:
+    assert not imports.process_group
+    assert not imports.gpu
+
+
+def test_every_public_name_is_there() -> None:
+    for name in arcface_kd.__all__:
+        assert getattr(arcface_kd, name) is not None
+        assert name in dir(arcface_kd)
+    with pytest.raises(AttributeError, match="no attribute 'nonsense'"):
+        _ = arcface_kd.nonsense
