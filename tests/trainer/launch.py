@@ -92,8 +92,8 @@ def write_config(folder: Path, name: str, keys: Mapping[str, object], last_line:
 
 def loss_trace(output: Path) -> dict[int, float]:
     """The float32 losses that arcface_torch itself wrote to TensorBoard, by step; a later run's count."""
-    from tensorboard.backend.event_processing.event_file_loader import EventFileLoader  # type: ignore[import-untyped]
-    from tensorboard.util.tensor_util import make_ndarray  # type: ignore[import-untyped]
+    from tensorboard.backend.event_processing.event_file_loader import EventFileLoader
+    from tensorboard.util.tensor_util import make_ndarray
 
     losses: dict[int, float] = {}
     own = [path for path in (output / "tensorboard").glob("events.out.tfevents.*") if path.suffix != ".kd"]
