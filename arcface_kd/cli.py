@@ -82,6 +82,13 @@ def _check(arguments: argparse.Namespace) -> None:
     print(check_teacher(load_teacher(arguments.kd_teacher, kd.options.get("teacher")), pairs))
 
 
+def _merge_head(arguments: argparse.Namespace) -> None:
+    from arcface_kd.resharding import merge_head
+
+    classes, dimension = merge_head(arguments.run_folder, arguments.out)
+    print(f"{arguments.out}: {classes} class centers of {dimension} dimensions")
+
+
 def _pack(arguments: argparse.Namespace) -> None:
     from arcface_kd.data.pack import pack_folder
 
@@ -173,6 +180,15 @@ def build_parser() -> argparse.ArgumentParser:
     check.add_argument("--kd-teacher", metavar="FILE", required=True, help="a checkpoint, an ONNX file, ...")
     check.add_argument("--kd-option", metavar="NAME=VALUE", nargs="+", action="extend", help="such as teacher.std=128")
     check.add_argument("--bin", metavar="FILE", type=Path, help="verification pairs to try preprocessings on")
+
+    merge = command(
+        "merge-head",
+        _merge_head,
+        "join the class centers that the ranks of a run have saved, ours or arcface_torch's, into one file",
+        "arcface-kd merge-head work_dirs/ms1mv2_mbf_adadistill head.pt",
+    )
+    merge.add_argument("run_folder", metavar="RUN", type=Path, help="the run's output, with checkpoint_gpu_*.pt")
+    merge.add_argument("out", metavar="OUT", type=Path, help='the file: {"weight": (C, D), "num_classes": C}')
 
     data = commands.add_parser("data", help="make and look at data sets").add_subparsers(
         dest="data_command", metavar="COMMAND", required=True

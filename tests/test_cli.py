@@ -210,3 +210,25 @@ def test_the_module_is_the_command(config: Path, tmp_path: Path) -> None:
     assert finished.returncode == 2
     assert finished.stderr.startswith("arcface-kd: ")
     assert finished.stderr.count("\n") == 1
+
+
+def test_merge_head_joins_a_run_s_class_centers(
+    config: Path, teacher: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["--kd", "adadistill", "--kd-teacher", str(teacher), "--set", "save_all_states=True"]
+    assert main(["train", str(config), *words]) == 0
+    capsys.readouterr()
+    assert main(["merge-head", str(tmp_path / "run"), str(tmp_path / "head.pt")]) == 0
+    assert capsys.readouterr().out == f"{tmp_path / 'head.pt'}: 4 class centers of 16 dimensions\n"
+    assert torch.load(tmp_path / "head.pt", weights_only=True)["weight"].shape == (4, 16)
+
+
+@pytest.mark.parametrize("out", ["head.pt", "no_such_folder/head.pt"])
+def test_merge_head_of_a_run_that_saved_none_ends_in_one_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], out: str
+) -> None:
+    assert main(["merge-head", str(tmp_path), str(tmp_path / out)]) == 2
+    error = capsys.readouterr().err
+    assert "checkpoint_gpu_0.pt is missing" in error
+    assert error.count("\n") == 1
+    assert not (tmp_path / out).exists()

@@ -17,6 +17,7 @@ from arcface_kd.config import BASE, KDConfig
 from arcface_kd.distiller import Distiller
 from arcface_kd.errors import ArcfaceKDError, ConfigError, DataError, TeacherError
 from arcface_kd.evaluation.scalars import read_scalars
+from arcface_kd.resharding import merge_head
 from arcface_kd.teachers.base import load_teacher
 from arcface_kd.trainer import TrainResult, check_keys, train
 from tests.trainer.faces import Faces, draw_faces
@@ -264,3 +265,13 @@ def test_two_ranks_agree_and_resume(faces: Faces, teacher_file: Path, tmp_path: 
     assert ranges == [[0, 5, 10], [5, 10, 10]]
     trace = loss_trace(tmp_path / "whole")
     assert len(trace) == 2 * (40 // 8)
+    # One rank takes up what two have left, and their shards make its centers.
+    assert merge_head(tmp_path / "parts", tmp_path / "head.pt") == (10, 32)
+    keys = {"kd": "adadistill", "kd_teacher": str(teacher_file), "save_all_states": True, "resume": True}
+    train(config_for(faces, tmp_path / "parts", num_epoch=2, lr=1e-9, **keys))
+    alone = saved(tmp_path / "parts", "checkpoint_gpu_0.pt")
+    assert alone["state_dict_softmax_fc"]["class_range"].tolist() == [0, 10, 10]
+    assert alone["state_dict_softmax_fc"]["step"] == 40 // 8 + 80 // 16
+    before = torch.load(tmp_path / "head.pt", weights_only=True)["weight"]
+    after = alone["state_dict_softmax_fc"]["methods.adadistill.centers.weight"]
+    assert (torch.nn.functional.cosine_similarity(before, after) > 0.8).all()
