@@ -61,6 +61,16 @@ def _messages(message: Any, kind: type) -> Iterator[Any]:
                 pending.extend([value] if hasattr(value, "ListFields") else value)
 
 
+def _holds_bytes_for_text(message: Any) -> bool:
+    """Whether protobuf found a string that is not UTF-8, and gives bytes where everybody expects text."""
+    return any(
+        field.type == field.TYPE_STRING
+        and any(isinstance(text, bytes) for text in ([value] if isinstance(value, str | bytes) else value))
+        for part in _messages(message, object)
+        for field, value in part.ListFields()
+    )
+
+
 def _parse(content: bytes, path: Path) -> Any:
     import onnx
 
@@ -71,6 +81,8 @@ def _parse(content: bytes, path: Path) -> Any:
         raise TeacherError(f"teacher {path} is damaged or no ONNX file: {first_line(error)}") from error
     if not model.graph.node or not model.graph.output:
         raise TeacherError(f"teacher {path} is damaged or no ONNX file: it has no graph")
+    if _holds_bytes_for_text(model):
+        raise TeacherError(f"teacher {path} is damaged: a name in it is not text")
     return model
 
 

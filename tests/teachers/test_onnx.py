@@ -126,12 +126,22 @@ def _without_last_nodes(model: Any, count: int) -> Any:
     return model
 
 
-def test_a_graph_that_onnxruntime_cannot_run_ends_in_one_line(tmp_path: Path) -> None:
+def test_a_graph_that_onnxruntime_cannot_run_ends_in_one_line(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
     model = face_network()
     model.graph.node[1].op_type = "NoSuchOperator"
     with pytest.raises(TeacherError, match=r"model\.onnx: onnxruntime cannot run the graph") as caught:
         load_teacher(saved(tmp_path, model))
     assert "\n" not in str(caught.value)
+    assert capfd.readouterr().out == ""
+
+
+def test_weights_that_embed_as_nan_are_named(tmp_path: Path) -> None:
+    arrays = weights()
+    arrays["matrix"][0] = np.nan
+    with pytest.raises(TeacherError, match="embeds test images as NaN or inf"):
+        load_teacher(saved(tmp_path, face_network(arrays=arrays)))
 
 
 def test_options_that_an_onnx_file_cannot_honour_are_refused(tmp_path: Path) -> None:

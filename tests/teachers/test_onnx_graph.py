@@ -259,6 +259,14 @@ def test_what_is_no_onnx_file_ends_in_one_line(tmp_path: Path, content: bytes) -
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize("name", [b"Conv_0", b"slope", b"image"])
+def test_a_name_that_is_not_text_is_refused(tmp_path: Path, name: bytes) -> None:
+    path = tmp_path / "model.onnx"
+    path.write_bytes(face_network().SerializeToString().replace(name, b"\xff" * len(name)))
+    with pytest.raises(TeacherError, match="a name in it is not text"):
+        read_graph(path)
+
+
 def test_a_tensor_whose_bytes_do_not_fill_its_shape_is_named(tmp_path: Path) -> None:
     model = face_network()
     (tensor,) = (tensor for tensor in model.graph.initializer if tensor.name == "matrix")
