@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import pytest
 import torch
@@ -16,7 +16,7 @@ from arcface_kd.distiller import DistillationHead, Distiller, margin_of
 from arcface_kd.errors import CheckpointError, ConfigError, TeacherError
 from arcface_kd.evaluation.scalars import read_scalars
 from arcface_kd.losses.margin import Margin
-from arcface_kd.methods.base import Batch, Method
+from arcface_kd.methods.base import Batch, Method, Requirement
 from arcface_kd.sharding import RankGroup
 from arcface_kd.step_log import StepLog
 from arcface_kd.teachers.base import Teacher, TeacherOptions, load_teacher
@@ -222,7 +222,7 @@ class Pull(Method):
     """A stranger's method that does not classify: students towards their teachers."""
 
     Config = PullConfig
-    requires: ClassVar[frozenset[Any]] = frozenset()
+    requires: ClassVar[frozenset[Requirement]] = frozenset({Requirement.TEACHER_EMBEDDINGS})
 
     def forward(self, batch: Batch) -> dict[str, Tensor]:
         assert batch.teacher is not None
@@ -300,9 +300,17 @@ def test_methods_that_cannot_be_are_refused(methods: tuple[str, ...], said: str)
         Distiller(KDConfig(methods))
 
 
-def test_unknown_options_of_a_method_are_refused() -> None:
-    with pytest.raises(ConfigError, match=r"unknown option adadistill\.aplha"):
-        make(adadistill={"aplha": "plain"})
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"adadistill": {"aplha": "plain"}}, r"unknown option adadistill\.aplha"),
+        ({"adadistill": {"alpha": "heavy"}}, r"adadistill\.alpha is 'heavy'"),
+        ({"student": {"projection": "round"}}, r"student\.projection is 'round'"),
+    ],
+)
+def test_options_are_checked_before_a_teacher_is_looked_for(options: dict[str, dict[str, object]], said: str) -> None:
+    with pytest.raises(ConfigError, match=said):
+        Distiller(KDConfig(("adadistill",), "no_such_teacher.pt", options=options))
 
 
 def test_no_method_is_the_trainer_s_own_head_and_needs_no_teacher() -> None:
