@@ -146,6 +146,8 @@ class KDConfig:
         teacher: ``kd_teacher``: a file or another source that :func:`arcface_kd.teachers.base.load_teacher` knows.
         cache: ``kd_cache``: a file for the teacher's embeddings, made and filled as the run goes; None asks the teacher
             for every batch.
+        classifier: ``kd_classifier``: a file or folder with the teacher's classifier, or ``class-means``, see
+            :mod:`arcface_kd.teacher_classifier`.
         options: ``kd_option``: values by ``prefix`` and name; prefixes are ``teacher``, ``student`` and the methods.
     """
 
@@ -153,14 +155,15 @@ class KDConfig:
     teacher: str | None = None
     cache: str | None = None
     options: Mapping[str, Mapping[str, object]] = dataclasses.field(default_factory=dict)
+    classifier: str | None = None
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any]) -> "KDConfig":
         """Read the ``kd*`` keys of an arcface_torch config.
 
         Args:
-            config: with ``kd`` ("adadistill", "a+b" or None), ``kd_teacher``, ``kd_cache`` and ``kd_option`` (a mapping
-                of dotted names, or strings ``name=value``).
+            config: with ``kd`` ("adadistill", "a+b" or None), ``kd_teacher``, ``kd_cache``, ``kd_classifier`` and
+                ``kd_option`` (a mapping of dotted names, or strings ``name=value``).
 
         Returns:
             The checked keys.
@@ -168,7 +171,7 @@ class KDConfig:
         Raises:
             ConfigError: an unknown ``kd*`` key, an option without prefix or for a method that is not in ``kd``.
         """
-        known = ("kd", "kd_teacher", "kd_cache", "kd_option")
+        known = ("kd", "kd_teacher", "kd_cache", "kd_classifier", "kd_option")
         for key in config:
             if key.startswith("kd") and key not in known:
                 raise ConfigError(f"unknown key {key!r}; there are {', '.join(known)}{suggestion(key, known)}")
@@ -185,7 +188,7 @@ class KDConfig:
                     f"{suggestion(prefix, allowed)}"
                 )
             options.setdefault(prefix, {})[rest] = value
-        files = {name: config.get(f"kd_{name}") for name in ("teacher", "cache")}
+        files = {name: config.get(f"kd_{name}") for name in ("teacher", "cache", "classifier")}
         return cls(methods, options=options, **{name: None if f is None else str(f) for name, f in files.items()})
 
     @staticmethod
@@ -306,6 +309,7 @@ RUN_KEYS: dict[str, Any] = {
     "kd": str,
     "kd_teacher": str,
     "kd_cache": str,
+    "kd_classifier": str,
     "kd_option": list,
 }
 

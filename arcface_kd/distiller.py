@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from torch.nn.functional import normalize
 
 from arcface_kd import registry
-from arcface_kd.config import KDConfig, build
+from arcface_kd.config import KDConfig, StudentOptions, build
+from arcface_kd.data.dataset import FaceDataset
 from arcface_kd.data.fingerprint import fingerprint, shows_two_views
 from arcface_kd.data.loader import BatchViews, FaceLoader
 from arcface_kd.errors import CheckpointError, ConfigError, TeacherError
@@ -22,8 +23,9 @@ from arcface_kd.losses.margin import Margin
 from arcface_kd.methods.base import Batch, Method, Requirement, RunContext
 from arcface_kd.methods.classifier import LearnedClassifier
 from arcface_kd.resharding import fit_head_state
-from arcface_kd.sharding import RankGroup, for_ddp, on_first_rank_first
+from arcface_kd.sharding import ClassShard, RankGroup, for_ddp, on_first_rank_first
 from arcface_kd.step_log import StepLog
+from arcface_kd.teacher_classifier import CLASS_MEANS, check_order, class_means, read_classifier
 from arcface_kd.teachers.base import Teacher, load_teacher
 from arcface_kd.teachers.embedding_cache import EmbeddingCache, identity_of
 
@@ -44,22 +46,28 @@ class Distiller:
 
     def __init__(self, kd: KDConfig, teacher: Teacher | None = None) -> None:
         self.kd = kd
+        self.student_options = kd.student
         self.method_types: dict[str, type[Method]] = {}
+        self.method_configs: dict[str, Any] = {}
         for name in kd.methods:
             kind = registry.load(registry.METHODS, name)
             if not (isinstance(kind, type) and issubclass(kind, Method)):
                 raise ConfigError(f"the entry point of method {name!r} is {kind!r}; it must be a subclass of Method")
             self.method_types[name] = kind
+            self.method_configs[name] = build(kind.Config, kd.options.get(name, {}), name)
         own = [name for name, kind in self.method_types.items() if kind.classifies]
         if len(own) > 1:
             raise ConfigError(f"{' and '.join(own)} both bring a classification loss of their own; take one of them")
         needed = frozenset().union(*(kind.requires for kind in self.method_types.values()))
+        if Requirement.TEACHER_CLASSIFIER in needed and kd.classifier is None:
+            raise TeacherError(f"{'+'.join(kd.methods)} needs {Requirement.TEACHER_CLASSIFIER.value}")
         if teacher is None and kd.teacher is not None and self.method_types:
             teacher = load_teacher(kd.teacher, kd.options.get("teacher"))
         if teacher is None and Requirement.TEACHER_EMBEDDINGS in needed:
             raise TeacherError(f"{'+'.join(kd.methods)} needs {Requirement.TEACHER_EMBEDDINGS.value}")
+        self.needed = needed
         self.teacher = teacher
-        self.student_options = kd.student
+        self.faces: FaceDataset | None = None
         self.cache: EmbeddingCache | None = None
         self._views: BatchViews | None = None
         self._seen: Tensor | None = None
@@ -67,7 +75,8 @@ class Distiller:
     def read_through_cache(self, loader: FaceLoader, ranks: RankGroup | None = None) -> None:
         """Keep the teacher's embeddings in the file that ``kd_cache`` names, and ask the teacher for missing ones only.
 
-        The loader says which records a batch shows and which of them mirrored. Data that may show an image in other
+        The loader says which records a batch shows and which of them mirrored; its records are what the teacher's
+        classifier is held against. Data that may show an image in other
         ways, by an augmentation of its own, switches the cache off with a warning: the teacher then runs each step.
 
         Args:
@@ -78,7 +87,9 @@ class Distiller:
             TeacherError: the cache belongs to another teacher or other data, or is damaged.
             DataError: an image that cannot be read.
         """
-        if self.kd.cache is None or self.teacher is None:
+        self.faces = loader.faces
+        reads = Requirement.TEACHER_EMBEDDINGS in self.needed or self.kd.classifier == CLASS_MEANS
+        if self.kd.cache is None or self.teacher is None or not reads:
             return
         if not shows_two_views(loader.faces):
             logger.warning(
@@ -105,7 +116,7 @@ class Distiller:
         Returns:
             The same module.
         """
-        if self.teacher is not None:
+        if self.teacher is not None and Requirement.TEACHER_EMBEDDINGS in self.needed:
             student.register_forward_pre_hook(self._observe)
         return student
 
@@ -139,12 +150,12 @@ class Distiller:
             rows: number of the student's embeddings.
 
         Returns:
-            (rows, Dt) unit vectors, or None in a run without a teacher.
+            (rows, Dt) unit vectors, or None in a run whose methods look at none.
 
         Raises:
             RuntimeError: the student was not run in training mode before the head, or on another batch.
         """
-        if self.teacher is None:
+        if self.teacher is None or Requirement.TEACHER_EMBEDDINGS not in self.needed:
             return None
         seen, self._seen = self._seen, None
         if seen is None or seen.shape[0] != rows:
@@ -154,6 +165,56 @@ class Distiller:
                 "training mode once before each call of the head"
             )
         return seen
+
+    def teacher_classifier(self, shard: ClassShard) -> Tensor | None:
+        """The teacher's classifier, checked against the records that the loader reads.
+
+        Args:
+            shard: the classes of this rank.
+
+        Returns:
+            (shard.size, Dt) fp32, any norms; None in a run whose methods do not need it.
+
+        Raises:
+            TeacherError: it cannot be read, or is one of other classes or another teacher.
+            CheckpointError: its files do not belong together.
+            DataError: records that cannot be read.
+        """
+        source, teacher, faces = self.kd.classifier, self.teacher, self.faces
+        if source is None or Requirement.TEACHER_CLASSIFIER not in self.needed:
+            return None
+        if source == CLASS_MEANS:
+            if self.cache is None or faces is None:
+                raise TeacherError(
+                    f"kd_classifier={CLASS_MEANS} takes the means of cached embeddings: give the teacher and a cache "
+                    "that `arcface-kd cache` has filled, with --kd-teacher and --kd-cache"
+                )
+            return class_means(self.cache, faces, shard)
+        classifier = read_classifier(source, shard)
+        if teacher is None or faces is None:
+            what = "teacher" if teacher is None else "records"
+            logger.warning("the order of the classes of %s is not checked: the run has no %s of its own", source, what)
+            return classifier
+        if classifier.shape[1] != teacher.embedding_size:
+            raise TeacherError(
+                f"the teacher's classifier {source} has {classifier.shape[1]} dimensions, the teacher "
+                f"{teacher.embedding_size}: it is another teacher's"
+            )
+        check_order(classifier, shard, faces, lambda index: self._embed_records(teacher, faces, index), source)
+        return classifier
+
+    def _embed_records(self, teacher: Teacher, faces: FaceDataset, index: Tensor) -> Tensor:
+        """The teacher's embeddings (N, Dt) of some records, plain, from the cache where they are in it."""
+        plain = torch.zeros(len(index), dtype=torch.bool)
+        known = plain
+        rows = torch.empty(len(index), teacher.embedding_size)
+        if self.cache is not None:
+            rows, known = self.cache.look_up(index, plain)
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        for places in (~known).nonzero().flatten().split(32):
+            images = torch.stack([faces[int(index[place])].image for place in places.tolist()])
+            rows[places] = teacher(images.to(device).float() / 127.5 - 1).cpu()
+        return rows
 
 
 class DistillationHead(nn.Module):
@@ -208,18 +269,24 @@ class DistillationHead(nn.Module):
         if not 0 < sample_rate <= 1:
             raise ConfigError(f"sample_rate is {sample_rate}; it must be in (0, 1]")
         self.num_classes = num_classes
-        self.projection = _projection(distiller, embedding_size, seed, self.ranks)
         self.shard = shard = self.ranks.shard(num_classes)
+        classifier = distiller.teacher_classifier(shard)
+        teacher_embedding_size = distiller.teacher.embedding_size if distiller.teacher is not None else None
+        if teacher_embedding_size is None and classifier is not None:
+            teacher_embedding_size = classifier.shape[1]
+        self.projection = _projection(
+            distiller.student_options, embedding_size, teacher_embedding_size, seed, self.ranks
+        )
         self.register_buffer("class_range", torch.tensor([shard.start, shard.start + shard.size, num_classes]))
         self.register_buffer("step", torch.zeros((), dtype=torch.int64))
         self._steps_done: int | None = None
-        teacher = distiller.teacher
         context = RunContext(
             num_classes=num_classes,
             embedding_size=embedding_size,
             margin=margin,
             ranks=self.ranks,
-            teacher_embedding_size=None if teacher is None else teacher.embedding_size,
+            teacher_embedding_size=teacher_embedding_size,
+            teacher_classifier=classifier,
             sample_rate=sample_rate,
             seed=seed,
             steps_per_epoch=steps_per_epoch,
@@ -229,7 +296,7 @@ class DistillationHead(nn.Module):
         if not any(kind.classifies for kind in distiller.method_types.values()):
             methods["classifier"] = LearnedClassifier(context)
         for name, kind in distiller.method_types.items():
-            methods[name] = kind(build(kind.Config, distiller.kd.options.get(name, {}), name), context)
+            methods[name] = kind(distiller.method_configs[name], context)
         self.methods = nn.ModuleDict(methods)
 
     def forward(self, local_embeddings: Tensor, local_labels: Tensor) -> Tensor:
@@ -328,17 +395,19 @@ class DistillationHead(nn.Module):
         return {name: float(value) for name, value in values.items()}
 
 
-def _projection(distiller: Distiller, embedding_size: int, seed: int, ranks: RankGroup) -> nn.Linear | None:
+def _projection(
+    options: StudentOptions, embedding_size: int, teacher_embedding_size: int | None, seed: int, ranks: RankGroup
+) -> nn.Linear | None:
     """The matrix between student and teacher where their dimensions differ and the run asks for it."""
-    teacher = distiller.teacher
-    if teacher is None or teacher.embedding_size == embedding_size:
+    if teacher_embedding_size in (None, embedding_size):
         return None
-    if distiller.student_options.projection == "none":
+    assert teacher_embedding_size is not None
+    if options.projection == "none":
         raise ConfigError(
-            f"the teacher has {teacher.embedding_size} dimensions and the student {embedding_size}: set "
-            f"embedding_size={teacher.embedding_size}, or add --kd-option student.projection=linear"
+            f"the teacher has {teacher_embedding_size} dimensions and the student {embedding_size}: set "
+            f"embedding_size={teacher_embedding_size}, or add --kd-option student.projection=linear"
         )
-    projection = nn.Linear(embedding_size, teacher.embedding_size, bias=False)
+    projection = nn.Linear(embedding_size, teacher_embedding_size, bias=False)
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         nn.init.orthogonal_(projection.weight, generator=generator)

@@ -41,12 +41,12 @@ class DropIns(NamedTuple):
 
     get_model: Callable[..., nn.Module]
     get_dataloader: Callable[..., Any]
-    PartialFC_V2: Callable[..., nn.Module]
+    PartialFC_V2: Callable[..., DistillationHead]
     distiller: Distiller
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add ``--kd``, ``--kd-teacher``, ``--kd-cache`` and ``--kd-option`` to a trainer's arguments.
+    """Add ``--kd``, ``--kd-teacher``, ``--kd-cache``, ``--kd-classifier`` and ``--kd-option`` to a trainer's arguments.
 
     Args:
         parser: of the trainer's command line.
@@ -55,6 +55,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--kd", metavar="METHOD", help="distil with this method; several that combine are joined by +")
     group.add_argument("--kd-teacher", metavar="FILE", help="the teacher: a checkpoint, an ONNX file, ...")
     group.add_argument("--kd-cache", metavar="FILE", help="keep the teacher's embeddings here: it then runs once")
+    group.add_argument(
+        "--kd-classifier",
+        metavar="FILE",
+        help="the teacher's classifier: a file, the folder of the run that trained it, or class-means",
+    )
     group.add_argument(
         "--kd-option",
         metavar="NAME=VALUE",
@@ -71,7 +76,7 @@ def merge_arguments(config: dict[str, Any], arguments: argparse.Namespace) -> No
         config: an arcface_torch config.
         arguments: parsed by a parser that :func:`add_arguments` extended.
     """
-    for key in ("kd", "kd_teacher", "kd_cache"):
+    for key in ("kd", "kd_teacher", "kd_cache", "kd_classifier"):
         if getattr(arguments, key) is not None:
             config[key] = getattr(arguments, key)
     if arguments.kd_option:
@@ -120,7 +125,8 @@ def drop_ins(
         if dali and host_loader is not None:
             if shared.kd.cache is not None:
                 logger.warning(
-                    "kd_cache is off: DALI does not say which records a batch shows, nor how: the teacher runs each step"
+                    "kd_cache is off: DALI does not say which records a batch shows, nor how; the teacher runs each "
+                    "step"
                 )
             return host_loader(root_dir, local_rank, batch_size, dali, dali_aug, seed, num_workers)
         num_classes = config().get("num_classes")
@@ -136,7 +142,7 @@ def drop_ins(
         num_classes: int,
         sample_rate: float = 1.0,
         fp16: bool = False,
-    ) -> nn.Module:
+    ) -> DistillationHead:
         settings, ranks = config(), RankGroup()
         total_batch = settings["batch_size"] * ranks.world_size
         return DistillationHead(

@@ -86,6 +86,21 @@ class RunShards:
         """Classes of all shards."""
         return self.edges[-1]
 
+    def class_centers(self, start: int, stop: int) -> Tensor:
+        """The class centers that the student was scored against, as they were trained, not normalised.
+
+        Args:
+            start: first class wanted.
+            stop: one behind the last.
+
+        Returns:
+            (stop - start, D), a tensor of its own.
+
+        Raises:
+            CheckpointError: the run has none, or its checkpoints do not belong together.
+        """
+        return self.rows(start, stop, HEAD, _classifier_entry(self.checkpoints[0][HEAD]))
+
     def rows(self, start: int, stop: int, *keys: Any) -> Tensor:
         """Rows of a tensor that is split over the ranks.
 
@@ -325,8 +340,7 @@ def merge_head(run_folder: str | os.PathLike[str], out_file: str | os.PathLike[s
         CheckpointError: a checkpoint is missing, cannot be read or belongs to another run; nothing is written.
     """
     shards = open_shards(run_folder)
-    entry = _classifier_entry(shards.checkpoints[0][HEAD])
-    weight = shards.rows(0, shards.num_classes, HEAD, entry)
+    weight = shards.class_centers(0, shards.num_classes)
     with atomic_write(out_file) as stream:
         torch.save({"weight": weight, "num_classes": shards.num_classes}, stream)
     return weight.shape[0], weight.shape[1]

@@ -8,6 +8,7 @@ import logging
 import os
 import sys
 import time
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -291,7 +292,10 @@ class _Run:
             self.scaler.step(self.optimizer)
             self.scaler.update()
             self.optimizer.zero_grad()
-        self.schedule.step()
+        with warnings.catch_warnings():
+            # As in the host, the schedule goes on every micro-step, the first ones before the optimizer has stepped.
+            warnings.filterwarnings("ignore", "Detected call of", UserWarning)
+            self.schedule.step()
         self.images += images.shape[0] * self.world_size
         return loss.detach()
 

@@ -77,6 +77,17 @@ class FaceDataset(Dataset[Sample], ABC):
         """
         return self._load(self._in_range(index))[0]
 
+    def labels(self) -> np.ndarray:
+        """The labels of all images; takes a while where every record has to be looked at.
+
+        Returns:
+            int64 (N,), -1 for no identity.
+
+        Raises:
+            DataError: a record is damaged or its label is out of range.
+        """
+        return np.fromiter((self.label(index) for index in range(len(self))), np.int64, len(self))
+
     def image_bytes(self, index: int) -> bytes:
         """The encoded image, as it is stored.
 
@@ -275,6 +286,53 @@ class RecordDataset(FaceDataset):
             return self._images.stop - self._images.start
         return len(self._images)
 
+    def labels(self) -> np.ndarray:
+        """The labels of all images.
+
+        Identity records say which keys an identity has; the label is taken from its first image and held against its
+        last. Where that does not work out (no identity records, gaps, an identity of two labels) each record is read.
+
+        Returns:
+            int64 (N,), -1 for no identity.
+
+        Raises:
+            DataError: a record is damaged or its label is out of range.
+        """
+        spans = self._identity_spans()
+        if spans is None:
+            return super().labels()
+        labels = np.empty(len(self), dtype=np.int64)
+        for images in spans:
+            label = self.label(int(images[0]))
+            if self.label(int(images[-1])) != label:
+                return super().labels()
+            labels[images] = label
+        return labels
+
+    def _identity_spans(self) -> list[np.ndarray] | None:
+        """The images of each identity by their places in the data set, in the order of their keys; None if unsure."""
+        identities = np.arange(len(self._reader))[self._identities]
+        if not len(identities):
+            return None
+        keys = self.keys
+        order = np.argsort(keys, kind="stable")
+        spans, at = [], 0
+        for identity in identities.tolist():
+            header, _ = self._unpack(identity)
+            span = header.label
+            if not isinstance(span, np.ndarray) or len(span) != 2:
+                return None
+            if span[0] == span[1]:
+                continue
+            if at == len(keys) or span[0] != keys[order[at]]:
+                return None
+            end = int(np.searchsorted(keys, span[1], sorter=order))
+            if end <= at:
+                return None
+            spans.append(order[at:end])
+            at = end
+        return spans if at == len(keys) else None
+
     def where(self, index: int) -> str:
         """Say which record an image is: file, key and byte offset."""
         return self._reader.where(self._position(index))
@@ -332,6 +390,10 @@ class FolderDataset(FaceDataset):
     def where(self, index: int) -> str:
         """The path of an image."""
         return self._paths[index]
+
+    def labels(self) -> np.ndarray:
+        """The labels of all images, int64 (N,)."""
+        return self._labels.astype(np.int64)
 
     def _load(self, index: int) -> tuple[int, bytes]:
         return int(self._labels[index]), read_image_file(self._paths[index])

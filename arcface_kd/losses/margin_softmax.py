@@ -23,7 +23,7 @@ from arcface_kd.losses.margin import Margin
 from arcface_kd.sharding import RankGroup, positions_in_shard
 
 # A chunk's logits should stay in the processor's cache on a CPU, and fill the device on a GPU.
-_CHUNK_ELEMENTS = {"cpu": 1 << 19, "cuda": 1 << 24}
+_CHUNK_ELEMENTS = {"cpu": 1 << 20, "cuda": 1 << 24}
 
 # A chunk's weighted sum of unit centers stays below this number of classes, so that fp16 (up to 65504) can hold it.
 _LARGEST_CHUNK = 1 << 15
@@ -83,15 +83,16 @@ def _classes(
 class _Chunk(NamedTuple):
     """One chunk of classes, ready for products: ``factor * inverse`` is the matrix of unit centers.
 
-    In the sums' own format the norms are divided out of the (batch, K) products, which is cheaper than a normalised
+    In the sums' own format the norms are divided out of the (K, batch) products, which is cheaper than a normalised
     copy of (K, D); a narrower format needs a copy anyhow, and unit rows keep fp16 away from its smallest numbers.
+    Classes stand in rows, as they do in memory: the products are faster that way round, and so is a factor per class.
     """
 
     rows: Tensor  # (K, D) centers as they are
-    inverse: Tensor  # (K,) one over their norms
+    inverse: Tensor  # (K, 1) one over their norms
     factor: Tensor  # (K, D) rows, or unit rows in the products' narrower format
-    logits: Tensor  # (B, K), the target's -inf
-    filtered: Tensor | None  # (B, K) bool, logits that interclass filtering has set to 0
+    logits: Tensor  # (K, B), the target's -inf
+    filtered: Tensor | None  # (K, B) bool, logits that interclass filtering has set to 0
 
 
 class _Chunks:
@@ -115,16 +116,16 @@ class _Chunks:
         self._scaled = (unit * margin.scale).to(product_dtype)
         self.narrow = product_dtype != unit.dtype
         # One element more takes what is written for rows whose target is in another chunk.
-        self._spare = batch * self._size
+        self._spare = self._size * batch
         self._flat = unit.new_empty(self._spare + 1)
-        self._logits = self._flat[:-1].view(batch, self._size)
+        self._logits = self._flat[:-1].view(self._size, batch)
         shape = (self._size, unit.shape[1])
-        self._products = self._scaled.new_empty(batch, self._size) if self.narrow else self._logits
+        self._products = self._scaled.new_empty(self._size, batch) if self.narrow else self._logits
         self._factor = self._scaled.new_empty(shape) if self.narrow else None
         self._gathered = None if classes.sampled is None else classes.centers.new_empty(shape)
         self._target_chunk = classes.position.div(self._size, rounding_mode="floor")
-        place = torch.arange(batch, device=unit.device) * self._size
-        self._target_place = place + classes.position.remainder(self._size)
+        row = classes.position.remainder(self._size)
+        self._target_place = row * batch + torch.arange(batch, device=unit.device)
 
     def __len__(self) -> int:
         return -(-self._classes.visited // self._size)
@@ -143,14 +144,15 @@ class _Chunks:
             rows = centers[chosen]
         rows = rows.to(self._dtype)
         inverse = inverse_norm(rows) if inverse_norms is None else inverse_norms[chosen].to(self._dtype)
+        inverse = inverse.unsqueeze(1)
         count = rows.shape[0]
-        logits = self._logits[:, :count]
+        logits = self._logits[:count]
         if self._factor is None:
             factor = rows
-            logits.addmm_(self._scaled, factor.T, beta=0).mul_(inverse)
+            logits.addmm_(factor, self._scaled.T, beta=0).mul_(inverse)
         else:
-            factor = torch.mul(rows, inverse.unsqueeze(1), out=self._factor[:count])
-            logits.copy_(self._products[:, :count].addmm_(self._scaled, factor.T, beta=0))
+            factor = torch.mul(rows, inverse, out=self._factor[:count])
+            logits.copy_(self._products[:count].addmm_(factor, self._scaled.T, beta=0))
         # Without a branch on data: no wait for the device.
         hidden = torch.where(self._target_chunk == number, self._target_place, self._spare)
         self._flat.index_fill_(0, hidden, -torch.inf)
@@ -161,15 +163,15 @@ class _Chunks:
         return _Chunk(rows, inverse, factor, logits, filtered)
 
     def in_product_format(self, weights: Tensor) -> Tensor:
-        """Weights (B, K) as a factor of a matrix product."""
-        return self._products[:, : weights.shape[1]].copy_(weights) if self.narrow else weights
+        """Weights (K, B) as a factor of a matrix product."""
+        return self._products[: weights.shape[0]].copy_(weights) if self.narrow else weights
 
     def add_weighted_sum(self, part: _Chunk, weights: Tensor, result: Tensor) -> None:
-        """Add ``weights @ unit centers`` to the (B, D) result; the weights (B, K) are used up."""
+        """Add ``weights.T @ unit centers`` to the (B, D) result; the weights (K, B) are used up."""
         if self.narrow:
-            result.add_(self.in_product_format(weights) @ part.factor)
+            result.add_(self.in_product_format(weights).T @ part.factor)
         else:
-            result.addmm_(weights.mul_(part.inverse), part.factor)
+            result.addmm_(weights.mul_(part.inverse).T, part.factor)
 
 
 def _follows_maximum(margin: Margin, product_dtype: torch.dtype) -> bool:
@@ -196,22 +198,22 @@ def _pass_over_classes(
         product_dtype: number format of the factors of the two matrix products.
     """
     follows = _follows_maximum(margin, product_dtype)
-    shift = unit.new_full((unit.shape[0], 1), -torch.inf if follows else 0.0)
+    shift = unit.new_full((unit.shape[0],), -torch.inf if follows else 0.0)
     total = torch.zeros_like(shift)
     pull = torch.zeros_like(unit)
     chunks = _Chunks(unit, classes, margin, chunk, product_dtype)
     for number in range(len(chunks)):
         part = chunks.load(number)
         if follows:
-            risen = torch.maximum(shift, part.logits.amax(1, keepdim=True))
+            risen = torch.maximum(shift, part.logits.amax(0))
             base = _finite(risen)
             fade = (shift - base).exp_()
             total.mul_(fade)
-            pull.mul_(fade)
+            pull.mul_(fade.unsqueeze(1))
             part.logits.sub_(base)
             shift = risen
         weights = part.logits.exp_()
-        total.add_(weights.sum(1, keepdim=True))
+        total.add_(weights.sum(0))
         if part.filtered is not None:
             weights.masked_fill_(part.filtered, 0.0)
         chunks.add_weighted_sum(part, weights, pull)
@@ -219,8 +221,8 @@ def _pass_over_classes(
         shift = total.log()
         fade = _finite(shift).neg().exp_()
         total.mul_(fade)
-        pull.mul_(fade)
-    return _Pass(shift.squeeze(1), total.squeeze(1), pull)
+        pull.mul_(fade.unsqueeze(1))
+    return _Pass(shift, total, pull)
 
 
 def _finite(shift: Tensor) -> Tensor:
@@ -343,7 +345,7 @@ def _gradient_in_centers(
     largest = share.amax().clamp_min(torch.finfo(dtype).tiny)
     weighted = (unit * (share / largest).unsqueeze(1)).to(product_dtype)
     restore = largest * upstream
-    shift = _finite(shift).unsqueeze(1)
+    shift = _finite(shift)
     chunks = _Chunks(unit, classes, margin, chunk, product_dtype)
     product = unit.new_empty(min(chunk, classes.visited), unit.shape[1])
     in_place = sampled is None and centers.dtype == product_dtype == dtype
@@ -352,11 +354,11 @@ def _gradient_in_centers(
         weights = part.logits.sub_(shift).exp_()
         if part.filtered is not None:
             weights.masked_fill_(part.filtered, 0.0)
-        factor = chunks.in_product_format(weights).T
+        factor = chunks.in_product_format(weights)
         gradient = result[chosen].addmm_(factor, weighted, beta=0) if in_place else (factor @ weighted).to(dtype)
         # Through the normalisation without a copy: less its part along the center, over the center's norm.
-        along = torch.mul(gradient, part.rows, out=product[: part.rows.shape[0]]).sum(1) * part.inverse.square()
-        gradient.addcmul_(part.rows, along.unsqueeze(1), value=-1).mul_((part.inverse * restore).unsqueeze(1))
+        along = torch.mul(gradient, part.rows, out=product[: part.rows.shape[0]]).sum(1, keepdim=True)
+        gradient.addcmul_(part.rows, along * part.inverse.square(), value=-1).mul_(part.inverse * restore)
         if not in_place:
             result[chosen] = gradient.to(result.dtype)
     return result

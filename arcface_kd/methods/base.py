@@ -1,7 +1,7 @@
 """What a distillation method declares, receives and returns."""
 
 import enum
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 import torch
@@ -15,6 +15,10 @@ class Requirement(enum.Enum):
     """Something of the teacher that a method cannot do without; the value says how to get it."""
 
     TEACHER_EMBEDDINGS = "a teacher that embeds the training images: give one with --kd-teacher FILE"
+    TEACHER_CLASSIFIER = (
+        "the teacher's classifier: give its file, or the folder of the run that trained it, with --kd-classifier; "
+        "where nobody has kept it, --kd-classifier class-means and a filled --kd-cache"
+    )
 
 
 @dataclass(frozen=True)
@@ -25,6 +29,8 @@ class RunContext:
         num_classes: classes of the whole data set.
         embedding_size: the student's dimension D.
         teacher_embedding_size: the teacher's dimension Dt, None without a teacher.
+        teacher_classifier: (C_local, Dt) fp32 on the CPU, any norms: this rank's rows of the teacher's classifier, for
+            methods that require it; None elsewhere.
         margin: margin and logit scale of the trainer's own margin list.
         sample_rate: PartialFC's share of classes a step, in (0, 1].
         seed: of the run.
@@ -42,6 +48,7 @@ class RunContext:
     seed: int = 0
     steps_per_epoch: int = 1
     product_dtype: torch.dtype | None = None
+    teacher_classifier: Tensor | None = field(default=None, repr=False, compare=False)
 
 
 @dataclass(frozen=True)

@@ -70,8 +70,39 @@ def _check_archive(path: Path) -> None:
         )
 
 
+def read_content(path: str | os.PathLike[str]) -> object:
+    """What a PyTorch file holds, without running anything that the file brings.
+
+    Args:
+        path: written by ``torch.save``.
+
+    Returns:
+        Tensors, on the CPU and mapped into memory where the format allows, in whatever they were saved in.
+
+    Raises:
+        TeacherError: the file is missing, damaged, or holds Python objects.
+    """
+    place = existing_file(Path(path))
+    kind = signature(place)
+    if kind == "zip":
+        _check_archive(place)
+    elif kind != "pickle":
+        raise TeacherError(f"teacher {place} is {describe(place)}; wanted a PyTorch checkpoint")
+    try:
+        # Mapped: a checkpoint with optimiser state and head shards is read only where the backbone lies.
+        return torch.load(place, map_location="cpu", weights_only=True, mmap=kind == "zip")
+    # torch.load raises whatever its unpickler, its zip reader or a tensor constructor stumbles over.
+    except Exception as error:
+        if "weights_only" in str(error) or "Unsupported" in str(error):
+            raise TeacherError(
+                f"teacher {place} holds more than tensors, and loading it could run code; save its state_dict() and "
+                f"name that file ({first_line(error)})"
+            ) from error
+        raise TeacherError(f"teacher {place} is damaged or not a PyTorch checkpoint: {first_line(error)}") from error
+
+
 def read_state(path: str | os.PathLike[str]) -> dict[str, Tensor]:
-    """The backbone's tensors in a PyTorch file, without running anything that the file brings.
+    """The backbone's tensors in a PyTorch file.
 
     Args:
         path: a state dict, or a dict that holds one (``state_dict_backbone``, ``state_dict``, ...); prefixes that DDP,
@@ -83,24 +114,7 @@ def read_state(path: str | os.PathLike[str]) -> dict[str, Tensor]:
     Raises:
         TeacherError: the file is missing, damaged, holds Python objects, or no tensors by name.
     """
-    place = existing_file(Path(path))
-    kind = signature(place)
-    if kind == "zip":
-        _check_archive(place)
-    elif kind != "pickle":
-        raise TeacherError(f"teacher {place} is {describe(place)}; wanted a PyTorch checkpoint")
-    try:
-        # Mapped: a checkpoint with optimiser state and head shards is read only where the backbone lies.
-        content = torch.load(place, map_location="cpu", weights_only=True, mmap=kind == "zip")
-    # torch.load raises whatever its unpickler, its zip reader or a tensor constructor stumbles over.
-    except Exception as error:
-        if "weights_only" in str(error) or "Unsupported" in str(error):
-            raise TeacherError(
-                f"teacher {place} holds more than tensors, and loading it could run code; save its state_dict() and "
-                f"name that file ({first_line(error)})"
-            ) from error
-        raise TeacherError(f"teacher {place} is damaged or not a PyTorch checkpoint: {first_line(error)}") from error
-    return _named_tensors(content, place)
+    return _named_tensors(read_content(path), Path(path))
 
 
 def _named_tensors(content: object, path: Path) -> dict[str, Tensor]:

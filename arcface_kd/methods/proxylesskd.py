@@ -1,0 +1,147 @@
+r"""ProxylessKD: the teacher's classifier, inherited and frozen (Shi et al., 2020, arXiv 2011.00265).
+
+    loss = margin softmax of f_s against the rows of the teacher's classifier
+
+There is no other term and no embedding of the teacher's: the student is trained to stand where the teacher's classes
+are, by the loss of the trainer's own head. So the teacher need not be run at all, and no center gets a gradient.
+
+ArcDistill and CosDistill are the same idea as AdaDistill's authors ran it to compare with (Boutros, Struc, Damer, ECCV
+2024, arXiv 2407.01332, section 4): ArcFace's margin of 0.45 and CosFace's of 0.35, their published settings, whatever
+the trainer's margin is. ``proxylesskd`` takes the trainer's own margin.
+"""
+
+from dataclasses import dataclass, replace
+from typing import ClassVar
+
+from torch import Tensor
+
+from arcface_kd.losses.margin import Margin
+from arcface_kd.losses.margin_softmax import inverse_norm, margin_softmax
+from arcface_kd.methods.base import Batch, Method, Requirement, RunContext
+from arcface_kd.methods.sampling import sample_classes
+
+
+@dataclass(frozen=True)
+class ProxylessKDConfig:
+    """No knobs: margin, sample rate and filter are the trainer's own keys."""
+
+    def applied_to(self, margin: Margin) -> Margin:
+        """The margin of the method, given the trainer's."""
+        return margin
+
+
+@dataclass(frozen=True)
+class ArcDistillConfig(ProxylessKDConfig):
+    """ArcDistill's knob.
+
+    Attributes:
+        margin: added to the angle, in radians, in [0, pi / 2].
+
+    Raises:
+        ValueError: a margin out of range.
+    """
+
+    margin: float = 0.45
+
+    def __post_init__(self) -> None:
+        self.applied_to(Margin())
+
+    def applied_to(self, margin: Margin) -> Margin:
+        """ArcFace's margin with the trainer's logit scale and filter."""
+        return replace(margin, m1=1.0, m2=self.margin, m3=0.0)
+
+
+@dataclass(frozen=True)
+class CosDistillConfig(ProxylessKDConfig):
+    """CosDistill's knob.
+
+    Attributes:
+        margin: taken from the cosine, in [0, 2).
+
+    Raises:
+        ValueError: a margin out of range.
+    """
+
+    margin: float = 0.35
+
+    def __post_init__(self) -> None:
+        self.applied_to(Margin())
+
+    def applied_to(self, margin: Margin) -> Margin:
+        """CosFace's margin with the trainer's logit scale and filter."""
+        return replace(margin, m1=1.0, m2=0.0, m3=self.margin)
+
+
+class ProxylessKD(Method):
+    """The teacher's classifier, frozen, under the trainer's own margin softmax.
+
+    Terms: ``ce``, the margin softmax. The classifier is not saved with the run: it is read again from where it came.
+
+    Args:
+        config: the knobs.
+        context: the run, with the teacher's classifier.
+    """
+
+    Config = ProxylessKDConfig
+    requires: ClassVar[frozenset[Requirement]] = frozenset({Requirement.TEACHER_CLASSIFIER})
+    classifies: ClassVar[bool] = True
+
+    weight: Tensor
+    inverse_norms: Tensor
+
+    def __init__(self, config: ProxylessKDConfig, context: RunContext) -> None:
+        super().__init__(config, context)
+        # Without a classifier the run was stopped before it came here, see `requires`.
+        assert context.teacher_classifier is not None
+        self.shard = context.ranks.shard(context.num_classes)
+        self.margin = config.applied_to(context.margin)
+        self.register_buffer("weight", context.teacher_classifier, persistent=False)
+        self.register_buffer("inverse_norms", inverse_norm(context.teacher_classifier), persistent=False)
+
+    def forward(self, batch: Batch) -> dict[str, Tensor]:
+        """Score the student against the teacher's classes.
+
+        Args:
+            batch: the gathered batch; a teacher is not looked at.
+
+        Returns:
+            ``{"ce": scalar}``.
+        """
+        loss = margin_softmax(
+            batch.projected,
+            batch.labels,
+            self.weight,
+            self.margin,
+            inverse_norms=self.inverse_norms,
+            class_start=self.shard.start,
+            index=sample_classes(self.shard, batch.labels, self.context, batch.step, self.weight.device),
+            ranks=self.context.ranks,
+            product_dtype=self.context.product_dtype,
+        )
+        return {"ce": loss}
+
+
+class ArcDistill(ProxylessKD):
+    """The teacher's classifier, frozen, under ArcFace's margin of 0.45.
+
+    Terms: ``ce``, the margin softmax. Logit scale and interclass filter are the trainer's.
+
+    Args:
+        config: the knobs.
+        context: the run, with the teacher's classifier.
+    """
+
+    Config = ArcDistillConfig
+
+
+class CosDistill(ProxylessKD):
+    """The teacher's classifier, frozen, under CosFace's margin of 0.35.
+
+    Terms: ``ce``, the margin softmax. Logit scale and interclass filter are the trainer's.
+
+    Args:
+        config: the knobs.
+        context: the run, with the teacher's classifier.
+    """
+
+    Config = CosDistillConfig
