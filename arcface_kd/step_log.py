@@ -35,7 +35,8 @@ class StepLog:
         if self._writer is None:
             from torch.utils.tensorboard import SummaryWriter
 
-            self._writer = SummaryWriter(log_dir=str(self.folder), purge_step=step, filename_suffix=".kd")
+            # Without a purge step: TensorBoard would take it as a restart and drop the trainer's own scalars.
+            self._writer = SummaryWriter(log_dir=str(self.folder), filename_suffix=".kd")
         for name, value in values.items():
             self._writer.add_scalar(f"kd/{name}", value, step)
         self._writer.flush()

@@ -5,9 +5,9 @@ from typing import NamedTuple
 
 import cv2
 import numpy as np
-from arcface_kd.data.verification_bin import read_bin, write_bin
 
 from arcface_kd.data.recordio import RecordHeader, RecordReader, RecordWriter, pack, unpack
+from arcface_kd.data.verification_bin import read_bin, write_bin
 
 SIZE = 112
 
