@@ -1,0 +1,241 @@
+"""The RecordIO loader against mxnet's: images/s of one worker, opening a large index, the memory that it takes.
+
+Providers:
+    arcface_kd: :class:`arcface_kd.data.dataset.RecordDataset` and :class:`arcface_kd.data.recordio.RecordReader`.
+    mxnet: ``MXIndexedRecordIO`` with ``recordio.unpack`` and ``image.imdecode``, as arcface_torch's data set calls
+        them; left out where mxnet is not installed.
+"""
+
+import multiprocessing
+import os
+import random
+import struct
+import tempfile
+import warnings
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from multiprocessing.connection import Connection
+from pathlib import Path
+from types import ModuleType
+
+import numpy as np
+import torch
+
+from arcface_kd.data.dataset import RecordDataset, View
+from arcface_kd.data.pack import write_identities
+from arcface_kd.data.recordio import RecordReader
+from arcface_kd.data.synthetic_faces import SyntheticFaces
+from benchmarks.record import Recorder, Row, print_table, print_verdict
+from benchmarks.timing import interleaved_seconds
+
+LEAST_SPEED_UP = 3.5
+LARGEST_SHARE_OF_OPENING = 1 / 3
+MEMORY_LIMIT_MB = 100.0
+_WORKERS = 4
+_BYTES_A_RECORD = 6000  # as in MS1MV2; the file is sparse
+_PSS = "/proc/{}/smaps_rollup"
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """What is measured.
+
+    Attributes:
+        images: images read in a round.
+        rounds: rounds of reading that count.
+        records: N of the index: MS1MV2's images, header and identity records.
+        opening_rounds: rounds of opening that count.
+    """
+
+    images: int = 1024
+    rounds: int = 7
+    records: int = 5_908_396
+    opening_rounds: int = 3
+
+
+TINY = Sizes(images=12, rounds=1, records=1000, opening_rounds=1)
+
+
+def import_mxnet() -> ModuleType | None:
+    """The mxnet package, or None; it still wants ``numpy.bool``."""
+    if "bool" not in vars(np):
+        np.bool = bool  # type: ignore[attr-defined]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            import mxnet
+        except ImportError:
+            return None
+    module: ModuleType = mxnet
+    return module
+
+
+def _faces(folder: Path, images: int) -> Path:
+    """Real records where they are at hand, else drawn ones."""
+    real = os.environ.get("ARCFACE_KD_REAL_DATA")
+    if real is not None:
+        return Path(real) / "faces_real"
+    faces = SyntheticFaces(0)
+    write_identities(folder, [1] * images, (faces.jpeg(number, 0) for number in range(images)))
+    return folder
+
+
+def _read_with_mxnet(mxnet: ModuleType, folder: Path, keys: list[int]) -> Callable[[], None]:
+    records = mxnet.recordio.MXIndexedRecordIO(str(folder / "train.idx"), str(folder / "train.rec"), "r")
+
+    def read() -> None:
+        for key in keys:
+            header, payload = mxnet.recordio.unpack(records.read_idx(key))
+            label = header.label if isinstance(header.label, float) else header.label[0]
+            image = mxnet.image.imdecode(payload).asnumpy()
+            assert image.shape == (112, 112, 3), label
+
+    return read
+
+
+def _read_with_ours(dataset: RecordDataset, views: list[View]) -> Callable[[], None]:
+    def read() -> None:
+        for view in views:
+            _, image = dataset.pixels(view)
+            assert image.shape == (112, 112, 3)
+
+    return read
+
+
+def write_index(folder: Path, records: int) -> tuple[Path, Path]:
+    """A ``.rec`` that is all hole but for its last record, and the index of so many records.
+
+    Returns:
+        ``(rec, idx)``.
+    """
+    rec, idx = folder / "train.rec", folder / "train.idx"
+    payload = bytes(64)
+    with rec.open("wb") as stream:
+        stream.seek((records - 1) * _BYTES_A_RECORD)
+        stream.write(struct.pack("<II", 0xCED7230A, len(payload)) + payload)
+    with idx.open("w", encoding="ascii") as stream:
+        stream.writelines(f"{key}\t{key * _BYTES_A_RECORD}\n" for key in range(records))
+    return rec, idx
+
+
+def index_mb(rec: Path, idx: Path) -> float:
+    """Memory of an open index in MB (1e6 bytes), shared by the process that opened it and four workers that use it.
+
+    Proportional set sizes of five processes, in which each page is counted once, less those without an index.
+    """
+    measured = []
+    for opened in (True, False):
+        with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as process:
+            measured.append(process.submit(_shared_bytes, rec, idx, opened).result())
+    return (measured[0] - measured[1]) / 1e6
+
+
+def _shared_bytes(rec: Path, idx: Path, opened: bool) -> int:
+    reader = RecordReader(rec, idx) if opened else None
+    context = multiprocessing.get_context("fork")
+    workers = []
+    for seed in range(_WORKERS):
+        ours, theirs = context.Pipe()
+        worker = context.Process(target=_use, args=(reader, seed, theirs), daemon=True)
+        worker.start()
+        workers.append((worker, ours))
+    for _, pipe in workers:
+        pipe.recv()
+    total = sum(_proportional(pid) for pid in [os.getpid(), *(worker.pid or 0 for worker, _ in workers)])
+    for worker, pipe in workers:
+        pipe.send(None)
+        worker.join()
+    return total
+
+
+def _use(reader: RecordReader | None, seed: int, pipe: Connection) -> None:
+    if reader is not None:
+        keys = np.array(random.Random(seed).sample(range(len(reader)), min(len(reader), 5000)))
+        assert (reader.find(keys) == keys).all()
+    pipe.send(None)
+    pipe.recv()
+
+
+def _proportional(pid: int) -> int:
+    for line in Path(_PSS.format(pid)).read_text().splitlines():
+        if line.startswith("Pss:"):
+            return int(line.split()[1]) * 1024
+    raise OSError(f"{_PSS.format(pid)} has no line Pss")
+
+
+def run(sizes: Sizes, device: torch.device) -> list[Row]:
+    """Measure, print the tables and the verdicts.
+
+    Args:
+        sizes: what to measure.
+        device: named in the rows; reading and decoding happen on the CPU.
+
+    Returns:
+        The rows.
+    """
+    recorder = Recorder("loader", torch.device("cpu"))
+    mxnet = import_mxnet()
+    with tempfile.TemporaryDirectory() as folder:
+        _measure_reading(recorder, sizes, mxnet, Path(folder))
+    with tempfile.TemporaryDirectory() as folder:
+        _measure_opening(recorder, sizes, mxnet, Path(folder))
+    if mxnet is None:
+        print("  mxnet is not installed here; nothing to compare with")
+    return recorder.rows
+
+
+def _measure_reading(recorder: Recorder, sizes: Sizes, mxnet: ModuleType | None, folder: Path) -> None:
+    import cv2
+
+    # As in a worker of the loader.
+    cv2.setNumThreads(0)
+    faces = _faces(folder, sizes.images)
+    dataset = RecordDataset(faces)
+    chosen = random.Random(0).sample(range(len(dataset)), min(sizes.images, len(dataset)))
+    providers = {"arcface_kd": _read_with_ours(dataset, [View(index, index % 2 == 0) for index in chosen])}
+    if mxnet is not None:
+        providers["mxnet"] = _read_with_mxnet(mxnet, faces, [int(dataset.keys[index]) for index in chosen])
+    seconds = interleaved_seconds(providers, sizes.rounds, torch.device("cpu"))
+    speed = {name: len(chosen) / value for name, value in seconds.items()}
+    where = f"{'real' if faces != folder else 'drawn'} faces, one worker"
+    for name, value in speed.items():
+        recorder.add(name, where, "images_per_second", value)
+    print_table(
+        f"Reading and decoding, {where}",
+        ("provider", "images/s"),
+        [(name, f"{value:,.0f}") for name, value in speed.items()],
+    )
+    if "mxnet" in speed:
+        factor = speed["arcface_kd"] / speed["mxnet"]
+        print_verdict(f"at least {LEAST_SPEED_UP} times mxnet's", f"{factor:.2f}", factor >= LEAST_SPEED_UP)
+
+
+def _measure_opening(recorder: Recorder, sizes: Sizes, mxnet: ModuleType | None, folder: Path) -> None:
+    rec, idx = write_index(folder, sizes.records)
+    providers: dict[str, Callable[[], object]] = {"arcface_kd": lambda: RecordReader(rec, idx).close()}
+    if mxnet is not None:
+        recordio = mxnet.recordio
+        providers["mxnet"] = lambda: recordio.MXIndexedRecordIO(str(idx), str(rec), "r").close()
+    seconds = interleaved_seconds(providers, sizes.opening_rounds, torch.device("cpu"))
+    where = f"N={sizes.records}"
+    for name, value in seconds.items():
+        recorder.add(name, where, "seconds", value)
+    print_table(
+        f"Opening an index of {sizes.records:,} records",
+        ("provider", "seconds"),
+        [(name, f"{value:.3f}") for name, value in seconds.items()],
+    )
+    if "mxnet" in seconds:
+        share = seconds["arcface_kd"] / seconds["mxnet"]
+        print_verdict("opened in under a third of mxnet's time", f"{share:.3f}", share < LARGEST_SHARE_OF_OPENING)
+    if not Path(_PSS.format("self")).exists():
+        print("  this system does not tell how much memory processes share")
+        return
+    megabytes = index_mb(rec, idx)
+    recorder.add("arcface_kd", where, "index_mb", megabytes)
+    print_verdict(
+        f"held in at most {MEMORY_LIMIT_MB:.0f} MB by {_WORKERS} workers together",
+        f"{megabytes:.1f} MB",
+        megabytes <= MEMORY_LIMIT_MB,
+    )
