@@ -158,8 +158,8 @@ class OneRank(RankGroup):
         return values.nan_to_num_(neginf=0.0)
 
 
-def share_step(sizes: Sizes, ranks: int) -> Callable[[], None]:
-    """A step of rank 0 of ``ranks`` on the CPU: gather, AdaDistill, backward to its own rows."""
+def share_step(sizes: Sizes, ranks: int) -> Callable[[], Tensor]:
+    """A step of rank 0 of ``ranks`` on the CPU: gather, AdaDistill, backward; it returns its own rows' gradient."""
     group = OneRank(ranks, sizes.classes)
     context = RunContext(
         num_classes=sizes.classes,
@@ -174,15 +174,15 @@ def share_step(sizes: Sizes, ranks: int) -> Callable[[], None]:
     teacher = torch.randn(sizes.rows, sizes.dimension, generator=generator)
     labels = torch.randint(sizes.classes, (sizes.rows,), generator=generator)
 
-    def step() -> None:
-        student.grad = None
+    def step() -> Tensor:
         of_ranks = group.sizes(sizes.rows)
         gathered = group.gather_with_gradient(for_ddp(student, ranks), of_ranks)
         batch = Batch(
             gathered, gathered, group.gather(labels, of_ranks), group.gather(teacher, of_ranks), of_ranks, step=0
         )
         (loss,) = head(batch).values()
-        loss.backward()
+        (gradient,) = torch.autograd.grad(loss, student)
+        return gradient
 
     return step
 
