@@ -133,11 +133,15 @@ def index_mb(rec: Path, idx: Path) -> float:
 
 def _shared_bytes(rec: Path, idx: Path, opened: bool) -> int:
     reader = RecordReader(rec, idx) if opened else None
+    if reader is not None:
+        # As a data set does when it opens: workers are made by a process that has looked a key up.
+        reader.find(np.zeros(1, dtype=np.int64))
     context = multiprocessing.get_context("fork")
+    chosen = np.array(random.Random(0).sample(range(_BYTES_A_RECORD), 1000))
     workers = []
-    for seed in range(_WORKERS):
+    for _ in range(_WORKERS):
         ours, theirs = context.Pipe()
-        worker = context.Process(target=_use, args=(reader, seed, theirs), daemon=True)
+        worker = context.Process(target=_use, args=(reader, chosen, theirs), daemon=True)
         worker.start()
         workers.append((worker, ours))
     for _, pipe in workers:
@@ -149,9 +153,9 @@ def _shared_bytes(rec: Path, idx: Path, opened: bool) -> int:
     return total
 
 
-def _use(reader: RecordReader | None, seed: int, pipe: Connection) -> None:
+def _use(reader: RecordReader | None, chosen: np.ndarray, pipe: Connection) -> None:
     if reader is not None:
-        keys = np.array(random.Random(seed).sample(range(len(reader)), min(len(reader), 5000)))
+        keys = chosen * len(reader) // _BYTES_A_RECORD
         assert (reader.find(keys) == keys).all()
     pipe.send(None)
     pipe.recv()

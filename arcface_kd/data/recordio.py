@@ -44,6 +44,7 @@ _INDEX_LINE = re.compile(rb"[0-9]{1,18}\t[0-9]{1,18}\r?")
 _MAX_DIGITS = 18
 # Large enough to amortise numpy's calls, small enough that the working arrays stay in the processor's cache.
 _INDEX_CHUNK = 1 << 20
+_COMPARED_AT_ONCE = 1 << 16
 
 
 @dataclass(frozen=True, eq=False)
@@ -217,28 +218,27 @@ def _whole_lines(stream: IO[bytes]) -> Iterator[bytes]:
 
 def _read_index(path: Path) -> np.ndarray:
     """Parse an ``.idx`` file: int64 array (2, N), keys and byte offsets in the order of the file."""
-    keys: list[np.ndarray] = []
-    offsets: list[np.ndarray] = []
-    lines = 0
     with open(path, "rb") as stream:
+        # Counted first and written in place: pieces that are put together at the end leave as much free memory behind,
+        # which the process keeps.
+        index = np.empty((2, sum(chunk.count(b"\n") for chunk in _whole_lines(stream))), dtype=np.int64)
+        stream.seek(0)
+        lines = 0
         for chunk in _whole_lines(stream):
             parsed = _parse_index_chunk(chunk)
             if parsed is None:
                 raise _bad_index_line(path, lines, chunk)
-            keys.append(parsed[0])
-            offsets.append(parsed[1])
+            index[:, lines : lines + len(parsed[0])] = parsed
             lines += len(parsed[0])
     if not lines:
         raise DataError(f"{path} is empty; build the index anew")
-    index = np.empty((2, lines), dtype=np.int64)
-    np.concatenate(keys, out=index[0])
-    keys.clear()
-    np.concatenate(offsets, out=index[1])
     return index
 
 
 def _ascending(values: np.ndarray) -> bool:
-    return bool(np.all(values[1:] > values[:-1]))
+    # In pieces: the process would keep the memory of a comparison of all.
+    pieces = (values[start : start + _COMPARED_AT_ONCE + 1] for start in range(0, len(values), _COMPARED_AT_ONCE))
+    return all(bool(np.all(piece[1:] > piece[:-1])) for piece in pieces)
 
 
 def _repeated(values: np.ndarray) -> int | None:

@@ -600,3 +600,14 @@ def test_both_layouts_are_bytes_that_mxnet_writes(mxnet: ModuleType, tmp_path: P
         oracle.close()
         assert (tmp_path / "train.rec").read_bytes() == (tmp_path / "mx.rec").read_bytes()
         assert (tmp_path / "train.idx").read_bytes() == (tmp_path / "mx.idx").read_bytes()
+
+
+@pytest.mark.parametrize("at_once", [1, 2, 3, 4, 100])
+def test_whether_values_ascend_does_not_depend_on_the_pieces(monkeypatch: pytest.MonkeyPatch, at_once: int) -> None:
+    monkeypatch.setattr(recordio, "_COMPARED_AT_ONCE", at_once)
+    for size in range(9):
+        values = np.arange(size)
+        assert recordio._ascending(values)
+        for place in range(1, size):
+            for smaller in (values[place - 1], -1):
+                assert not recordio._ascending(np.where(values == place, smaller, values))
