@@ -156,7 +156,7 @@ def test_too_few_pairs_are_refused() -> None:
 def test_the_real_teachers_preprocessings_are_found(real_data: Path) -> None:
     faces = read_bin(real_data / "faces_real" / "lfw_dev.bin")
     path = real_data / "teachers" / "mobilefacenet_512.onnx"
-    wrong = check_teacher(load_teacher(path), faces, pairs=100)
+    wrong = check_teacher(load_teacher(path), faces, pairs=400)
     assert wrong.warning is not None
     assert "teacher.channels=bgr" in wrong.warning
     right = check_teacher(load_teacher(path, {"channels": "bgr", "mean": 127, "std": 128}), faces, pairs=100)
