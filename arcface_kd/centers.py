@@ -53,8 +53,14 @@ def repetition_weights(labels: Tensor, repeated: Repeated, dtype: torch.dtype = 
     Returns:
         (B,) weights.
     """
-    same = labels.unsqueeze(1) == labels.unsqueeze(0)
-    weights = same.sum(1).to(dtype).reciprocal() if repeated == "mean" else 1 - same.triu(1).any(1).to(dtype)
+    # Sorted, since a comparison of all pairs takes more memory than the head for the thousands of rows of many ranks.
+    labels = labels.contiguous()
+    ordered, order = labels.sort(stable=True)
+    end = torch.searchsorted(ordered, labels, right=True)
+    if repeated == "mean":
+        weights = (end - torch.searchsorted(ordered, labels)).to(dtype).reciprocal()
+    else:
+        weights = (order[end - 1] == torch.arange(labels.shape[0], device=labels.device)).to(dtype)
     return weights * (labels >= 0)
 
 

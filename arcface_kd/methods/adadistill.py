@@ -105,19 +105,8 @@ class AdaDistill(Method):
         Returns:
             ``{"ce": scalar}``.
         """
-        assert batch.teacher is not None
-        ranks, labels = self.context.ranks, batch.labels
-        with torch.no_grad():
-            dtype = self.centers.weight.dtype
-            teacher = normalize(batch.teacher.to(dtype))
-            student = normalize(batch.projected.detach().to(dtype))
-            agreement = (student * teacher).sum(1)
-            weighted = self.config.alpha == "weighted"
-            before = ranks.sum_(self.centers.cosine(labels, teacher)) if weighted else None
-            alpha = adaptive_alpha(agreement, before)
-            self.centers.update(labels, teacher, alpha, self.config.repeated)
-            self._alpha = alpha.masked_fill(labels < 0, torch.nan)
-            self._agreement = agreement.masked_fill(labels < 0, torch.nan)
+        self._move_centers(batch)
+        labels = batch.labels
         index = sample_classes(self.centers.shard, labels, self.context, batch.step, self.centers.weight.device)
         loss = margin_softmax(
             batch.projected,
@@ -127,10 +116,24 @@ class AdaDistill(Method):
             inverse_norms=self.centers.inverse_norms,
             class_start=self.centers.shard.start,
             index=index,
-            ranks=ranks,
+            ranks=self.context.ranks,
             product_dtype=self.context.product_dtype,
         )
         return {"ce": loss}
+
+    @torch.no_grad()
+    def _move_centers(self, batch: Batch) -> None:
+        """One step of the moving average, with an alpha for each row."""
+        assert batch.teacher is not None
+        labels, dtype = batch.labels, self.centers.weight.dtype
+        teacher = normalize(batch.teacher.to(dtype))
+        agreement = (normalize(batch.projected.to(dtype)) * teacher).sum(1)
+        weighted = self.config.alpha == "weighted"
+        before = self.context.ranks.sum_(self.centers.cosine(labels, teacher)) if weighted else None
+        alpha = adaptive_alpha(agreement, before)
+        self.centers.update(labels, teacher, alpha, self.config.repeated)
+        self._alpha = alpha.masked_fill(labels < 0, torch.nan)
+        self._agreement = agreement.masked_fill(labels < 0, torch.nan)
 
     def observations(self) -> dict[str, Tensor]:
         """Alpha's mean and quantiles over the last gathered batch, and the mean cosine of student and teacher."""
