@@ -241,7 +241,7 @@ def run(sizes: Sizes, device: torch.device) -> list[Row]:
         computed,
     )
     print_table(
-        "scale: our rank run on this CPU, collectives faked; the peak has pages of libraries and the allocator's gaps in it",
+        "scale: our rank run on this CPU, collectives faked; the peak has libraries and the allocator's gaps in it",
         ["head", "seconds", "GFLOP/s", "working MB", "peak MB"][: len(measured[0])],
         measured,
     )
