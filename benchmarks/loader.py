@@ -21,6 +21,7 @@ from types import ModuleType
 
 import numpy as np
 import torch
+from torch.utils.data import DataLoader, Dataset
 
 from arcface_kd.data.dataset import RecordDataset, View
 from arcface_kd.data.pack import write_identities
@@ -42,14 +43,14 @@ class Sizes:
     """What is measured.
 
     Attributes:
-        images: images read in a round.
+        images: images read in a round, fewer where the records have fewer.
         rounds: rounds of reading that count.
         records: N of the index: MS1MV2's images, header and identity records.
         opening_rounds: rounds of opening that count.
     """
 
-    images: int = 1024
-    rounds: int = 7
+    images: int = 4096
+    rounds: int = 5
     records: int = 5_908_396
     opening_rounds: int = 3
 
@@ -81,26 +82,50 @@ def _faces(folder: Path, images: int) -> Path:
     return folder
 
 
-def _read_with_mxnet(mxnet: ModuleType, folder: Path, keys: list[int]) -> Callable[[], None]:
-    records = mxnet.recordio.MXIndexedRecordIO(str(folder / "train.idx"), str(folder / "train.rec"), "r")
+class _WithOurs(Dataset[int]):
+    """Decodes images of this package's data set; hands on nothing, so that only reading is measured."""
 
-    def read() -> None:
-        for key in keys:
-            header, payload = mxnet.recordio.unpack(records.read_idx(key))
-            label = header.label if isinstance(header.label, float) else header.label[0]
-            image = mxnet.image.imdecode(payload).asnumpy()
-            assert image.shape == (112, 112, 3), label
+    def __init__(self, faces: Path, chosen: list[int]) -> None:
+        self.faces, self.chosen = RecordDataset(faces), chosen
 
-    return read
+    def __len__(self) -> int:
+        return len(self.chosen)
+
+    def __getitem__(self, item: int) -> int:
+        label, image = self.faces.pixels(View(self.chosen[item], False))
+        assert image.shape == (112, 112, 3)
+        return label
 
 
-def _read_with_ours(dataset: RecordDataset, views: list[View]) -> Callable[[], None]:
-    def read() -> None:
-        for view in views:
-            _, image = dataset.pixels(view)
-            assert image.shape == (112, 112, 3)
+class _WithMxnet(Dataset[int]):
+    """The same through mxnet, as arcface_torch's data set reads."""
 
-    return read
+    def __init__(self, mxnet: ModuleType, faces: Path, keys: list[int]) -> None:
+        self.mxnet, self.keys = mxnet, keys
+        self.records = mxnet.recordio.MXIndexedRecordIO(str(faces / "train.idx"), str(faces / "train.rec"), "r")
+
+    def __len__(self) -> int:
+        return len(self.keys)
+
+    def __getitem__(self, item: int) -> int:
+        header, payload = self.mxnet.recordio.unpack(self.records.read_idx(self.keys[item]))
+        image = self.mxnet.image.imdecode(payload).asnumpy()
+        assert image.shape == (112, 112, 3)
+        return int(header.label if isinstance(header.label, float) else header.label[0])
+
+
+def _start_worker(worker: int) -> None:
+    import cv2
+
+    # As in a worker of the package's loader.
+    cv2.setNumThreads(0)
+
+
+def _pass_of_a_worker(dataset: Dataset[int]) -> Callable[[], int]:
+    loader = DataLoader(
+        dataset, batch_size=64, num_workers=1, worker_init_fn=_start_worker, persistent_workers=True, collate_fn=sum
+    )
+    return lambda: sum(loader)
 
 
 def write_index(folder: Path, records: int) -> tuple[Path, Path]:
@@ -190,16 +215,15 @@ def run(sizes: Sizes, device: torch.device) -> list[Row]:
 
 
 def _measure_reading(recorder: Recorder, sizes: Sizes, mxnet: ModuleType | None, folder: Path) -> None:
-    import cv2
-
-    # As in a worker of the loader.
-    cv2.setNumThreads(0)
     faces = _faces(folder, sizes.images)
     dataset = RecordDataset(faces)
     chosen = random.Random(0).sample(range(len(dataset)), min(sizes.images, len(dataset)))
-    providers = {"arcface_kd": _read_with_ours(dataset, [View(index, index % 2 == 0) for index in chosen])}
+    readers: dict[str, Dataset[int]] = {"arcface_kd": _WithOurs(faces, chosen)}
     if mxnet is not None:
-        providers["mxnet"] = _read_with_mxnet(mxnet, faces, [int(dataset.keys[index]) for index in chosen])
+        readers["mxnet"] = _WithMxnet(mxnet, faces, [int(dataset.keys[index]) for index in chosen])
+    providers = {name: _pass_of_a_worker(reader) for name, reader in readers.items()}
+    if len({provider() for provider in providers.values()}) > 1:
+        raise RuntimeError("the readers do not find the same labels")
     seconds = interleaved_seconds(providers, sizes.rounds, torch.device("cpu"))
     speed = {name: len(chosen) / value for name, value in seconds.items()}
     where = f"{'real' if faces != folder else 'drawn'} faces, one worker"
