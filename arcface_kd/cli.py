@@ -95,6 +95,13 @@ def _pack(arguments: argparse.Namespace) -> None:
     print(pack_folder(arguments.folder, arguments.out))
 
 
+def _subset(arguments: argparse.Namespace) -> None:
+    from arcface_kd.data.subset import write_subset
+
+    per_identity, seed = arguments.images_per_identity, arguments.seed
+    print(write_subset(arguments.folder, arguments.out, images_per_identity=per_identity, seed=seed))
+
+
 def _methods(arguments: argparse.Namespace) -> None:
     from arcface_kd import registry
 
@@ -201,6 +208,16 @@ def build_parser() -> argparse.ArgumentParser:
     pack.add_argument("folder", type=Path, help="one sub-folder of aligned face images for each identity")
     pack.add_argument("out", type=Path, help="folder for the three files")
     pack.set_defaults(run=_pack)
+    subset = data.add_parser(
+        "subset",
+        help="write records with a few images of each identity, for few-shot runs",
+        epilog="example: arcface-kd data subset faces_emore/ faces_5/ --images-per-identity 5 --seed 0",
+    )
+    subset.add_argument("folder", type=Path, help="a folder with train.rec and train.idx")
+    subset.add_argument("out", type=Path, help="folder for the subset; verification sets come along")
+    subset.add_argument("--images-per-identity", type=int, required=True, metavar="N", help="at most so many")
+    subset.add_argument("--seed", type=int, default=0, help="decides which ones (default: 0)")
+    subset.set_defaults(run=_subset)
 
     command("methods", _methods, "list the installed methods", "arcface-kd methods")
     return parser

@@ -1,0 +1,115 @@
+"""A smaller data set out of a larger one: a few images of each identity, for few-shot runs."""
+
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import suppress
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from arcface_kd.data.dataset import RecordDataset
+from arcface_kd.data.pack import write_identities
+from arcface_kd.errors import ConfigError, DataError
+
+
+class SubsetCounts(NamedTuple):
+    """What a subset came to.
+
+    Attributes:
+        identities: classes of the subset, those of the whole; one without images keeps its number.
+        images: number of images.
+        fewer: identities that had fewer images than were asked for, and kept all of them.
+    """
+
+    identities: int
+    images: int
+    fewer: int
+
+    def __str__(self) -> str:
+        few = f"; {self.fewer} identities had no more to give" if self.fewer else ""
+        return f"num_classes={self.identities} num_image={self.images}{few}"
+
+
+def choose_images(labels: np.ndarray, per_identity: int, seed: int = 0) -> np.ndarray:
+    """Choose up to so many images of each identity.
+
+    With one seed, a smaller choice is part of every larger one, so that runs on 1, 2 and 5 images an identity differ
+    in how much they saw and in nothing else.
+
+    Args:
+        labels: int64 (N,), the identity of each image; images of negative ones are not chosen.
+        per_identity: images of an identity, at least 1.
+        seed: 0 .. 2**32 - 1.
+
+    Returns:
+        int64 (M,): places in ``labels``, by identity, an identity's in their order.
+    """
+    # RandomState's numbers are promised never to change, those of numpy's newer generators are not.
+    order = np.random.RandomState(seed).permutation(len(labels))
+    order = order[labels[order] >= 0]
+    order = order[np.argsort(labels[order], kind="stable")]
+    _, first = np.unique(labels[order], return_index=True)
+    place = np.arange(len(order)) - np.repeat(first, np.diff([*first, len(order)]))
+    chosen = order[place < per_identity]
+    return chosen[np.lexsort((chosen, labels[chosen]))]
+
+
+def write_subset(
+    folder: str | os.PathLike[str], out: str | os.PathLike[str], *, images_per_identity: int, seed: int = 0
+) -> SubsetCounts:
+    """Write records with a few images of each identity; labels stay as they are, and images byte for byte.
+
+    Verification sets (``*.bin``) come along, as hard links where the file system has them.
+
+    Args:
+        folder: with ``train.rec`` and ``train.idx``.
+        out: where the subset goes; made when missing. It must not hold records already.
+        images_per_identity: at least 1; identities with fewer images keep all.
+        seed: decides which, see :func:`choose_images`.
+
+    Returns:
+        How much was written.
+
+    Raises:
+        ConfigError: a number that cannot be.
+        DataError: records that cannot be read, or none with an identity; ``out`` cannot be written, and is as it was.
+    """
+    if images_per_identity < 1:
+        raise ConfigError(f"images_per_identity is {images_per_identity}; it must be at least 1")
+    if not 0 <= seed < 1 << 32:
+        raise ConfigError(f"seed is {seed}; it must be in 0 .. {(1 << 32) - 1}")
+    source, target = Path(folder), Path(out)
+    for path in (target / "train.rec", target / "train.idx"):
+        if path.exists():
+            raise DataError(f"{path} exists; remove it or choose another folder")
+    faces = RecordDataset(source)
+    labels = faces.labels()
+    chosen = choose_images(labels, images_per_identity, seed)
+    if not len(chosen):
+        raise DataError(f"no image in {source} has an identity: there is nothing to choose from")
+    classes = max(int(labels.max()) + 1, faces.property[0] if faces.property else 0)
+    sizes = np.bincount(labels[chosen], minlength=classes)
+
+    def images() -> Iterator[bytes]:
+        for index in chosen.tolist():
+            yield faces.image_bytes(index)
+
+    write_identities(target, sizes.tolist(), images())
+    for verification_set in source.glob("*.bin"):
+        _bring_along(verification_set, target / verification_set.name)
+    there = np.bincount(labels[labels >= 0], minlength=classes)
+    return SubsetCounts(classes, len(chosen), int((there < images_per_identity).sum()))
+
+
+def _bring_along(file: Path, to: Path) -> None:
+    if to.exists():
+        return
+    try:
+        with suppress(OSError):
+            os.link(file, to)
+        if not to.exists():
+            shutil.copyfile(file, to)
+    except OSError as error:
+        raise DataError(f"cannot copy {file} to {to}: {error.strerror}") from None
