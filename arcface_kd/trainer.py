@@ -4,6 +4,7 @@ It holds no loss and no head: student, loader and head come from :mod:`arcface_k
 """
 
 import contextlib
+import inspect
 import logging
 import os
 import sys
@@ -33,6 +34,11 @@ from arcface_kd.schedule import linear_with_warmup
 
 LOGIT_SCALE = 64.0  # the host's, which no key of its configs changes
 CLIP_NORM = 5.0  # on the backbone's gradients, as the host
+
+# Each rank's batch norms keep their own statistics while it trains, as in the host. torch 2.13 gave the argument a new
+# name and warns about the old one.
+_DDP = inspect.signature(nn.parallel.DistributedDataParallel).parameters
+_KEEP_BUFFERS = {"forward_sync_buffers" if "forward_sync_buffers" in _DDP else "broadcast_buffers": False}
 
 # Keys that only the host's own surroundings can honour, with the values at which they ask for nothing.
 _HOST_ONLY = {"dali": (False,), "dali_aug": (False,), "using_wandb": (False,)}
@@ -172,7 +178,7 @@ class _Run:
         self.backbone: nn.Module = self.student
         if world_size > 1:
             ids = [local_rank] if self.device.type == "cuda" else None
-            self.backbone = nn.parallel.DistributedDataParallel(self.student, device_ids=ids, broadcast_buffers=False)
+            self.backbone = nn.parallel.DistributedDataParallel(self.student, device_ids=ids, **_KEEP_BUFFERS)
         self.head = made.PartialFC_V2(
             margin_of_config(config), config.embedding_size, config.num_classes, config.sample_rate, False
         )

@@ -245,8 +245,9 @@ def test_two_ranks_agree_and_resume(faces: Faces, teacher_file: Path, tmp_path: 
                 *("--set", f"output={tmp_path / output}", *settings),
             ],
             check=True,
-            env={**os.environ, "OMP_NUM_THREADS": "1"},
-            timeout=240,
+            # Of a warning in a rank's own process pytest knows nothing.
+            env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "error::FutureWarning"},
+            timeout=1200,
         )
 
     keys = {
