@@ -22,7 +22,7 @@ from arcface_kd.errors import CheckpointError, ConfigError, TeacherError
 from arcface_kd.losses.margin import Margin
 from arcface_kd.methods.base import Batch, Method, Requirement, RunContext
 from arcface_kd.methods.classifier import LearnedClassifier
-from arcface_kd.resharding import fit_head_state
+from arcface_kd.resharding import bring_momentum, fit_head_state
 from arcface_kd.sharding import ClassShard, RankGroup, for_ddp, on_first_rank_first
 from arcface_kd.step_log import StepLog
 from arcface_kd.teacher_classifier import CLASS_MEANS, check_order, class_means, read_classifier
@@ -352,6 +352,9 @@ class DistillationHead(nn.Module):
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
         """Load a state of this run, saved on this rank or, on another number of ranks, on any.
 
+        In the latter case the classes' momentum comes along: it takes its place in the optimiser's state, which the
+        trainer loads after this one, when the optimiser first steps. The head's parameters must be its last ones.
+
         Args:
             state_dict: a rank's state. Where it holds other classes than this rank's, these are read from the
                 checkpoints in ``run_folder``.
@@ -372,7 +375,10 @@ class DistillationHead(nn.Module):
                 f"the checkpoint's head lacks {', '.join(sorted(wants - has)) or 'nothing'} and has "
                 f"{', '.join(sorted(has - wants)) or 'nothing'} beside: go on with the kd* keys that the run began with"
             )
-        return super().load_state_dict(fitted, strict, assign)
+        result = super().load_state_dict(fitted, strict, assign)
+        if fitted is not state_dict and self.run_folder is not None:
+            bring_momentum(list(self.parameters()), self.sharded_parameters(), self.shard, self.run_folder)
+        return result
 
     def sharded_entries(self) -> tuple[str, ...]:
         """Names of the state's entries that have one row for each class of this rank."""

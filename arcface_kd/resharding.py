@@ -6,13 +6,14 @@ rows that are asked for are read, so that a rank needs no more memory than its o
 
 import os
 import pickle
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from arcface_kd import registry
 from arcface_kd.atomic import atomic_write
@@ -271,45 +272,52 @@ def fit_head_state(
     return {**state, **own, "class_range": torch.tensor(wanted)}
 
 
-def fit_optimizer_state(
-    state: Mapping[str, Any],
-    optimizer: torch.optim.Optimizer,
-    parameters: Iterable[nn.Parameter],
-    shard: ClassShard,
-    folder: Path,
-) -> Mapping[str, Any]:
-    """Turn the optimiser's state of whichever rank into that of this one: momentum follows its classes.
+def bring_momentum(
+    parameters: Sequence[nn.Parameter], sharded: Sequence[nn.Parameter], shard: ClassShard, folder: Path
+) -> None:
+    """Let the momentum of a run that was saved by another number of ranks follow its classes to this one.
+
+    A trainer loads the optimiser's state after the head's, into an optimiser that the head never sees. So the rows are
+    read now, while the run's checkpoints are what they were, and put in place of those that were loaded when the
+    optimiser of these parameters takes its first step.
 
     Args:
-        state: a rank's optimiser state, as its checkpoint has it.
-        optimizer: of this run, with the parameters in the order of the one that was saved.
-        parameters: those whose rows are this rank's classes.
+        parameters: those of the head, in order; the last ones of the optimiser that was saved.
+        sharded: those among them whose rows are this rank's classes.
         shard: the classes of this rank.
         folder: of the run.
-
-    Returns:
-        ``state`` itself if the run had as many ranks, else a copy with this rank's rows.
 
     Raises:
         CheckpointError: checkpoints that are missing or do not belong together.
     """
     shards = open_shards(folder)
-    if shards.world_size == shard.world_size:
-        return state
-    order = [id(parameter) for group in optimizer.param_groups for parameter in group["params"]]
-    fitted = dict(state["state"])
-    for parameter in parameters:
-        place = order.index(id(parameter))
-        # An optimiser keeps nothing for a parameter that has had no gradient yet.
-        entries: Mapping[str, Any] = fitted.get(place, {})
-        own = {
-            name: shards.rows(shard.start, shard.start + shard.size, OPTIMIZER, "state", place, name)
-            for name, value in entries.items()
-            if isinstance(value, Tensor) and value.ndim == parameter.ndim
-        }
-        if entries:
-            fitted[place] = {**entries, **own}
-    return {**state, "state": fitted}
+    saved = shards.checkpoints[0].get(OPTIMIZER)
+    if not isinstance(saved, Mapping):
+        return
+    places = [place for group in saved["param_groups"] for place in group["params"]][-len(parameters) :]
+    waiting: dict[nn.Parameter, dict[str, Tensor]] = {}
+    for parameter, place in zip(parameters, places, strict=True):
+        if any(parameter is one for one in sharded):
+            # An optimiser keeps nothing for a parameter that has had no gradient yet.
+            entries = saved["state"].get(place, {})
+            waiting[parameter] = {
+                name: shards.rows(shard.start, shard.start + shard.size, OPTIMIZER, "state", place, name)
+                for name, value in entries.items()
+                if isinstance(value, Tensor) and value.ndim == parameter.ndim
+            }
+
+    def replace(optimizer: torch.optim.Optimizer, arguments: Any, keywords: Any) -> None:
+        if not waiting:
+            return
+        for group in optimizer.param_groups:
+            for parameter in group["params"]:
+                loaded = optimizer.state.get(parameter, {})
+                for name, rows in waiting.pop(parameter, {}).items():
+                    if isinstance(loaded.get(name), Tensor):
+                        loaded[name] = rows.to(loaded[name])
+
+    # It stays, with nothing left to do: a hook cannot take itself out of the round that has called it.
+    register_optimizer_step_pre_hook(replace)
 
 
 def _classifier_entry(head: Mapping[str, Any]) -> str:

@@ -29,7 +29,7 @@ from arcface_kd.errors import ArcfaceKDError, ConfigError, DataError
 from arcface_kd.evaluation.verification import VerificationResult, evaluate
 from arcface_kd.hook import DropIns, drop_ins
 from arcface_kd.losses.margin import Margin
-from arcface_kd.resharding import checkpoint_file, fit_optimizer_state, open_shards
+from arcface_kd.resharding import checkpoint_file, open_shards
 from arcface_kd.schedule import linear_with_warmup
 
 LOGIT_SCALE = 64.0  # the host's, which no key of its configs changes
@@ -233,10 +233,7 @@ class _Run:
         self.epoch, self.step = state["epoch"], state["global_step"]
         self.student.load_state_dict(state["state_dict_backbone"])
         self.head.load_state_dict(state["state_dict_softmax_fc"])
-        momentum = fit_optimizer_state(
-            state["state_optimizer"], self.optimizer, self.head.sharded_parameters(), self.head.shard, self.folder
-        )
-        self.optimizer.load_state_dict(dict(momentum))
+        self.optimizer.load_state_dict(state["state_optimizer"])
         self.schedule.load_state_dict(state["state_lr_scheduler"])
         if "state_scaler" in state:
             self.scaler.load_state_dict(state["state_scaler"])

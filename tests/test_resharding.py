@@ -10,9 +10,9 @@ from torch import Tensor, nn
 from arcface_kd.errors import CheckpointError
 from arcface_kd.resharding import (
     HEAD,
+    bring_momentum,
     checkpoint_file,
     fit_head_state,
-    fit_optimizer_state,
     merge_head,
     open_shards,
     read_checkpoint,
@@ -282,20 +282,54 @@ def test_the_optimiser_s_state_follows_its_classes(tmp_path: Path, name: str, ne
         with torch.no_grad():
             parts[0].copy_(checkpoint["shared"])
             parts[1].copy_(fit_head_state(checkpoint[HEAD], shard, (ENTRY,), tmp_path)[ENTRY])
-        momentum = fit_optimizer_state(checkpoint["state_optimizer"], parts[2], [parts[1]], shard, tmp_path)
-        parts[2].load_state_dict(dict(momentum))
+        bring_momentum([parts[1]], [parts[1]], shard, tmp_path)
+        parts[2].load_state_dict(checkpoint["state_optimizer"])
+        # Between the two, the run's files may be gone and other optimisers may step.
+        other = nn.Parameter(torch.ones(2))
+        torch.optim.SGD([other], lr=1.0).step()
         train(shard, parts, 3)
+        # What follows is the optimiser's own again.
+        kept = {name: value.clone() for name, value in parts[2].state[parts[1]].items()}
+        parts[2].zero_grad()
+        parts[2].step()
+        assert all(torch.equal(value, parts[2].state[parts[1]][name]) for name, value in kept.items())
         assert torch.equal(parts[0], uninterrupted[0])
         resumed.append(parts[1].detach())
     assert torch.equal(torch.cat(resumed), uninterrupted[1].detach())
 
 
-def test_an_optimiser_that_has_kept_nothing_yet_is_no_fault(tmp_path: Path) -> None:
+def test_an_optimiser_that_was_not_resumed_gets_no_momentum(tmp_path: Path) -> None:
     own = nn.Parameter(whole(11))
     optimizer = torch.optim.SGD([own], lr=0.1, momentum=0.9)
-    save_run(tmp_path, 11, 2, state_optimizer=optimizer.state_dict())
-    state = fit_optimizer_state(optimizer.state_dict(), optimizer, [own], ClassShard(11), tmp_path)
-    assert state == optimizer.state_dict()
+    own.grad = torch.ones_like(own)
+    optimizer.step()
+    save_run(tmp_path, 11, 1, state_optimizer=optimizer.state_dict())
+    fresh = torch.optim.SGD([own], lr=0.1, momentum=0.9)
+    bring_momentum([own], [own], ClassShard(11), tmp_path)
+    fresh.step()
+    assert torch.equal(fresh.state[own]["momentum_buffer"], own.grad)
+
+
+@pytest.mark.parametrize("saved", [True, False])
+def test_checkpoints_without_momentum_are_no_fault(tmp_path: Path, saved: bool) -> None:
+    own = nn.Parameter(whole(11))
+    optimizer = torch.optim.SGD([own], lr=0.1, momentum=0.9)
+    save_run(tmp_path, 11, 2, **({"state_optimizer": optimizer.state_dict()} if saved else {}))
+    bring_momentum([own], [own], ClassShard(11), tmp_path)
+    own.grad = torch.ones_like(own)
+    optimizer.step()
+    assert torch.equal(own.detach(), whole(11) - 0.1)
+
+
+def test_momentum_of_other_rows_is_named(tmp_path: Path) -> None:
+    """The head's parameters are not the last ones of the optimiser that was saved."""
+    own, last = nn.Parameter(whole(11)), nn.Parameter(torch.ones(3, DIMENSION))
+    optimizer = torch.optim.SGD([own, last], lr=0.1, momentum=0.9)
+    own.grad, last.grad = torch.ones_like(own), torch.ones_like(last)
+    optimizer.step()
+    save_run(tmp_path, 11, 1, state_optimizer=optimizer.state_dict())
+    with pytest.raises(CheckpointError, match=r"\(3, 4\) as state_optimizer\.state\.1\.momentum_buffer for 11 classes"):
+        bring_momentum([own], [own], ClassShard(11), tmp_path)
 
 
 # ---- one file
