@@ -50,6 +50,9 @@ _ENTRIES = {
     "teacher": "teacher",
 }
 _ROWS_AT_ONCE = 1 << 14
+# Numbers that `blocks` reads at a time: 17 MB of fp16, or 4,096 images of 512 dimensions.
+_NUMBERS_AT_ONCE = 1 << 22
+_LARGEST_DIMENSION = 1 << 16
 # A unit vector in fp16 has a norm within 5e-4 of 1; one with a damaged exponent is far from it.
 _NORM_TOLERANCE = 5e-3
 
@@ -76,6 +79,42 @@ def identity_of(teacher: Teacher, data_fingerprint: str, images: int) -> dict[st
     }
 
 
+def identity_in(path: str | os.PathLike[str], data_fingerprint: str, images: int) -> dict[str, object]:
+    """What a run that has no teacher takes a cache to be: whosever embeddings they are, of the run's data.
+
+    Args:
+        path: an existing cache.
+        data_fingerprint: over the run's images and their order.
+        images: number of them.
+
+    Returns:
+        The identity of a cache with the teacher that the header names.
+
+    Raises:
+        TeacherError: there is no such cache, or its header is damaged.
+    """
+    path = Path(path)
+    header = _header_of(path)
+    _refuse_special_files(path, header)
+    if not header.exists():
+        raise TeacherError(_not_there(path))
+    try:
+        found = _read_header(path, header)
+    except OSError as error:
+        raise TeacherError(f"the cache {path} cannot be used: {error.strerror or error}") from error
+    dimension = found.get("embedding_size")
+    if isinstance(dimension, bool) or not (isinstance(dimension, int) and 0 < dimension <= _LARGEST_DIMENSION):
+        raise TeacherError(
+            f"{header} names {_short(dimension)} as embedding size: it is damaged; delete it and {path} to start anew"
+        )
+    return {**found, "format": _FORMAT, "data": data_fingerprint, "images": images}
+
+
+def how_to_fill(path: str | os.PathLike[str]) -> str:
+    """The command that fills a cache, for messages."""
+    return f"fill it beforehand with `arcface-kd cache CONFIG --kd-teacher FILE --out {path}`"
+
+
 def readable_size(count: float) -> str:
     """A number of bytes with a decimal unit: ``11.9 GB``."""
     for unit in ("bytes", "kB", "MB", "GB"):
@@ -99,24 +138,27 @@ class EmbeddingCache:
 
     Args:
         path: the file, made if there is none; symbolic links are followed.
-        identity: from :func:`identity_of`.
+        identity: from :func:`identity_of` or :func:`identity_in`.
+        create: whether to make the file where there is none.
 
     Raises:
         TeacherError: the files belong to another teacher or other data (the message says in what they differ), are
-            damaged or something else altogether, or there is no room for them.
+            damaged or something else altogether, or there is no room for them; or there are none and ``create`` is off.
     """
 
-    def __init__(self, path: str | os.PathLike[str], identity: Mapping[str, object]) -> None:
+    def __init__(self, path: str | os.PathLike[str], identity: Mapping[str, object], *, create: bool = True) -> None:
         self.path = Path(path)
         # As JSON gives it back: tuples become lists.
         self._identity: dict[str, Any] = json.loads(json.dumps(dict(identity)))
         self.images = int(self._identity["images"])
         self.embedding_size = int(self._identity["embedding_size"])
         self.size = 4 * self.images * self.embedding_size
-        self._header = self.path.with_name(self.path.name + ".json")
+        self._header = _header_of(self.path)
         try:
-            self._refuse_special_files()
+            _refuse_special_files(self.path, self._header)
             if not self._header.exists():
+                if not create:
+                    raise TeacherError(_not_there(self.path))
                 self._create()
             self._check_header()
             self._check_size()
@@ -126,20 +168,14 @@ class EmbeddingCache:
             raise TeacherError(f"the cache {self.path} cannot be used: {error.strerror or error}") from error
 
     @property
+    def identity(self) -> Mapping[str, object]:
+        """Whose embeddings these are, as the header says it."""
+        return self._identity
+
+    @property
     def read_only(self) -> bool:
         """Whether the file cannot be written."""
         return self._file is None
-
-    def _refuse_special_files(self) -> None:
-        """A pipe would wait for ever and a device has no end."""
-        for path in (self.path, self._header):
-            try:
-                mode = path.stat().st_mode
-            except FileNotFoundError:
-                continue
-            if not stat.S_ISREG(mode):
-                what = "a folder" if stat.S_ISDIR(mode) else "no regular file"
-                raise TeacherError(f"the cache {path} is {what}: name a file for the teacher's embeddings")
 
     def _create(self) -> None:
         """Reserve the file under a lock, and write the header when it is there."""
@@ -178,18 +214,7 @@ class EmbeddingCache:
                     return
 
     def _check_header(self) -> None:
-        with open(self._header, "rb") as stream:
-            text = stream.read(_LARGEST_HEADER)
-        try:
-            found = json.loads(text)
-        # The JSON reader answers deep nesting with a RecursionError.
-        except (ValueError, RecursionError) as error:
-            raise TeacherError(
-                f"{self._header} is no cache header ({type(error).__name__}); delete it and {self.path} to start anew"
-            ) from None
-        if not isinstance(found, dict):
-            raise TeacherError(f"{self._header} is no cache header; delete it and {self.path} to start anew")
-        wanted = self._identity
+        found, wanted = _read_header(self.path, self._header), self._identity
         differing = [
             f"another {called} (it has {_short(found.get(name))}, this run {_short(wanted.get(name))})"
             for name, called in _ENTRIES.items()
@@ -286,9 +311,68 @@ class EmbeddingCache:
             found[first - start : last - start] = known.numpy().reshape(-1, 2)
         return found
 
+    def blocks(self, start: int, stop: int) -> Iterator[tuple[Tensor, Tensor]]:
+        """All rows of a range of images, block by block, in little memory: the file is read, not mapped.
+
+        Args:
+            start: the first image.
+            stop: the one after the last.
+
+        Yields:
+            ``(embeddings, known)`` as :meth:`look_up` returns them, of a few thousand neighbouring views.
+
+        Raises:
+            TeacherError: the file cannot be read.
+        """
+        rows_at_once = max(2, _NUMBERS_AT_ONCE // self.embedding_size)
+        for first in range(2 * start, 2 * stop, rows_at_once):
+            count = min(2 * stop - first, rows_at_once) * self.embedding_size
+            try:
+                numbers = np.fromfile(self.path, np.uint16, count, offset=2 * first * self.embedding_size)
+            except OSError as error:
+                raise TeacherError(f"the cache {self.path} cannot be read: {error.strerror or error}") from error
+            if len(numbers) < count:
+                raise TeacherError(f"the cache {self.path} was cut short while it was read")
+            yield _decoded(numbers.reshape(-1, self.embedding_size))
+
     def filled(self) -> int:
         """Rows that are there, of 2 x images; reads the whole file."""
         return int(self.known(0, self.images).sum())
+
+
+def _header_of(path: Path) -> Path:
+    return path.with_name(path.name + ".json")
+
+
+def _not_there(path: Path) -> str:
+    return f"there is no cache of a teacher's embeddings at {path}: {how_to_fill(path)}"
+
+
+def _refuse_special_files(*paths: Path) -> None:
+    """A pipe would wait for ever and a device has no end."""
+    for path in paths:
+        try:
+            mode = path.stat().st_mode
+        except FileNotFoundError:
+            continue
+        if not stat.S_ISREG(mode):
+            what = "a folder" if stat.S_ISDIR(mode) else "no regular file"
+            raise TeacherError(f"the cache {path} is {what}: name a file for the teacher's embeddings")
+
+
+def _read_header(path: Path, header: Path) -> dict[str, Any]:
+    with open(header, "rb") as stream:
+        text = stream.read(_LARGEST_HEADER)
+    try:
+        found = json.loads(text)
+    # The JSON reader answers deep nesting with a RecursionError.
+    except (ValueError, RecursionError) as error:
+        raise TeacherError(
+            f"{header} is no cache header ({type(error).__name__}); delete it and {path} to start anew"
+        ) from None
+    if not isinstance(found, dict):
+        raise TeacherError(f"{header} is no cache header; delete it and {path} to start anew")
+    return found
 
 
 def _decoded(rows: np.ndarray) -> tuple[Tensor, Tensor]:
