@@ -5,6 +5,7 @@ a :class:`Distiller`, which remembers what the teacher said of the images.
 """
 
 import logging
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
@@ -55,9 +56,7 @@ class Distiller:
                 raise ConfigError(f"the entry point of method {name!r} is {kind!r}; it must be a subclass of Method")
             self.method_types[name] = kind
             self.method_configs[name] = build(kind.Config, kd.options.get(name, {}), name)
-        own = [name for name, kind in self.method_types.items() if kind.classifies]
-        if len(own) > 1:
-            raise ConfigError(f"{' and '.join(own)} both bring a classification loss of their own; take one of them")
+        self.replacing = _replacing_classifier(self.method_types, self.method_configs)
         needed = frozenset().union(*(kind.requires for kind in self.method_types.values()))
         if Requirement.TEACHER_CLASSIFIER in needed and kd.classifier is None:
             raise TeacherError(f"{'+'.join(kd.methods)} needs {Requirement.TEACHER_CLASSIFIER.value}")
@@ -274,8 +273,11 @@ class DistillationHead(nn.Module):
         teacher_embedding_size = distiller.teacher.embedding_size if distiller.teacher is not None else None
         if teacher_embedding_size is None and classifier is not None:
             teacher_embedding_size = classifier.shape[1]
-        self.projection = _projection(
-            distiller.student_options, embedding_size, teacher_embedding_size, seed, self.ranks
+        compares = any(kind.projects for kind in distiller.method_types.values())
+        self.projection = (
+            _projection(distiller.student_options, embedding_size, teacher_embedding_size, seed, self.ranks)
+            if compares
+            else None
         )
         self.register_buffer("class_range", torch.tensor([shard.start, shard.start + shard.size, num_classes]))
         self.register_buffer("step", torch.zeros((), dtype=torch.int64))
@@ -293,7 +295,7 @@ class DistillationHead(nn.Module):
             product_dtype=product_dtype,
         )
         methods: dict[str, Method] = {}
-        if not any(kind.classifies for kind in distiller.method_types.values()):
+        if not distiller.replacing:
             methods["classifier"] = LearnedClassifier(context)
         for name, kind in distiller.method_types.items():
             methods[name] = kind(distiller.method_configs[name], context)
@@ -328,12 +330,7 @@ class DistillationHead(nn.Module):
             sizes=sizes,
             step=self._count_step(),
         )
-        terms: dict[str, Tensor] = {}
-        for name, method in self.methods.items():
-            for term, value in method(batch).items():
-                if term in terms:
-                    raise ValueError(f"method {name!r} returns a loss term {term!r}, a name that another one has taken")
-                terms[term] = value
+        terms = _by_name({name: method(batch) for name, method in self.methods.items()})
         if self._log is not None and self._log.due(batch.step + 1):
             self._log.write(batch.step + 1, self._observations(terms, local_embeddings))
         return torch.stack(list(terms.values())).sum()
@@ -390,15 +387,53 @@ class DistillationHead(nn.Module):
         return [parameters[name] for name in self.sharded_entries() if name in parameters]
 
     def _observations(self, terms: Mapping[str, Tensor], local_embeddings: Tensor) -> dict[str, float]:
-        """The step's loss terms, their gradient norms on this rank's embeddings and what the methods observed."""
-        values = {name: term.detach() for name, term in terms.items()}
+        """What a step's log holds, the same on every rank.
+
+        That is the loss terms, the norm of each one's gradient in the embeddings of the whole batch, that norm's share
+        in the sum of all terms' norms, and what the methods observed.
+        """
+        values = _by_name({name: cast(Method, method).observations() for name, method in self.methods.items()})
+        values.update({name: term.detach() for name, term in terms.items()})
         if local_embeddings.requires_grad:
-            for name, term in terms.items():
-                (gradient,) = torch.autograd.grad(term, local_embeddings, retain_graph=True)
-                values[f"gradient_norm/{name}"] = gradient.float().norm() / self.ranks.world_size
-        for method in self.methods.values():
-            values.update(cast(Method, method).observations())
+            norms = self.ranks.sum_(torch.stack([_squared_norm(term, local_embeddings) for term in terms.values()]))
+            # The gradient that the backbone gets is `world_size` times that of the loss, see `for_ddp`.
+            norms = norms.sqrt() / self.ranks.world_size
+            shares = norms / norms.sum().clamp_min(torch.finfo(norms.dtype).tiny)
+            for name, norm, share in zip(terms, norms, shares, strict=True):
+                values[f"gradient_norm/{name}"], values[f"gradient_share/{name}"] = norm, share
         return {name: float(value) for name, value in values.items()}
+
+
+def _replacing_classifier(types: Mapping[str, type[Method]], configs: Mapping[str, Any]) -> str | None:
+    """The one method whose terms take the place of the trainer's learned classifier, if there is one."""
+    found = [name for name, kind in types.items() if kind.replaces_classifier(configs[name])]
+    if len(found) <= 1:
+        return found[0] if found else None
+    if all(types[name].classifies for name in found):
+        raise ConfigError(f"{' and '.join(found)} both bring a classification loss of their own; take one of them")
+    by_option = [name for name in found if not types[name].classifies]
+    raise ConfigError(
+        f"{' and '.join(found)} both take the place of the trainer's classification, {' and '.join(by_option)} by the "
+        f"options it was given: take one of them, or leave out these options"
+    )
+
+
+def _by_name(found: Mapping[str, Mapping[str, Tensor]]) -> dict[str, Tensor]:
+    """One mapping out of the methods'; a name that several of them use becomes ``METHOD/NAME`` for each."""
+    uses = Counter(name for values in found.values() for name in values)
+    return {
+        name if uses[name] == 1 else f"{method}/{name}": value
+        for method, values in found.items()
+        for name, value in values.items()
+    }
+
+
+def _squared_norm(term: Tensor, embeddings: Tensor) -> Tensor:
+    """The squared norm of a term's gradient in the embeddings, 0 where it does not depend on them."""
+    gradient = None
+    if term.requires_grad:
+        (gradient,) = torch.autograd.grad(term, embeddings, retain_graph=True, allow_unused=True)
+    return term.new_zeros(()) if gradient is None else gradient.to(term.dtype).square().sum()
 
 
 def _projection(

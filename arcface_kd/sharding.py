@@ -145,10 +145,14 @@ class RankGroup:
         gathered: Tensor = _GatherRows.apply(rows, sizes, self)
         return gathered
 
+    def own_slice(self, sizes: list[int]) -> slice:
+        """Where this rank's rows are in a gathered tensor (sum(sizes), ...)."""
+        start = sum(sizes[: self.rank])
+        return slice(start, start + sizes[self.rank])
+
     def own_rows(self, gathered: Tensor, sizes: list[int]) -> Tensor:
         """This rank's rows of a gathered tensor (sum(sizes), ...)."""
-        start = sum(sizes[: self.rank])
-        return gathered[start : start + sizes[self.rank]]
+        return gathered[self.own_slice(sizes)]
 
     def sum_rows(self, gathered: Tensor, sizes: list[int]) -> Tensor:
         """Sum a (sum(sizes), ...) tensor over ranks and return this rank's rows of the sum."""
@@ -165,6 +169,34 @@ class RankGroup:
         if self.world_size > 1:
             distributed.all_reduce(values, distributed.ReduceOp.SUM, group=self.group)
         return values
+
+    def computed_by_all(self, loss: Tensor) -> Tensor:
+        """A loss that every rank has computed in full from the gathered batch: its gradient is shared out evenly.
+
+        The ranks' gradients of gathered rows are summed, so that a loss which all of them compute would count
+        ``world_size`` times.
+
+        Args:
+            loss: the same on every rank.
+
+        Returns:
+            The same value.
+        """
+        return _scale_gradient(loss, 1 / self.world_size)
+
+    def computed_in_parts(self, part: Tensor) -> Tensor:
+        """A loss whose summands the ranks have shared out among them: the sum, whose gradient is the own part's.
+
+        Args:
+            part: scalar, the sum of this rank's summands; all ranks call, those without a summand with 0.
+
+        Returns:
+            The sum over ranks, the same on each.
+        """
+        if self.world_size == 1:
+            return part
+        total: Tensor = _SumOfParts.apply(part, self)
+        return total
 
     def max_(self, values: Tensor) -> Tensor:
         """Maximum over ranks, in place."""
@@ -186,6 +218,16 @@ class _GatherRows(torch.autograd.Function):
         return ctx.ranks.sum_rows(gradients[0], ctx.sizes), None, None
 
 
+class _SumOfParts(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, part: Tensor, ranks: RankGroup) -> Tensor:
+        return ranks.sum_(part.detach().clone())
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
+        return gradients[0], None
+
+
 class _ScaleGradient(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, values: Tensor, factor: float) -> Tensor:
@@ -195,6 +237,13 @@ class _ScaleGradient(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
         return gradients[0] * ctx.factor, None
+
+
+def _scale_gradient(values: Tensor, factor: float) -> Tensor:
+    if factor == 1:
+        return values
+    scaled: Tensor = _ScaleGradient.apply(values, float(factor))
+    return scaled
 
 
 def for_ddp(embeddings: Tensor, world_size: int) -> Tensor:
@@ -211,10 +260,7 @@ def for_ddp(embeddings: Tensor, world_size: int) -> Tensor:
     Returns:
         The same values.
     """
-    if world_size == 1:
-        return embeddings
-    scaled: Tensor = _ScaleGradient.apply(embeddings, float(world_size))
-    return scaled
+    return _scale_gradient(embeddings, world_size)
 
 
 def on_first_rank_first(make: Callable[[], T], ranks: RankGroup | None = None) -> T:

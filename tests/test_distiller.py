@@ -204,6 +204,17 @@ def test_a_projection_is_the_head_s_and_learns(student: int, teacher: int) -> No
     assert torch.equal(again.weight, projection.weight)
 
 
+@pytest.mark.usefixtures("strangers")
+def test_methods_that_do_not_look_at_the_projection_need_none() -> None:
+    for kd in ("unprojected", "rkd", "ekd+unprojected"):
+        run = make(kd=kd, dimensions=(4, 6))
+        assert run.head.projection is None
+        run.head(run.student(images()), LABELS).backward()
+    assert make(kd="unprojected", dimensions=(4, 6), student={"projection": "linear"}).head.projection is None
+    with pytest.raises(ConfigError, match="the teacher has 6 dimensions and the student 4"):
+        make(kd="rkd+pull", dimensions=(4, 6))
+
+
 def test_equal_dimensions_get_no_projection() -> None:
     assert make(student={"projection": "linear"}).head.projection is None
 
@@ -236,6 +247,23 @@ class Clashing(Pull):
     term = "ce"
 
 
+class Constant(Pull):
+    """Two terms that no embedding moves: a number and a parameter."""
+
+    def forward(self, batch: Batch) -> dict[str, Tensor]:
+        two = torch.full((), 2.0)
+        return {"plain": two, "learned": two.clone().requires_grad_() * 1}
+
+
+class Unprojected(Pull):
+    """Compares nothing with the teacher's dimension."""
+
+    projects = False
+
+    def forward(self, batch: Batch) -> dict[str, Tensor]:
+        return {"size": batch.projected.square().sum()}
+
+
 class Rival(Pull):
     """Wants to classify as well."""
 
@@ -246,6 +274,7 @@ class Rival(Pull):
 def strangers(monkeypatch: pytest.MonkeyPatch) -> None:
     """Methods of this file, as if a package had brought them."""
     own = {name: f"{__name__}:{kind}" for name, kind in (("pull", "Pull"), ("clash", "Clashing"), ("rival", "Rival"))}
+    own |= {name.lower(): f"{__name__}:{name}" for name in ("Constant", "Unprojected")}
     own["function"] = f"{__name__}:make"
     known = registry.entry_points
 
@@ -280,10 +309,35 @@ def test_a_method_that_classifies_combines_with_one_that_does_not() -> None:
 
 
 @pytest.mark.usefixtures("strangers")
-def test_two_terms_of_one_name_are_not_lost_in_silence() -> None:
-    run = make(kd="clash")
-    with pytest.raises(ValueError, match="method 'clash' returns a loss term 'ce', a name that another one has taken"):
-        run.head(run.student(images()), LABELS)
+@pytest.mark.parametrize(("kd", "other"), [("clash", "classifier"), ("adadistill+clash", "adadistill")])
+def test_terms_of_one_name_are_both_trained_on_and_logged_under_their_methods(
+    kd: str, other: str, tmp_path: Path
+) -> None:
+    run = make(kd=kd, log=StepLog(tmp_path, 1, writes=True))
+    embeddings = run.student(images())
+    total = run.head(embeddings, LABELS)
+    scalars = {name.removeprefix("kd/"): values.y[-1] for name, values in read_scalars(tmp_path).items()}
+    pull = (normalize(embeddings) - normalize(run.teacher(images()))).square().sum(1).mean()
+    assert scalars["clash/ce"] == pytest.approx(pull.item(), rel=1e-5)
+    assert scalars["clash/ce"] + scalars[f"{other}/ce"] == pytest.approx(total.item(), rel=1e-5)
+    assert {f"gradient_norm/{name}/ce" for name in ("clash", other)} <= set(scalars)
+    assert "ce" not in scalars
+
+
+@pytest.mark.usefixtures("strangers")
+def test_a_term_that_no_embedding_moves_is_logged_with_a_share_of_0(tmp_path: Path) -> None:
+    run = make(kd="constant", log=StepLog(tmp_path, 1, writes=True))
+    run.head(run.student(images()), LABELS).backward()
+    scalars = {name.removeprefix("kd/"): values.y[-1] for name, values in read_scalars(tmp_path).items()}
+    assert scalars["plain"] == scalars["learned"] == 2
+    assert scalars["gradient_norm/plain"] == scalars["gradient_share/learned"] == 0
+    assert scalars["gradient_share/ce"] == 1
+
+
+def test_shares_of_gradients_that_are_all_0_are_0(tmp_path: Path) -> None:
+    run = make(kd="embedding", log=StepLog(tmp_path, 1, writes=True), embedding={"labels": "none", "weight": 0.0})
+    run.head(run.student(images()), LABELS)
+    assert read_scalars(tmp_path)["kd/gradient_share/embedding"].y.tolist() == [0]
 
 
 @pytest.mark.usefixtures("strangers")
@@ -420,6 +474,10 @@ def test_terms_and_their_gradient_norms_are_logged_apart(tmp_path: Path) -> None
     assert scalars["kd/ce"].x.tolist() == [2, 4]
     assert scalars["kd/pull"].y[-1] == pytest.approx(pull.item(), rel=1e-5)
     assert scalars["kd/gradient_norm/pull"].y[-1] == pytest.approx(float(wanted.norm()), rel=1e-4)
+    both = scalars["kd/gradient_norm/ce"].y + scalars["kd/gradient_norm/pull"].y
+    share = scalars["kd/gradient_share/pull"].y
+    assert share.tolist() == pytest.approx((scalars["kd/gradient_norm/pull"].y / both).tolist(), rel=1e-5)
+    assert (share + scalars["kd/gradient_share/ce"].y).tolist() == pytest.approx([1, 1], rel=1e-5)
 
 
 # ---- the host's margin

@@ -45,7 +45,7 @@ class Margin:
         if not 0 <= self.filter_threshold <= 1:
             raise ValueError(f"the interclass filtering threshold is {self.filter_threshold}; it must be in [0, 1]")
 
-    def target(self, cosine: Tensor) -> tuple[Tensor, Tensor]:
+    def target(self, cosine: Tensor, m2: Tensor | None = None) -> tuple[Tensor, Tensor]:
         r"""The target's ``psi`` and its derivative.
 
         Where ``m1 theta + m2 > pi`` the cosine would rise again and the margin would pull the wrong way; from there on
@@ -58,18 +58,24 @@ class Margin:
         Args:
             cosine: cosines of embeddings and their own class centers, any shape; values outside [-1, 1] by rounding
                 are clamped.
+            m2: additive angular margins in radians, in [0, pi / 2], of the shape of ``cosine``, to take instead of the
+                one margin; None takes that one.
 
         Returns:
             ``(psi, dpsi / dcos)`` of the same shape.
         """
         cosine = cosine.clamp(-1, 1)
-        if self.m1 == 1.0 and self.m2 == 0.0:
+        if self.m1 == 1.0 and self.m2 == 0.0 and m2 is None:
             return cosine - self.m3, torch.ones_like(cosine)
         sine = ((1 - cosine) * (1 + cosine)).sqrt()
-        angle = self.m1 * torch.atan2(sine, cosine) + self.m2
-        turn = math.cos((math.pi - self.m2) / self.m1)
+        angle = self.m1 * torch.atan2(sine, cosine) + (self.m2 if m2 is None else m2)
+        if m2 is None:
+            turn = math.cos((math.pi - self.m2) / self.m1)
+            offset: float | Tensor = turn + math.cos(self.m2) + self.m2 * math.sin(self.m2)
+        else:
+            offset = torch.cos((math.pi - m2) / self.m1) + m2.cos() + m2 * m2.sin()
         beyond = angle > math.pi
-        continued = cosine - (turn + math.cos(self.m2) + self.m2 * math.sin(self.m2))
+        continued = cosine - offset
         floor = math.sqrt(torch.finfo(cosine.dtype).eps)
         psi = torch.where(beyond, continued, angle.cos()) - self.m3
         slope = torch.where(beyond, torch.ones_like(cosine), self.m1 * angle.sin() / sine.clamp_min(floor))

@@ -251,6 +251,7 @@ class _MarginSoftmax(torch.autograd.Function):
         ranks: RankGroup,
         chunk: int,
         product_dtype: torch.dtype,
+        row_m2: Tensor | None,
     ) -> Tensor:
         dtype = torch.float64 if embeddings.dtype == torch.float64 else torch.float32
         raw = embeddings.to(dtype)
@@ -261,7 +262,7 @@ class _MarginSoftmax(torch.autograd.Function):
         own = centers[classes.target].to(dtype)
         own_inverse = inverse_norm(own).unsqueeze(1)
         own = own * own_inverse
-        psi, slope = margin.target((unit * own).sum(1))
+        psi, slope = margin.target((unit * own).sum(1), None if row_m2 is None else row_m2.to(dtype))
         local = _pass_over_classes(unit, classes, margin, chunk, product_dtype)
 
         # One reduction finds the largest logit and brings every target from the one rank that holds it.
@@ -311,7 +312,7 @@ class _MarginSoftmax(torch.autograd.Function):
             pull = _through_normalisation(unit * (miss * upstream).unsqueeze(1), own, own_inverse)
             in_centers.index_add_(0, classes.target, pull.to(in_centers.dtype))
         wanted = ctx.needs_input_grad[0]
-        return (in_embeddings * upstream).to(embedding_dtype) if wanted else None, in_centers, *(None,) * 8
+        return (in_embeddings * upstream).to(embedding_dtype) if wanted else None, in_centers, *(None,) * 9
 
 
 def _gradient_in_centers(
@@ -376,6 +377,7 @@ def margin_softmax(
     ranks: RankGroup | None = None,
     product_dtype: torch.dtype | None = None,
     chunk: int | None = None,
+    row_m2: Tensor | None = None,
 ) -> Tensor:
     """Margin softmax of a gathered batch against this rank's shard of the class centers.
 
@@ -399,6 +401,8 @@ def margin_softmax(
         product_dtype: number format of the matrix products' factors (``torch.bfloat16``, ``torch.float16``); sums and
             exponentials stay in fp32. None means the format of the sums.
         chunk: classes at a time; None chooses by device.
+        row_m2: (B,) an additive angular margin for each row in radians, in [0, pi / 2], the same on every rank, in
+            place of the margin's ``m2``; it gets no gradient. None gives all rows the margin's own.
 
     Returns:
         The loss, a scalar: the mean over rows with a label, 0 if there is none.
@@ -412,6 +416,8 @@ def margin_softmax(
         )
     if labels.shape != embeddings.shape[:1]:
         raise ValueError(f"labels {tuple(labels.shape)} must be one a row of embeddings {tuple(embeddings.shape)}")
+    if row_m2 is not None and row_m2.shape != labels.shape:
+        raise ValueError(f"row_m2 {tuple(row_m2.shape)} must be one a row of embeddings {tuple(embeddings.shape)}")
     dtype = torch.float64 if embeddings.dtype == torch.float64 else torch.float32
     # The products' format is chosen here and nowhere else, so an autocast region around the call must not touch them.
     with torch.autocast(embeddings.device.type, enabled=False):
@@ -426,5 +432,6 @@ def margin_softmax(
             ranks or RankGroup(alone=True),
             chunk or chunk_size(embeddings.shape[0], embeddings.device),
             product_dtype or dtype,
+            None if row_m2 is None else row_m2.detach(),
         )
     return loss

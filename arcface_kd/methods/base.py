@@ -56,10 +56,10 @@ class Batch:
     """One step as a method sees it: the gathered batch, the same on every rank.
 
     Attributes:
-        embeddings: (B, D) student embeddings of all ranks, not normalised. A loss over them that each rank computes
-            from its own classes has its gradients summed over ranks.
+        embeddings: (B, D) student embeddings of all ranks, not normalised. Their gradients are summed over ranks, see
+            :class:`Method`.
         projected: (B, Dt) the same in the teacher's dimension: behind the student's projection where the dimensions
-            differ, the embeddings themselves elsewhere.
+            differ, the embeddings themselves elsewhere and where no method of the run looks at it.
         labels: (B,) int64; -1 where a row has none.
         teacher: (B, Dt) teacher embeddings, unit vectors without gradient; None without a teacher.
         sizes: rows of each rank, in order.
@@ -79,8 +79,24 @@ class Method(nn.Module):
 
     A subclass names its knobs in ``Config`` (a frozen dataclass whose defaults are the published ones and whose
     ``__post_init__`` refuses what is out of range), what it cannot do without in ``requires``, in ``classifies``
-    whether its terms take the place of the trainer's learned classifier, and in ``sharded`` which entries of its
-    ``state_dict`` have one row for each class of this rank (the first of a method that classifies: its class centers).
+    whether its terms take the place of the trainer's learned classifier, in ``projects`` whether they look at
+    ``Batch.projected``, and in ``sharded`` which entries of its ``state_dict`` have one row for each class of this rank
+    (the first of a method that classifies: its class centers).
+
+    Every rank sees the whole gathered batch, returns the same values, and its gradient of a row is added to those of
+    the other ranks. So each summand of a loss must be differentiated on one rank, or its gradient be shared out:
+
+    - A loss over class centers that are split over ranks differentiates its own classes, as
+      :func:`~arcface_kd.losses.margin_softmax.margin_softmax` does; there is nothing to do.
+    - A loss over the rows (a distance to the teacher, a relation between rows) that every rank computes in full returns
+      ``context.ranks.computed_by_all(loss)``, which divides its gradient by the number of ranks.
+    - One that is dear, such as a sum over triples, is shared out: each rank takes the rows of
+      ``context.ranks.own_slice(batch.sizes)`` and returns ``context.ranks.computed_in_parts(part)``. What the summands
+      have in common (a mean over the batch) each rank computes in full and differentiates through.
+
+    A term stays connected to the embeddings on every rank, also where its sum is empty: the backward pass is a
+    collective. Parameters that are not split by class start alike on all ranks (from ``context.seed``) and need a hook
+    that sums their gradients over ranks.
 
     Args:
         config: the knobs.
@@ -90,12 +106,27 @@ class Method(nn.Module):
     Config: ClassVar[type[Any]]
     requires: ClassVar[frozenset[Requirement]] = frozenset()
     classifies: ClassVar[bool] = False
+    projects: ClassVar[bool] = True
     sharded: ClassVar[tuple[str, ...]] = ()
 
     def __init__(self, config: Any, context: RunContext) -> None:
         super().__init__()
         self.config = config
         self.context = context
+
+    @classmethod
+    def replaces_classifier(cls, config: Any) -> bool:
+        """Whether, with these knobs, its terms take the place of the trainer's learned classifier.
+
+        Methods that do exclude each other, and a run with one has no learned classifier of its own.
+
+        Args:
+            config: the knobs.
+
+        Returns:
+            ``classifies``, unless a subclass decides by a knob.
+        """
+        return cls.classifies
 
     def forward(self, batch: Batch) -> dict[str, Tensor]:
         """The step's loss terms by name; their sum is trained on.

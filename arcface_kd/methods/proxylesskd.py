@@ -117,8 +117,13 @@ class ProxylessKD(Method):
             index=sample_classes(self.shard, batch.labels, self.context, batch.step, self.weight.device),
             ranks=self.context.ranks,
             product_dtype=self.context.product_dtype,
+            row_m2=self.row_margins(batch),
         )
         return {"ce": loss}
+
+    def row_margins(self, batch: Batch) -> Tensor | None:
+        """An additive angular margin for each row, for methods that have one; None leaves all rows the same."""
+        return None
 
 
 class ArcDistill(ProxylessKD):

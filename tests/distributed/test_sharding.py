@@ -58,6 +58,46 @@ def test_a_rank_receives_the_sum_of_all_gradients_of_its_rows_times_the_world_si
             assert torch.equal(a, b)
 
 
+def _relation(rows: Tensor, part: slice) -> Tensor:
+    """A sum over pairs whose rows have the batch's mean in common."""
+    centered = rows - rows.mean(0)
+    return (centered[part] @ centered.T).square().sum()
+
+
+def _of_all_and_in_parts(ranks: RankGroup, sizes: list[int]) -> list[tuple[Tensor, Tensor]]:
+    """(loss, gradient in this rank's rows) both ways."""
+    generator = torch.Generator().manual_seed(0)
+    whole = torch.randn(sum(sizes), 3, generator=generator, dtype=torch.float64)
+    answers = []
+    for in_parts in (False, True):
+        rows = ranks.own_rows(whole, sizes).clone().requires_grad_()
+        gathered = ranks.gather_with_gradient(rows, sizes)
+        if in_parts:
+            loss = ranks.computed_in_parts(_relation(gathered, ranks.own_slice(sizes)))
+        else:
+            loss = ranks.computed_by_all(_relation(gathered, slice(None)))
+        (2 * loss).backward()
+        assert rows.grad is not None
+        answers.append((loss.detach(), rows.grad))
+    return answers
+
+
+@pytest.mark.parametrize("world_size", SIZES)
+def test_a_loss_over_rows_has_one_process_s_value_and_gradient_both_ways(ranks: RankPool, world_size: int) -> None:
+    for sizes in SIZES[world_size]:
+        answers = ranks.run(world_size, _of_all_and_in_parts, sizes)
+        rows = torch.randn(sum(sizes), 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+        wanted = _relation(rows.requires_grad_(), slice(None))
+        (2 * wanted).backward()
+        assert rows.grad is not None
+        for way in (0, 1):
+            for answer in answers:
+                torch.testing.assert_close(answer[way][0], wanted.detach(), rtol=1e-12, atol=0)
+                assert torch.equal(answer[way][0], answers[0][way][0])
+            met = torch.cat([answer[way][1] for answer in answers])
+            torch.testing.assert_close(met, rows.grad, rtol=1e-10, atol=1e-12)
+
+
 def _alone(ranks: RankGroup) -> float:
     assert torch.distributed.is_initialized()
     problem = random_problem(ranks.rank)

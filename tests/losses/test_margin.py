@@ -33,6 +33,19 @@ def test_psi_and_slope_equal_the_formula_and_its_autograd_derivative(knobs: tupl
     torch.testing.assert_close(slope, slope_wanted, rtol=1e-10, atol=1e-10)
 
 
+@pytest.mark.parametrize("m1", [1.0, 1.35])
+def test_a_margin_for_each_cosine_is_that_margin_alone(m1: float) -> None:
+    """Beyond the turn too, and where the margin itself has none."""
+    cosine = torch.linspace(-1, 1, 101, dtype=torch.float64)
+    m2 = torch.linspace(0, math.pi / 2, 101, dtype=torch.float64).flip(0).roll(30)
+    psi, slope = Margin(64.0, m1, 0.0, 0.1).target(cosine, m2)
+    alone = [Margin(64.0, m1, float(m), 0.1).target(c) for c, m in zip(cosine, m2, strict=True)]
+    torch.testing.assert_close(psi, torch.stack([one for one, _ in alone]), rtol=0, atol=1e-14)
+    # On the class center itself, and opposite, the formula of the slope is 0 / 0.
+    inner = cosine.abs() < 1
+    torch.testing.assert_close(slope[inner], torch.stack([one for _, one in alone])[inner], rtol=1e-10, atol=1e-12)
+
+
 def test_arcface_below_the_turn_is_cosine_less_m_sin_m() -> None:
     """The guard of ArcFace's authors: cos theta <= cos(pi - m) gives cos theta - m sin m."""
     cosine = torch.tensor([-0.9, -0.95, -1.0], dtype=torch.float64)

@@ -3,6 +3,7 @@
 import copy
 import warnings
 from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
 import torch
@@ -62,6 +63,42 @@ def test_loss_and_gradients_equal_the_dense_twin(name: str, sampled: bool, chunk
     met, wanted = ours(problem, MARGINS[name], index, chunk), twin(problem, MARGINS[name], index)
     assert_equal(met, wanted)
     assert wanted[1].abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("chunk", [7, None])
+@pytest.mark.parametrize("name", ["arcface", "cosface", "combined-filtered"])
+def test_a_margin_for_each_row_is_that_margin_in_the_twin(name: str, chunk: int | None) -> None:
+    """Some rows without any margin, some beyond the turn; those without a label count for nothing."""
+    problem, index = random_problem(seed=1), torch.arange(0, 23, 2)
+    row_m2 = torch.linspace(0, 1.5, 12, dtype=torch.float64).flip(0)
+    met = differentiate(
+        lambda e, c: margin_softmax(e, problem.labels, c, MARGINS[name], index=index, chunk=chunk, row_m2=row_m2),
+        problem,
+    )
+
+    def row_by_row(embeddings: Tensor, centers: Tensor) -> Tensor:
+        losses = [
+            dense_margin_softmax(
+                embeddings[i : i + 1],
+                problem.labels[i : i + 1],
+                centers,
+                replace(MARGINS[name], m2=float(m2)),
+                index,
+            )
+            for i, m2 in enumerate(row_m2)
+        ]
+        return torch.stack(losses).sum() / (problem.labels >= 0).sum()
+
+    assert_equal(met, differentiate(row_by_row, problem))
+    assert float((met[0] - ours(problem, MARGINS[name], index)[0]).abs()) > 0.1
+
+
+def test_equal_margins_for_all_rows_are_the_margin_and_get_no_gradient() -> None:
+    problem = random_problem(seed=2, dtype=torch.float32)
+    row_m2 = torch.full((12,), 0.5, requires_grad=True)
+    met = differentiate(lambda e, c: margin_softmax(e, problem.labels, c, ARCFACE, row_m2=row_m2), problem)
+    assert_equal(met, ours(problem, ARCFACE), 1e-5)
+    assert row_m2.grad is None
 
 
 @pytest.mark.parametrize("name", MARGINS)
@@ -465,3 +502,9 @@ def test_shapes_that_do_not_belong_together_are_named(
 ) -> None:
     with pytest.raises(ValueError, match=said):
         margin_softmax(torch.ones(embeddings), torch.zeros(labels, dtype=torch.int64), torch.ones(centers), ARCFACE)
+
+
+def test_margins_that_are_not_one_a_row_are_named() -> None:
+    problem = random_problem(18)
+    with pytest.raises(ValueError, match=r"row_m2 \(3,\) must be one a row of embeddings \(12, 6\)"):
+        margin_softmax(problem.embeddings, problem.labels, problem.centers, ARCFACE, row_m2=torch.zeros(3))

@@ -1,0 +1,155 @@
+r"""EKD: evaluation-oriented knowledge distillation (Huang, Wu, Xu, Ding, CVPR 2022, arXiv 2206.02325).
+
+Verification asks which pairs of images pass a threshold, at thresholds that let one in 10, 100, ... 1,000,000 pairs of
+different persons through. So not the cosines of pairs are matched but their ranks among these thresholds, the student's
+cosines among the student's thresholds and the teacher's among the teacher's:
+
+    r(x) = sum_k sigmoid( (x - threshold_k) / 0.01 )
+    loss = 0.02 * mean over positive pairs (r_s - r_t)^2  +  0.01 * mean over the hardest negative pairs (r_s - r_t)^2
+
+The thresholds are the exceeded shares of the batch's negative cosines, followed by a moving average,
+threshold <- 0.99 threshold + 0.01 of this batch. The hardest negative pairs are the 2,000 with the largest student's
+cosine. Pairs are taken from the batches of all ranks.
+
+Published (paper and the code in Tencent's TFace, whose numbers these are): all of the above, ArcFace beside it, and
+batches of which a half is drawn so that identities repeat. Chosen here:
+
+- the first batch sets the thresholds, which in the published code rise from 0 over hundreds of steps;
+- rows without a label are in no pair;
+- the trainer's own sampler stays, so that positive pairs are those that chance brings: about 8 in a batch of 128 out of
+  1,000 identities, 6 in one of 1,024 out of 85,742. With few of them the negative pairs do most of the work.
+  ``ekd_positive_pairs`` in the log tells how many there were.
+
+A batch with fewer negative pairs than a rate asks for has its largest cosine as the threshold; the moving average of
+largest cosines is then below the true threshold.
+"""
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from arcface_kd.losses.pair_rank import impostor_thresholds, rank_loss, soft_rank
+from arcface_kd.losses.relation import inner_products
+from arcface_kd.methods.base import Batch, Method, Requirement, RunContext
+
+# One over each false positive rate.
+_PAIRS_PER_ACCEPTANCE = (10, 100, 1_000, 10_000, 100_000, 1_000_000)
+
+
+@dataclass(frozen=True)
+class EKDConfig:
+    """EKD's knobs.
+
+    Attributes:
+        positive_weight: of the positive pairs' difference of ranks, at least 0.
+        negative_weight: of the hardest negative pairs', at least 0.
+        hardest: how many negative pairs are taken, at least 1.
+        temperature: of the soft count, in units of the cosine, positive.
+        momentum: of a batch's thresholds in their moving average, in (0, 1].
+
+    Raises:
+        ValueError: a knob out of range.
+    """
+
+    positive_weight: float = 0.02
+    negative_weight: float = 0.01
+    hardest: int = 2000
+    temperature: float = 0.01
+    momentum: float = 0.01
+
+    def __post_init__(self) -> None:
+        for name in ("positive_weight", "negative_weight"):
+            if not 0 <= getattr(self, name) < float("inf"):
+                raise ValueError(f"{name} is {getattr(self, name)}; it must be finite and at least 0")
+        if self.hardest < 1:
+            raise ValueError(f"hardest is {self.hardest}; it must be at least 1")
+        if not 0 < self.temperature < float("inf"):
+            raise ValueError(f"temperature is {self.temperature}; it must be finite and positive")
+        if not 0 < self.momentum <= 1:
+            raise ValueError(f"momentum is {self.momentum}; it must be in (0, 1]")
+
+
+class EKD(Method):
+    """Pairs of images are to pass as many verification thresholds as with the teacher.
+
+    Terms: ``ekd_positive`` and ``ekd_negative``, weighted.
+
+    Args:
+        config: the knobs.
+        context: the run.
+    """
+
+    Config = EKDConfig
+    requires: ClassVar[frozenset[Requirement]] = frozenset({Requirement.TEACHER_EMBEDDINGS})
+    projects: ClassVar[bool] = False
+    config: EKDConfig
+
+    student_thresholds: Tensor
+    teacher_thresholds: Tensor
+    followed: Tensor
+
+    def __init__(self, config: EKDConfig, context: RunContext) -> None:
+        super().__init__(config, context)
+        self.register_buffer("student_thresholds", torch.zeros(len(_PAIRS_PER_ACCEPTANCE)))
+        self.register_buffer("teacher_thresholds", torch.zeros(len(_PAIRS_PER_ACCEPTANCE)))
+        self.register_buffer("followed", torch.zeros((), dtype=torch.int64))
+        self._positive_pairs: Tensor | None = None
+
+    def forward(self, batch: Batch) -> dict[str, Tensor]:
+        """Follow the thresholds, then compare the ranks of the gathered batch's pairs.
+
+        Args:
+            batch: the gathered batch, with teacher embeddings.
+
+        Returns:
+            The terms.
+        """
+        assert batch.teacher is not None
+        config, ranks, labels = self.config, self.context.ranks, batch.labels
+        # Each pair once; how many are positive or negative is never asked, so that nobody waits for the device.
+        first, second = torch.triu_indices(len(labels), len(labels), 1, device=labels.device)
+        student = inner_products(batch.embeddings)[first, second]
+        teacher = inner_products(batch.teacher)[first, second].to(student.dtype)
+        known = (labels[first] >= 0) & (labels[second] >= 0)
+        same = labels[first] == labels[second]
+        positive, negative = known & same, known & ~same
+        self._positive_pairs = positive.sum()
+        self._follow_thresholds(student.detach(), teacher, negative)
+
+        def difference(chosen: Tensor, of_student: Tensor, of_teacher: Tensor) -> Tensor:
+            student_rank = soft_rank(of_student, self.student_thresholds.to(student.dtype), config.temperature)
+            teacher_rank = soft_rank(of_teacher, self.teacher_thresholds.to(student.dtype), config.temperature)
+            return rank_loss(student_rank, teacher_rank, chosen)
+
+        hard = student.detach().masked_fill(~negative, -torch.inf).topk(min(config.hardest, len(student))).indices
+        return {
+            "ekd_positive": ranks.computed_by_all(difference(positive, student, teacher) * config.positive_weight),
+            "ekd_negative": ranks.computed_by_all(
+                difference(negative[hard], student[hard], teacher[hard]) * config.negative_weight
+            ),
+        }
+
+    @torch.no_grad()
+    def _follow_thresholds(self, student: Tensor, teacher: Tensor, negative: Tensor) -> None:
+        """One step of the moving averages; a batch without a negative pair leaves them as they are."""
+        if not len(student):
+            return
+        share = torch.full_like(self.student_thresholds[0], self.config.momentum)
+        share = share.masked_fill(self.followed == 0, 1.0) * negative.any()
+        for thresholds, cosine in ((self.student_thresholds, student), (self.teacher_thresholds, teacher)):
+            met = impostor_thresholds(cosine, negative, _PAIRS_PER_ACCEPTANCE).nan_to_num(neginf=0.0)
+            thresholds.lerp_(met.to(thresholds.dtype), share)
+        self.followed += negative.any()
+
+    def observations(self) -> dict[str, Tensor]:
+        """Positive pairs in the last gathered batch, and the student's and the teacher's threshold at 1 in 1,000."""
+        if self._positive_pairs is None:
+            return {}
+        place = _PAIRS_PER_ACCEPTANCE.index(1_000)
+        return {
+            "ekd_positive_pairs": self._positive_pairs,
+            "ekd_student_threshold": self.student_thresholds[place],
+            "ekd_teacher_threshold": self.teacher_thresholds[place],
+        }

@@ -1,0 +1,98 @@
+r"""Embedding distillation: the student's embedding is to be the teacher's.
+
+    l2      weight * mean_i || f_s - f_t ||^2           summed over the dimension, averaged over the batch
+    cosine  weight * mean_i ( 1 - cos(f_s, f_t) )
+
+of unit embeddings. It is the feature distillation that PocketNet, MaskInv, QuantFace and AdaDistill's authors train or
+compare with (Boutros et al., ECCV 2024, arXiv 2407.01332, section 4). For unit vectors the two distances are one loss,
+L2 being twice the cosine's: ``distance=cosine weight=128`` is ``distance=l2 weight=64``.
+
+The weight decides everything. In a row's cosine the derivative of L2 is 2 weight, that of margin softmax with logit
+scale s is about s (1 - p_y), which goes from s = 64 at the start to a fraction of it. So a weight of 1, or the mean
+over the dimension in place of the sum, does nothing beside a classification loss (several public forks report "no gain"
+for that reason), and weights of 64 to 128 make the two alike in strength. The default of 64 is the logit scale; what
+came of it shows in the log as ``gradient_share/embedding``.
+
+With ``labels=none`` the labels are left out: there is no classifier, the distance is all that is trained on.
+"""
+
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal, get_args
+
+from torch import Tensor
+
+from arcface_kd.losses.embedding import squared_distance
+from arcface_kd.methods.base import Batch, Method, Requirement, RunContext
+
+Distance = Literal["l2", "cosine"]
+Labels = Literal["classify", "none"]
+
+
+@dataclass(frozen=True)
+class EmbeddingConfig:
+    """Embedding distillation's knobs.
+
+    Attributes:
+        distance: ``l2`` (default) or ``cosine``, which is half of it.
+        weight: of the distance, at least 0.
+        labels: ``classify`` (default) trains the classification loss of the trainer, or of another method, as well;
+            ``none`` leaves it out, and excludes methods that bring one.
+
+    Raises:
+        ValueError: a word that is not one of these, or a negative weight.
+    """
+
+    distance: Distance = "l2"
+    weight: float = 64.0
+    labels: Labels = "classify"
+
+    def __post_init__(self) -> None:
+        if self.distance not in get_args(Distance):
+            raise ValueError(f"distance is {self.distance!r}; it must be one of {', '.join(get_args(Distance))}")
+        if self.labels not in get_args(Labels):
+            raise ValueError(f"labels is {self.labels!r}; it must be one of {', '.join(get_args(Labels))}")
+        if not 0 <= self.weight < float("inf"):
+            raise ValueError(f"weight is {self.weight}; it must be finite and at least 0")
+
+
+class EmbeddingDistillation(Method):
+    """The student's embedding is to be the teacher's: L2 or cosine, beside a classification loss or without labels.
+
+    Terms: ``embedding``, the weighted distance.
+
+    Args:
+        config: the knobs.
+        context: the run.
+    """
+
+    Config = EmbeddingConfig
+    requires: ClassVar[frozenset[Requirement]] = frozenset({Requirement.TEACHER_EMBEDDINGS})
+    config: EmbeddingConfig
+
+    def __init__(self, config: EmbeddingConfig, context: RunContext) -> None:
+        super().__init__(config, context)
+        self._distance: Tensor | None = None
+
+    @classmethod
+    def replaces_classifier(cls, config: Any) -> bool:
+        """Whether the labels are left out."""
+        return bool(config.labels == "none")
+
+    def forward(self, batch: Batch) -> dict[str, Tensor]:
+        """The distance of the gathered batch, whether its rows have labels or not.
+
+        Args:
+            batch: the gathered batch, with teacher embeddings.
+
+        Returns:
+            ``{"embedding": scalar}``.
+        """
+        assert batch.teacher is not None
+        distance = squared_distance(batch.projected, batch.teacher)
+        self._distance = distance.detach()
+        scale = self.config.weight if self.config.distance == "l2" else self.config.weight / 2
+        return {"embedding": self.context.ranks.computed_by_all(distance * scale)}
+
+    def observations(self) -> dict[str, Tensor]:
+        """The mean cosine of student and teacher over the last gathered batch."""
+        return {} if self._distance is None else {"embedding_cosine": 1 - self._distance / 2}

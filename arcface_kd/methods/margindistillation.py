@@ -1,0 +1,106 @@
+r"""MarginDistillation: the teacher's classes, and a margin for each image (Svitov, Alyamkin, 2020, arXiv 2003.02586).
+
+The teacher's classifier is frozen and takes the place of the student's, as in ProxylessKD. The additive angular margin
+of a row depends on how near the teacher puts it to its class center, compared with the batch's nearest:
+
+    d_i = cos(f_t, w_y),      m_i = (largest - smallest) / max_j d_j * d_i + smallest
+    loss = margin softmax of f_s against the teacher's classes, with s cos(theta_y + m_i)
+
+An image that the teacher finds typical of its identity is to be learned with the full margin, a doubtful one with
+less. Published: largest 0.5, smallest 0.2, s = 64, no other term.
+
+Chosen here, since the paper does not say: the maximum is over the batch of all ranks; a negative d_i counts as 0, so
+that no margin leaves [smallest, largest], and a batch without a positive one has the smallest margin throughout.
+"""
+
+from dataclasses import dataclass, replace
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+from torch.nn.functional import normalize
+
+from arcface_kd.losses.margin import Margin
+from arcface_kd.methods.base import Batch, Requirement, RunContext
+from arcface_kd.methods.proxylesskd import ProxylessKD, ProxylessKDConfig
+
+
+@dataclass(frozen=True)
+class MarginDistillationConfig(ProxylessKDConfig):
+    """MarginDistillation's knobs.
+
+    Attributes:
+        largest: the margin of the image that is nearest to its class center, in radians, in [0, pi / 2].
+        smallest: the margin of an image at a right angle to its class center, in radians, in [0, ``largest``].
+
+    Raises:
+        ValueError: a margin out of range.
+    """
+
+    largest: float = 0.5
+    smallest: float = 0.2
+
+    def __post_init__(self) -> None:
+        self.applied_to(Margin())
+        if not 0 <= self.smallest <= self.largest:
+            raise ValueError(f"smallest is {self.smallest}; it must be in [0, {self.largest}], which is largest")
+
+    def applied_to(self, margin: Margin) -> Margin:
+        """ArcFace's margin with the trainer's logit scale and filter; each row has its own m2 in the end."""
+        return replace(margin, m1=1.0, m2=self.largest, m3=0.0)
+
+
+def distilled_margins(cosine: Tensor, largest: float, smallest: float) -> Tensor:
+    """Additive angular margins out of the teacher's cosines.
+
+    Args:
+        cosine: (B,) cosines of the teacher's embeddings and their class centers.
+        largest: the margin where the cosine is the batch's largest, in radians.
+        smallest: the margin where it is 0 or less, in radians.
+
+    Returns:
+        (B,) in [smallest, largest].
+    """
+    near = cosine.clamp_min(0)
+    if not len(near):
+        return near
+    return near / near.amax().clamp_min(torch.finfo(near.dtype).tiny) * (largest - smallest) + smallest
+
+
+class MarginDistillation(ProxylessKD):
+    """The teacher's classifier, frozen, with a margin for each image: the nearer to its class, the larger.
+
+    Terms: ``ce``, the margin softmax. Logit scale and interclass filter are the trainer's.
+
+    Args:
+        config: the knobs.
+        context: the run, with the teacher's classifier.
+    """
+
+    Config = MarginDistillationConfig
+    requires: ClassVar[frozenset[Requirement]] = frozenset(
+        {Requirement.TEACHER_EMBEDDINGS, Requirement.TEACHER_CLASSIFIER}
+    )
+    config: MarginDistillationConfig
+
+    def __init__(self, config: MarginDistillationConfig, context: RunContext) -> None:
+        super().__init__(config, context)
+        self._margins: Tensor | None = None
+
+    @torch.no_grad()
+    def row_margins(self, batch: Batch) -> Tensor:
+        """The margin of each row of the gathered batch, (B,) in radians."""
+        assert batch.teacher is not None
+        position, owned = self.shard.local(batch.labels)
+        centers = self.weight[position] * self.inverse_norms[position].unsqueeze(1)
+        own = (normalize(batch.teacher.to(centers.dtype)) * centers).sum(1) * owned
+        margins = distilled_margins(self.context.ranks.sum_(own), self.config.largest, self.config.smallest)
+        self._margins = margins.masked_fill(batch.labels < 0, torch.nan)
+        return margins
+
+    def observations(self) -> dict[str, Tensor]:
+        """Mean and quantiles of the last gathered batch's margins, in radians."""
+        if self._margins is None:
+            return {}
+        low, high = torch.nanquantile(self._margins, self._margins.new_tensor([0.1, 0.9]))
+        return {"margin_mean": self._margins.nanmean(), "margin_q10": low, "margin_q90": high}

@@ -1,0 +1,84 @@
+r"""RKD: relational knowledge distillation (Park, Kim, Lu, Cho, CVPR 2019, arXiv 1904.05068).
+
+Not where the embeddings are is compared, but how they stand to each other. With psi over the rows of the gathered batch
+and Huber's difference l (quadratic below 1, then linear):
+
+    psi_ij  = || f_i - f_j || / mean over pairs             the relative distance of two rows
+    psi_ijk = cos of the angle at j between i and k         the angle at which a row sees two others
+    loss = 25 mean_ij l(psi_ij of the student, of the teacher) + 50 mean_ijk l(psi_ijk of the student, of the teacher)
+
+25 and 50 are the published weights beside a classification loss; the means over all ordered pairs and triples, those of
+a row with itself included, are the published code's. Chosen here: unit embeddings, since faces are compared by their
+cosine. Neither labels nor a common dimension are needed.
+
+Time grows with the cube of the gathered batch, which is shared out among the ranks: no rank forms more than its own
+rows' angles. ``angle_weight=0`` leaves them out.
+"""
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from torch import Tensor
+
+from arcface_kd.losses.relation import angle_loss, distance_loss
+from arcface_kd.methods.base import Batch, Method, Requirement
+
+
+@dataclass(frozen=True)
+class RKDConfig:
+    """RKD's knobs.
+
+    Attributes:
+        distance_weight: of the difference of relative distances, at least 0.
+        angle_weight: of the difference of angles, at least 0; a weight of 0 takes the term out.
+
+    Raises:
+        ValueError: a negative weight, or both 0.
+    """
+
+    distance_weight: float = 25.0
+    angle_weight: float = 50.0
+
+    def __post_init__(self) -> None:
+        for name in ("distance_weight", "angle_weight"):
+            if not 0 <= getattr(self, name) < float("inf"):
+                raise ValueError(f"{name} is {getattr(self, name)}; it must be finite and at least 0")
+        if self.distance_weight == self.angle_weight == 0:
+            raise ValueError("distance_weight and angle_weight are both 0; one of them must be positive")
+
+
+class RKD(Method):
+    """The rows' distances to each other and the angles between them are to be the teacher's.
+
+    Terms: ``rkd_distance`` and ``rkd_angle``, weighted; one with a weight of 0 is left out.
+
+    Args:
+        config: the knobs.
+        context: the run.
+    """
+
+    Config = RKDConfig
+    requires: ClassVar[frozenset[Requirement]] = frozenset({Requirement.TEACHER_EMBEDDINGS})
+    projects: ClassVar[bool] = False
+    config: RKDConfig
+
+    def forward(self, batch: Batch) -> dict[str, Tensor]:
+        """The gathered batch's relations, of which each rank takes its own rows' part.
+
+        Args:
+            batch: the gathered batch, with teacher embeddings.
+
+        Returns:
+            The terms.
+        """
+        assert batch.teacher is not None
+        ranks = self.context.ranks
+        rows = ranks.own_slice(batch.sizes)
+        terms: dict[str, Tensor] = {}
+        if self.config.distance_weight:
+            part = distance_loss(batch.embeddings, batch.teacher, rows)
+            terms["rkd_distance"] = ranks.computed_in_parts(part * self.config.distance_weight)
+        if self.config.angle_weight:
+            part = angle_loss(batch.embeddings, batch.teacher, rows)
+            terms["rkd_angle"] = ranks.computed_in_parts(part * self.config.angle_weight)
+        return terms
