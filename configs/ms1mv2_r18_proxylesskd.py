@@ -9,6 +9,7 @@ config.margin_list = (1.0, 0.45, 0.0)
 config.network = "r18"
 config.fp16 = True
 config.save_all_states = True
+config.output = None
 
 config.rec = "/train_tmp/faces_emore"
 config.num_classes = 85742

@@ -9,6 +9,7 @@ config.margin_list = (1.0, 0.45, 0.0)
 config.network = "mbf"
 config.fp16 = True
 config.save_all_states = True
+config.output = None
 
 config.rec = "/train_tmp/ms1m-retinaface-t1"
 config.num_classes = 93431

@@ -9,6 +9,7 @@ config.margin_list = (1.0, 0.45, 0.0)
 config.network = "mbf"
 config.fp16 = True
 config.save_all_states = True
+config.output = None
 config.sample_rate = 0.2
 config.batch_size = 512
 config.lr = 0.4

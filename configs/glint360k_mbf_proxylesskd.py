@@ -1,0 +1,27 @@
+# MobileFaceNet on Glint360K with ProxylessKD: the teacher's classifier, frozen, ArcDistill's margin, the host's epochs.
+# Copy into arcface_torch/configs/ and run the trainer on it; only keys that differ from configs/base.py.
+from easydict import EasyDict as edict
+
+import arcface_kd
+
+config = edict()
+config.margin_list = (1.0, 0.45, 0.0)
+config.network = "mbf"
+config.fp16 = True
+config.save_all_states = True
+config.output = None
+
+config.rec = "/train_tmp/glint360k"
+config.num_classes = 360232
+config.num_image = 17091657
+config.num_epoch = 20
+config.warmup_epoch = 0
+config.val_targets = ["lfw", "cfp_fp", "agedb_30"]
+
+# The folder of the teacher's run, with checkpoint_gpu_*.pt, or a file; the teacher itself only checks the order of the
+# classes against the records and is not run in training.
+config.kd = "proxylesskd"
+config.kd_teacher = "/train_tmp/teachers/r50.pt"
+config.kd_classifier = "/train_tmp/teachers/r50"
+
+arcface_kd.attach(config)
