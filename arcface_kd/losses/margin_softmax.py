@@ -38,8 +38,8 @@ def chunk_size(batch: int, device: torch.device) -> int:
     return min(max(256, budget // max(batch, 1) // 256 * 256), _LARGEST_CHUNK)
 
 
-class _Classes(NamedTuple):
-    """This rank's classes as one pass sees them: the centers, the sampled rows and where the targets stand.
+class VisitedClasses(NamedTuple):
+    """This rank's classes as a pass over them sees them: the centers, the sampled rows and where the targets stand.
 
     Attributes:
         centers: (C, D) class centers of this shard, not normalised.
@@ -59,6 +59,7 @@ class _Classes(NamedTuple):
 
     @property
     def visited(self) -> int:
+        """Number of classes that a pass visits."""
         return self.centers.shape[0] if self.sampled is None else self.sampled.shape[0]
 
 
@@ -67,17 +68,26 @@ def inverse_norm(rows: Tensor) -> Tensor:
     return rows.norm(dim=-1).clamp_min(1e-12).reciprocal()
 
 
-def _classes(
+def visited_classes(
     centers: Tensor, inverse_norms: Tensor | None, labels: Tensor, class_start: int, index: Tensor | None
-) -> _Classes:
+) -> VisitedClasses:
+    """Find where a batch's targets stand among the classes that a pass over this shard visits.
+
+    Args:
+        centers: (C, D) class centers of this shard.
+        inverse_norms: (C,) one over each center's norm, or None.
+        labels: (B,) int64 labels over all classes, negative ones for none.
+        class_start: the first class of this shard.
+        index: (K,) sorted positions of the classes that take part, or None for all.
+    """
     target, owned = positions_in_shard(labels, class_start, centers.shape[0])
     if index is None:
-        return _Classes(centers, inverse_norms, None, torch.where(owned, target, -1), target, owned)
+        return VisitedClasses(centers, inverse_norms, None, torch.where(owned, target, -1), target, owned)
     place = torch.searchsorted(index, target).clamp_max(max(index.shape[0] - 1, 0))
     if index.shape[0] == 0:
-        return _Classes(centers, inverse_norms, index, torch.full_like(target, -1), target, owned)
+        return VisitedClasses(centers, inverse_norms, index, torch.full_like(target, -1), target, owned)
     visited = owned & (index[place] == target)
-    return _Classes(centers, inverse_norms, index, torch.where(visited, place, -1), target, owned)
+    return VisitedClasses(centers, inverse_norms, index, torch.where(visited, place, -1), target, owned)
 
 
 class _Chunk(NamedTuple):
@@ -108,7 +118,9 @@ class _Chunks:
         product_dtype: number format of the factors of the matrix products.
     """
 
-    def __init__(self, unit: Tensor, classes: _Classes, margin: Margin, chunk: int, product_dtype: torch.dtype) -> None:
+    def __init__(
+        self, unit: Tensor, classes: VisitedClasses, margin: Margin, chunk: int, product_dtype: torch.dtype
+    ) -> None:
         batch, self._dtype = unit.shape[0], unit.dtype
         self._classes = classes
         self._threshold = margin.filter_threshold * margin.scale
@@ -186,7 +198,7 @@ class _Pass(NamedTuple):
 
 
 def _pass_over_classes(
-    unit: Tensor, classes: _Classes, margin: Margin, chunk: int, product_dtype: torch.dtype
+    unit: Tensor, classes: VisitedClasses, margin: Margin, chunk: int, product_dtype: torch.dtype
 ) -> _Pass:
     """The sum of exponentials and the weighted sum of centers over this shard's classes but the target.
 
@@ -230,8 +242,8 @@ def _finite(shift: Tensor) -> Tensor:
     return torch.where(shift.isinf(), torch.zeros_like(shift), shift)
 
 
-def _through_normalisation(gradient: Tensor, unit: Tensor, inverse: Tensor) -> Tensor:
-    """The gradient in x of a function of x / |x|, given its gradient in the unit vector and 1 / |x| as (B, 1)."""
+def through_normalisation(gradient: Tensor, unit: Tensor, inverse: Tensor) -> Tensor:
+    """The gradient in x of a function of x / |x|: from (B, D), that in the unit vector, and (B, 1), 1 / |x|."""
     return (gradient - (gradient * unit).sum(1, keepdim=True) * unit) * inverse
 
 
@@ -257,7 +269,7 @@ class _MarginSoftmax(torch.autograd.Function):
         raw = embeddings.to(dtype)
         inverse = inverse_norm(raw).unsqueeze(1)
         unit = raw * inverse
-        classes = _classes(centers, inverse_norms, labels, class_start, index)
+        classes = visited_classes(centers, inverse_norms, labels, class_start, index)
 
         own = centers[classes.target].to(dtype)
         own_inverse = inverse_norm(own).unsqueeze(1)
@@ -284,7 +296,7 @@ class _MarginSoftmax(torch.autograd.Function):
         share = (local.shift - top).exp() / whole * scale
         miss = -others / whole * slope * scale * classes.owned
         gradient = local.pull * share.unsqueeze(1) + own * miss.unsqueeze(1)
-        in_embeddings = _through_normalisation(gradient, unit, inverse)
+        in_embeddings = through_normalisation(gradient, unit, inverse)
         ctx.settings = (margin, class_start, chunk, product_dtype, embeddings.dtype)
         if ctx.needs_input_grad[1]:
             ctx.save_for_backward(
@@ -304,12 +316,12 @@ class _MarginSoftmax(torch.autograd.Function):
         in_centers = None
         if saved:
             unit, own, own_inverse, shift, share, miss, centers, inverse_norms, labels, index = saved
-            classes = _classes(centers, inverse_norms, labels, class_start, index)
+            classes = visited_classes(centers, inverse_norms, labels, class_start, index)
             # As in the forward pass, the products' format is chosen here and nowhere else.
             with torch.autocast(unit.device.type, enabled=False):
                 in_centers = _gradient_in_centers(unit, classes, margin, chunk, product_dtype, shift, share, upstream)
             # The target's own pull, which the margin's slope has scaled; rows of other ranks add zero to row 0.
-            pull = _through_normalisation(unit * (miss * upstream).unsqueeze(1), own, own_inverse)
+            pull = through_normalisation(unit * (miss * upstream).unsqueeze(1), own, own_inverse)
             in_centers.index_add_(0, classes.target, pull.to(in_centers.dtype))
         wanted = ctx.needs_input_grad[0]
         return (in_embeddings * upstream).to(embedding_dtype) if wanted else None, in_centers, *(None,) * 9
@@ -317,7 +329,7 @@ class _MarginSoftmax(torch.autograd.Function):
 
 def _gradient_in_centers(
     unit: Tensor,
-    classes: _Classes,
+    classes: VisitedClasses,
     margin: Margin,
     chunk: int,
     product_dtype: torch.dtype,
