@@ -198,6 +198,35 @@ class RankGroup:
         total: Tensor = _SumOfParts.apply(part, self)
         return total
 
+    def sum_with_gradient(self, values: Tensor) -> Tensor:
+        """The sum over ranks of what each has of its own rows; in the backward pass the ranks' gradients are summed.
+
+        That is the gradient of a loss whose summands the ranks have shared out and which all depend on the sum, as on
+        the statistics of the whole batch. All ranks take part in the backward pass.
+
+        Args:
+            values: (...) this rank's.
+
+        Returns:
+            The sum, the same on each rank.
+        """
+        if self.world_size == 1:
+            return values
+        total: Tensor = _SumOverRanks.apply(values, self)
+        return total
+
+    def average_gradient(self, parameter: Tensor) -> None:
+        """Have a parameter's gradient averaged over ranks, as ``DistributedDataParallel`` does for the backbone's.
+
+        For parameters of the head that every rank has, and that lie before :func:`for_ddp` on the way to the loss. The
+        parameter needs a gradient on every rank in each backward pass, in the same order.
+
+        Args:
+            parameter: the same on each rank.
+        """
+        if self.world_size > 1:
+            parameter.register_hook(lambda gradient: self.sum_(gradient.clone()) / self.world_size)
+
     def max_(self, values: Tensor) -> Tensor:
         """Maximum over ranks, in place."""
         if self.world_size > 1:
@@ -226,6 +255,17 @@ class _SumOfParts(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
         return gradients[0], None
+
+
+class _SumOverRanks(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, values: Tensor, ranks: RankGroup) -> Tensor:
+        ctx.ranks = ranks
+        return ranks.sum_(values.detach().clone())
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
+        return ctx.ranks.sum_(gradients[0].clone()), None
 
 
 class _ScaleGradient(torch.autograd.Function):

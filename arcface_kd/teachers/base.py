@@ -257,6 +257,16 @@ class Teacher(nn.Module):
             images = images * images.new_tensor(scale).view(3, 1, 1) + images.new_tensor(shift).view(3, 1, 1)
         return images.contiguous(memory_format=self._memory_format)
 
+    def autocast(self, device: torch.device) -> torch.autocast:
+        """The context that the network computes in.
+
+        Args:
+            device: of its input.
+        """
+        # Autocast of the student's step is switched off too: the teacher's precision is the teacher's own.
+        enabled = self.precision in _AUTOCAST
+        return torch.autocast(device.type, dtype=_AUTOCAST.get(self.precision), enabled=enabled)
+
     @torch.no_grad()
     def forward(self, images: Tensor) -> Tensor:
         """Embed images as the student sees them.
@@ -283,10 +293,7 @@ class Teacher(nn.Module):
                 network.eval()
             if self.device not in (None, images.device):
                 network.to(images.device)
-        kind = images.device.type
-        autocast = self.precision in _AUTOCAST
-        # Autocast of the student's step is switched off too: the teacher's precision is the teacher's own.
-        with torch.autocast(kind, dtype=_AUTOCAST.get(self.precision), enabled=autocast):
+        with self.autocast(images.device):
             embeddings = network(self.prepare(images.float()))
         if not isinstance(embeddings, Tensor):
             raise TeacherError(
