@@ -28,9 +28,14 @@ from arcface_kd.sharding import ClassShard, RankGroup, for_ddp, on_first_rank_fi
 from arcface_kd.step_log import StepLog
 from arcface_kd.teacher_classifier import CLASS_MEANS, check_order, class_means, read_classifier
 from arcface_kd.teachers.base import Teacher, load_teacher
-from arcface_kd.teachers.embedding_cache import EmbeddingCache, identity_of
+from arcface_kd.teachers.embedding_cache import EmbeddingCache, how_to_fill, identity_in, identity_of
 
 logger = logging.getLogger(__name__)
+
+_NO_CACHE = (
+    "{} takes the teacher's embeddings from a cache by the records that a batch shows, and the loader does not say "
+    "which these are: set dali=False; in a loop of your own, call read_through_cache with the loader"
+)
 
 
 class Distiller:
@@ -56,16 +61,23 @@ class Distiller:
                 raise ConfigError(f"the entry point of method {name!r} is {kind!r}; it must be a subclass of Method")
             self.method_types[name] = kind
             self.method_configs[name] = build(kind.Config, kd.options.get(name, {}), name)
+        alone = [name for name, kind in self.method_types.items() if not kind.combines]
+        if alone and len(self.method_types) > 1:
+            raise ConfigError(f"{alone[0]} does not combine with other methods: kd is {'+'.join(kd.methods)!r}")
         self.replacing = _replacing_classifier(self.method_types, self.method_configs)
         needed = frozenset().union(*(kind.requires for kind in self.method_types.values()))
         if Requirement.TEACHER_CLASSIFIER in needed and kd.classifier is None:
             raise TeacherError(f"{'+'.join(kd.methods)} needs {Requirement.TEACHER_CLASSIFIER.value}")
+        self.from_cache_alone = Requirement.CACHED_EMBEDDINGS in needed
+        if self.from_cache_alone and kd.cache is None:
+            raise TeacherError(f"{'+'.join(kd.methods)} needs {Requirement.CACHED_EMBEDDINGS.value}")
         if teacher is None and kd.teacher is not None and self.method_types:
             teacher = load_teacher(kd.teacher, kd.options.get("teacher"))
-        if teacher is None and Requirement.TEACHER_EMBEDDINGS in needed:
+        if teacher is None and Requirement.TEACHER_EMBEDDINGS in needed and not self.from_cache_alone:
             raise TeacherError(f"{'+'.join(kd.methods)} needs {Requirement.TEACHER_EMBEDDINGS.value}")
         self.needed = needed
         self.teacher = teacher
+        self.student: nn.Module | None = None
         self.faces: FaceDataset | None = None
         self.cache: EmbeddingCache | None = None
         self._views: BatchViews | None = None
@@ -87,6 +99,9 @@ class Distiller:
             DataError: an image that cannot be read.
         """
         self.faces = loader.faces
+        if self.from_cache_alone:
+            self._open_full_cache(loader)
+            return
         reads = Requirement.TEACHER_EMBEDDINGS in self.needed or self.kd.classifier == CLASS_MEANS
         if self.kd.cache is None or self.teacher is None or not reads:
             return
@@ -101,6 +116,36 @@ class Distiller:
         self.cache = on_first_rank_first(lambda: EmbeddingCache(str(self.kd.cache), identity), ranks)
         loader.on_batch = self._next_views
 
+    def _open_full_cache(self, loader: FaceLoader) -> None:
+        """Let the cache stand for the teacher, which is given up where one was given to compare with."""
+        path, whose = str(self.kd.cache), "+".join(self.kd.methods)
+        if not shows_two_views(loader.faces):
+            raise TeacherError(
+                f"{whose} takes the teacher's embeddings from a cache, and a {type(loader.faces).__name__} may show an "
+                "image in other ways than plain and mirrored: train on records or on a folder"
+            )
+        data = fingerprint(loader.faces)
+        if self.teacher is None:
+            identity = identity_in(path, data, len(loader.faces))
+        else:
+            identity = identity_of(self.teacher, data, len(loader.faces))
+        self.cache = EmbeddingCache(path, identity, create=False)
+        self.teacher = None
+        loader.on_batch = self._next_views
+
+    @property
+    def teacher_embedding_size(self) -> int | None:
+        """The teacher's dimension, whether it is there or its cache stands for it; None without either."""
+        if self.teacher is not None:
+            return self.teacher.embedding_size
+        return self.cache.embedding_size if self.from_cache_alone and self.cache is not None else None
+
+    @property
+    def _listens(self) -> bool:
+        """Whether each batch needs the teacher's embeddings."""
+        there = self.teacher is not None or self.from_cache_alone
+        return there and Requirement.TEACHER_EMBEDDINGS in self.needed
+
     def _next_views(self, views: BatchViews) -> None:
         self._views = views
 
@@ -114,19 +159,27 @@ class Distiller:
 
         Returns:
             The same module.
+
+        Raises:
+            ConfigError: a student that a method cannot work with.
         """
-        if self.teacher is not None and Requirement.TEACHER_EMBEDDINGS in self.needed:
+        for name, kind in self.method_types.items():
+            kind.prepare_student(self.method_configs[name], student)
+        if self._listens:
             student.register_forward_pre_hook(self._observe)
+        self.student = student
         return student
 
     def _observe(self, student: nn.Module, arguments: tuple[Any, ...]) -> None:
-        if student.training and torch.is_grad_enabled() and self.teacher is not None:
+        if student.training and torch.is_grad_enabled() and self._listens:
             self._seen = self._embed(self.teacher, arguments[0])
 
-    def _embed(self, teacher: Teacher, images: Tensor) -> Tensor:
+    def _embed(self, teacher: Teacher | None, images: Tensor) -> Tensor:
         """The teacher's unit embeddings of a batch, from the cache where they are in it."""
         views, self._views = self._views, None
         if self.cache is None:
+            if teacher is None:
+                raise TeacherError(_NO_CACHE.format("+".join(self.kd.methods)))
             return normalize(teacher(images))
         if views is None or views.index.shape[0] != images.shape[0]:
             raise RuntimeError(
@@ -137,6 +190,11 @@ class Distiller:
         if not known.all():
             missing = ~known
             index, flipped = views.index[missing], views.flipped[missing]
+            if teacher is None:
+                raise TeacherError(
+                    f"the cache {self.cache.path} lacks embeddings of images {index[:5].tolist()}: "
+                    f"{how_to_fill(self.cache.path)}"
+                )
             self.cache.store(index, flipped, teacher(images[missing.to(images.device)]))
             # Read back: the step that fills a row and the one that finds it see the same rounded numbers.
             rows[missing], _ = self.cache.look_up(index, flipped)
@@ -154,7 +212,7 @@ class Distiller:
         Raises:
             RuntimeError: the student was not run in training mode before the head, or on another batch.
         """
-        if self.teacher is None or Requirement.TEACHER_EMBEDDINGS not in self.needed:
+        if not self._listens:
             return None
         seen, self._seen = self._seen, None
         if seen is None or seen.shape[0] != rows:
@@ -230,6 +288,7 @@ class DistillationHead(nn.Module):
         product_dtype: number format of the matrix products, None for fp32.
         seed: of the run.
         steps_per_epoch: micro-steps of one epoch.
+        total_steps: micro-steps of the whole run; None where nobody knows, which some methods refuse.
         ranks: the ranks that share the classes; None takes the default process group.
         log: where loss terms, their gradient norms and the methods' observations go; None keeps no log.
         run_folder: the run's output folder, where a state of another number of ranks finds the other ranks' shards.
@@ -255,6 +314,7 @@ class DistillationHead(nn.Module):
         ranks: RankGroup | None = None,
         log: StepLog | None = None,
         run_folder: Path | None = None,
+        total_steps: int | None = None,
     ) -> None:
         super().__init__()
         self.run_folder = run_folder
@@ -270,9 +330,11 @@ class DistillationHead(nn.Module):
         self.num_classes = num_classes
         self.shard = shard = self.ranks.shard(num_classes)
         classifier = distiller.teacher_classifier(shard)
-        teacher_embedding_size = distiller.teacher.embedding_size if distiller.teacher is not None else None
+        teacher_embedding_size = distiller.teacher_embedding_size
         if teacher_embedding_size is None and classifier is not None:
             teacher_embedding_size = classifier.shape[1]
+        if distiller.from_cache_alone and distiller.cache is None:
+            raise TeacherError(_NO_CACHE.format("+".join(distiller.kd.methods)))
         compares = any(kind.projects for kind in distiller.method_types.values())
         self.projection = (
             _projection(distiller.student_options, embedding_size, teacher_embedding_size, seed, self.ranks)
@@ -297,6 +359,9 @@ class DistillationHead(nn.Module):
         methods: dict[str, Method] = {}
         if not distiller.replacing:
             methods["classifier"] = LearnedClassifier(context)
+            total_steps=total_steps,
+            cache=distiller.cache if distiller.from_cache_alone else None,
+            student=distiller.student,
         for name, kind in distiller.method_types.items():
             methods[name] = kind(distiller.method_configs[name], context)
         self.methods = nn.ModuleDict(methods)

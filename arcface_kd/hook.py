@@ -153,10 +153,13 @@ def drop_ins(
             float(sample_rate),
             narrow_format(training_device()) if fp16 else None,
             seed=int(settings["seed"]),
-            steps_per_epoch=max(1, settings["num_image"] // total_batch),
+            steps_per_epoch=steps_per_epoch,
+            total_steps=None if epochs is None else max(1, steps_per_epoch * int(epochs)),
             ranks=ranks,
             log=StepLog(Path(settings["output"]) / "tensorboard", int(settings["frequent"]), ranks.rank == 0),
             run_folder=Path(settings["output"]),
+        steps_per_epoch = max(1, settings["num_image"] // total_batch)
+        epochs = settings.get("num_epoch")
         )
 
     return DropIns(get_model, get_dataloader, partial_fc, shared)

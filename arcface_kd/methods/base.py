@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from arcface_kd.losses.margin import Margin
 from arcface_kd.sharding import RankGroup
+from arcface_kd.teachers.embedding_cache import EmbeddingCache
 
 
 class Requirement(enum.Enum):
@@ -18,6 +19,10 @@ class Requirement(enum.Enum):
     TEACHER_CLASSIFIER = (
         "the teacher's classifier: give its file, or the folder of the run that trained it, with --kd-classifier; "
         "where nobody has kept it, --kd-classifier class-means and a filled --kd-cache"
+    )
+    CACHED_EMBEDDINGS = (
+        "the teacher's embeddings of all training images, and nothing else of it: fill a cache with `arcface-kd cache "
+        "CONFIG --kd-teacher FILE --out CACHE`, and give it with --kd-cache CACHE"
     )
 
 
@@ -35,6 +40,9 @@ class RunContext:
         sample_rate: PartialFC's share of classes a step, in (0, 1].
         seed: of the run.
         steps_per_epoch: optimiser micro-steps of one epoch, at least 1.
+        total_steps: micro-steps of the whole run, at least 1; None where nobody knows.
+        cache: the teacher's embeddings of the run's images, for methods that require them; None elsewhere.
+        student: the watched student, for methods that prepare it; None where none is watched.
         product_dtype: number format of the head's matrix products, None for fp32.
         ranks: the ranks that share the classes.
     """
@@ -49,6 +57,9 @@ class RunContext:
     steps_per_epoch: int = 1
     product_dtype: torch.dtype | None = None
     teacher_classifier: Tensor | None = field(default=None, repr=False, compare=False)
+    total_steps: int | None = None
+    cache: EmbeddingCache | None = field(default=None, repr=False, compare=False)
+    student: nn.Module | None = field(default=None, repr=False, compare=False)
 
 
 @dataclass(frozen=True)
@@ -80,8 +91,8 @@ class Method(nn.Module):
     A subclass names its knobs in ``Config`` (a frozen dataclass whose defaults are the published ones and whose
     ``__post_init__`` refuses what is out of range), what it cannot do without in ``requires``, in ``classifies``
     whether its terms take the place of the trainer's learned classifier, in ``projects`` whether they look at
-    ``Batch.projected``, and in ``sharded`` which entries of its ``state_dict`` have one row for each class of this rank
-    (the first of a method that classifies: its class centers).
+    ``Batch.projected``, in ``combines`` whether it may stand beside others, and in ``sharded`` which entries of its
+    ``state_dict`` have one row for each class of this rank (the first of a method that classifies: its class centers).
 
     Every rank sees the whole gathered batch, returns the same values, and its gradient of a row is added to those of
     the other ranks. So each summand of a loss must be differentiated on one rank, or its gradient be shared out:
@@ -107,6 +118,7 @@ class Method(nn.Module):
     requires: ClassVar[frozenset[Requirement]] = frozenset()
     classifies: ClassVar[bool] = False
     projects: ClassVar[bool] = True
+    combines: ClassVar[bool] = True
     sharded: ClassVar[tuple[str, ...]] = ()
 
     def __init__(self, config: Any, context: RunContext) -> None:
@@ -127,6 +139,16 @@ class Method(nn.Module):
             ``classifies``, unless a subclass decides by a knob.
         """
         return cls.classifies
+
+    @classmethod
+    def prepare_student(cls, config: Any, student: nn.Module) -> None:
+        """Make a student ready for the method, once, before any trainer has wrapped it or collected its parameters.
+
+        Args:
+            config: the knobs.
+            student: the one that is watched; its ``state_dict`` must keep its keys and shapes.
+        """
+        return
 
     def forward(self, batch: Batch) -> dict[str, Tensor]:
         """The step's loss terms by name; their sum is trained on.
