@@ -311,10 +311,10 @@ class DistillationHead(nn.Module):
         *,
         seed: int = 0,
         steps_per_epoch: int = 1,
+        total_steps: int | None = None,
         ranks: RankGroup | None = None,
         log: StepLog | None = None,
         run_folder: Path | None = None,
-        total_steps: int | None = None,
     ) -> None:
         super().__init__()
         self.run_folder = run_folder
@@ -329,12 +329,12 @@ class DistillationHead(nn.Module):
             raise ConfigError(f"sample_rate is {sample_rate}; it must be in (0, 1]")
         self.num_classes = num_classes
         self.shard = shard = self.ranks.shard(num_classes)
+        if distiller.from_cache_alone and distiller.cache is None:
+            raise TeacherError(_NO_CACHE.format("+".join(distiller.kd.methods)))
         classifier = distiller.teacher_classifier(shard)
         teacher_embedding_size = distiller.teacher_embedding_size
         if teacher_embedding_size is None and classifier is not None:
             teacher_embedding_size = classifier.shape[1]
-        if distiller.from_cache_alone and distiller.cache is None:
-            raise TeacherError(_NO_CACHE.format("+".join(distiller.kd.methods)))
         compares = any(kind.projects for kind in distiller.method_types.values())
         self.projection = (
             _projection(distiller.student_options, embedding_size, teacher_embedding_size, seed, self.ranks)
@@ -355,13 +355,13 @@ class DistillationHead(nn.Module):
             seed=seed,
             steps_per_epoch=steps_per_epoch,
             product_dtype=product_dtype,
+            total_steps=total_steps,
+            cache=distiller.cache if distiller.from_cache_alone else None,
+            student=distiller.student,
         )
         methods: dict[str, Method] = {}
         if not distiller.replacing:
             methods["classifier"] = LearnedClassifier(context)
-            total_steps=total_steps,
-            cache=distiller.cache if distiller.from_cache_alone else None,
-            student=distiller.student,
         for name, kind in distiller.method_types.items():
             methods[name] = kind(distiller.method_configs[name], context)
         self.methods = nn.ModuleDict(methods)

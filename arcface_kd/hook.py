@@ -145,6 +145,8 @@ def drop_ins(
     ) -> DistillationHead:
         settings, ranks = config(), RankGroup()
         total_batch = settings["batch_size"] * ranks.world_size
+        steps_per_epoch = max(1, settings["num_image"] // total_batch)
+        epochs = settings.get("num_epoch")
         return DistillationHead(
             shared,
             margin_of(margin_loss),
@@ -158,8 +160,6 @@ def drop_ins(
             ranks=ranks,
             log=StepLog(Path(settings["output"]) / "tensorboard", int(settings["frequent"]), ranks.rank == 0),
             run_folder=Path(settings["output"]),
-        steps_per_epoch = max(1, settings["num_image"] // total_batch)
-        epochs = settings.get("num_epoch")
         )
 
     return DropIns(get_model, get_dataloader, partial_fc, shared)
