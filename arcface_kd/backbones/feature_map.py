@@ -1,0 +1,188 @@
+"""Where a face network's feature maps are, whoever wrote it: found by its modules' names, or named.
+
+Known by themselves are the networks of this package and of arcface_torch (iresnet, mobilefacenet, vit), whose modules
+are told by their names alone.
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from arcface_kd.errors import ConfigError
+
+# Modules that tell a network's family, and those whose outputs are the last maps at 7, 14, 28 and 56 pixels (thin_r18:
+# 4, 7, 14 and 28).
+_FAMILIES = (
+    (("layer1", "layer2", "layer3", "layer4", "bn2", "fc"), ("layer4", "layer3", "layer2", "layer1")),
+    (("layers.7", "conv_sep", "features"), ("conv_sep", "layers.5", "layers.3", "layers.1")),
+    (("conv_5", "conv_6_sep", "output_layer"), ("conv_6_sep", "conv_4", "conv_3", "conv2_dw")),
+    (("stem", "stages.3", "bn2", "fc"), ("stages.3", "stages.2", "stages.1", "stages.0")),
+)
+# arcface_torch's vit ends in `feature`, whose input is all tokens of an image in one row, put back in their places
+# where training has left some of them out.
+_VIT = ("patch_embed", "blocks", "feature")
+
+
+@dataclass(frozen=True)
+class MapPlace:
+    """A place in a network where its feature map can be taken.
+
+    Attributes:
+        module: path of a module.
+        is_input: the map is what the module takes, not what it returns.
+        channels: of the map, where the network has it as a row of tokens' channels.
+    """
+
+    module: str
+    is_input: bool = False
+    channels: int | None = None
+
+    def __str__(self) -> str:
+        return f"the input of {self.module!r}" if self.is_input else f"the output of {self.module!r}"
+
+    def watch(self, network: nn.Module, show: Callable[[Tensor], None]) -> RemovableHandle:
+        """Show the map whenever the network runs.
+
+        Args:
+            network: the network that the place is in.
+            show: gets the map, (B, C, H, W).
+
+        Returns:
+            What takes the hook off again.
+
+        Raises:
+            ConfigError: when the network runs, something that is no map.
+        """
+        module = network.get_submodule(self.module)
+
+        def before(_: nn.Module, inputs: tuple[Any, ...]) -> None:
+            show(self.to_map(inputs[0]))
+
+        def behind(_: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
+            show(self.to_map(output))
+
+        return module.register_forward_pre_hook(before) if self.is_input else module.register_forward_hook(behind)
+
+    def to_map(self, value: object) -> Tensor:
+        """What the network has in this place, as a map.
+
+        Args:
+            value: (B, C, H, W); (B, P, C) tokens; or (B, P * C), the tokens in one row.
+
+        Returns:
+            (B, C, H, W). P tokens are a square where P is a square number, a column elsewhere.
+
+        Raises:
+            ConfigError: something else.
+        """
+        if isinstance(value, Tensor) and value.dim() == 4:
+            return value
+        if isinstance(value, Tensor) and value.dim() == 2 and self.channels is not None:
+            value = value.reshape(value.shape[0], value.shape[1] // self.channels, self.channels)
+        if isinstance(value, Tensor) and value.dim() == 3:
+            side = math.isqrt(value.shape[1])
+            shape = (side, side) if side * side == value.shape[1] else (value.shape[1], 1)
+            return value.transpose(1, 2).unflatten(2, shape)
+        what = str(tuple(value.shape)) if isinstance(value, Tensor) else type(value).__name__
+        raise ConfigError(f"{self} is no feature map but {what}; wanted (B, C, H, W), or (B, P, C) tokens")
+
+    def from_map(self, feature_map: Tensor, dimensions: int) -> Tensor:
+        """The reverse of :meth:`to_map`.
+
+        Args:
+            feature_map: (B, C, H, W).
+            dimensions: of what the network has in this place: 4, 3 or 2.
+        """
+        if dimensions == 4:
+            return feature_map
+        tokens = feature_map.flatten(2).transpose(1, 2)
+        return tokens if dimensions == 3 else tokens.flatten(1)
+
+
+def find_map(network: nn.Module, name: str | None = None, tap: int = 0) -> MapPlace:
+    """Find a feature map of a network.
+
+    Args:
+        network: the network.
+        name: path of the module that returns the map; None finds it.
+        tap: where to find it: 0 is the last map, which the embedding is made from; 1, 2 and 3 are the last ones at
+            twice, four and eight times its height and width.
+
+    Returns:
+        The place.
+
+    Raises:
+        ConfigError: there is no module of that name, no network of a known family, or no such map in it.
+    """
+    kind = type(network).__name__
+    if name is not None:
+        if not _has(network, name) or not name:
+            raise ConfigError(f"{kind} has no module {name!r}; it has {', '.join(dict(network.named_children()))}, ...")
+        return MapPlace(name)
+    for marks, places in _FAMILIES:
+        if all(_has(network, mark) for mark in marks):
+            if not 0 <= tap < len(places):
+                raise ConfigError(f"{kind} has no feature map {tap} stages before its last; there are 0 to 3")
+            return MapPlace(places[tap])
+    if all(_has(network, mark) for mark in _VIT) and isinstance(getattr(network, "embed_dim", None), int):
+        if tap:
+            raise ConfigError(f"{kind} has its tokens in one size from beginning to end: tap is {tap}, wanted 0")
+        return MapPlace("feature", is_input=True, channels=network.embed_dim)  # type: ignore[arg-type]
+    raise ConfigError(
+        f"where {kind} has its feature map is not known: it is no iresnet, mobilefacenet or vit; name the module that "
+        f"returns it, one of {', '.join(dict(network.named_children()))} or inside one"
+    )
+
+
+def _has(network: nn.Module, path: str) -> bool:
+    try:
+        network.get_submodule(path)
+    except AttributeError:
+        return False
+    return True
+
+
+@torch.no_grad()
+def map_shape(network: nn.Module, place: MapPlace, size: int) -> tuple[int, int, int]:
+    """The shape of a network's map, from running it once on an empty image; nothing in the network changes.
+
+    Args:
+        network: in whatever mode.
+        place: of the map.
+        size: height and width of the images.
+
+    Returns:
+        (C, H, W).
+
+    Raises:
+        ConfigError: the network does not take such an image, does not pass through the place, or has no map there.
+    """
+    found: list[Tensor] = []
+    modes = {module: module.training for module in network.modules()}
+    weight = next(network.parameters(), torch.empty(0))
+    handle = place.watch(network, found.append)
+    try:
+        network.eval()
+        network(torch.zeros(2, 3, size, size, device=weight.device))
+    except ConfigError:
+        raise
+    # Anybody's code: whatever it raises, it was this image that it could not take.
+    except Exception as error:
+        text = " ".join(str(error).split())[:240]
+        raise ConfigError(f"{type(network).__name__} cannot be run on {size}x{size} images: {text}") from error
+    finally:
+        handle.remove()
+        for module, training in modes.items():
+            module.training = training
+    if len(found) != 1 or found[0].shape[0] != 2:
+        raise ConfigError(
+            f"{type(network).__name__} passes {len(found)} times through {place} in one run; wanted one map for each "
+            "image"
+        )
+    channels, height, width = found[0].shape[1:]
+    return channels, height, width
