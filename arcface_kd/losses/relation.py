@@ -18,7 +18,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn.functional import normalize, smooth_l1_loss
 
 # Angles of one chunk: they should stay in the processor's cache on a CPU, and fill the device on a GPU.
-_CHUNK_ELEMENTS = {"cpu": 1 << 18, "cuda": 1 << 25}
+_CHUNK_ELEMENTS = {"cpu": 1 << 20, "cuda": 1 << 25}
 
 
 def inner_products(embeddings: Tensor) -> Tensor:
