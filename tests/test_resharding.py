@@ -107,6 +107,16 @@ def test_files_that_an_earlier_run_on_more_ranks_has_left_are_not_read(tmp_path:
     assert torch.equal(met[ENTRY], whole(12))
 
 
+def test_more_ranks_than_before_may_each_be_given_a_copy_of_the_first_file(tmp_path: Path) -> None:
+    """Where the host looks for a file of its own for each rank."""
+    save_run(tmp_path, 12, 2)
+    for rank in (2, 3):
+        checkpoint_file(tmp_path, rank).write_bytes(checkpoint_file(tmp_path, 0).read_bytes())
+    for rank in range(4):
+        given = dict(read_checkpoint(checkpoint_file(tmp_path, rank))[HEAD])
+        assert torch.equal(fit(tmp_path, given, ClassShard(12, rank, 4))[ENTRY], whole(12)[3 * rank : 3 * rank + 3])
+
+
 def test_a_file_that_an_earlier_run_has_left_is_not_taken_for_this_rank_s_own(tmp_path: Path) -> None:
     """4 ranks, then 3, then 4 again: rank 3 finds a file that fits its classes, but of the first run."""
     save_run(tmp_path, 12, 4, step=5)

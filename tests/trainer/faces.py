@@ -1,12 +1,14 @@
 """Small data sets for runs that last seconds: drawn ones, and a corner of the real ones."""
 
+from itertools import chain
 from pathlib import Path
 from typing import NamedTuple
 
 import cv2
 import numpy as np
 
-from arcface_kd.data.recordio import RecordHeader, RecordReader, RecordWriter, pack, unpack
+from arcface_kd.data.pack import write_identities
+from arcface_kd.data.recordio import RecordReader, unpack
 from arcface_kd.data.verification_bin import read_bin, write_bin
 
 SIZE = 112
@@ -24,24 +26,9 @@ def _jpeg(pixels: np.ndarray) -> bytes:
     return cv2.imencode(".jpg", np.clip(pixels, 0, 255).astype(np.uint8))[1].tobytes()
 
 
-def _write_records(folder: Path, images: list[list[bytes]]) -> Faces:
-    """InsightFace's layout: header record, images in the order of their identities, identity records."""
-    count = sum(len(person) for person in images)
-    with RecordWriter(folder / "train.rec", folder / "train.idx") as writer:
-        header = np.array([count + 1, count + 1 + len(images)], dtype=np.float32)
-        writer.write(0, pack(RecordHeader(2, header, 0, 0), b""))
-        key, firsts = 1, []
-        for label, person in enumerate(images):
-            firsts.append(key)
-            for image in person:
-                writer.write(key, pack(RecordHeader(0, float(label), key, 0), image))
-                key += 1
-        for label, person in enumerate(images):
-            span = np.array([firsts[label], firsts[label] + len(person)], dtype=np.float32)
-            writer.write(key, pack(RecordHeader(2, span, key, 0), b""))
-            key += 1
-    (folder / "property").write_text(f"{len(images)},{SIZE},{SIZE}", encoding="utf-8")
-    return Faces(folder, len(images), count)
+def _write(folder: Path, people: list[list[bytes]]) -> Faces:
+    write_identities(folder, [len(person) for person in people], chain.from_iterable(people))
+    return Faces(folder, len(people), sum(map(len, people)))
 
 
 def draw_faces(folder: Path, identities: int, images: int, seed: int = 0) -> Faces:
@@ -58,7 +45,7 @@ def draw_faces(folder: Path, identities: int, images: int, seed: int = 0) -> Fac
     images_of = [[view(pattern) for _ in range(images)] for pattern in patterns[:identities]]
     pairs = [(view(patterns[at % 4 + identities]), view(patterns[(at + at % 2) % 4 + identities])) for at in range(40)]
     write_bin(folder / "pairs.bin", [image for pair in pairs for image in pair], [at % 2 == 0 for at in range(40)])
-    return _write_records(folder, images_of)
+    return _write(folder, images_of)
 
 
 def cut_faces(real: Path, folder: Path, identities: int, images: int) -> Faces:
@@ -78,4 +65,4 @@ def cut_faces(real: Path, folder: Path, identities: int, images: int) -> Faces:
         [pairs.images[2 * pair + side] for pair in kept for side in (0, 1)],
         [bool(pairs.is_same[pair]) for pair in kept],
     )
-    return _write_records(folder, chosen)
+    return _write(folder, chosen)

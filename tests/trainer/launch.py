@@ -1,12 +1,13 @@
 """Running a trainer as its users do, and reading what it leaves."""
 
+import json
 import os
 import socket
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import NamedTuple
@@ -28,14 +29,36 @@ class Run(NamedTuple):
     printed: str
 
 
+class Turn(NamedTuple):
+    """One of several runs in the same process: a name, what follows ``train_v2.py``, and stand-ins it asks for."""
+
+    name: str
+    arguments: Sequence[str]
+    stand_ins: Sequence[str] = ()
+
+
 def launch(folder: Path, config: str, *arguments: str, ranks: int = 1, torchrun: bool = False) -> Run:
     """Train with ``configs/CONFIG`` in a trainer's folder, on CPUs.
 
     ``torchrun`` starts the ranks as its users do; without it they get the same environment from here, which saves a
     process and its imports.
     """
+    return _start(folder, ["train_v2.py", f"configs/{config}", *arguments], ranks, torchrun)
+
+
+def launch_in_turn(folder: Path, turns: Sequence[Turn], ranks: int = 1, torchrun: bool = False) -> Run:
+    """Train several times in a trainer's folder, one after the other in the same ranks, see ``in_turn.py``.
+
+    The first run that fails is the last one.
+    """
+    with tempfile.NamedTemporaryFile("w", suffix=".json", encoding="utf-8") as plan:
+        json.dump([turn._asdict() for turn in turns], plan)
+        plan.flush()
+        return _start(folder, [str(Path(__file__).with_name("in_turn.py")), plan.name], ranks, torchrun)
+
+
+def _start(folder: Path, trainer: list[str], ranks: int, torchrun: bool) -> Run:
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONDONTWRITEBYTECODE": "1"}
-    trainer = ["train_v2.py", f"configs/{config}", *arguments]
     port = str(_free_port())
     if torchrun:
         options = [f"--nproc_per_node={ranks}", "--master_addr=127.0.0.1", f"--master_port={port}"]

@@ -8,7 +8,6 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 import pytest
@@ -19,27 +18,13 @@ from arcface_kd.backbones import get_backbone
 from arcface_kd.centers import initial_centers
 from arcface_kd.data.dataset import open_dataset
 from arcface_kd.data.recordio import RecordReader, unpack
-from arcface_kd.patching import patch_checkout
 from arcface_kd.sharding import ClassShard
 from tests.trainer.faces import Faces, cut_faces, draw_faces
+from tests.trainer.host import checkout, settings
 from tests.trainer.launch import head_state, launch, loss_trace, train, write_config
+from tests.trainer.teacher import Teacher, untrained_teacher
 
 pytestmark = [pytest.mark.trainer, pytest.mark.slow]
-
-REPOSITORY = Path(__file__).parents[2]
-
-
-class Teacher(NamedTuple):
-    """The arguments that name a teacher, and its dimension."""
-
-    arguments: list[str]
-    embedding_size: int
-
-
-def checkout(arcface_torch: Path, folder: Path, *patches: str) -> Path:
-    shutil.copytree(arcface_torch, folder)
-    patch_checkout(folder, patches)
-    return folder
 
 
 @pytest.fixture(scope="module")
@@ -68,36 +53,7 @@ def faces(tmp_path_factory: pytest.TempPathFactory) -> Faces:
 
 @pytest.fixture(scope="module")
 def teacher(faces: Faces, tmp_path_factory: pytest.TempPathFactory) -> Teacher:
-    """A backbone that was never trained, whose batch norms have seen the faces: enough to tell the patterns apart."""
-    file = tmp_path_factory.mktemp("teacher") / "model.pt"
-    images = torch.stack([face.image for face in (open_dataset(faces.folder)[at] for at in range(faces.num_image))])
-    torch.manual_seed(0)
-    network = get_backbone("thin_r18", num_features=512).train()
-    with torch.no_grad():
-        for _ in range(3):
-            network(images / 127.5 - 1)
-    torch.save(network.state_dict(), file)
-    return Teacher(["--kd-teacher", str(file)], 512)
-
-
-def settings(faces: Faces, output: Path, **changes: object) -> dict[str, object]:
-    """A config's keys for a run of a few steps."""
-    keys: dict[str, object] = {
-        "rec": str(faces.folder),
-        "num_classes": faces.num_classes,
-        "num_image": faces.num_image,
-        "num_epoch": 1,
-        "warmup_epoch": 0,
-        "val_targets": [],
-        "network": "mbf",
-        "batch_size": 8,
-        "lr": 0.02,
-        "frequent": 1,
-        "num_workers": 1,
-        "save_all_states": True,
-        "output": str(output),
-    }
-    return {**keys, **changes}
+    return untrained_teacher(faces, tmp_path_factory.mktemp("teacher") / "model.pt", 512)
 
 
 def falls(losses: dict[int, float]) -> bool:
@@ -169,7 +125,7 @@ class TestAdaDistill:
 
     def test_a_copied_config_needs_no_flag(self, plain: Path, faces: Faces, teacher: Teacher, tmp_path: Path) -> None:
         output = tmp_path / "run"
-        keys = settings(faces, output, kd="adadistill", kd_teacher=teacher.arguments[1])
+        keys = settings(faces, output, kd="adadistill", kd_teacher=str(teacher.file))
         train(plain, write_config(plain, "copied", keys, "\nimport arcface_kd\n\narcface_kd.attach(config)"))
         assert "methods.adadistill.centers.weight" in head_state(output)
 

@@ -11,7 +11,6 @@ import shutil
 import sys
 import types
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 import pytest
@@ -19,15 +18,14 @@ import torch
 from torch.nn.functional import normalize
 from unidiff import PatchSet
 
-from arcface_kd.backbones import get_backbone
 from arcface_kd.centers import initial_centers
-from arcface_kd.data.dataset import open_dataset
 from arcface_kd.errors import ConfigError
 from arcface_kd.hook import HOST_NAMES, add_arguments, attach
 from arcface_kd.patching import patches_folder
 from arcface_kd.sharding import ClassShard
 from tests.trainer.faces import Faces, draw_faces
 from tests.trainer.launch import head_state, launch, train, write_config
+from tests.trainer.teacher import Teacher, untrained_teacher
 
 STAND_IN = Path(__file__).parent / "stand_in"
 
@@ -59,24 +57,9 @@ def faces(tmp_path_factory: pytest.TempPathFactory) -> Faces:
     return draw_faces(tmp_path_factory.mktemp("faces"), identities=6, images=8)
 
 
-class Teacher(NamedTuple):
-    file: Path
-    embeddings: torch.Tensor
-
-
 @pytest.fixture(scope="module")
 def teacher(faces: Faces, tmp_path_factory: pytest.TempPathFactory) -> Teacher:
-    """A backbone that was never trained, whose batch norms have seen the faces: enough to tell the patterns apart."""
-    file = tmp_path_factory.mktemp("teacher") / "model.pt"
-    images = torch.stack([face.image for face in (open_dataset(faces.folder)[at] for at in range(faces.num_image))])
-    torch.manual_seed(0)
-    network = get_backbone("thin_r18", num_features=64).train()
-    with torch.no_grad():
-        for _ in range(3):
-            network(images / 127.5 - 1)
-        embeddings = normalize(network.eval()(images / 127.5 - 1))
-    torch.save(network.state_dict(), file)
-    return Teacher(file, embeddings)
+    return untrained_teacher(faces, tmp_path_factory.mktemp("teacher") / "model.pt", 64)
 
 
 def settings(faces: Faces, output: Path, **changes: object) -> dict[str, object]:
