@@ -107,6 +107,19 @@ class DistilledCenters(nn.Module):
         return torch.where(owned, cosine, torch.zeros_like(cosine))
 
     @torch.no_grad()
+    def unit_rows(self, labels: Tensor) -> Tensor:
+        """The normalised class centers of a batch, for the classes of this rank.
+
+        Args:
+            labels: (B,) labels of the gathered batch.
+
+        Returns:
+            (B, D); rows of other ranks' classes mean nothing.
+        """
+        position, _ = self.shard.local(labels)
+        return self.weight[position] * self.inverse_norms[position].unsqueeze(1)
+
+    @torch.no_grad()
     def update(self, labels: Tensor, teacher: Tensor, alpha: Tensor, repeated: Repeated = "mean") -> None:
         r"""Move the centers of this rank's classes: ``w_y <- a w_y + (1 - a) f_t`` (AdaDistill, eq. 5).
 

@@ -95,6 +95,7 @@ class AdaDistill(Method):
         self.centers = DistilledCenters(shard, context.teacher_embedding_size, context.seed)
         self._alpha: Tensor | None = None
         self._agreement: Tensor | None = None
+        self._turned: Tensor | None = None
 
     def forward(self, batch: Batch) -> dict[str, Tensor]:
         """Update the centers from the gathered batch, then score the student against them.
@@ -131,13 +132,19 @@ class AdaDistill(Method):
         weighted = self.config.alpha == "weighted"
         before = self.context.ranks.sum_(self.centers.cosine(labels, teacher)) if weighted else None
         alpha = adaptive_alpha(agreement, before)
+        old = self.centers.unit_rows(labels)
         self.centers.update(labels, teacher, alpha, self.config.repeated)
+        self._turned = torch.where(labels >= 0, self.centers.cosine(labels, old), torch.nan)
         self._alpha = alpha.masked_fill(labels < 0, torch.nan)
         self._agreement = agreement.masked_fill(labels < 0, torch.nan)
 
     def observations(self) -> dict[str, Tensor]:
-        """Alpha's mean and quantiles over the last gathered batch, and the mean cosine of student and teacher."""
-        if self._alpha is None or self._agreement is None:
+        """Means over the rows of the last gathered batch that have a label.
+
+        Alpha (its quantiles as well), the cosine of student and teacher, and ``center_drift``: 1 - cos of a row's class
+        center before and after the step.
+        """
+        if self._alpha is None or self._agreement is None or self._turned is None:
             return {}
         low, middle, high = torch.nanquantile(self._alpha, self._alpha.new_tensor([0.1, 0.5, 0.9]))
         return {
@@ -146,4 +153,5 @@ class AdaDistill(Method):
             "alpha_q50": middle,
             "alpha_q90": high,
             "student_teacher_cosine": self._agreement.nanmean(),
+            "center_drift": 1 - self.context.ranks.sum_(self._turned.clone()).nanmean(),
         }

@@ -43,6 +43,7 @@ class StepResult(NamedTuple):
     centers: Tensor
     inverse_norms: Tensor
     alpha: Tensor
+    drift: Tensor
 
 
 class Linear(nn.Module):
@@ -121,6 +122,7 @@ def _run(ranks: RankGroup, case: Case) -> tuple[Tensor, Tensor | None, list[Step
                 method.centers.weight.clone(),
                 method.centers.inverse_norms.clone(),
                 method._alpha.clone(),
+                method.observations()["center_drift"],
             )
         )
         optimizer.step()
@@ -162,7 +164,9 @@ def _compare(ranks: RankPool, case: Case) -> None:
             assert met.shape == right.shape, f"{case}, step {step}, {what}: {met.shape} and {right.shape}"
             assert off <= 1e-10 * max(1.0, float(right.abs().max())), f"{case}, step {step}, {what}: off by {off:.1e}"
 
+        turned = torch.nn.functional.cosine_similarity(centers[labels[valid]], wanted.centers[labels[valid]])
         for part in parts:
+            same(part.drift, 1 - turned.mean(), "drift")
             same(part.loss, wanted.loss.detach(), "loss")
             same(part.alpha[valid], wanted.alpha[valid], "alpha")
             assert part.alpha[~valid].isnan().all()

@@ -135,11 +135,34 @@ def test_observations_are_those_of_rows_with_a_label() -> None:
     assert method._alpha is not None
     alpha = method._alpha[torch.tensor([0, 1, 3])]
     met = method.observations()
-    assert set(met) == {"alpha_mean", "alpha_q10", "alpha_q50", "alpha_q90", "student_teacher_cosine"}
+    wanted = {"alpha_mean", "alpha_q10", "alpha_q50", "alpha_q90", "student_teacher_cosine", "center_drift"}
+    assert set(met) == wanted
     torch.testing.assert_close(met["alpha_mean"], alpha.mean())
     torch.testing.assert_close(met["alpha_q50"], alpha.median())
     assert met["alpha_q10"] < met["alpha_q90"]
     assert all(not value.requires_grad for value in met.values())
+
+
+@pytest.mark.parametrize("alpha", ["weighted", "plain"])
+def test_the_drift_is_how_far_the_centers_of_a_batch_have_turned(alpha: Any) -> None:
+    method, labels = make(AdaDistillConfig(alpha=alpha)), [3, 0, 3, -1, 8]
+    before = method.centers.weight.clone()
+    method(batch(labels))
+    turned = [
+        1 - torch.nn.functional.cosine_similarity(before[label], method.centers.weight[label], dim=0)
+        for label in labels
+        if label >= 0
+    ]
+    met = method.observations()["center_drift"]
+    torch.testing.assert_close(met, torch.stack(turned).mean(), rtol=1e-10, atol=1e-12)
+    assert 1e-4 < met < 1
+    # A center that is where the teacher puts it does not turn any more, whatever its length does.
+    given = batch([3])
+    assert given.teacher is not None
+    method.centers.weight[3] = 0.4 * normalize(given.teacher[0], dim=0)
+    method.centers.refresh()
+    method(given)
+    assert method.observations()["center_drift"].abs() < 1e-12
 
 
 @pytest.mark.parametrize(
