@@ -18,6 +18,7 @@ from arcface_kd.config import KDConfig
 from arcface_kd.data.dataset import View, open_dataset
 from arcface_kd.data.fingerprint import fingerprint
 from arcface_kd.data.loader import BatchViews, FaceLoader, ViewSampler
+from arcface_kd.data.skipped_records import SkippedRecords
 from arcface_kd.device import training_device
 from arcface_kd.errors import ConfigError, TeacherError
 from arcface_kd.sharding import RankGroup, on_first_rank_first
@@ -39,6 +40,7 @@ class CacheReport:
         embedding_size: numbers in a row.
         size: bytes of the file.
         missing: rows that were missing before, on all ranks.
+        unreadable: rows among them that are still missing, since their records cannot be read and were skipped.
         images_per_second: that were embedded, each in both views, on all ranks; 0 where nothing was missing.
     """
 
@@ -48,6 +50,7 @@ class CacheReport:
     size: int
     missing: int
     images_per_second: float
+    unreadable: int = 0
 
     def __str__(self) -> str:
         what = (
@@ -55,8 +58,9 @@ class CacheReport:
         )
         if self.missing == 0:
             return f"{what}; nothing was missing"
-        done = f"{self.missing} of {2 * self.images} rows were missing and are there now"
-        return f"{what}; {done} ({self.images_per_second:.0f} images/s)"
+        done = f"{self.missing - self.unreadable} of {2 * self.images} rows were missing and are there now"
+        bad = f"; {self.unreadable} rows of bad records are still missing" if self.unreadable else ""
+        return f"{what}; {done} ({self.images_per_second:.0f} images/s){bad}"
 
 
 class _PlainViews(ViewSampler):
@@ -82,6 +86,9 @@ def fill_cache(config: Mapping[str, Any], *, teacher: Teacher | None = None) -> 
             ``num_workers`` are those of a rank.
         teacher: a teacher to use instead of loading ``kd_teacher``.
 
+    Where ``kd_on_bad_record`` is ``skip``, records that cannot be read are told and left out: their rows stay missing,
+    and a run that skips them too never asks for them.
+
     Returns:
         The report, the same numbers on every rank.
 
@@ -106,13 +113,14 @@ def fill_cache(config: Mapping[str, Any], *, teacher: Teacher | None = None) -> 
             if kd.teacher is None:
                 raise TeacherError("a cache keeps a teacher's embeddings: give a teacher with --kd-teacher FILE")
             teacher = load_teacher(kd.teacher, kd.options.get("teacher"))
-        faces = open_dataset(config["rec"], config.get("num_classes"))
+        faces = open_dataset(config["rec"], config.get("num_classes"), kd.on_bad_record)
         identity = identity_of(teacher, fingerprint(faces), len(faces))
         cache = on_first_rank_first(lambda: EmbeddingCache(str(kd.cache), identity))
         device = training_device(local_rank)
         missing = ~_known(cache, RankGroup(), device)
         records = np.flatnonzero(missing.any(1))
         own = _share(records, RankGroup())
+        skipped = SkippedRecords()
         began = time.perf_counter()
         if len(own):
             loader = FaceLoader(
@@ -122,6 +130,7 @@ def fill_cache(config: Mapping[str, Any], *, teacher: Teacher | None = None) -> 
                 num_workers=int(config.get("num_workers", 2)),
                 device=device,
                 drop_last=False,
+                skipped=skipped,
             )
             with tqdm(
                 total=len(own),
@@ -133,6 +142,8 @@ def fill_cache(config: Mapping[str, Any], *, teacher: Teacher | None = None) -> 
                 _fill(cache, teacher, loader, missing, bar)
         # The slowest rank's time is the run's; nobody leaves before all rows are there.
         seconds = float(RankGroup().max_(torch.tensor(time.perf_counter() - began, device=device)))
+        bad = np.intersect1d(own, np.array(list(skipped.found), dtype=np.int64))
+        unreadable = int(RankGroup().sum_(torch.tensor(int(missing[bad].sum()), device=device)))
         return CacheReport(
             path=cache.path,
             images=cache.images,
@@ -140,6 +151,7 @@ def fill_cache(config: Mapping[str, Any], *, teacher: Teacher | None = None) -> 
             size=cache.size,
             missing=int(missing.sum()),
             images_per_second=len(records) / seconds if len(records) else 0.0,
+            unreadable=unreadable,
         )
 
 

@@ -14,6 +14,7 @@ from typing import Any, Literal, TypeVar, get_args, get_origin
 
 from easydict import EasyDict
 
+from arcface_kd.data.dataset import OnBadRecord
 from arcface_kd.errors import ConfigError
 
 T = TypeVar("T")
@@ -149,6 +150,8 @@ class KDConfig:
         classifier: ``kd_classifier``: a file or folder with the teacher's classifier, or ``class-means``, see
             :mod:`arcface_kd.teacher_classifier`.
         options: ``kd_option``: values by ``prefix`` and name; prefixes are ``teacher``, ``student`` and the methods.
+        on_bad_record: ``kd_on_bad_record``: what the loader does with a record that cannot be read, see
+            :class:`arcface_kd.data.dataset.FaceDataset`; with or without distillation.
     """
 
     methods: tuple[str, ...] = ()
@@ -156,14 +159,16 @@ class KDConfig:
     cache: str | None = None
     options: Mapping[str, Mapping[str, object]] = dataclasses.field(default_factory=dict)
     classifier: str | None = None
+    on_bad_record: OnBadRecord = "stop"
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any]) -> "KDConfig":
         """Read the ``kd*`` keys of an arcface_torch config.
 
         Args:
-            config: with ``kd`` ("adadistill", "a+b" or None), ``kd_teacher``, ``kd_cache``, ``kd_classifier`` and
-                ``kd_option`` (a mapping of dotted names, or strings ``name=value``).
+            config: with ``kd`` ("adadistill", "a+b" or None), ``kd_teacher``, ``kd_cache``, ``kd_classifier``,
+                ``kd_option`` (a mapping of dotted names, or strings ``name=value``) and ``kd_on_bad_record`` (``stop``
+                or ``skip``).
 
         Returns:
             The checked keys.
@@ -171,7 +176,7 @@ class KDConfig:
         Raises:
             ConfigError: an unknown ``kd*`` key, an option without prefix or for a method that is not in ``kd``.
         """
-        known = ("kd", "kd_teacher", "kd_cache", "kd_classifier", "kd_option")
+        known = ("kd", "kd_teacher", "kd_cache", "kd_classifier", "kd_option", "kd_on_bad_record")
         for key in config:
             if key.startswith("kd") and key not in known:
                 raise ConfigError(f"unknown key {key!r}; there are {', '.join(known)}{suggestion(key, known)}")
@@ -189,7 +194,13 @@ class KDConfig:
                 )
             options.setdefault(prefix, {})[rest] = value
         files = {name: config.get(f"kd_{name}") for name in ("teacher", "cache", "classifier")}
-        return cls(methods, options=options, **{name: None if f is None else str(f) for name, f in files.items()})
+        on_bad_record = convert(config.get("kd_on_bad_record") or "stop", OnBadRecord, "kd_on_bad_record")
+        return cls(
+            methods,
+            options=options,
+            on_bad_record=on_bad_record,
+            **{name: None if f is None else str(f) for name, f in files.items()},
+        )
 
     @staticmethod
     def option_items(value: object) -> list[tuple[str, object]]:
@@ -311,6 +322,7 @@ RUN_KEYS: dict[str, Any] = {
     "kd_cache": str,
     "kd_classifier": str,
     "kd_option": list,
+    "kd_on_bad_record": str,
 }
 
 

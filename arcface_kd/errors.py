@@ -16,6 +16,10 @@ class DataError(ArcfaceKDError, ValueError):
     """A record, an index, a verification set or an image that is not what it should be."""
 
 
+class BadRecordError(DataError):
+    """One record or image of an otherwise good data set that cannot be read; a run may pass over it when asked to."""
+
+
 class CheckpointError(ArcfaceKDError, ValueError):
     """A run's checkpoints that are missing, cannot be read or do not belong together."""
 

@@ -10,12 +10,13 @@ import sys
 import types
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, get_args
 
 from torch import nn
 
 from arcface_kd.backbones import get_backbone
 from arcface_kd.config import KDConfig, reading_config
+from arcface_kd.data.dataset import OnBadRecord
 from arcface_kd.data.loader import get_dataloader as open_loader
 from arcface_kd.device import narrow_format, training_device
 from arcface_kd.distiller import DistillationHead, Distiller, margin_of
@@ -46,7 +47,7 @@ class DropIns(NamedTuple):
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add ``--kd``, ``--kd-teacher``, ``--kd-cache``, ``--kd-classifier`` and ``--kd-option`` to a trainer's arguments.
+    """Add ``--kd`` and its companions, and ``--on-bad-record``, to a trainer's arguments.
 
     Args:
         parser: of the trainer's command line.
@@ -67,6 +68,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action="extend",
         help="options such as teacher.channels=bgr or adadistill.alpha=plain",
     )
+    group.add_argument(
+        "--on-bad-record",
+        dest="kd_on_bad_record",
+        choices=get_args(OnBadRecord),
+        help="a record that cannot be read ends the run (stop, default), or the next good one is shown in its place "
+        "and the log tells which and how many (skip)",
+    )
 
 
 def merge_arguments(config: dict[str, Any], arguments: argparse.Namespace) -> None:
@@ -76,7 +84,7 @@ def merge_arguments(config: dict[str, Any], arguments: argparse.Namespace) -> No
         config: an arcface_torch config.
         arguments: parsed by a parser that :func:`add_arguments` extended.
     """
-    for key in ("kd", "kd_teacher", "kd_cache", "kd_classifier"):
+    for key in ("kd", "kd_teacher", "kd_cache", "kd_classifier", "kd_on_bad_record"):
         if getattr(arguments, key) is not None:
             config[key] = getattr(arguments, key)
     if arguments.kd_option:
@@ -128,10 +136,14 @@ def drop_ins(
                     "kd_cache is off: DALI does not say which records a batch shows, nor how; the teacher runs each "
                     "step"
                 )
+            if shared.kd.on_bad_record == "skip":
+                logger.warning("kd_on_bad_record=skip is off: DALI decides itself what becomes of a bad record")
             return host_loader(root_dir, local_rank, batch_size, dali, dali_aug, seed, num_workers)
         num_classes = config().get("num_classes")
         loader = open_loader(
-            root_dir, local_rank, batch_size, dali, dali_aug, seed, num_workers, num_classes=num_classes
+            *(root_dir, local_rank, batch_size, dali, dali_aug, seed, num_workers),
+            num_classes=num_classes,
+            on_bad_record=shared.kd.on_bad_record,
         )
         shared.read_through_cache(loader)
         return loader

@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from arcface_kd.data.dataset import FaceDataset
-from arcface_kd.errors import CheckpointError, TeacherError
+from arcface_kd.data.dataset import FaceDataset, View
+from arcface_kd.errors import BadRecordError, CheckpointError, TeacherError
 from arcface_kd.resharding import checkpoint_file, open_shards
 from arcface_kd.sharding import ClassShard
 from arcface_kd.teachers.checkpoint import read_content
@@ -178,17 +178,17 @@ def class_means(cache: EmbeddingCache, faces: FaceDataset, shard: ClassShard) ->
     position = faces.labels() - shard.start
     own = np.flatnonzero((position >= 0) & (position < shard.size))
     sums = torch.zeros(shard.size, cache.embedding_size, dtype=torch.float64)
-    missing = 0
+    missing: list[int] = []
     for first in range(0, len(own), _IMAGES_AT_ONCE):
         chunk = torch.from_numpy(own[first : first + _IMAGES_AT_ONCE])
         for flipped in (False, True):
             rows, known = cache.look_up(chunk, torch.full((len(chunk),), flipped))
-            missing += int((~known).sum())
-            sums.index_add_(0, torch.from_numpy(position[chunk.numpy()]), rows.double())
-    if missing:
+            missing += chunk[~known].tolist()
+            sums.index_add_(0, torch.from_numpy(position[chunk.numpy()])[known], rows[known].double())
+    if missing and not _are_skipped(missing, faces):
         raise TeacherError(
-            f"{CLASS_MEANS} needs a full cache, and {cache.path} lacks {missing} of {2 * len(own)} embeddings of this "
-            f"rank's classes: fill it first with `arcface-kd cache CONFIG --kd-teacher FILE --out {cache.path}`"
+            f"{CLASS_MEANS} needs a full cache, and {cache.path} lacks {len(missing)} of {2 * len(own)} embeddings of "
+            f"this rank's classes: fill it first with `arcface-kd cache CONFIG --kd-teacher FILE --out {cache.path}`"
         )
     norms = sums.norm(dim=1)
     bad = (norms < 1e-6).nonzero().flatten()
@@ -198,6 +198,19 @@ def class_means(cache: EmbeddingCache, faces: FaceDataset, shard: ClassShard) ->
             "num_classes to the classes that are there, numbered without gaps"
         )
     return (sums / norms.unsqueeze(1)).float()
+
+
+def _are_skipped(images: list[int], faces: FaceDataset) -> bool:
+    """Whether these are all images that cannot be read, and the run skips such."""
+    if faces.on_bad_record == "stop":
+        return False
+    for index in sorted(set(images)):
+        try:
+            faces.pixels(View(index, False))
+        except BadRecordError:
+            continue
+        return False
+    return True
 
 
 def check_order(

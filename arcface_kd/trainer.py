@@ -129,20 +129,28 @@ def process_group() -> Iterator[tuple[int, int, int]]:
 
 
 @contextlib.contextmanager
-def _log_files(logger: logging.Logger, folder: Path, rank: int) -> Iterator[None]:
-    """Send the run's log to ``training.log`` in the host's format, and to stdout where nobody watches a bar."""
+def _log_files(folder: Path, rank: int) -> Iterator[None]:
+    """Send what the package logs to ``training.log`` in the host's format, and to stdout where nobody watches a bar.
+
+    Warnings of other ranks, and those of a run that somebody watches, go to stderr.
+    """
+    logger = logging.getLogger("arcface_kd")
+    before = logger.level, logger.propagate
     logger.setLevel(logging.DEBUG)
     logger.propagate = False
+    form = "Training: %(asctime)s-%(message)s"
     handlers: list[logging.Handler] = []
     if rank == 0:
         handlers.append(logging.FileHandler(folder / "training.log"))
-        if not sys.stderr.isatty():
-            handlers.append(logging.StreamHandler(sys.stdout))
-            handlers[-1].setLevel(logging.INFO)
+    if rank == 0 and not sys.stderr.isatty():
+        handlers.append(logging.StreamHandler(sys.stdout))
+        handlers[-1].setLevel(logging.INFO)
     else:
-        handlers.append(logging.NullHandler())
+        handlers.append(logging.StreamHandler(sys.stderr))
+        handlers[-1].setLevel(logging.WARNING)
+        form = form if rank == 0 else f"Rank {rank}: %(asctime)s-%(message)s"
     for handler in handlers:
-        handler.setFormatter(logging.Formatter("Training: %(asctime)s-%(message)s"))
+        handler.setFormatter(logging.Formatter(form))
         logger.addHandler(handler)
     try:
         yield
@@ -150,6 +158,8 @@ def _log_files(logger: logging.Logger, folder: Path, rank: int) -> Iterator[None
         for handler in handlers:
             logger.removeHandler(handler)
             handler.close()
+        logger.setLevel(before[0])
+        logger.propagate = before[1]
 
 
 class _Run:
@@ -157,6 +167,7 @@ class _Run:
 
     def __init__(self, config: EasyDict, made: DropIns, rank: int, local_rank: int, world_size: int) -> None:
         self.config, self.rank, self.world_size = config, rank, world_size
+        self.methods = "+".join(made.distiller.kd.methods)
         self.logger = logging.getLogger("arcface_kd.run")
         self.notes: list[str] = []
         self.device = training_device(local_rank)
@@ -315,7 +326,8 @@ class _Run:
         if loss != loss or abs(loss) == float("inf"):
             raise ArcfaceKDError(f"the loss is {loss} at step {self.step}: lower lr, or switch fp16 off to look closer")
         rate = self.schedule.get_last_lr()[0]
-        bar.set_postfix_str(f"{self.rate:.0f} images/s, loss {loss:.3f}")
+        terms = [f"{name} {float(term):.3f}" for name, term in self.head.last_terms.items()]
+        bar.set_postfix_str(f"{self.rate:.0f} images/s, loss {loss:.3f} = {' + '.join(terms)}")
         remaining = (self.last_step - self.step) * self.seconds / (self.step - self.first_step)
         self.logger.info(
             "Speed %.2f samples/sec   Loss %.4f   LearningRate %.6f   Epoch: %d   Global Step: %d   Left: %d s",
@@ -373,7 +385,7 @@ def train(
         if config.resume:
             run.resume()
         run.folder.mkdir(parents=True, exist_ok=True)
-        with _log_files(run.logger, run.folder, rank):
+        with _log_files(run.folder, rank):
             return _train(run, title or run.folder.name, on_epoch)
 
 
@@ -381,7 +393,9 @@ def _train(run: _Run, title: str, on_epoch: Callable[[int], None] | None) -> Tra
     from torch.utils.tensorboard import SummaryWriter
 
     config = run.config
-    for key, value in config.items():
+    # A distiller that was handed over is not in the config, and `arcface-kd compare` reads the log.
+    shown = {**config, "kd": run.methods} if run.methods else config
+    for key, value in shown.items():
         run.logger.debug(": %s%s", key.ljust(25), value)
     for note in run.notes:
         run.logger.info(note)
@@ -390,7 +404,11 @@ def _train(run: _Run, title: str, on_epoch: Callable[[int], None] | None) -> Tra
             run.writer = SummaryWriter(log_dir=str(run.folder / "tensorboard"), purge_step=run.step)
             stack.callback(run.writer.close)
         hidden = run.rank != 0 or not sys.stderr.isatty()
-        bar = stack.enter_context(tqdm(total=run.last_step, initial=run.step, desc=title, unit="step", disable=hidden))
+        bar = stack.enter_context(
+            tqdm(
+                total=run.last_step, initial=run.step, desc=title, unit="step", disable=hidden, dynamic_ncols=True
+            )
+        )
         run.backbone.train()
         while run.epoch < config.num_epoch:
             run.train_epoch(bar)

@@ -3,7 +3,7 @@
 import os
 from abc import ABC, abstractmethod
 from pathlib import Path
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -12,9 +12,14 @@ from torch.utils.data import Dataset
 from arcface_kd.data.image import decode_rgb
 from arcface_kd.data.image_folder import list_identities, read_image_file
 from arcface_kd.data.recordio import RecordHeader, RecordReader, unpack, unpack_label
-from arcface_kd.errors import DataError
+from arcface_kd.errors import BadRecordError, DataError
 
 IMAGE_SIZE = (112, 112)
+
+OnBadRecord = Literal["stop", "skip"]
+
+# A damaged disk block takes some hundred records with it; more than this in a row is no accident to pass over.
+MOST_BAD_IN_A_ROW = 1000
 
 # Labels and counts are float32 in a record, which holds every whole number up to here and only some beyond.
 _FLOAT32_EXACT = 1 << 24
@@ -45,11 +50,30 @@ class Sample(NamedTuple):
     flipped: bool
 
 
+class BadRecord(NamedTuple):
+    """A record that was passed over.
+
+    Attributes:
+        index: the image's index in its data set.
+        message: which record it is, where it stands and what is wrong with it.
+    """
+
+    index: int  # type: ignore[assignment]
+    message: str
+
+
 class FaceDataset(Dataset[Sample], ABC):
     """Labelled face images that can be asked for plain or mirrored.
 
     ``dataset[i]`` and ``dataset[View(i, flipped)]`` give a ``Sample``.
+
+    Attributes:
+        on_bad_record: what becomes of a record or image that cannot be read. ``stop`` raises ``BadRecordError``.
+            ``skip`` shows the next good one in the order of the data set in its place, which depends on nothing but the
+            data: not on ranks, workers or batches. A wrong label is not a bad record but a wrong ``num_classes``.
     """
+
+    on_bad_record: OnBadRecord = "stop"
 
     @abstractmethod
     def __len__(self) -> int:
@@ -70,21 +94,28 @@ class FaceDataset(Dataset[Sample], ABC):
             index: 0 .. ``len(self) - 1``.
 
         Returns:
-            The identity, 0 .. classes - 1, or -1 for none.
+            The identity, 0 .. classes - 1, or -1 for none; -1 as well where a bad record is skipped.
 
         Raises:
-            DataError: the record is damaged or its label is out of range.
+            BadRecordError: the record is damaged.
+            DataError: its label is out of range.
         """
-        return self._load(self._in_range(index))[0]
+        try:
+            return self._load(self._in_range(index))[0]
+        except BadRecordError:
+            if self.on_bad_record == "stop":
+                raise
+            return -1
 
     def labels(self) -> np.ndarray:
         """The labels of all images; takes a while where every record has to be looked at.
 
         Returns:
-            int64 (N,), -1 for no identity.
+            int64 (N,), -1 for no identity and where a bad record is skipped.
 
         Raises:
-            DataError: a record is damaged or its label is out of range.
+            BadRecordError: a record is damaged.
+            DataError: a label is out of range.
         """
         return np.fromiter((self.label(index) for index in range(len(self))), np.int64, len(self))
 
@@ -98,7 +129,7 @@ class FaceDataset(Dataset[Sample], ABC):
             A JPEG or PNG file as a rule.
 
         Raises:
-            DataError: the record is damaged.
+            BadRecordError: the record is damaged.
         """
         return bytes(self._load(self._in_range(index))[1])
 
@@ -113,7 +144,7 @@ class FaceDataset(Dataset[Sample], ABC):
         try:
             return label, decode_rgb(payload, IMAGE_SIZE)
         except DataError as error:
-            raise DataError(f"{self.where(index)}: {error}") from None
+            raise BadRecordError(f"{self.where(index)}: {error}") from None
 
     def pixels(self, view: View) -> tuple[int, np.ndarray]:
         """Decode an image without making a tensor of it.
@@ -125,8 +156,9 @@ class FaceDataset(Dataset[Sample], ABC):
             The label, and uint8 pixels (112, 112, 3), RGB.
 
         Raises:
-            DataError: a damaged record or image, another size than 112x112, a label out of range; the message names
-                the record and its place.
+            BadRecordError: a damaged record or image, or another size than 112x112; the message names the record and
+                its place.
+            DataError: a label out of range.
             IndexError: no such index.
         """
         label, pixels = self._decode(self._in_range(view.index))
@@ -136,6 +168,32 @@ class FaceDataset(Dataset[Sample], ABC):
             pixels = cv2.flip(pixels, 1)
         return label, pixels
 
+    def shown(self, view: View, bad: list[BadRecord]) -> tuple[View, int, np.ndarray]:
+        """Decode an image or, where bad records are skipped, the next good one in the order of the data set.
+
+        Args:
+            view: which image, and whether mirrored.
+            bad: takes the records that were passed over.
+
+        Returns:
+            The view that is shown, mirrored or not as asked; its label; its pixels, as ``pixels`` gives them.
+
+        Raises:
+            BadRecordError: see ``pixels``; where bad records are skipped, too many in a row.
+            DataError: a label out of range.
+            IndexError: no such index.
+        """
+        if self.on_bad_record == "stop":
+            return view, *self.pixels(view)
+        most = min(len(self), MOST_BAD_IN_A_ROW)
+        for step in range(most):
+            candidate = View((view.index + step) % len(self), view.flipped)
+            try:
+                return candidate, *self.pixels(candidate)
+            except BadRecordError as error:
+                bad.append(BadRecord(candidate.index, str(error)))
+        raise BadRecordError(f"{bad[-most].message}; nor can the {most - 1} images after it be read: mend the data")
+
     def __getitem__(self, item: int | View) -> Sample:
         """Decode an image.
 
@@ -143,14 +201,14 @@ class FaceDataset(Dataset[Sample], ABC):
             item: an index for the plain image, or a ``View``.
 
         Returns:
-            The image with its label.
+            The image with its label; where bad records are skipped, ``index`` says which image it is.
 
         Raises:
-            DataError: see ``pixels``.
+            DataError: see ``shown``.
             IndexError: no such index.
         """
-        view = item if isinstance(item, View) else View(int(item), False)
-        label, pixels = self.pixels(view)
+        view = item if isinstance(item, View) else View(self._in_range(int(item)), False)
+        view, label, pixels = self.shown(view, [])
         return Sample(torch.from_numpy(pixels.transpose(2, 0, 1)), label, view.index, view.flipped)
 
 
@@ -165,15 +223,24 @@ class RecordDataset(FaceDataset):
     Args:
         root: the folder.
         num_classes: labels must be below it; None for no limit.
+        on_bad_record: what becomes of a bad record; the first one, which tells the layout, and the last one, which
+            tells whether the file is whole, must be good in any case.
 
     Raises:
         DataError: files are missing, damaged or do not belong together, or a label that is cheap to see at the start is
             not below ``num_classes``.
     """
 
-    def __init__(self, root: str | os.PathLike[str], *, num_classes: int | None = None) -> None:
+    def __init__(
+        self,
+        root: str | os.PathLike[str],
+        *,
+        num_classes: int | None = None,
+        on_bad_record: OnBadRecord = "stop",
+    ) -> None:
         folder = Path(root)
         self.num_classes = num_classes
+        self.on_bad_record = on_bad_record
         self._label_limit = _FLOAT32_EXACT if num_classes is None else min(num_classes, _FLOAT32_EXACT)
         self.property = _read_property(folder / "property")
         self._reader = RecordReader(folder / "train.rec", folder / "train.idx")
@@ -204,7 +271,7 @@ class RecordDataset(FaceDataset):
         low, high = 1, len(reader)
         while low < high:
             middle = (low + high) // 2
-            if self._imageless(middle if order is None else int(order[middle])) is None:
+            if self._is_image(middle if order is None else int(order[middle]), _first_label(header)):
                 low = middle + 1
             else:
                 high = middle
@@ -217,6 +284,15 @@ class RecordDataset(FaceDataset):
         """The header of a record that carries labels and no image, else None."""
         header, payload = self._unpack(position)
         return header if header.flag > 0 and not len(payload) else None
+
+    def _is_image(self, position: int, end: float) -> bool:
+        """Whether a record is an image; of a bad one that is skipped, the header's end of the images has to tell."""
+        try:
+            return self._imageless(position) is None
+        except BadRecordError:
+            if self.on_bad_record == "stop":
+                raise
+            return float(self._reader.keys[position]) < end
 
     def _check_count(self, zero: int, header: RecordHeader, keys: np.ndarray, boundary: int) -> None:
         """Hold the header's count against the images that the index lists; ``keys`` ascend."""
@@ -243,38 +319,55 @@ class RecordDataset(FaceDataset):
         if self.num_classes is not None and len(identities) > self.num_classes:
             # Identities are in the order of their labels as a rule, so the first step of this walk finds the offender.
             for identity in identities[::-1]:
-                first_image = _first_label(self._unpack(int(identity))[0])
-                key = int(first_image) if 0 < first_image < 2**53 else -1
-                position = int(self._reader.find(np.array([key]))[0])
-                if position >= 0 and self._imageless(position) is None:
-                    self._parse(position)
+                try:
+                    self._check_identity(int(identity))
+                except BadRecordError:
+                    if self.on_bad_record == "stop":
+                        raise
+
+    def _check_identity(self, identity: int) -> None:
+        """Check the label of an identity record's first image."""
+        first_image = _first_label(self._unpack(identity)[0])
+        key = int(first_image) if 0 < first_image < 2**53 else -1
+        position = int(self._reader.find(np.array([key]))[0])
+        if position >= 0 and self._imageless(position) is None:
+            self._parse(position)
 
     def _unpack(self, position: int) -> tuple[RecordHeader, memoryview]:
-        record = self._reader.read_at(position)
+        try:
+            record = self._reader.read_at(position)
+        except DataError as error:
+            raise BadRecordError(str(error)) from None
         try:
             return unpack(record)
         except DataError as error:
-            raise DataError(f"{self._reader.where(position)}: {error}") from None
+            raise BadRecordError(f"{self._reader.where(position)}: {error}") from None
 
     def _parse(self, position: int) -> tuple[int, memoryview]:
-        record = self._reader.read_at(position)
+        try:
+            record = self._reader.read_at(position)
+        except DataError as error:
+            raise BadRecordError(str(error)) from None
         try:
             value, payload = unpack_label(record)
         except DataError as error:
-            raise DataError(f"{self._reader.where(position)}: {error}") from None
+            raise BadRecordError(f"{self._reader.where(position)}: {error}") from None
         if -1 <= value < self._label_limit and value == int(value):
             return int(value), payload
-        raise DataError(f"{self._reader.where(position)}: {self._label_fault(value)}")
+        raise self._label_fault(position, value)
 
-    def _label_fault(self, value: float) -> str:
+    def _label_fault(self, position: int, value: float) -> DataError:
+        where = f"{self._reader.where(position)}: its label is"
         if value != value or value in (float("inf"), float("-inf")) or value != int(value):
-            return f"its label is {value}, which is no whole number"
+            return BadRecordError(f"{where} {value}, which is no whole number")
         if value < -1:
-            return f"its label is {value:.0f}; wanted 0 or more, or -1 for no identity"
+            return BadRecordError(f"{where} {value:.0f}; wanted 0 or more, or -1 for no identity")
         if value >= _FLOAT32_EXACT:
-            return f"its label is {value:.0f}; a float32 tells whole numbers apart up to {_FLOAT32_EXACT} only"
+            return DataError(f"{where} {value:.0f}; a float32 tells whole numbers apart up to {_FLOAT32_EXACT} only")
         classes = int(value) + 1
-        return f"its label is {value:.0f}, but num_classes is {self.num_classes}; set num_classes to {classes} or more"
+        return DataError(
+            f"{where} {value:.0f}, but num_classes is {self.num_classes}; set num_classes to {classes} or more"
+        )
 
     def _position(self, index: int) -> int:
         if isinstance(self._images, slice):
@@ -293,10 +386,11 @@ class RecordDataset(FaceDataset):
         last. Where that does not work out (no identity records, gaps, an identity of two labels) each record is read.
 
         Returns:
-            int64 (N,), -1 for no identity.
+            int64 (N,), -1 for no identity and where a bad record is skipped.
 
         Raises:
-            DataError: a record is damaged or its label is out of range.
+            BadRecordError: a record is damaged.
+            DataError: a label is out of range.
         """
         spans = self._identity_spans()
         if spans is None:
@@ -304,7 +398,7 @@ class RecordDataset(FaceDataset):
         labels = np.empty(len(self), dtype=np.int64)
         for images in spans:
             label = self.label(int(images[0]))
-            if self.label(int(images[-1])) != label:
+            if label < 0 or self.label(int(images[-1])) != label:
                 return super().labels()
             labels[images] = label
         return labels
@@ -318,7 +412,12 @@ class RecordDataset(FaceDataset):
         order = np.argsort(keys, kind="stable")
         spans, at = [], 0
         for identity in identities.tolist():
-            header, _ = self._unpack(identity)
+            try:
+                header, _ = self._unpack(identity)
+            except BadRecordError:
+                if self.on_bad_record == "stop":
+                    raise
+                return None
             span = header.label
             if not isinstance(span, np.ndarray) or len(span) != 2:
                 return None
@@ -367,12 +466,20 @@ class FolderDataset(FaceDataset):
     Args:
         root: the folder with the identities' folders.
         num_classes: there must be no more identities than this; None for no limit.
+        on_bad_record: what becomes of an image that cannot be read.
 
     Raises:
         DataError: see ``list_identities``; or more identities than ``num_classes``.
     """
 
-    def __init__(self, root: str | os.PathLike[str], *, num_classes: int | None = None) -> None:
+    def __init__(
+        self,
+        root: str | os.PathLike[str],
+        *,
+        num_classes: int | None = None,
+        on_bad_record: OnBadRecord = "stop",
+    ) -> None:
+        self.on_bad_record = on_bad_record
         identities = list_identities(root)
         if num_classes is not None and len(identities) > num_classes:
             raise DataError(
@@ -396,7 +503,10 @@ class FolderDataset(FaceDataset):
         return self._labels.astype(np.int64)
 
     def _load(self, index: int) -> tuple[int, bytes]:
-        return int(self._labels[index]), read_image_file(self._paths[index])
+        try:
+            return int(self._labels[index]), read_image_file(self._paths[index])
+        except DataError as error:
+            raise BadRecordError(str(error)) from None
 
 
 class SyntheticDataset(FaceDataset):
@@ -432,13 +542,16 @@ class SyntheticDataset(FaceDataset):
         return 1, self._image.copy()
 
 
-def open_dataset(root: str | os.PathLike[str], num_classes: int | None = None) -> FaceDataset:
+def open_dataset(
+    root: str | os.PathLike[str], num_classes: int | None = None, on_bad_record: OnBadRecord = "stop"
+) -> FaceDataset:
     """Open whatever a config's ``rec`` names, choosing as the host's ``get_dataloader`` does.
 
     Args:
         root: ``synthetic``; a folder with ``train.rec`` and ``train.idx``; or a folder with one folder of images for
             each identity.
         num_classes: labels must be below it; None for no limit.
+        on_bad_record: what becomes of a record or image that cannot be read, see ``FaceDataset``.
 
     Returns:
         A ``SyntheticDataset``, a ``RecordDataset`` or a ``FolderDataset``.
@@ -451,7 +564,7 @@ def open_dataset(root: str | os.PathLike[str], num_classes: int | None = None) -
     folder = Path(root)
     here = {name: (folder / name).exists() for name in ("train.rec", "train.idx")}
     if all(here.values()):
-        return RecordDataset(folder, num_classes=num_classes)
+        return RecordDataset(folder, num_classes=num_classes, on_bad_record=on_bad_record)
     if any(here.values()):
         found, missing = sorted(here, key=here.__getitem__, reverse=True)
         raise DataError(f"{folder} holds {found} but no {missing}; both are needed")
@@ -464,4 +577,4 @@ def open_dataset(root: str | os.PathLike[str], num_classes: int | None = None) -
         raise DataError(f"cannot list {folder}: {error.strerror}") from None
     if not has_folders:
         raise DataError(f"no data set in {folder}; {wanted}")
-    return FolderDataset(folder, num_classes=num_classes)
+    return FolderDataset(folder, num_classes=num_classes, on_bad_record=on_bad_record)

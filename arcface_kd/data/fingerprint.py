@@ -6,7 +6,7 @@ import os
 import numpy as np
 
 from arcface_kd.data.dataset import FaceDataset, FolderDataset, RecordDataset
-from arcface_kd.errors import DataError
+from arcface_kd.errors import BadRecordError, DataError
 
 _SAMPLES = 256
 
@@ -37,6 +37,7 @@ def fingerprint(dataset: FaceDataset) -> str:
         64 characters.
 
     Raises:
+        BadRecordError: one of the 256 cannot be read, and bad records are not skipped.
         DataError: a kind of data set that does not show the same two views of an image every time, or whose files
             cannot be read.
     """
@@ -52,7 +53,12 @@ def fingerprint(dataset: FaceDataset) -> str:
     elif isinstance(dataset, FolderDataset):
         _add_files(digest, dataset)
     for index in np.unique(np.linspace(0, len(dataset) - 1, _SAMPLES, dtype=np.int64)).tolist():
-        image = dataset.image_bytes(index)
+        try:
+            image = dataset.image_bytes(index)
+        except BadRecordError:
+            if dataset.on_bad_record == "stop":
+                raise
+            image = b""
         digest.update(f" {len(image)} ".encode())
         digest.update(image)
     return digest.hexdigest()

@@ -10,7 +10,8 @@ import torch
 from torch import distributed
 from torch.utils.data import DataLoader, Dataset, Sampler, get_worker_info
 
-from arcface_kd.data.dataset import IMAGE_SIZE, FaceDataset, View, open_dataset
+from arcface_kd.data.dataset import IMAGE_SIZE, BadRecord, FaceDataset, OnBadRecord, View, open_dataset
+from arcface_kd.data.skipped_records import SkippedRecords
 from arcface_kd.device import training_device
 from arcface_kd.errors import ConfigError, DataError
 
@@ -108,7 +109,8 @@ class BatchViews(NamedTuple):
     """Which records a batch shows, and how.
 
     Attributes:
-        index: int64 (B,), on the CPU: indices in the data set.
+        index: int64 (B,), on the CPU: indices in the data set; where a bad record is skipped, that of the one shown in
+            its place.
         flipped: bool (B,), on the CPU: whether each is mirrored.
     """
 
@@ -120,6 +122,7 @@ class _Batch(NamedTuple):
     pixels: torch.Tensor
     labels: torch.Tensor
     views: BatchViews
+    bad: list[BadRecord]
 
 
 class _BatchReader(Dataset[Any]):
@@ -143,15 +146,16 @@ class _BatchReader(Dataset[Any]):
             # Shared before it is filled, the batch need not be copied on its way to the training process.
             pixels.share_memory_()
         rows = pixels.numpy()
-        labels = [0] * len(views)
+        labels, shown = [0] * len(views), list(views)
+        bad: list[BadRecord] = []
         try:
             # Each image is copied while it is hot in the cache; keeping them all to stack them costs a fifth more.
             for place, view in enumerate(views):
-                labels[place], rows[place] = self.dataset.pixels(view)
+                shown[place], labels[place], rows[place] = self.dataset.shown(view, bad)
         except DataError as error:
             return error
-        index, flipped = zip(*views, strict=True)
-        return _Batch(pixels, torch.tensor(labels), BatchViews(torch.tensor(index), torch.tensor(flipped)))
+        index, flipped = zip(*shown, strict=True)
+        return _Batch(pixels, torch.tensor(labels), BatchViews(torch.tensor(index), torch.tensor(flipped)), bad)
 
 
 def _as_it_is(batch: Any) -> Any:
@@ -185,6 +189,7 @@ class FaceLoader(DataLoader[Any]):
     Attributes:
         on_batch: called with the ``BatchViews`` of a batch just before that batch is handed out, or None.
         device: where the batches are.
+        skipped: the bad records that were passed over, where the data set passes over them.
 
     Args:
         dataset: the faces.
@@ -193,6 +198,7 @@ class FaceLoader(DataLoader[Any]):
         num_workers: worker processes; 0 reads in this one.
         device: where batches go; the CPU when None.
         drop_last: whether to leave out a last batch that is not full.
+        skipped: keeps and tells which bad records were passed over; None takes one that speaks for this rank alone.
 
     Raises:
         ConfigError: a batch size or a number of workers that cannot be, or not one full batch when ``drop_last``.
@@ -210,6 +216,7 @@ class FaceLoader(DataLoader[Any]):
         num_workers: int = 2,
         device: torch.device | None = None,
         drop_last: bool = True,
+        skipped: SkippedRecords | None = None,
     ) -> None:
         if batch_size < 1:
             raise ConfigError(f"batch_size is {batch_size}, wanted 1 or more")
@@ -224,6 +231,7 @@ class FaceLoader(DataLoader[Any]):
             )
         self.device = device if device is not None else torch.device("cpu")
         self.on_batch = None
+        self.skipped = skipped if skipped is not None else SkippedRecords()
         super().__init__(
             _BatchReader(dataset),
             batch_size=batch_size,
@@ -264,6 +272,7 @@ class FaceLoader(DataLoader[Any]):
         return self._through_memory(batches)
 
     def _hand_out(self, batch: _Batch) -> None:
+        self.skipped.note(batch.bad)
         if self.on_batch is not None:
             self.on_batch(batch.views)
 
@@ -273,6 +282,11 @@ class FaceLoader(DataLoader[Any]):
             images = _normalise(good.pixels.to(self.device))
             self._hand_out(good)
             yield images, good.labels.to(self.device)
+        self._end_epoch()
+
+    def _end_epoch(self) -> None:
+        if self.faces.on_bad_record == "skip":
+            self.skipped.end_epoch()
 
     def _through_stream(
         self, batches: Iterator[_Batch | DataError], stream: torch.cuda.Stream
@@ -299,6 +313,7 @@ class FaceLoader(DataLoader[Any]):
             sent = send()
             self._hand_out(good)
             yield images, labels
+        self._end_epoch()
 
 
 def _good(batch: _Batch | DataError) -> _Batch:
@@ -334,6 +349,7 @@ def get_dataloader(
     *,
     num_classes: int | None = None,
     drop_last: bool = True,
+    on_bad_record: OnBadRecord = "stop",
 ) -> FaceLoader:
     """Open the training data: a drop-in for the host's function of this name.
 
@@ -349,6 +365,9 @@ def get_dataloader(
         num_workers: worker processes a rank.
         num_classes: labels must be below it; None for no limit.
         drop_last: whether to leave out a last batch that is not full.
+        on_bad_record: what becomes of a record or image that cannot be read: ``stop`` ends the run and names it;
+            ``skip`` shows the next good one in its place, and tells at the end of each epoch which ones were passed
+            over on all ranks, which then must all go through it.
 
     Returns:
         The loader.
@@ -360,7 +379,7 @@ def get_dataloader(
     if dali and root_dir != "synthetic":
         raise ConfigError("dali = True needs the host's own loader; set dali = False to read with arcface_kd's")
     grouped = distributed.is_available() and distributed.is_initialized()
-    dataset = open_dataset(root_dir, num_classes)
+    dataset = open_dataset(root_dir, num_classes, on_bad_record)
     sampler = ViewSampler(
         len(dataset),
         rank=distributed.get_rank() if grouped else 0,
@@ -374,4 +393,5 @@ def get_dataloader(
         num_workers=num_workers,
         device=training_device(local_rank),
         drop_last=drop_last,
+        skipped=SkippedRecords(of_all_ranks=True),
     )
