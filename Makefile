@@ -10,8 +10,9 @@ PIP := $(BIN)/python -m pip install --disable-pip-version-check --quiet --constr
 demo: $(VENV)/ready
 	$(BIN)/arcface-kd demo --out demo $(ARGS)
 
+# A file's tests stay on one worker, and a worker on one core: most tests wait for processes that they have started.
 test: $(VENV)/ready-test
-	$(BIN)/python -m pytest $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile $(ARGS)
 
 bench: $(VENV)/ready-test
 	$(BIN)/python -m benchmarks $(ONLY)

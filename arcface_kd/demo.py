@@ -1,6 +1,7 @@
 """The main job in one command: data, a teacher, the same student alone and distilled, a table and pictures."""
 
 import json
+import os
 import statistics
 import sys
 import time
@@ -26,9 +27,9 @@ FAR_LEVELS = (1e-2, 1e-3)
 
 # Synthetic identities: the teacher knows those of the students and many more, as the teacher of a real run does; the
 # pairs are of identities that neither has seen.
-_STUDENT_IDENTITIES, _TEACHER_IDENTITIES, _IMAGES = 150, 600, 12
+_STUDENT_IDENTITIES, _TEACHER_IDENTITIES, _IMAGES = 150, 500, 12
 _HELDOUT_IDENTITIES, _PAIRS = 150, 1200
-_TEACHER_EPOCHS = 8
+_TEACHER_EPOCHS = 7
 # A teacher of many classes and few epochs does not come under way with the margin that a few classes want.
 _TEACHER_MARGIN = (1.0, 0.0, 0.15)
 # With a handful of images a class, centers that average over them (the plain alpha stays larger) carry further than
@@ -195,12 +196,13 @@ def _draw_faces(folder: Path, stages: _Stages) -> Path:
         heldout_identities=_HELDOUT_IDENTITIES,
         heldout_from=_TEACHER_IDENTITIES,
         title=stages.next("drawing faces"),
+        processes=os.cpu_count() or 1,
     )
     return folder
 
 
 def _teacher_config(base: EasyDict, out: Path, stages: _Stages) -> EasyDict:
-    """The config of a teacher that is trained on four times as many synthetic identities as the students."""
+    """The config of a teacher that is trained on several times as many synthetic identities as the students."""
     from arcface_kd.data.synthetic_faces import write_dataset
 
     write_dataset(
@@ -210,6 +212,7 @@ def _teacher_config(base: EasyDict, out: Path, stages: _Stages) -> EasyDict:
         pairs=20,
         heldout_identities=2,
         title=stages.next("drawing the teacher's faces"),
+        processes=os.cpu_count() or 1,
     )
     return EasyDict(
         base,

@@ -476,8 +476,10 @@ def test_impostors_are_drawn_from_everybody() -> None:
     assert max(met.values()) < 1.5 * min(met.values())
 
 
-def write_small(folder: Path, seed: int) -> Path:
-    write_dataset(folder, identities=5, images_per_identity=3, pairs=40, heldout_identities=4, seed=seed)
+def write_small(folder: Path, seed: int, processes: int = 1) -> Path:
+    write_dataset(
+        folder, identities=5, images_per_identity=3, pairs=40, heldout_identities=4, seed=seed, processes=processes
+    )
     return folder
 
 
@@ -510,6 +512,12 @@ def test_verification_pairs_are_of_heldout_identities(written: Path) -> None:
     assert np.array_equal(persons[:, 0] == persons[:, 1], pairs.is_same)
     for fold in np.split(pairs.is_same, 10):
         assert fold.tolist() == [True, True, False, False]
+
+
+def test_two_processes_draw_the_same_files(written: Path, tmp_path: Path) -> None:
+    again = write_small(tmp_path, 21, processes=2)
+    for file in written.iterdir():
+        assert (again / file.name).read_bytes() == file.read_bytes()
 
 
 def test_writing_again_gives_the_same_files_and_another_seed_others(written: Path, tmp_path: Path) -> None:

@@ -1,8 +1,11 @@
 """A whole face data set of synthetic identities, in the trainer's own files."""
 
+import multiprocessing
 import os
 from collections.abc import Iterator
-from itertools import count
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import ExitStack
+from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -36,6 +39,16 @@ def draw_pairs(pairs: int, identities: int, rng: np.random.Generator) -> tuple[n
     return np.stack([first, np.where(is_same, first, other)], 1), is_same
 
 
+# A process draws many identities of one population.
+_population = lru_cache(maxsize=1)(SyntheticFaces)
+
+
+def _draw(task: tuple[int, int, int]) -> list[bytes]:
+    """The first images of one person: (seed, identity, number of images)."""
+    seed, identity, images = task
+    return [_population(seed).jpeg(identity, index) for index in range(images)]
+
+
 def write_dataset(
     out: str | os.PathLike[str],
     *,
@@ -46,6 +59,7 @@ def write_dataset(
     heldout_from: int | None = None,
     seed: int = 0,
     title: str | None = None,
+    processes: int = 1,
 ) -> None:
     """Draw a training set and a verification set.
 
@@ -63,13 +77,24 @@ def write_dataset(
             training identities. Sets of different sizes can share held-out identities that way.
         seed: of the population, not negative; the same seed gives the same files.
         title: of the progress bar; None shows none.
+        processes: that draw, 1 or more; the files are the same. More than one are started by importing the program's
+            main module, as :mod:`multiprocessing` does it.
 
     Raises:
         ConfigError: a number out of range.
         DataError: ``out`` cannot be written.
     """
-    smallest = {"identities": 2, "images_per_identity": 1, "pairs": 1, "heldout_identities": 2, "seed": 0}
-    asked = dict(zip(smallest, (identities, images_per_identity, pairs, heldout_identities, seed), strict=True))
+    smallest = {
+        "identities": 2,
+        "images_per_identity": 1,
+        "pairs": 1,
+        "heldout_identities": 2,
+        "seed": 0,
+        "processes": 1,
+    }
+    asked = dict(
+        zip(smallest, (identities, images_per_identity, pairs, heldout_identities, seed, processes), strict=True)
+    )
     for name, value in asked.items():
         if value < smallest[name]:
             raise ConfigError(f"{name} is {value}; it must be at least {smallest[name]}")
@@ -78,26 +103,33 @@ def write_dataset(
         raise ConfigError(f"heldout_from is {heldout_from}; it must be at least the {identities} training identities")
     if pairs % (2 * FOLDS):
         raise ConfigError(f"pairs is {pairs}; it must be a multiple of {2 * FOLDS}: ten folds, half of each one person")
-    faces = SyntheticFaces(seed)
     folder = Path(out)
-    total = identities * images_per_identity + 2 * pairs
-    # None shows the bar on a terminal only.
-    with tqdm(total=total, desc=title, unit="image", disable=True if title is None else None) as bar:
+    rng = np.random.default_rng(np.random.SeedSequence(seed, spawn_key=(_PAIR_STREAM,)))
+    persons, is_same = draw_pairs(pairs, heldout_identities, rng)
+    images_of = np.bincount(persons.ravel(), minlength=heldout_identities)
+    # Person by person, so that each is modelled once.
+    tasks = [(seed, identity, images_per_identity) for identity in range(identities)]
+    tasks += [(seed, first_heldout + person, int(images)) for person, images in enumerate(images_of)]
+    with ExitStack() as stack:
+        drawn: Iterator[list[bytes]] = map(_draw, tasks)
+        if processes > 1:
+            pool = stack.enter_context(ProcessPoolExecutor(processes, multiprocessing.get_context("spawn")))
+            stack.callback(pool.shutdown, cancel_futures=True)
+            drawn = pool.map(_draw, tasks, chunksize=4)
+        total = sum(images for _, _, images in tasks)
+        # None shows the bar on a terminal only.
+        bar = stack.enter_context(tqdm(total=total, desc=title, unit="image", disable=True if title is None else None))
 
         def training_images() -> Iterator[bytes]:
-            for identity in range(identities):
-                for index in range(images_per_identity):
-                    yield faces.jpeg(identity, index)
+            for _ in range(identities):
+                for image in next(drawn):
+                    yield image
                     bar.update()
 
         write_identities(folder, [images_per_identity] * identities, training_images())
-        rng = np.random.default_rng(np.random.SeedSequence(seed, spawn_key=(_PAIR_STREAM,)))
-        persons, is_same = draw_pairs(pairs, heldout_identities, rng)
         images = [b""] * persons.size
-        taken = {person: count() for person in range(heldout_identities)}
-        # Person by person, so that each is modelled once.
-        for place in np.argsort(persons, axis=None, kind="stable"):
-            person = int(persons.flat[place])
-            images[place] = faces.jpeg(first_heldout + person, next(taken[person]))
-            bar.update()
+        for person in range(heldout_identities):
+            for place, image in zip(np.flatnonzero(persons.ravel() == person), next(drawn), strict=True):
+                images[place] = image
+                bar.update()
     write_bin(folder / "synthetic.bin", images, is_same)
