@@ -41,8 +41,8 @@ def impostor_thresholds(cosine: Tensor, impostor: Tensor, pairs_per_acceptance: 
     # As many as the largest rate can ask for; how many there are stays on the device.
     kept = cosine.shape[0] // pairs_per_acceptance[0] + 1
     ranked = cosine.masked_fill(~impostor, -torch.inf).topk(min(kept, cosine.shape[0])).values
-    place = impostor.sum() // torch.tensor(pairs_per_acceptance, device=cosine.device)
-    return ranked[place]
+    count = impostor.sum()
+    return ranked[torch.stack([count // pairs for pairs in pairs_per_acceptance])]
 
 
 def rank_loss(student: Tensor, teacher: Tensor, chosen: Tensor) -> Tensor:
