@@ -7,6 +7,7 @@ a :class:`Distiller`, which remembers what the teacher said of the images.
 import logging
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -16,12 +17,13 @@ from torch.nn.functional import normalize
 
 from arcface_kd import registry
 from arcface_kd.config import KDConfig, StudentOptions, build
-from arcface_kd.data.dataset import FaceDataset
+from arcface_kd.data.dataset import IMAGE_SIZE, FaceDataset
 from arcface_kd.data.fingerprint import fingerprint, shows_two_views
 from arcface_kd.data.loader import BatchViews, FaceLoader
 from arcface_kd.errors import CheckpointError, ConfigError, TeacherError
+from arcface_kd.feature_maps import FeatureMaps
 from arcface_kd.losses.margin import Margin
-from arcface_kd.methods.base import Batch, Method, Requirement, RunContext
+from arcface_kd.methods.base import Batch, MapsWanted, Method, Requirement, RunContext
 from arcface_kd.methods.classifier import LearnedClassifier
 from arcface_kd.resharding import bring_momentum, fit_head_state
 from arcface_kd.sharding import ClassShard, RankGroup, for_ddp, on_first_rank_first
@@ -65,7 +67,7 @@ class Distiller:
         if alone and len(self.method_types) > 1:
             raise ConfigError(f"{alone[0]} does not combine with other methods: kd is {'+'.join(kd.methods)!r}")
         self.replacing = _replacing_classifier(self.method_types, self.method_configs)
-        needed = frozenset().union(*(kind.requires for kind in self.method_types.values()))
+        needed = frozenset().union(*(t.requirements(self.method_configs[n]) for n, t in self.method_types.items()))
         if Requirement.TEACHER_CLASSIFIER in needed and kd.classifier is None:
             raise TeacherError(f"{'+'.join(kd.methods)} needs {Requirement.TEACHER_CLASSIFIER.value}")
         self.from_cache_alone = Requirement.CACHED_EMBEDDINGS in needed
@@ -73,6 +75,8 @@ class Distiller:
             raise TeacherError(f"{'+'.join(kd.methods)} needs {Requirement.CACHED_EMBEDDINGS.value}")
         if teacher is None and kd.teacher is not None and self.method_types:
             teacher = load_teacher(kd.teacher, kd.options.get("teacher"))
+        if teacher is None and Requirement.TEACHER_TAIL in needed:
+            raise TeacherError(f"{'+'.join(kd.methods)} needs {Requirement.TEACHER_TAIL.value}")
         if teacher is None and Requirement.TEACHER_EMBEDDINGS in needed and not self.from_cache_alone:
             raise TeacherError(f"{'+'.join(kd.methods)} needs {Requirement.TEACHER_EMBEDDINGS.value}")
         self.needed = needed
@@ -82,6 +86,8 @@ class Distiller:
         self.cache: EmbeddingCache | None = None
         self._views: BatchViews | None = None
         self._seen: Tensor | None = None
+        wanted = _maps_wanted(self.method_types, self.method_configs)
+        self.maps = None if wanted is None or teacher is None else FeatureMaps("+".join(kd.methods), wanted, teacher)
 
     def read_through_cache(self, loader: FaceLoader, ranks: RankGroup | None = None) -> None:
         """Keep the teacher's embeddings in the file that ``kd_cache`` names, and ask the teacher for missing ones only.
@@ -102,7 +108,14 @@ class Distiller:
         if self.from_cache_alone:
             self._open_full_cache(loader)
             return
-        reads = Requirement.TEACHER_EMBEDDINGS in self.needed or self.kd.classifier == CLASS_MEANS
+        embeds = Requirement.TEACHER_EMBEDDINGS in self.needed and not self._shows_maps
+        if self.kd.cache is not None and self._shows_maps:
+            logger.warning(
+                "kd_cache spares nothing: %s compares feature maps, which no cache holds, and the teacher runs each "
+                "step",
+                "+".join(self.kd.methods),
+            )
+        reads = embeds or self.kd.classifier == CLASS_MEANS
         if self.kd.cache is None or self.teacher is None or not reads:
             return
         if not shows_two_views(loader.faces):
@@ -146,6 +159,11 @@ class Distiller:
         there = self.teacher is not None or self.from_cache_alone
         return there and Requirement.TEACHER_EMBEDDINGS in self.needed
 
+    @property
+    def _shows_maps(self) -> bool:
+        """Whether each batch needs the teacher's own feature maps."""
+        return self.maps is not None and self.maps.wanted.teacher_maps
+
     def _next_views(self, views: BatchViews) -> None:
         self._views = views
 
@@ -167,6 +185,8 @@ class Distiller:
             kind.prepare_student(self.method_configs[name], student)
         if self._listens:
             student.register_forward_pre_hook(self._observe)
+        if self.maps is not None and self.teacher is not None:
+            self.maps.watch(student, self.teacher.preprocessing.size if self.faces is None else IMAGE_SIZE[0])
         self.student = student
         return student
 
@@ -177,6 +197,8 @@ class Distiller:
     def _embed(self, teacher: Teacher | None, images: Tensor) -> Tensor:
         """The teacher's unit embeddings of a batch, from the cache where they are in it."""
         views, self._views = self._views, None
+        if self.maps is not None and self.maps.wanted.teacher_maps:
+            return self.maps.embed(images)
         if self.cache is None:
             if teacher is None:
                 raise TeacherError(_NO_CACHE.format("+".join(self.kd.methods)))
@@ -293,6 +315,9 @@ class DistillationHead(nn.Module):
         log: where loss terms, their gradient norms and the methods' observations go; None keeps no log.
         run_folder: the run's output folder, where a state of another number of ranks finds the other ranks' shards.
 
+    Attributes:
+        last_terms: the last step's loss terms by name, scalars without gradient.
+
     Raises:
         ConfigError: a teacher of another dimension without a projection; fewer classes than ranks.
     """
@@ -318,6 +343,7 @@ class DistillationHead(nn.Module):
     ) -> None:
         super().__init__()
         self.run_folder = run_folder
+        self.last_terms: dict[str, Tensor] = {}
         self._log = log
         self._distiller = distiller
         self.ranks = ranks or RankGroup()
@@ -358,6 +384,7 @@ class DistillationHead(nn.Module):
             total_steps=total_steps,
             cache=distiller.cache if distiller.from_cache_alone else None,
             student=distiller.student,
+            **_map_context(distiller),
         )
         methods: dict[str, Method] = {}
         if not distiller.replacing:
@@ -383,6 +410,8 @@ class DistillationHead(nn.Module):
                 f"the head was given {rows} embeddings and {labels.shape[0]} labels; it takes one for each"
             )
         teacher = self._distiller.take_teacher_embeddings(rows)
+        maps = self._distiller.maps
+        student_map, teacher_map = (None, None) if maps is None else maps.take(rows)
         sizes = self.ranks.sizes(rows)
         embeddings = self._gather(local_embeddings, sizes)
         batch = Batch(
@@ -394,8 +423,11 @@ class DistillationHead(nn.Module):
             teacher=None if teacher is None else self.ranks.gather(teacher, sizes),
             sizes=sizes,
             step=self._count_step(),
+            student_map=student_map,
+            teacher_map=teacher_map,
         )
         terms = _by_name({name: method(batch) for name, method in self.methods.items()})
+        self.last_terms = {name: term.detach() for name, term in terms.items()}
         if self._log is not None and self._log.due(batch.step + 1):
             self._log.write(batch.step + 1, self._observations(terms, local_embeddings))
         return torch.stack(list(terms.values())).sum()
@@ -481,6 +513,35 @@ def _replacing_classifier(types: Mapping[str, type[Method]], configs: Mapping[st
         f"{' and '.join(found)} both take the place of the trainer's classification, {' and '.join(by_option)} by the "
         f"options it was given: take one of them, or leave out these options"
     )
+
+
+def _maps_wanted(types: Mapping[str, type[Method]], configs: Mapping[str, Any]) -> MapsWanted | None:
+    """The feature maps that all methods of a run look at together, None where none does."""
+    found = {name: wanted for name, kind in types.items() if (wanted := kind.maps_wanted(configs[name])) is not None}
+    if not found:
+        return None
+    together = next(iter(found.values()))
+    for wanted in found.values():
+        if replace(wanted, teacher_maps=together.teacher_maps) != together:
+            raise ConfigError(f"{' and '.join(found)} look at different feature maps: give them the same options")
+    return replace(together, teacher_maps=any(wanted.teacher_maps for wanted in found.values()))
+
+
+def _map_context(distiller: Distiller) -> dict[str, Any]:
+    """What a run's methods are told of feature maps."""
+    maps = distiller.maps
+    if maps is None:
+        return {}
+    if maps.student_shape is None:
+        raise ConfigError(
+            f"{'+'.join(distiller.kd.methods)} needs {Requirement.STUDENT_FEATURE_MAP.value}: no student is watched; "
+            "call Distiller.watch with it before the head is made"
+        )
+    return {
+        "teacher_tail": maps.teacher.tail,
+        "teacher_map_shape": maps.teacher.map_shape,
+        "student_map_shape": maps.student_shape,
+    }
 
 
 def _by_name(found: Mapping[str, Mapping[str, Tensor]]) -> dict[str, Tensor]:

@@ -1,6 +1,7 @@
 """What a distillation method declares, receives and returns."""
 
 import enum
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -24,6 +25,28 @@ class Requirement(enum.Enum):
         "the teacher's embeddings of all training images, and nothing else of it: fill a cache with `arcface-kd cache "
         "CONFIG --kd-teacher FILE --out CACHE`, and give it with --kd-cache CACHE"
     )
+    TEACHER_TAIL = (
+        "the teacher's tail, what turns its feature map into the embedding: give a teacher with --kd-teacher FILE (a "
+        "checkpoint, an ONNX file, a module); where its map is not found, name the module or the ONNX tensor"
+    )
+    STUDENT_FEATURE_MAP = "the student's feature map: where it is not found, name the module that returns it"
+
+
+@dataclass(frozen=True)
+class MapsWanted:
+    """Which feature maps a method looks at.
+
+    Attributes:
+        student_map: path of the student's module that returns the map; None finds it.
+        teacher_map: the same in the teacher, or a tensor of its ONNX graph; None finds it.
+        tap: which map is found: 0 is the last one, 1 the last at a larger size, and so on.
+        teacher_maps: whether the teacher's own map of each batch is wanted, which no cache holds, or its tail alone.
+    """
+
+    student_map: str | None = None
+    teacher_map: str | None = None
+    tap: int = 0
+    teacher_maps: bool = True
 
 
 @dataclass(frozen=True)
@@ -45,6 +68,10 @@ class RunContext:
         student: the watched student, for methods that prepare it; None where none is watched.
         product_dtype: number format of the head's matrix products, None for fp32.
         ranks: the ranks that share the classes.
+        teacher_tail: from feature maps (b, Ct, Ht, Wt) to the teacher's embeddings (b, Dt), not normalised, frozen and
+            with gradient in the maps; for methods that require it, None elsewhere.
+        teacher_map_shape: (Ct, Ht, Wt) of the teacher's map.
+        student_map_shape: (C, H, W) of the student's map, for methods that require it.
     """
 
     num_classes: int
@@ -60,6 +87,9 @@ class RunContext:
     total_steps: int | None = None
     cache: EmbeddingCache | None = field(default=None, repr=False, compare=False)
     student: nn.Module | None = field(default=None, repr=False, compare=False)
+    teacher_tail: Callable[[Tensor], Tensor] | None = field(default=None, repr=False, compare=False)
+    teacher_map_shape: tuple[int, int, int] | None = None
+    student_map_shape: tuple[int, int, int] | None = None
 
 
 @dataclass(frozen=True)
@@ -75,6 +105,9 @@ class Batch:
         teacher: (B, Dt) teacher embeddings, unit vectors without gradient; None without a teacher.
         sizes: rows of each rank, in order.
         step: micro-steps done before this one.
+        student_map: (b, C, H, W) the student's feature map of this rank's own rows, with gradient; for methods that
+            require it, None elsewhere.
+        teacher_map: (b, Ct, Ht, Wt) the teacher's of the same images, without gradient.
     """
 
     embeddings: Tensor
@@ -83,6 +116,8 @@ class Batch:
     teacher: Tensor | None
     sizes: list[int]
     step: int
+    student_map: Tensor | None = None
+    teacher_map: Tensor | None = None
 
 
 class Method(nn.Module):
@@ -139,6 +174,30 @@ class Method(nn.Module):
             ``classifies``, unless a subclass decides by a knob.
         """
         return cls.classifies
+
+    @classmethod
+    def requirements(cls, config: Any) -> frozenset[Requirement]:
+        """What it cannot do without, with these knobs.
+
+        Args:
+            config: the knobs.
+
+        Returns:
+            ``requires``, unless a subclass decides by a knob.
+        """
+        return cls.requires
+
+    @classmethod
+    def maps_wanted(cls, config: Any) -> MapsWanted | None:
+        """Which feature maps it looks at, for methods that require the teacher's tail and the student's map.
+
+        Args:
+            config: the knobs.
+
+        Returns:
+            None, unless a subclass wants some.
+        """
+        return None
 
     @classmethod
     def prepare_student(cls, config: Any, student: nn.Module) -> None:

@@ -24,7 +24,8 @@ _TOLERANCE = {"fp32": 2e-3, "bf16": 0.1, "fp16": 2e-2}
 
 
 class _Cut(Protocol):
-    network: nn.Module
+    @property
+    def network(self) -> nn.Module: ...
 
     def trunk(self, prepared: Tensor) -> Tensor: ...
 
