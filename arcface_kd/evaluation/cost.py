@@ -1,0 +1,140 @@
+"""What a model costs: parameters, multiply-adds of one image, images a second on this machine."""
+
+import os
+import platform
+import statistics
+import time
+from dataclasses import dataclass
+from itertools import chain
+from pathlib import Path
+
+import torch
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+
+BATCH_SIZE = 32
+_ROUNDS = 5
+_SECONDS = 2.0
+
+
+@dataclass(frozen=True)
+class Cost:
+    """A model's cost in use, for one view of an image (no mirrored one).
+
+    Attributes:
+        parameters: number of weights; None where the model does not tell.
+        multiply_adds: of the convolutions and matrix products for one image; None where they run outside torch.
+        images_per_second: in batches of ``BATCH_SIZE`` and in the model's own number format, on the machine that
+            :func:`machine` describes.
+    """
+
+    parameters: int | None
+    multiply_adds: int | None
+    images_per_second: float
+
+
+def machine(device: torch.device) -> str:
+    """One line about where the speed was measured: processor or GPU, threads, torch."""
+    if device.type == "cuda":
+        return f"{torch.cuda.get_device_name(device)}, torch {torch.__version__}"
+    threads = torch.get_num_threads()
+    return f"{_processor()}, {threads} thread{'s' if threads > 1 else ''}, torch {torch.__version__}"
+
+
+def _processor() -> str:
+    try:
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    except OSError:
+        pass
+    return platform.processor() or platform.machine() or f"{os.cpu_count()} processors"
+
+
+def _inputs(model: nn.Module, batch: int, size: int, device: torch.device) -> torch.Tensor:
+    images = torch.rand(batch, 3, size, size, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    weight = next(chain(model.parameters(), model.buffers()), None)
+    channels_last = weight is not None and any(
+        parameter.dim() == 4 and parameter.is_contiguous(memory_format=torch.channels_last)
+        for parameter in model.parameters()
+    )
+    return images.to(device, memory_format=torch.channels_last if channels_last else torch.contiguous_format)
+
+
+@torch.no_grad()
+def multiply_adds(model: nn.Module, size: int = 112, device: torch.device | str = "cpu") -> int | None:
+    """Multiply-adds of one image, as torch's own counter finds them in convolutions and matrix products.
+
+    Batch norms, activations and additions are not counted, as is the custom of the field.
+
+    Args:
+        model: (1, 3, size, size) images to embeddings, in evaluation mode.
+        size: height and width of the images, in pixels.
+        device: of the model.
+
+    Returns:
+        The number; None where torch sees none of the work, as with a model that onnxruntime runs.
+    """
+    with FlopCounterMode(display=False) as counter:
+        model(_inputs(model, 1, size, torch.device(device)))
+    # One multiplication and one addition are two operations to the counter.
+    return counter.get_total_flops() // 2 or None
+
+
+@torch.no_grad()
+def images_per_second(
+    model: nn.Module,
+    size: int = 112,
+    device: torch.device | str = "cpu",
+    *,
+    batch_size: int = BATCH_SIZE,
+    rounds: int = _ROUNDS,
+    seconds: float = _SECONDS,
+) -> float:
+    """How fast a model embeds images that are already in memory.
+
+    Args:
+        model: (B, 3, size, size) images to embeddings, in evaluation mode.
+        size: height and width of the images, in pixels.
+        device: of the model.
+        batch_size: images a forward pass.
+        rounds: most passes that are timed; the median counts.
+        seconds: no further pass begins after so long; one pass is always timed.
+
+    Returns:
+        Images a second.
+    """
+    where = torch.device(device)
+    images = _inputs(model, batch_size, size, where)
+    # One image, since a whole batch of a large model takes long on a small machine.
+    model(images[:1])
+    durations: list[float] = []
+    while len(durations) < rounds and (not durations or sum(durations) < seconds):
+        _wait_for(where)
+        began = time.perf_counter()
+        model(images)
+        _wait_for(where)
+        durations.append(time.perf_counter() - began)
+    return batch_size / statistics.median(durations)
+
+
+def _wait_for(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def cost(model: nn.Module, device: torch.device | str = "cpu", *, parameters: int | None = None) -> Cost:
+    """Everything above of one model.
+
+    Args:
+        model: (B, 3, 112, 112) images in [-1, 1] to embeddings, in evaluation mode.
+        device: of the model.
+        parameters: number of weights, for a model that holds them where torch does not look; None counts them.
+
+    Returns:
+        The cost.
+    """
+    counted = sum(parameter.numel() for parameter in model.parameters())
+    return Cost(
+        parameters or counted or None, multiply_adds(model, device=device), images_per_second(model, device=device)
+    )
