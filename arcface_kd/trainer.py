@@ -37,8 +37,8 @@ CLIP_NORM = 5.0  # on the backbone's gradients, as the host
 
 # Each rank's batch norms keep their own statistics while it trains, as in the host. torch 2.13 gave the argument a new
 # name and warns about the old one.
-_DDP = inspect.signature(nn.parallel.DistributedDataParallel).parameters
-_KEEP_BUFFERS = {"forward_sync_buffers" if "forward_sync_buffers" in _DDP else "broadcast_buffers": False}
+_RENAMED = "forward_sync_buffers" in inspect.signature(nn.parallel.DistributedDataParallel).parameters
+_KEEP_BUFFERS: dict[str, Any] = {"forward_sync_buffers" if _RENAMED else "broadcast_buffers": False}
 
 # Keys that only the host's own surroundings can honour, with the values at which they ask for nothing.
 _HOST_ONLY = {"dali": (False,), "dali_aug": (False,), "using_wandb": (False,)}

@@ -324,7 +324,8 @@ def test_an_optimiser_that_was_not_resumed_gets_no_momentum(tmp_path: Path) -> N
 def test_checkpoints_without_momentum_are_no_fault(tmp_path: Path, saved: bool) -> None:
     own = nn.Parameter(whole(11))
     optimizer = torch.optim.SGD([own], lr=0.1, momentum=0.9)
-    save_run(tmp_path, 11, 2, **({"state_optimizer": optimizer.state_dict()} if saved else {}))
+    state: dict[str, Any] = {"state_optimizer": optimizer.state_dict()} if saved else {}
+    save_run(tmp_path, 11, 2, **state)
     bring_momentum([own], [own], ClassShard(11), tmp_path)
     own.grad = torch.ones_like(own)
     optimizer.step()

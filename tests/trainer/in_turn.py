@@ -7,12 +7,13 @@ a machine without a GPU cannot have, a run can ask a stand-in for, by name.
 
 import contextlib
 import functools
+import importlib
 import json
 import logging
 import os
 import runpy
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -40,9 +41,9 @@ class DaliBatches:
 
 
 def dali(squeezed: bool) -> Any:
-    import dataset
-
-    return mock.patch.object(dataset, "dali_data_iter", functools.partial(DaliBatches, squeezed=squeezed))
+    return mock.patch.object(
+        importlib.import_module("dataset"), "dali_data_iter", functools.partial(DaliBatches, squeezed=squeezed)
+    )
 
 
 @contextlib.contextmanager
@@ -62,13 +63,12 @@ def cpu_amp() -> Iterator[None]:
 
 def no_batch_norm() -> Any:
     """A network without batch norm, which would need two rows and would depend on the number of ranks."""
-    import backbones
 
     def get_model(name: str, num_features: int = 512, **_: object) -> nn.Module:
         layers = (nn.AvgPool2d(7), nn.Conv2d(3, 16, 3, 2), nn.Tanh(), nn.Flatten(), nn.Linear(16 * 7 * 7, num_features))
         return nn.Sequential(*layers)
 
-    return mock.patch.object(backbones, "get_model", get_model)
+    return mock.patch.object(importlib.import_module("backbones"), "get_model", get_model)
 
 
 def short_synthetic() -> Any:
@@ -78,7 +78,7 @@ def short_synthetic() -> Any:
     return mock.patch.object(SyntheticDataset, "__len__", return_value=32)
 
 
-STAND_INS = {
+STAND_INS: dict[str, Callable[[], Any]] = {
     "cpu_amp": cpu_amp,
     "dali": functools.partial(dali, squeezed=False),
     "dali_squeezed": functools.partial(dali, squeezed=True),

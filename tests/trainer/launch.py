@@ -113,17 +113,20 @@ def write_config(folder: Path, name: str, keys: Mapping[str, object], last_line:
     return name
 
 
-def loss_trace(output: Path) -> dict[int, float]:
-    """The float32 losses that arcface_torch itself wrote to TensorBoard, by step; a later run's count."""
+def loss_trace(output: Path, tag: str = "loss") -> dict[int, float]:
+    """The float32 losses that arcface_torch itself wrote to TensorBoard, by step; a later run's count.
+
+    Another tag, ``kd/NAME``, gives what our head wrote beside it.
+    """
     from tensorboard.backend.event_processing.event_file_loader import EventFileLoader
     from tensorboard.util.tensor_util import make_ndarray
 
     losses: dict[int, float] = {}
-    own = [path for path in (output / "tensorboard").glob("events.out.tfevents.*") if path.suffix != ".kd"]
-    for path in sorted(own, key=lambda path: path.stat().st_mtime_ns):
+    files = (output / "tensorboard").glob("events.out.tfevents.*")
+    for path in sorted(files, key=lambda path: path.stat().st_mtime_ns):
         for event in EventFileLoader(str(path)).Load():
             for value in event.summary.value:
-                if value.tag == "loss":
+                if value.tag == tag:
                     losses[event.step] = float(make_ndarray(value.tensor))
     return losses
 
