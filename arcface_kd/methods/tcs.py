@@ -189,15 +189,20 @@ class TCS(Method):
         self.register_buffer("mask", (scale > 0).to(scale.dtype))
         self.register_buffer("importance", torch.zeros_like(scale))
         self.classifier = LearnedClassifier(context)
-        with torch.no_grad():
-            self.classifier.weight.mul_(self.mask)
+        self.clear_dropped_axes()
         self._kept: int | None = None
         self._distance: Tensor | None = None
-        self.register_load_state_dict_post_hook(lambda module, _: module.forget())
+        self.register_load_state_dict_post_hook(lambda module, _: module.recount())
+        self.register_state_dict_pre_hook(lambda module, *_: module.clear_dropped_axes())
 
-    def forget(self) -> None:
+    def recount(self) -> None:
         """Count the axes that are left anew, after ``mask`` was written from outside."""
         self._kept = None
+
+    @torch.no_grad()
+    def clear_dropped_axes(self) -> None:
+        """Zero the class centers along dropped axes, where momentum still moves them for a while."""
+        self.classifier.weight.mul_(self.mask)
 
     def forward(self, batch: Batch) -> dict[str, Tensor]:
         """Drop axes where it is time to; classify the student's coordinates and hold them against the teacher's.
@@ -250,8 +255,7 @@ class TCS(Method):
             set_scale(self._norm[0], self._norm[0].weight.data * self.mask)
             self._kept = wanted
         if self._kept < len(self.axes):
-            # Their momentum still moves the class centers along dropped axes.
-            self.classifier.weight.mul_(self.mask)
+            self.clear_dropped_axes()
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *arguments: Any) -> None:
         axes = state_dict.get(f"{prefix}axes")
