@@ -1,11 +1,12 @@
 # make demo: the main job, from nothing.  make test: the tests.  make bench: the benchmarks (ONLY=head for one).
+# make docs: the pages of docs/ as a site, in site/.
 # Each sets up what it needs in .venv first; PYTHON chooses the interpreter (3.10 or newer).
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --disable-pip-version-check --quiet --constraint constraints.txt
 
-.PHONY: demo test bench lint clean
+.PHONY: demo test bench docs lint clean
 
 demo: $(VENV)/ready
 	$(BIN)/arcface-kd demo --out demo $(ARGS)
@@ -17,13 +18,16 @@ test: $(VENV)/ready-test
 bench: $(VENV)/ready-test
 	$(BIN)/python -m benchmarks $(ONLY)
 
+docs: $(VENV)/ready-test
+	$(BIN)/python -m mkdocs build --strict
+
 lint: $(VENV)/ready-test
 	$(BIN)/python -m ruff check .
 	$(BIN)/python -m ruff format --check .
 	$(BIN)/python -m mypy
 
 clean:
-	rm -rf $(VENV) demo build *.egg-info
+	rm -rf $(VENV) demo build site *.egg-info
 
 $(VENV)/bin/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
