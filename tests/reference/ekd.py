@@ -54,7 +54,8 @@ def ekd_step(
         momentum: of this batch's thresholds.
         weights: of positive and negative pairs.
     """
-    positive, negative = [], []
+    positive: list[tuple[Tensor, Tensor]] = []
+    negative: list[tuple[Tensor, Tensor]] = []
     for i in range(len(labels)):
         for j in range(i + 1, len(labels)):
             if labels[i] < 0 or labels[j] < 0:
