@@ -13,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from arcface_kd.data.dataset import RecordDataset
+from arcface_kd.data.pair_identities import pair_identities
 from arcface_kd.data.synthetic_faces import SyntheticFaces, write_dataset
 from arcface_kd.data.synthetic_faces.canvas import (
     FIELD_LEFT,
@@ -489,7 +490,8 @@ def written(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_training_records_are_the_first_identities(written: Path) -> None:
-    assert sorted(path.name for path in written.iterdir()) == ["property", "synthetic.bin", "train.idx", "train.rec"]
+    files = ["property", "synthetic.bin", "synthetic.identities.txt", "train.idx", "train.rec"]
+    assert sorted(path.name for path in written.iterdir()) == files
     assert (written / "property").read_text().split(",")[0] == "5"
     records, faces = RecordDataset(written, num_classes=5), SyntheticFaces(21)
     assert len(records) == 15
@@ -510,6 +512,9 @@ def test_verification_pairs_are_of_heldout_identities(written: Path) -> None:
     assert persons.min() >= 5, "no training identity is verified"
     assert set(persons.ravel().tolist()) == {5, 6, 7, 8}
     assert np.array_equal(persons[:, 0] == persons[:, 1], pairs.is_same)
+    stated = pair_identities(written / "synthetic.bin", pairs)
+    assert stated.source == "stated"
+    assert np.array_equal(stated.numbers, np.unique(persons, return_inverse=True)[1].reshape(-1, 2))
     for fold in np.split(pairs.is_same, 10):
         assert fold.tolist() == [True, True, False, False]
 

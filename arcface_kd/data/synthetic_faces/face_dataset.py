@@ -12,6 +12,7 @@ import numpy as np
 from tqdm import tqdm
 
 from arcface_kd.data.pack import write_identities
+from arcface_kd.data.pair_identities import write_pair_identities
 from arcface_kd.data.synthetic_faces.faces import SyntheticFaces
 from arcface_kd.data.verification_bin import write_bin
 from arcface_kd.errors import ConfigError
@@ -65,7 +66,8 @@ def write_dataset(
 
     ``train.rec``, ``train.idx`` and ``property`` hold identities 0 .. ``identities`` - 1 of the population in
     InsightFace's layout, labelled by number. ``synthetic.bin`` holds pairs of ``heldout_identities`` others;
-    each of its images occurs once. In each of ten consecutive folds, as many pairs are of one person as of two.
+    each of its images occurs once, and ``synthetic.identities.txt`` says whom it shows. In each of ten consecutive
+    folds, as many pairs are of one person as of two.
 
     Args:
         out: folder for the files; made when missing. Files of the same names are replaced.
@@ -133,3 +135,6 @@ def write_dataset(
                 images[place] = image
                 bar.update()
     write_bin(folder / "synthetic.bin", images, is_same)
+    write_pair_identities(
+        folder / "synthetic.bin", [str(first_heldout + person) for person in persons.ravel().tolist()]
+    )
