@@ -123,12 +123,6 @@ class TestAdaDistill:
         for name, value in head_state(whole).items():
             assert torch.equal(head_state(halves)[name], value), name
 
-    def test_a_copied_config_needs_no_flag(self, plain: Path, faces: Faces, teacher: Teacher, tmp_path: Path) -> None:
-        output = tmp_path / "run"
-        keys = settings(faces, output, kd="adadistill", kd_teacher=str(teacher.file))
-        train(plain, write_config(plain, "copied", keys, "\nimport arcface_kd\n\narcface_kd.attach(config)"))
-        assert "methods.adadistill.centers.weight" in head_state(output)
-
     def test_a_wrong_method_stops_before_the_first_step(self, flagged: Path, faces: Faces, tmp_path: Path) -> None:
         config = write_config(flagged, "wrong", settings(faces, tmp_path / "run"))
         run = launch(flagged, config, "--kd", "adadistil")
