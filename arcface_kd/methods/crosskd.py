@@ -11,8 +11,8 @@ the trained student.
 
 The paper is about detection heads. Published there: align_scale, the frozen tail, that mimicking through the tail alone
 is better than together with direct mimicking (38.7 against 38.1 AP), and that a tap shortly before the end is best
-(38.2, 38.3, 38.6, 38.7, 38.2 for positions 0 to 4). Chosen here, for embedding networks: the tail begins behind the last
-feature map (``tap`` moves both taps towards the image), the adapter for unequal maps, the two distances and their
+(38.2, 38.3, 38.6, 38.7, 38.2 for positions 0 to 4). Chosen here, for embedding networks: the tail begins behind the
+last feature map (``tap`` moves both taps towards the image), the adapter for unequal maps, the two distances and their
 weights.
 
 No cache holds feature maps: with align_scale the teacher runs each step. ``align=False`` needs the teacher's tail and

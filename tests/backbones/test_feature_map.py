@@ -91,7 +91,7 @@ def test_finding_the_shape_changes_nothing() -> None:
     assert network.fc.training
     assert not network.bn2.training
     assert all(torch.equal(value, before[name]) for name, value in network.state_dict().items())
-    assert not network.layer4._forward_hooks
+    assert not network.get_submodule("layer4")._forward_hooks
 
 
 @pytest.mark.parametrize(

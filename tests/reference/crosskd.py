@@ -23,6 +23,7 @@ def crosskd_terms(
     adapter: tuple[Tensor, Tensor] | None = None,
     align: bool = True,
     groups: list[int] | None = None,
+    labels: Tensor | None = None,
     classifier: Tensor | None = None,
     scale: float = 64.0,
     temperature: float = 4.0,
@@ -36,6 +37,7 @@ def crosskd_terms(
         adapter: weight (Ct, C) and bias (Ct,) of the 1x1 convolution, None for none.
         align: with align_scale.
         groups: rows of each rank, whose statistics are taken apart; None takes them together.
+        labels: (B,); rows without one have no logits compared. None means that all have one.
         classifier: (classes, Dt) of the teacher, None leaves the logits out.
         scale: of the logits.
         temperature: T.
@@ -44,17 +46,17 @@ def crosskd_terms(
     if adapter is not None:
         adapted = conv2d(adapted, adapter[0][:, :, None, None], adapter[1])
     if adapted.shape[2:] != teacher_map.shape[2:]:
-        adapted = adaptive_avg_pool2d(adapted, teacher_map.shape[2:])
+        adapted = adaptive_avg_pool2d(adapted, (teacher_map.shape[2], teacher_map.shape[3]))
     if align:
         sizes = groups or [len(adapted)]
         pairs = zip(adapted.split(sizes), teacher_map.split(sizes), strict=True)
         adapted = torch.cat([align_scale(own, other) if len(own) else own for own, other in pairs])
     mimicry, divergence = [], []
-    for own, other in zip(adapted, teacher_map, strict=True):
+    for number, (own, other) in enumerate(zip(adapted, teacher_map, strict=True)):
         cross, teacher = tail(own[None])[0], tail(other[None])[0].detach()
         cosine = cross @ teacher / (cross.norm() * teacher.norm())
         mimicry.append(1 - cosine)
-        if classifier is None:
+        if classifier is None or (labels is not None and labels[number] < 0):
             continue
         logits = []
         for embedding in (cross, teacher):

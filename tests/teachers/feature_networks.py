@@ -1,10 +1,14 @@
 """Small networks with the module names of arcface_torch's, and one whose names tell nothing."""
 
+from typing import TypeVar
+
 import torch
 from torch import Tensor, nn
 
+Network = TypeVar("Network", bound=nn.Module)
 
-def seeded(network: nn.Module, seed: int) -> nn.Module:
+
+def seeded(network: Network, seed: int) -> Network:
     """Weights and running statistics of all sizes, in evaluation mode."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():

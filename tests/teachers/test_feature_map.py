@@ -52,7 +52,7 @@ def test_a_checkpoint_at_an_earlier_map(tmp_path: Path) -> None:
     teacher = load_teacher(tmp_path / "model.pt")
 
     def tail(feature_map: Tensor) -> Tensor:
-        return network.tail(network.stages[3](feature_map))
+        return network.tail(network.get_submodule("stages.3")(feature_map))
 
     for cut in (cut_teacher(teacher, tap=1), cut_teacher(teacher, "stages.2")):
         assert cut.map_shape == (128, 7, 7)
@@ -160,7 +160,7 @@ def test_half_precision_is_the_teacher_s_own(tmp_path: Path) -> None:
     torch.save(network.state_dict(), tmp_path / "model.pt")
     teacher = load_teacher(tmp_path / "model.pt", {"precision": "bf16"})
     feature_map = torch.randn(2, 128, 7, 7)
-    wanted = network.tail(network.stages[3](feature_map))
+    wanted = network.tail(network.get_submodule("stages.3")(feature_map))
     met = cut_teacher(teacher, tap=1).tail(feature_map)
     assert met.dtype == torch.float32
     assert 0 < (met - wanted).abs().max() < 0.05 * wanted.abs().max()
