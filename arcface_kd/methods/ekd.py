@@ -7,11 +7,11 @@ cosines among the student's thresholds and the teacher's among the teacher's:
     r(x) = sum_k sigmoid( (x - threshold_k) / 0.01 )
     loss = 0.02 * mean over positive pairs (r_s - r_t)^2  +  0.01 * mean over the hardest negative pairs (r_s - r_t)^2
 
-The thresholds are the exceeded shares of the batch's negative cosines, followed by a moving average,
-threshold <- 0.99 threshold + 0.01 of this batch. The hardest negative pairs are the 2,000 with the largest student's
-cosine. Pairs are taken from the batches of all ranks.
+The thresholds are the cosines that these shares of the batch's negative pairs exceed, followed by a moving average,
+threshold <- 0.99 threshold + 0.01 of this batch. The hardest negative pairs are the 2,000 with the largest cosines of
+the student's. Pairs are taken from the batches of all ranks.
 
-Published (paper and the code in Tencent's TFace, whose numbers these are): all of the above, ArcFace beside it, and
+Published (the authors' code in Tencent's TFace, whose numbers these are): all of the above, ArcFace beside it, and
 batches of which a half is drawn so that identities repeat. Chosen here:
 
 - the first batch sets the thresholds, which in the published code rise from 0 over hundreds of steps;
