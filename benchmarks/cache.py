@@ -87,7 +87,8 @@ class Sizes:
 TINY = Sizes((Pair("thin_r18", "thin_r18", 12, images=8, batch=4, rounds=1),), None, dimension=16)
 
 
-def _teacher(pair: Pair, dimension: int, device: torch.device) -> Teacher:
+def teacher_of(pair: Pair, dimension: int, device: torch.device) -> Teacher:
+    """A pair's teacher: the file of its name, or the network with random weights, in the device's narrow format."""
     real = os.environ.get("ARCFACE_KD_REAL_DATA")
     if pair.teacher.endswith(".onnx"):
         assert real is not None
@@ -98,7 +99,8 @@ def _teacher(pair: Pair, dimension: int, device: torch.device) -> Teacher:
     return load_teacher(get_backbone(pair.teacher, num_features=dimension), {"precision": narrow}, device=device)
 
 
-def _config(pair: Pair, dimension: int, folder: Path) -> EasyDict:
+def config_of(pair: Pair, dimension: int, folder: Path) -> EasyDict:
+    """A config of a run of the pair's student over the records in a folder."""
     config = EasyDict(BASE)
     config.update(
         rec=str(folder),
@@ -175,8 +177,8 @@ def run(sizes: Sizes, device: torch.device) -> list[Row]:
 def _measure(recorder: Recorder, pair: Pair, dimension: int, device: torch.device, folder: Path) -> None:
     faces = SyntheticFaces(0)
     write_identities(folder, [1] * pair.images, (faces.jpeg(number, 0) for number in range(pair.images)))
-    teacher = _teacher(pair, dimension, device)
-    config = _config(pair, dimension, folder)
+    teacher = teacher_of(pair, dimension, device)
+    config = config_of(pair, dimension, folder)
     # One identity an image in the records; the head has as many classes as the run that is stood in for.
     config.num_classes = max(pair.classes, pair.images)
     fill_cache(EasyDict(config, kd_cache=str(folder / "rows")), teacher=teacher)

@@ -36,7 +36,7 @@ def test_tiny(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatc
 def test_an_epoch_trains_on_every_full_batch(tmp_path: Path) -> None:
     faces = draw_faces(tmp_path, identities=3, images=4)
     pair = cache.Pair("thin_r18", "thin_r18", 3, images=12, batch=5, rounds=1)
-    config: EasyDict = cache._config(pair, 8, faces.folder)
+    config: EasyDict = cache.config_of(pair, 8, faces.folder)
     distiller = Distiller(KDConfig())
     seen: list[int] = []
     watch = distiller.watch

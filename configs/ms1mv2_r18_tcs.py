@@ -1,0 +1,26 @@
+# iResNet-18 on MS1MV2 with TCS: ArcFace in a coordinate system of cached teacher embeddings; epochs chosen here.
+# Copy into arcface_torch/configs/ and run the trainer on it; only keys that differ from configs/base.py.
+from easydict import EasyDict as edict
+
+import arcface_kd
+
+config = edict()
+config.network = "r18"
+config.fp16 = True
+config.save_all_states = True
+config.output = None
+
+config.rec = "/train_tmp/faces_emore"
+config.num_classes = 85742
+config.num_image = 5822653
+config.num_epoch = 26
+config.warmup_epoch = 0
+config.val_targets = ["lfw", "cfp_fp", "agedb_30"]
+
+# The teacher runs once, before: arcface-kd cache configs/ms1mv2_r18_tcs.py. Training looks at its file only to
+# see that the cache is this teacher's; without kd_teacher it takes the cache as it is.
+config.kd = "tcs"
+config.kd_teacher = "/train_tmp/teachers/r50.pt"
+config.kd_cache = "/train_tmp/teachers/r50.cache"
+
+arcface_kd.attach(config)
