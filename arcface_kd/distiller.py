@@ -5,6 +5,7 @@ a :class:`Distiller`, which remembers what the teacher said of the images.
 """
 
 import logging
+import weakref
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -14,6 +15,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import normalize
+from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from arcface_kd import registry
 from arcface_kd.config import KDConfig, StudentOptions, build
@@ -25,6 +27,7 @@ from arcface_kd.feature_maps import FeatureMaps
 from arcface_kd.losses.margin import Margin
 from arcface_kd.methods.base import Batch, MapsWanted, Method, Requirement, RunContext
 from arcface_kd.methods.classifier import LearnedClassifier
+from arcface_kd.number_watch import BatchRows, NumberWatch
 from arcface_kd.resharding import bring_momentum, fit_head_state
 from arcface_kd.sharding import ClassShard, RankGroup, for_ddp, on_first_rank_first
 from arcface_kd.step_log import StepLog
@@ -85,6 +88,7 @@ class Distiller:
         self.faces: FaceDataset | None = None
         self.cache: EmbeddingCache | None = None
         self._views: BatchViews | None = None
+        self._shown: BatchViews | None = None
         self._seen: Tensor | None = None
         wanted = _maps_wanted(self.method_types, self.method_configs)
         self.maps = None if wanted is None or teacher is None else FeatureMaps("+".join(kd.methods), wanted, teacher)
@@ -105,6 +109,7 @@ class Distiller:
             DataError: an image that cannot be read.
         """
         self.faces = loader.faces
+        loader.on_batch = self._next_views
         if self.from_cache_alone:
             self._open_full_cache(loader)
             return
@@ -165,7 +170,16 @@ class Distiller:
         return self.maps is not None and self.maps.wanted.teacher_maps
 
     def _next_views(self, views: BatchViews) -> None:
-        self._views = views
+        self._views = self._shown = views
+
+    def take_views(self, rows: int) -> BatchViews | None:
+        """Which records the batch that the student has just seen shows; None where the loader does not say.
+
+        Args:
+            rows: number of the student's embeddings.
+        """
+        shown, self._shown = self._shown, None
+        return shown if shown is not None and len(shown.index) == rows else None
 
     def watch(self, student: nn.Module) -> nn.Module:
         """Put the hook on a student: in training mode, what it is shown the teacher is shown first.
@@ -311,6 +325,8 @@ class DistillationHead(nn.Module):
         seed: of the run.
         steps_per_epoch: micro-steps of one epoch.
         total_steps: micro-steps of the whole run; None where nobody knows, which some methods refuse.
+        loss_is_scaled: whether the trainer scales the loss and passes over steps whose gradients overflow; gradients
+            are then not looked at for NaN and inf here.
         ranks: the ranks that share the classes; None takes the default process group.
         log: where loss terms, their gradient norms and the methods' observations go; None keeps no log.
         run_folder: the run's output folder, where a state of another number of ranks finds the other ranks' shards.
@@ -337,6 +353,7 @@ class DistillationHead(nn.Module):
         seed: int = 0,
         steps_per_epoch: int = 1,
         total_steps: int | None = None,
+        loss_is_scaled: bool = False,
         ranks: RankGroup | None = None,
         log: StepLog | None = None,
         run_folder: Path | None = None,
@@ -392,6 +409,11 @@ class DistillationHead(nn.Module):
         for name, kind in distiller.method_types.items():
             methods[name] = kind(distiller.method_configs[name], context)
         self.methods = nn.ModuleDict(methods)
+        self.numbers = NumberWatch()
+        self.register_state_dict_pre_hook(_settle_numbers)
+        self._watches_gradients = not loss_is_scaled
+        if self._watches_gradients:
+            _watch_optimizers(self)
 
     def forward(self, local_embeddings: Tensor, local_labels: Tensor) -> Tensor:
         """The step's loss.
@@ -402,6 +424,10 @@ class DistillationHead(nn.Module):
 
         Returns:
             The sum of all loss terms, the same on every rank. Its gradient is scaled for ``DistributedDataParallel``.
+
+        Raises:
+            NumberError: NaN or inf in an embedding, a loss term or, in the backward pass, a gradient; from a GPU it
+                comes in a later step than the one it names.
         """
         labels = local_labels.reshape(-1).long()
         rows = local_embeddings.shape[0]
@@ -426,10 +452,17 @@ class DistillationHead(nn.Module):
             student_map=student_map,
             teacher_map=teacher_map,
         )
+        shown = BatchRows(
+            batch.step + 1, sizes, self.ranks.rank, self._distiller.take_views(rows), self._distiller.faces
+        )
+        self.numbers.embeddings(batch.embeddings, batch.teacher, shown)
         terms = _by_name({name: method(batch) for name, method in self.methods.items()})
+        self.numbers.terms(list(terms), list(terms.values()), shown)
         self.last_terms = {name: term.detach() for name, term in terms.items()}
         if self._log is not None and self._log.due(batch.step + 1):
             self._log.write(batch.step + 1, self._observations(terms, local_embeddings))
+        if self._watches_gradients and local_embeddings.requires_grad:
+            local_embeddings.register_hook(lambda gradient: self.numbers.embedding_gradient(gradient, shown))
         return torch.stack(list(terms.values())).sum()
 
     def _gather(self, rows: Tensor, sizes: list[int]) -> Tensor:
@@ -474,6 +507,27 @@ class DistillationHead(nn.Module):
             bring_momentum(list(self.parameters()), self.sharded_parameters(), self.shard, self.run_folder)
         return result
 
+    def look_at_gradients(self, optimizer: torch.optim.Optimizer) -> None:
+        """Look for NaN and inf in the gradients that an optimiser is about to apply to the student.
+
+        Args:
+            optimizer: any; one that has none of the student's weights is left alone.
+
+        Raises:
+            NumberError: there are some; the message names the weights.
+        """
+        student = self._distiller.student
+        if student is None:
+            return
+        held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+        found = {
+            name: parameter.grad
+            for name, parameter in student.named_parameters()
+            if id(parameter) in held and parameter.grad is not None
+        }
+        if found:
+            self.numbers.weight_gradients(list(found), list(found.values()), self._steps_done or 0)
+
     def sharded_entries(self) -> tuple[str, ...]:
         """Names of the state's entries that have one row for each class of this rank."""
         return tuple(f"methods.{name}.{entry}" for name, m in self.methods.items() for entry in cast(Method, m).sharded)
@@ -499,6 +553,27 @@ class DistillationHead(nn.Module):
             for name, norm, share in zip(terms, norms, shares, strict=True):
                 values[f"gradient_norm/{name}"], values[f"gradient_share/{name}"] = norm, share
         return {name: float(value) for name, value in values.items()}
+
+
+def _settle_numbers(head: nn.Module, prefix: str, keep_vars: bool) -> None:
+    """Before a state is saved, so that none is that has met NaN or inf."""
+    cast(DistillationHead, head).numbers.settle()
+
+
+def _watch_optimizers(head: DistillationHead) -> None:
+    """Let the head look at the student's gradients before any optimiser takes them, for as long as there is the head.
+
+    A trainer's optimiser is made after its head and never shown to it. One that a ``GradScaler`` holds back is not
+    looked at, since its step does not come.
+    """
+    alive = weakref.ref(head)
+
+    def look(optimizer: torch.optim.Optimizer, arguments: Any, keywords: Any) -> None:
+        watching = alive()
+        if watching is not None:
+            watching.look_at_gradients(optimizer)
+
+    weakref.finalize(head, register_optimizer_step_pre_hook(look).remove)
 
 
 def _replacing_classifier(types: Mapping[str, type[Method]], configs: Mapping[str, Any]) -> str | None:

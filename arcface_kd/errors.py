@@ -24,5 +24,13 @@ class CheckpointError(ArcfaceKDError, ValueError):
     """A run's checkpoints that are missing, cannot be read or do not belong together."""
 
 
+class NumberError(ArcfaceKDError, ArithmeticError):
+    """NaN or inf where a run cannot go on with it; the message names what, at which step and of which records."""
+
+
+class RankError(ArcfaceKDError, RuntimeError):
+    """A rank that cannot go on because another one has failed or does not answer."""
+
+
 class TeacherError(ArcfaceKDError, ValueError):
     """A teacher that is missing, cannot be read or does not fit the run."""

@@ -168,6 +168,7 @@ def drop_ins(
             narrow_format(training_device()) if fp16 else None,
             seed=int(settings["seed"]),
             steps_per_epoch=steps_per_epoch,
+            loss_is_scaled=bool(settings.get("fp16")) and training_device().type == "cuda",
             total_steps=None if epochs is None else max(1, steps_per_epoch * int(epochs)),
             ranks=ranks,
             log=StepLog(Path(settings["output"]) / "tensorboard", int(settings["frequent"]), ranks.rank == 0),

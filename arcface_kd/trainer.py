@@ -25,7 +25,7 @@ from arcface_kd.config import BASE, RUN_KEYS, suggestion
 from arcface_kd.data.verification_bin import VerificationSet, read_bin
 from arcface_kd.device import narrow_format, training_device
 from arcface_kd.distiller import Distiller
-from arcface_kd.errors import ArcfaceKDError, ConfigError, DataError
+from arcface_kd.errors import ConfigError, DataError, NumberError
 from arcface_kd.evaluation.verification import VerificationResult, evaluate
 from arcface_kd.hook import DropIns, drop_ins
 from arcface_kd.losses.margin import Margin
@@ -34,6 +34,7 @@ from arcface_kd.schedule import linear_with_warmup
 
 LOGIT_SCALE = 64.0  # the host's, which no key of its configs changes
 CLIP_NORM = 5.0  # on the backbone's gradients, as the host
+_LEAST_LOSS_SCALE = 2.0**-10
 
 # Each rank's batch norms keep their own statistics while it trains, as in the host. torch 2.13 gave the argument a new
 # name and warns about the old one.
@@ -162,6 +163,23 @@ def _log_files(folder: Path, rank: int) -> Iterator[None]:
         logger.propagate = before[1]
 
 
+def check_loss_scale(scaler: torch.amp.GradScaler, step: int) -> None:
+    """Refuse to go on when no loss scale keeps the gradients from overflowing; one that falls now and then is in order.
+
+    Args:
+        scaler: of the run.
+        step: for the message.
+
+    Raises:
+        NumberError: the scale has fallen below ``2**-10``: every step is passed over.
+    """
+    if scaler.is_enabled() and scaler.get_scale() < _LEAST_LOSS_SCALE:
+        raise NumberError(
+            f"step {step}: the gradients overflow in fp16 at every loss scale down to {scaler.get_scale():.1g}, and no "
+            "step is taken: lower lr, or switch fp16 off to look closer"
+        )
+
+
 class _Run:
     """One run's objects and the loop over them."""
 
@@ -255,6 +273,7 @@ class _Run:
 
     def save(self) -> None:
         """Write the host's files: this rank's checkpoint where the config wants it, and the student on rank 0."""
+        self.head.numbers.settle()
         if self.config.save_all_states:
             with atomic_write(checkpoint_file(self.folder, self.rank)) as stream:
                 torch.save(
@@ -323,8 +342,8 @@ class _Run:
         return self.images / self.seconds if self.seconds else 0.0
 
     def _log(self, loss: float, bar: "tqdm[Any]") -> None:
-        if loss != loss or abs(loss) == float("inf"):
-            raise ArcfaceKDError(f"the loss is {loss} at step {self.step}: lower lr, or switch fp16 off to look closer")
+        self.head.numbers.settle()
+        check_loss_scale(self.scaler, self.step)
         rate = self.schedule.get_last_lr()[0]
         terms = [f"{name} {float(term):.3f}" for name, term in self.head.last_terms.items()]
         bar.set_postfix_str(f"{self.rate:.0f} images/s, loss {loss:.3f} = {' + '.join(terms)}")
@@ -373,6 +392,7 @@ def train(
     Raises:
         ConfigError: a key that cannot be honoured.
         DataError: records that cannot be read.
+        NumberError: NaN or inf in embeddings, loss terms or gradients.
         TeacherError: a teacher that is missing or does not fit.
     """
     check_keys(config)

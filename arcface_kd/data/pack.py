@@ -82,9 +82,11 @@ def write_identities(out: str | os.PathLike[str], sizes: Sequence[int], images: 
         images: encoded 112x112 images, ``sum(sizes)`` of them, identity by identity.
 
     Raises:
-        DataError: ``out`` cannot be written; it is as it was before.
+        DataError: more identities than labels can tell apart, or ``out`` cannot be written; it is as it was before.
         ValueError: the number of images is not ``sum(sizes)``; ``out`` is as it was before.
     """
+    if len(sizes) > _MAX_IDENTITIES:
+        raise DataError(f"{out}: {len(sizes)} identities; a float32 label tells {_MAX_IDENTITIES} apart")
     target = Path(out)
     made = not target.exists()
     try:
@@ -130,8 +132,6 @@ def pack_folder(folder: str | os.PathLike[str], out: str | os.PathLike[str]) -> 
     from tqdm import tqdm
 
     identities = list_identities(folder)
-    if len(identities) > _MAX_IDENTITIES:
-        raise DataError(f"{folder} holds {len(identities)} identities; a float32 label tells {_MAX_IDENTITIES} apart")
     for path in (Path(out) / "train.rec", Path(out) / "train.idx"):
         if path.exists():
             raise DataError(f"{path} exists; remove it or choose another folder")
