@@ -90,8 +90,8 @@ class Distiller:
         self._views: BatchViews | None = None
         self._shown: BatchViews | None = None
         self._seen: Tensor | None = None
-        wanted = _maps_wanted(self.method_types, self.method_configs)
-        self.maps = None if wanted is None or teacher is None else FeatureMaps("+".join(kd.methods), wanted, teacher)
+        self.maps_wanted = _maps_wanted(self.method_types, self.method_configs)
+        self.maps: FeatureMaps | None = None
 
     def read_through_cache(self, loader: FaceLoader, ranks: RankGroup | None = None) -> None:
         """Keep the teacher's embeddings in the file that ``kd_cache`` names, and ask the teacher for missing ones only.
@@ -167,7 +167,7 @@ class Distiller:
     @property
     def _shows_maps(self) -> bool:
         """Whether each batch needs the teacher's own feature maps."""
-        return self.maps is not None and self.maps.wanted.teacher_maps
+        return self.maps_wanted is not None and self.maps_wanted.teacher_maps
 
     def _next_views(self, views: BatchViews) -> None:
         self._views = self._shown = views
@@ -194,12 +194,14 @@ class Distiller:
 
         Raises:
             ConfigError: a student that a method cannot work with.
+            TeacherError: a teacher without the feature map that a method looks at.
         """
         for name, kind in self.method_types.items():
             kind.prepare_student(self.method_configs[name], student)
         if self._listens:
             student.register_forward_pre_hook(self._observe)
-        if self.maps is not None and self.teacher is not None:
+        if self.maps_wanted is not None and self.teacher is not None:
+            self.maps = FeatureMaps("+".join(self.kd.methods), self.maps_wanted, self.teacher)
             self.maps.watch(student, self.teacher.preprocessing.size if self.faces is None else IMAGE_SIZE[0])
         self.student = student
         return student
@@ -211,7 +213,7 @@ class Distiller:
     def _embed(self, teacher: Teacher | None, images: Tensor) -> Tensor:
         """The teacher's unit embeddings of a batch, from the cache where they are in it."""
         views, self._views = self._views, None
-        if self.maps is not None and self.maps.wanted.teacher_maps:
+        if self.maps is not None and self._shows_maps:
             return self.maps.embed(images)
         if self.cache is None:
             if teacher is None:
@@ -605,9 +607,9 @@ def _maps_wanted(types: Mapping[str, type[Method]], configs: Mapping[str, Any]) 
 def _map_context(distiller: Distiller) -> dict[str, Any]:
     """What a run's methods are told of feature maps."""
     maps = distiller.maps
-    if maps is None:
+    if distiller.maps_wanted is None:
         return {}
-    if maps.student_shape is None:
+    if maps is None or maps.student_shape is None:
         raise ConfigError(
             f"{'+'.join(distiller.kd.methods)} needs {Requirement.STUDENT_FEATURE_MAP.value}: no student is watched; "
             "call Distiller.watch with it before the head is made"

@@ -1,0 +1,27 @@
+# MobileFaceNet on MS1MV2 with CrossKD: its last feature map through the teacher's frozen tail, beside ArcFace; the
+# method was published for detectors, so weight and epochs are chosen here.
+# Copy into arcface_torch/configs/ and run the trainer on it; only keys that differ from configs/base.py.
+from easydict import EasyDict as edict
+
+import arcface_kd
+
+config = edict()
+config.network = "mbf"
+config.fp16 = True
+config.save_all_states = True
+config.output = None
+
+config.rec = "/train_tmp/faces_emore"
+config.num_classes = 85742
+config.num_image = 5822653
+config.num_epoch = 26
+config.warmup_epoch = 0
+config.val_targets = ["lfw", "cfp_fp", "agedb_30"]
+
+# The teacher runs each step: no cache holds its feature maps. kd/cross_cosine in the log shows how near the student's
+# map, seen through the teacher's tail, has come.
+config.kd = "crosskd"
+config.kd_teacher = "/train_tmp/teachers/r50.pt"
+config.kd_option = {"crosskd.embedding_weight": 64.0}
+
+arcface_kd.attach(config)
