@@ -99,13 +99,15 @@ class Distiller:
         The loader says which records a batch shows and which of them mirrored; its records are what the teacher's
         classifier is held against. Data that may show an image in other
         ways, by an augmentation of its own, switches the cache off with a warning: the teacher then runs each step.
+        Methods that take the cache alone want it to be there, and the teacher is given up.
 
         Args:
             loader: of the training records.
             ranks: the ranks of the run; None takes the default process group.
 
         Raises:
-            TeacherError: the cache belongs to another teacher or other data, or is damaged.
+            TeacherError: the cache belongs to another teacher or other data, or is damaged; or there is none, and a
+                method takes it alone.
             DataError: an image that cannot be read.
         """
         self.faces = loader.faces

@@ -131,7 +131,7 @@ def drop_ins(
         num_workers: int = 2,
     ) -> Any:
         if dali and host_loader is not None:
-            if shared.kd.cache is not None:
+            if shared.kd.cache is not None and not shared.from_cache_alone:
                 logger.warning(
                     "kd_cache is off: DALI does not say which records a batch shows, nor how; the teacher runs each "
                     "step"

@@ -190,7 +190,8 @@ class TCS(Method):
         self.register_buffer("importance", torch.zeros_like(scale))
         self.classifier = LearnedClassifier(context)
         self.clear_dropped_axes()
-        self._kept: int | None = None
+        # Known without asking the device, until a state is loaded.
+        self._kept: int | None = len(self.axes)
         self._distance: Tensor | None = None
         self.register_load_state_dict_post_hook(lambda module, _: module.recount())
         self.register_state_dict_pre_hook(lambda module, *_: module.clear_dropped_axes())
