@@ -82,6 +82,39 @@ def _check(arguments: argparse.Namespace) -> None:
     print(check_teacher(load_teacher(arguments.kd_teacher, kd.options.get("teacher")), pairs))
 
 
+def _compare(arguments: argparse.Namespace) -> None:
+    from arcface_kd.config import KDConfig
+    from arcface_kd.device import training_device
+    from arcface_kd.evaluation.comparison import (
+        Contestant,
+        compare,
+        data_of,
+        read_runs,
+        run_contestant,
+        verification_files,
+    )
+    from arcface_kd.evaluation.report import write_report
+    from arcface_kd.evaluation.report_pictures import require_matplotlib
+    from arcface_kd.teachers.base import load_teacher
+
+    require_matplotlib()
+    kd = KDConfig.from_config({"kd_teacher": arguments.kd_teacher, "kd_option": arguments.kd_option})
+    if kd.teacher is None and kd.options:
+        raise ConfigError("teacher options were given without a teacher; add --kd-teacher FILE")
+    runs = read_runs(arguments.runs)
+    files = verification_files(arguments.data if arguments.data is not None else data_of(runs))
+    device = training_device()
+    models = [run_contestant(run, device) for run in runs]
+    if kd.teacher is not None:
+        teacher = load_teacher(kd.teacher, kd.options.get("teacher"), device=device)
+        models.append(
+            Contestant("teacher", lambda: teacher, "teacher", teacher.description, parameters=teacher.parameter_count)
+        )
+    compared = compare(models, files, device, progress=True)
+    for path in write_report(compared, arguments.out, faces=not arguments.no_faces):
+        print(path)
+
+
 def _merge_head(arguments: argparse.Namespace) -> None:
     from arcface_kd.resharding import merge_head
 
@@ -187,6 +220,27 @@ def build_parser() -> argparse.ArgumentParser:
     check.add_argument("--kd-teacher", metavar="FILE", required=True, help="a checkpoint, an ONNX file, ...")
     check.add_argument("--kd-option", metavar="NAME=VALUE", nargs="+", action="extend", help="such as teacher.std=128")
     check.add_argument("--bin", metavar="FILE", type=Path, help="verification pairs to try preprocessings on")
+
+    compare = command(
+        "compare",
+        _compare,
+        "judge runs side by side and write report.html and report.md: scores with intervals, curves, pairs, cost",
+        "arcface-kd compare work_dirs/alone work_dirs/adadistill --data faces_emore --out report --no-faces",
+    )
+    compare.add_argument("runs", metavar="RUN", nargs="+", help="a run's output folder, of the host or of `train`")
+    compare.add_argument(
+        "--data", metavar="DIR", type=Path, help="folder with verification sets, *.bin (default: the runs' own `rec`)"
+    )
+    compare.add_argument(
+        "--out", metavar="FOLDER", type=Path, default=Path("report"), help="folder for the report (default: report)"
+    )
+    compare.add_argument(
+        "--no-faces", action="store_true", help="list the hardest pairs by number and leave their images out"
+    )
+    compare.add_argument("--kd-teacher", metavar="FILE", help="judge a teacher too: a checkpoint, an ONNX file, ...")
+    compare.add_argument(
+        "--kd-option", metavar="NAME=VALUE", nargs="+", action="extend", help="of the teacher: teacher.std=128"
+    )
 
     merge = command(
         "merge-head",
