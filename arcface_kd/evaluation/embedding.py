@@ -1,5 +1,7 @@
 """From images to the embeddings that verification compares: flip-summed, L2-normalised."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from itertools import chain
 
 import numpy as np
@@ -31,7 +33,51 @@ def _device_of(model: nn.Module) -> torch.device:
     return torch.device("cpu") if tensor is None else tensor.device
 
 
-@torch.no_grad()
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode and no gradients meanwhile; afterwards every module is in the mode it was in.
+
+    Args:
+        model: whose mode it is.
+    """
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        for module in training:
+            module.training = True
+
+
+def sum_of_views(model: nn.Module, images: Tensor, *, flip: bool = True, device: torch.device | None = None) -> Tensor:
+    """Embed one batch: f(x) + f(mirrored x), or f(x) alone.
+
+    Args:
+        model: (B, 3, H, W) float32 RGB images in [-1, 1] to (B, D) embeddings, in evaluation mode.
+        images: (B, 3, H, W) uint8 RGB, B >= 1.
+        flip: add the embedding of the mirrored image.
+        device: where the batch goes, ``None`` for where the model's parameters are.
+
+    Returns:
+        (B, D) float64 on the CPU, not normalised.
+
+    Raises:
+        DataError: a model that does not return (B, D).
+    """
+    batch = ((images.to(_device_of(model) if device is None else device).float() / 255) - 0.5) / 0.5
+    total: Tensor | None = None
+    for view in (batch, batch.flip(-1)) if flip else (batch,):
+        output = model(view)
+        if not isinstance(output, Tensor) or output.ndim != 2 or len(output) != len(batch):
+            met = tuple(output.shape) if isinstance(output, Tensor) else type(output).__name__
+            raise DataError(f"the model returned {met} for {len(batch)} images: wanted embeddings ({len(batch)}, D)")
+        embeddings = output.float().cpu().double()
+        total = embeddings if total is None else total + embeddings
+    assert total is not None
+    return total
+
+
 def embed(
     model: nn.Module,
     images: Tensor,
@@ -71,29 +117,18 @@ def embed(
         )
     if batch_size < 1:
         raise DataError(f"batch size {batch_size}: wanted at least 1")
-    target = _device_of(model) if device is None else torch.device(device)
-    training = [module for module in model.modules() if module.training]
+    target = None if device is None else torch.device(device)
     sums: np.ndarray | None = None
-    model.eval()
-    try:
-        with tqdm(total=len(images), unit="image", desc="embedding", disable=None if progress else True) as bar:
-            for start in range(0, len(images), batch_size):
-                stop = min(start + batch_size, len(images))
-                batch = images[max(0, stop - batch_size) : stop].to(target).float()
-                batch = ((batch / 255) - 0.5) / 0.5
-                for view in (batch, batch.flip(-1)) if flip else (batch,):
-                    output = model(view)
-                    if not isinstance(output, Tensor) or output.ndim != 2 or len(output) != len(batch):
-                        met = tuple(output.shape) if isinstance(output, Tensor) else type(output).__name__
-                        raise DataError(
-                            f"the model returned {met} for {len(batch)} images: wanted embeddings ({len(batch)}, D)"
-                        )
-                    if sums is None:
-                        sums = np.zeros((len(images), output.shape[1]))
-                    sums[start:stop] += output[start - stop :].float().cpu().numpy()
-                bar.update(stop - start)
-    finally:
-        for module in training:
-            module.training = True
+    with (
+        evaluating(model),
+        tqdm(total=len(images), unit="image", desc="embedding", disable=None if progress else True) as bar,
+    ):
+        for start in range(0, len(images), batch_size):
+            stop = min(start + batch_size, len(images))
+            batch = sum_of_views(model, images[max(0, stop - batch_size) : stop], flip=flip, device=target)
+            if sums is None:
+                sums = np.empty((len(images), batch.shape[1]))
+            sums[start:stop] = batch[start - stop :].numpy()
+            bar.update(stop - start)
     assert sums is not None
     return normalize(sums).astype(dtype, copy=False)

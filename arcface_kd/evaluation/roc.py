@@ -92,7 +92,7 @@ def tar_at_far(genuine: np.ndarray, impostor: np.ndarray, levels: Sequence[float
     number would only say where the hardest impostor pair is.
 
     Args:
-        genuine: (G,) finite scores, G >= 1.
+        genuine: (G,) scores, G >= 1; minus infinity for one that is never accepted.
         impostor: (I,) finite scores, I >= 1.
         levels: FAR levels, in (0, 1].
 
@@ -113,8 +113,7 @@ def tar_at_far(genuine: np.ndarray, impostor: np.ndarray, levels: Sequence[float
         allowed = int(level * len(impostor) + 1e-9)
         if allowed == 0:
             result[level] = None
-        elif allowed >= len(impostor):
-            result[level] = 1.0
         else:
-            result[level] = float(np.mean(genuine > descending[allowed]))
+            threshold = descending[allowed] if allowed < len(descending) else -np.inf
+            result[level] = float(np.mean(genuine > threshold))
     return result

@@ -41,7 +41,8 @@ _ROWS_IN_CACHE = 64
 _NORM_TOLERANCE = 0.01
 
 
-def _far_name(level: float) -> str:
+def far_name(level: float) -> str:
+    """A FAR level as tables and JSON write it: ``1e-3``."""
     return np.format_float_scientific(level, trim="-", exp_digits=1)
 
 
@@ -91,8 +92,8 @@ class VerificationResult:
             "accuracy_std": self.accuracy_std,
             "auc": self.auc,
             "eer": self.eer,
-            **{f"tar@far={_far_name(level)}": tar for level, tar in self.tar.items()},
-            f"val@far={_far_name(_VAL_FAR)}": self.val,
+            **{f"tar@far={far_name(level)}": tar for level, tar in self.tar.items()},
+            f"val@far={far_name(_VAL_FAR)}": self.val,
         }
 
 

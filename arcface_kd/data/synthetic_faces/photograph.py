@@ -9,19 +9,13 @@ import cmath
 import cv2
 import numpy as np
 
+from arcface_kd.data.alignment import CROP, TEMPLATE
 from arcface_kd.data.synthetic_faces.canvas import Bytes, Floats, sample
 from arcface_kd.data.synthetic_faces.features import landmarks
 from arcface_kd.data.synthetic_faces.portrait import Portrait
 from arcface_kd.data.synthetic_faces.relief import Surface
 from arcface_kd.data.synthetic_faces.shot import Camera, Shot, draw_shot
 from arcface_kd.data.synthetic_faces.traits import chance
-
-CROP = 112
-
-TEMPLATE = np.array(
-    [(38.2946, 51.6963), (73.5318, 51.5014), (56.0252, 71.7366), (41.5493, 92.3655), (70.7299, 92.2041)]
-)
-"""Landmarks of the ArcFace alignment for 112 x 112 crops (insightface ``face_align.arcface_dst``)."""
 
 _TARGET_MIDDLE = complex(*TEMPLATE.mean(axis=0))
 _TARGET_CENTRED = [complex(x, y) - _TARGET_MIDDLE for x, y in TEMPLATE.tolist()]

@@ -1,0 +1,134 @@
+"""1:N identification: search a gallery of enrolled persons, of whom a probe may or may not be one."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from arcface_kd.errors import DataError
+from arcface_kd.evaluation.roc import tar_at_far
+
+RANKS = (1, 5, 10)
+FPIR_LEVELS = (1e-1, 1e-2, 1e-3)
+_PROBES_IN_MEMORY = 1024
+
+
+@dataclass(frozen=True, eq=False)
+class Search:
+    """What all probes found in one gallery.
+
+    Attributes:
+        mate_ranks: int64 (M,), for each probe whose person is enrolled: how many entries are as like the probe as that
+            person's or more so, the person's own included. 1 is a hit; ties count against the model.
+        mate_scores: float64 (M,), the cosine with that entry.
+        stranger_scores: float64 (S,), for each probe whose person is not enrolled: its largest cosine.
+    """
+
+    mate_ranks: np.ndarray
+    mate_scores: np.ndarray
+    stranger_scores: np.ndarray
+
+    def tpir(self, levels: Sequence[float] = FPIR_LEVELS) -> dict[float, float | None]:
+        """True positive identification rate at false positive identification rates.
+
+        A search is a true positive when the mate is first and above the threshold, and a false one when anybody is
+        above it although the person is not enrolled. The threshold is the loosest one whose FPIR does not exceed the
+        level.
+
+        Args:
+            levels: FPIR levels, in (0, 1].
+
+        Returns:
+            TPIR for each; ``None`` where fewer than 1 / level probes are of strangers, or none of enrolled persons.
+
+        Raises:
+            ConfigError: a level out of range.
+        """
+        if not len(self.mate_scores) or not len(self.stranger_scores):
+            return dict.fromkeys(levels)
+        first = np.where(self.mate_ranks == 1, self.mate_scores, -np.inf)
+        return tar_at_far(first, self.stranger_scores, levels)
+
+
+def search(probes: np.ndarray, probe_subjects: np.ndarray, gallery: np.ndarray, gallery_subjects: np.ndarray) -> Search:
+    """Compare each probe with each entry of a gallery.
+
+    Args:
+        probes: (Q, D) float64, L2-normalised.
+        probe_subjects: int64 (Q,).
+        gallery: (G, D) float64, L2-normalised, G >= 1.
+        gallery_subjects: int64 (G,), each person once.
+
+    Returns:
+        Ranks and scores.
+
+    Raises:
+        DataError: shapes that do not fit, an empty gallery, a person enrolled twice.
+    """
+    if len(probes) != len(probe_subjects) or len(gallery) != len(gallery_subjects) or not len(gallery):
+        raise DataError(
+            f"{len(probes)} probes of {len(probe_subjects)} persons against {len(gallery)} entries of "
+            f"{len(gallery_subjects)}: wanted one person each, and an entry at least"
+        )
+    subjects, entries = np.unique(gallery_subjects, return_index=True)
+    if len(subjects) < len(gallery):
+        raise DataError(f"a gallery of {len(gallery)} entries and {len(subjects)} persons: wanted each person once")
+    place = np.searchsorted(subjects, probe_subjects).clip(max=len(subjects) - 1)
+    enrolled = subjects[place] == probe_subjects
+    mates = entries[place]
+    ranks = np.zeros(len(probes), dtype=np.int64)
+    scores = np.empty(len(probes))
+    for start in range(0, len(probes), _PROBES_IN_MEMORY):
+        block = slice(start, start + _PROBES_IN_MEMORY)
+        cosines = probes[block] @ gallery.T
+        mate = cosines[np.arange(len(cosines)), mates[block]]
+        ranks[block] = (cosines >= mate[:, None]).sum(axis=1)
+        scores[block] = np.where(enrolled[block], mate, cosines.max(axis=1))
+    return Search(ranks[enrolled], scores[enrolled], scores[~enrolled])
+
+
+@dataclass(frozen=True)
+class IdentificationResult:
+    """Searches of the same probes in one gallery or several.
+
+    Attributes:
+        mated: searches for a person who is enrolled, over all galleries.
+        strangers: searches for a person who is not.
+        rank: share of the mated searches whose mate is among the first 1, 5, 10; ``None`` without mated searches.
+        tpir: mean over the galleries of TPIR at each FPIR, ``None`` where a gallery cannot tell.
+    """
+
+    mated: int
+    strangers: int
+    rank: dict[int, float | None]
+    tpir: dict[float, float | None]
+
+
+def identification(
+    searches: Sequence[Search], *, ranks: Sequence[int] = RANKS, levels: Sequence[float] = FPIR_LEVELS
+) -> IdentificationResult:
+    """Sum up searches as IJB does: ranks over all of them, rates as a mean over the galleries.
+
+    Args:
+        searches: one for each gallery, at least one.
+        ranks: how deep to look.
+        levels: FPIR levels, in (0, 1].
+
+    Returns:
+        The rates.
+
+    Raises:
+        ConfigError: a level out of range.
+    """
+    found = np.concatenate([one.mate_ranks for one in searches])
+    rates = [one.tpir(levels) for one in searches]
+    tpir: dict[float, float | None] = {}
+    for level in levels:
+        known = [rate[level] for rate in rates]
+        tpir[level] = None if None in known else float(np.mean([rate for rate in known if rate is not None]))
+    return IdentificationResult(
+        mated=len(found),
+        strangers=sum(len(one.stranger_scores) for one in searches),
+        rank={rank: float(np.mean(found <= rank)) if len(found) else None for rank in ranks},
+        tpir=tpir,
+    )
