@@ -8,11 +8,16 @@ import torch
 from easydict import EasyDict
 
 from arcface_kd.backbones import get_backbone
-from arcface_kd.config import BASE
+from arcface_kd.config import BASE, KDConfig
+from arcface_kd.distiller import DistillationHead, Distiller
+from arcface_kd.errors import ConfigError
 from arcface_kd.evaluation.scalars import read_scalars
+from arcface_kd.sharding import RankGroup
 from arcface_kd.step_log import StepLog
+from arcface_kd.teachers.base import TeacherOptions, load_teacher
 from arcface_kd.trainer import train
-from tests.test_distiller import LABELS, images, make
+from tests.reference.problems import ARCFACE
+from tests.test_distiller import CLASSES, LABELS, Embedder, images
 from tests.trainer.faces import Faces, draw_faces
 
 
@@ -21,10 +26,18 @@ def _scalars(folder: Path) -> dict[str, float]:
 
 
 def _step(kd: str, folder: Path, **options: dict[str, object]) -> tuple[float, dict[str, float]]:
-    run = make(kd=kd, log=StepLog(folder, 1, writes=True), **options)
-    loss = run.head(run.student(images()), LABELS)
+    """The loss of one step and what it leaves in the log."""
+    teacher = load_teacher(Embedder(5, 1, [], "teacher"), TeacherOptions(size=8))
+    folder.mkdir()
+    torch.save(torch.randn(CLASSES, 5, generator=torch.Generator().manual_seed(3)), folder / "head.pt")
+    config = KDConfig(tuple(kd.split("+")), options=options, classifier=str(folder / "head.pt"))
+    distiller = Distiller(config, teacher)
+    student = distiller.watch(Embedder(5, 2, [], "student"))
+    log = StepLog(folder / "log", 1, writes=True)
+    head = DistillationHead(distiller, ARCFACE, 5, CLASSES, seed=4, ranks=RankGroup(alone=True), log=log)
+    loss = head(student(images()), LABELS)
     loss.backward()
-    return loss.item(), _scalars(folder)
+    return loss.item(), _scalars(folder / "log")
 
 
 @pytest.mark.parametrize(
@@ -32,6 +45,7 @@ def _step(kd: str, folder: Path, **options: dict[str, object]) -> tuple[float, d
     [
         ("adadistill+embedding", {"adadistill": ["ce"], "embedding": ["embedding"]}),
         ("rkd+ekd", {"rkd": ["rkd_distance", "rkd_angle"], "ekd": ["ekd_positive", "ekd_negative"]}),
+        ("margindistillation+rkd", {"margindistillation": ["ce"], "rkd": ["rkd_distance", "rkd_angle"]}),
         ("embedding+adadistill+rkd", {"embedding": ["embedding"], "adadistill": ["ce"], "rkd": ["rkd_distance"]}),
     ],
 )
@@ -55,6 +69,12 @@ def test_an_option_reaches_the_method_it_names(tmp_path: Path) -> None:
     assert heavy["embedding"] == pytest.approx(64 * light["embedding"], rel=1e-5)
     assert heavy["ce"] == light["ce"]
     assert heavy["gradient_share/embedding"] > light["gradient_share/embedding"]
+
+
+@pytest.mark.parametrize("kd", ["margindistillation+adadistill", "proxylesskd+adadistill"])
+def test_two_classifications_exclude_each_other_in_one_line(kd: str, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=rf"^{kd.replace('+', ' and ')} both bring a classification loss .*$"):
+        _step(kd, tmp_path / "run")
 
 
 @pytest.fixture(scope="module")
