@@ -1,5 +1,6 @@
-"""TensorBoard scalars of the distillation, written by the head itself, so that every trainer gets them."""
+"""The distillation's curves and log lines, written by the head itself, so that every trainer gets them."""
 
+import logging
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -8,9 +9,17 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
 
+logger = logging.getLogger(__name__)
+
+# Curves only: in a line they would hide the loss terms.
+_NOT_IN_LINES = "gradient_"
+
 
 class StepLog:
-    """Writes scalars under ``kd/`` beside the trainer's own.
+    """Writes scalars under ``kd/`` beside the trainer's own, and a line to the log where the trainer shows one.
+
+    The event file is opened at the first writing and not before: the trainer's ``wandb.init(sync_tensorboard=True)``,
+    which its ``using_wandb`` asks for, sends on what is written to event files that are opened after it.
 
     Args:
         folder: of the event files, the trainer's ``OUTPUT/tensorboard``.
@@ -40,3 +49,5 @@ class StepLog:
         for name, value in values.items():
             self._writer.add_scalar(f"kd/{name}", value, step)
         self._writer.flush()
+        shown = "".join(f"{name} {value:.4f}   " for name, value in values.items() if _NOT_IN_LINES not in name)
+        logger.info("kd: %sGlobal Step: %d", shown, step)

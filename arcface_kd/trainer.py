@@ -6,7 +6,6 @@ It holds no loss and no head: student, loader and head come from :mod:`arcface_k
 import contextlib
 import inspect
 import logging
-import os
 import sys
 import time
 import warnings
@@ -25,10 +24,11 @@ from arcface_kd.config import BASE, RUN_KEYS, suggestion
 from arcface_kd.data.verification_bin import VerificationSet, read_bin
 from arcface_kd.device import narrow_format, training_device
 from arcface_kd.distiller import Distiller
-from arcface_kd.errors import ConfigError, DataError, NumberError
+from arcface_kd.errors import ConfigError, DataError, NumberError, ResourceError
 from arcface_kd.evaluation.verification import VerificationResult, evaluate
 from arcface_kd.hook import DropIns, drop_ins
 from arcface_kd.losses.margin import Margin
+from arcface_kd.process_group import process_group
 from arcface_kd.resharding import checkpoint_file, open_shards
 from arcface_kd.schedule import linear_with_warmup
 
@@ -110,23 +110,22 @@ def margin_of_config(config: Mapping[str, Any]) -> Margin:
 
 
 @contextlib.contextmanager
-def process_group() -> Iterator[tuple[int, int, int]]:
-    """Join the ranks that ``torchrun`` started, over nccl on GPUs and gloo elsewhere; a lone process needs no group.
-
-    Yields:
-        ``(rank, local_rank, world_size)``.
-    """
-    world_size = int(os.environ.get("WORLD_SIZE", "1"))
-    if world_size == 1 or distributed.is_initialized():
-        ready = distributed.is_available() and distributed.is_initialized()
-        rank = distributed.get_rank() if ready else 0
-        yield rank, int(os.environ.get("LOCAL_RANK", "0")), distributed.get_world_size() if ready else 1
-        return
-    distributed.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
+def _shortages(step: Callable[[], int]) -> Iterator[None]:
+    """Say in one line what the machine did not give, and what to do about it."""
     try:
-        yield distributed.get_rank(), int(os.environ["LOCAL_RANK"]), world_size
-    finally:
-        distributed.destroy_process_group()
+        yield
+    except (MemoryError, RuntimeError) as error:
+        text = " ".join(str(error).split())
+        if isinstance(error, MemoryError | torch.cuda.OutOfMemoryError) or "can't allocate memory" in text:
+            raise ResourceError(
+                f"step {step()}: out of memory: lower batch_size, or use more ranks ({text})"
+            ) from error
+        if text.startswith("DataLoader worker"):
+            raise ResourceError(
+                f"step {step()}: a process that reads images has ended, as the system does when memory runs out: lower "
+                f"num_workers or batch_size ({text})"
+            ) from error
+        raise
 
 
 @contextlib.contextmanager
@@ -393,6 +392,8 @@ def train(
         ConfigError: a key that cannot be honoured.
         DataError: records that cannot be read.
         NumberError: NaN or inf in embeddings, loss terms or gradients.
+        RankError: another rank has failed.
+        ResourceError: out of memory.
         TeacherError: a teacher that is missing or does not fit.
     """
     check_keys(config)
@@ -405,7 +406,7 @@ def train(
         if config.resume:
             run.resume()
         run.folder.mkdir(parents=True, exist_ok=True)
-        with _log_files(run.folder, rank):
+        with _log_files(run.folder, rank), _shortages(lambda: run.step):
             return _train(run, title or run.folder.name, on_epoch)
 
 
@@ -425,9 +426,7 @@ def _train(run: _Run, title: str, on_epoch: Callable[[int], None] | None) -> Tra
             stack.callback(run.writer.close)
         hidden = run.rank != 0 or not sys.stderr.isatty()
         bar = stack.enter_context(
-            tqdm(
-                total=run.last_step, initial=run.step, desc=title, unit="step", disable=hidden, dynamic_ncols=True
-            )
+            tqdm(total=run.last_step, initial=run.step, desc=title, unit="step", disable=hidden, dynamic_ncols=True)
         )
         run.backbone.train()
         while run.epoch < config.num_epoch:

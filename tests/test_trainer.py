@@ -1,7 +1,9 @@
 """The compact trainer: the host's files, the keys it honours, resuming to the same bits, ranks."""
 
+import io
 import json
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Mapping
@@ -231,6 +233,54 @@ def test_a_teacher_of_another_dimension_wants_a_projection(faces: Faces, teacher
     assert not (tmp_path / "run").exists()
     train(config_for(faces, tmp_path / "run", kd_option=["student.projection=linear"], **keys))
     assert not any("projection" in key for key in saved(tmp_path / "run"))
+
+
+class Terminal(io.StringIO):
+    """A stderr that somebody watches."""
+
+    def isatty(self) -> bool:
+        return True
+
+
+def test_a_terminal_shows_one_line_with_the_terms(
+    faces: Faces,
+    teacher_file: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    watched = Terminal()
+    monkeypatch.setattr(sys, "stderr", watched)
+    keys = {"kd": "embedding", "kd_teacher": str(teacher_file), "num_epoch": 1}
+    train(config_for(faces, tmp_path / "run", **keys), title="student")
+    line = watched.getvalue().rstrip().split("\r")[-1]
+    number = r"\d+\.\d{3}"
+    wanted = rf"student: 100%.* 5/5 \[\d\d:\d\d<.*, \d+ images/s, loss {number} = ce {number} \+ embedding {number}\]"
+    assert re.fullmatch(wanted, line), line
+    assert capsys.readouterr().out == "", "log lines would tear the bar"
+    curves = read_scalars(tmp_path / "run" / "tensorboard")
+    assert {"kd/ce", "kd/embedding", "kd/gradient_share/ce", "kd/gradient_share/embedding"} <= set(curves)
+    shown = [float(part) for part in re.findall(number, line)]
+    assert shown == pytest.approx([curves[tag].y[-1] for tag in ("loss", "kd/ce", "kd/embedding")], abs=1e-3)
+
+
+def test_a_pipe_gets_plain_lines(
+    faces: Faces, teacher_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    distiller = Distiller(KDConfig(methods=("adadistill",)), load_teacher(teacher_file))
+    train(config_for(faces, tmp_path / "run", num_epoch=1), distiller=distiller)
+    said = capsys.readouterr()
+    assert said.err == ""
+    assert "\r" not in said.out
+    lines = said.out.splitlines()
+    assert all(line.startswith("Training: ") for line in lines)
+    terms = [line for line in lines if "-kd: " in line]
+    assert len(terms) == 5
+    assert re.search(r"alpha_mean 0\.\d{4}   .*center_drift \d\.\d{4}   .*ce \d+\.\d{4}   Global Step: 5$", terms[-1])
+    assert re.search(r"Speed .* Loss .* Global Step: 5   Left: 0 s$", [line for line in lines if "Speed" in line][-1])
+    log = (tmp_path / "run" / "training.log").read_text()
+    assert set(lines) <= set(log.splitlines())
+    assert re.search(r"-: kd +adadistill\n", log), "arcface-kd compare takes the method from here"
 
 
 @pytest.mark.slow
