@@ -21,10 +21,10 @@ from arcface_kd.data.loader import BatchViews, FaceLoader, ViewSampler
 from arcface_kd.data.skipped_records import SkippedRecords
 from arcface_kd.device import training_device
 from arcface_kd.errors import ConfigError, TeacherError
+from arcface_kd.process_group import process_group
 from arcface_kd.sharding import RankGroup, on_first_rank_first
 from arcface_kd.teachers.base import Teacher, load_teacher
 from arcface_kd.teachers.embedding_cache import EmbeddingCache, identity_of, readable_size
-from arcface_kd.trainer import process_group
 
 # A bar that nobody watches goes into a log: a line now and then is enough.
 _SECONDS_BETWEEN_LINES = 30.0
@@ -94,6 +94,7 @@ def fill_cache(config: Mapping[str, Any], *, teacher: Teacher | None = None) -> 
 
     Raises:
         ConfigError: no file is named, no data is, or the run would not read the cache.
+        RankError: another rank has failed.
         DataError: records that cannot be read.
         TeacherError: no teacher, or one that cannot embed an image; a cache of another teacher or other data; no room.
     """

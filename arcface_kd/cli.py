@@ -6,7 +6,7 @@ import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from arcface_kd.errors import ArcfaceKDError, ConfigError
+from arcface_kd.errors import ArcfaceKDError, ConfigError, RankError
 
 Command = Callable[[argparse.Namespace], None]
 
@@ -290,7 +290,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         arguments = build_parser().parse_args(argv)
         arguments.run(arguments)
     except (ArcfaceKDError, OSError) as error:
-        print(f"arcface-kd: {' '.join(str(error).split())}", file=sys.stderr)
+        several = int(os.environ.get("WORLD_SIZE", "1")) > 1 and not isinstance(error, RankError)
+        rank = f"rank {os.environ.get('RANK', '?')}: " if several else ""
+        print(f"arcface-kd: {rank}{' '.join(str(error).split())}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("arcface-kd: interrupted", file=sys.stderr)

@@ -32,5 +32,9 @@ class RankError(ArcfaceKDError, RuntimeError):
     """A rank that cannot go on because another one has failed or does not answer."""
 
 
+class ResourceError(ArcfaceKDError, OSError):
+    """Memory, room on a disk or a process that the machine did not give."""
+
+
 class TeacherError(ArcfaceKDError, ValueError):
     """A teacher that is missing, cannot be read or does not fit the run."""

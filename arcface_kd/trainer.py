@@ -117,9 +117,7 @@ def _shortages(step: Callable[[], int]) -> Iterator[None]:
     except (MemoryError, RuntimeError) as error:
         text = " ".join(str(error).split())
         if isinstance(error, MemoryError | torch.cuda.OutOfMemoryError) or "can't allocate memory" in text:
-            raise ResourceError(
-                f"step {step()}: out of memory: lower batch_size, or use more ranks ({text})"
-            ) from error
+            raise ResourceError(f"step {step()}: out of memory: lower batch_size or use more ranks ({text})") from error
         if text.startswith("DataLoader worker"):
             raise ResourceError(
                 f"step {step()}: a process that reads images has ended, as the system does when memory runs out: lower "

@@ -1,0 +1,96 @@
+"""Processes that start in a moment, to be killed and started again: forked from one that has the package imported."""
+
+import multiprocessing
+import os
+import socket
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+from typing import Any
+
+import torch
+
+_CONTEXT = multiprocessing.get_context("forkserver")
+_CONTEXT.set_forkserver_preload(
+    [
+        "tests.forked",
+        "torch.utils.tensorboard",
+        "cv2",
+        "arcface_kd.cli",
+        "arcface_kd.trainer",
+        "arcface_kd.cache_filling",
+    ]
+)
+
+
+def free_port() -> int:
+    """A port of this machine that nobody listens on."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+    return port
+
+
+def ranks_environment(ranks: int, port: int, rank: int, **more: str) -> dict[str, str]:
+    """What ``torchrun`` tells a rank."""
+    return {
+        **{"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(ranks)},
+        **{"RANK": str(rank), "LOCAL_RANK": str(rank)},
+        **more,
+    }
+
+
+def _run(function: Callable[..., Any], arguments: Sequence[Any], environment: Mapping[str, str], log: str) -> None:
+    os.environ.update(environment)
+    descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+    for stream in (1, 2):
+        os.dup2(descriptor, stream)
+    # Standard input is that of the process that they are forked from, and so is whether somebody watches.
+    sys.stdout = open(1, "w", buffering=1, closefd=False)  # noqa: SIM115
+    sys.stderr = open(2, "w", buffering=1, closefd=False)  # noqa: SIM115
+    torch.set_num_threads(1)
+    code = function(*arguments)
+    sys.exit(code if isinstance(code, int) else 0)
+
+
+def start(
+    function: Callable[..., Any], *arguments: Any, log: Path, environment: Mapping[str, str] | None = None
+) -> BaseProcess:
+    """Start a process.
+
+    Args:
+        function: of a module; what it returns, if it is a whole number, is the exit code.
+        *arguments: for it; they are pickled.
+        log: takes what the process prints, after what is there.
+        environment: variables to set.
+
+    Returns:
+        The process, which runs.
+    """
+    process = _CONTEXT.Process(target=_run, args=(function, arguments, dict(environment or {}), str(log)), daemon=True)
+    process.start()
+    return process
+
+
+def wait(processes: Sequence[BaseProcess], seconds: float) -> list[int | None]:
+    """Wait for all to end.
+
+    Args:
+        processes: what :func:`start` returned.
+        seconds: how long; what still runs then is killed.
+
+    Returns:
+        The exit codes, None for what had to be killed; a signal's number is negative.
+    """
+    deadline = time.monotonic() + seconds
+    codes: list[int | None] = []
+    for process in processes:
+        process.join(max(0.0, deadline - time.monotonic()))
+        codes.append(process.exitcode)
+    for process in processes:
+        if process.exitcode is None:
+            process.kill()
+            process.join()
+    return codes
