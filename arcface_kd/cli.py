@@ -14,11 +14,14 @@ Command = Callable[[argparse.Namespace], None]
 def _train(arguments: argparse.Namespace) -> None:
     from arcface_kd.config import load_config
     from arcface_kd.hook import merge_arguments
+    from arcface_kd.recipe import train_stages
+    from arcface_kd.shkd_stages import wants_stages
     from arcface_kd.trainer import train
 
     config = load_config(arguments.config, _settings(arguments.set))
     merge_arguments(config, arguments)
-    result = train(config)
+    first = os.environ.get("RANK", "0") == "0"
+    result = train_stages(config, print if first else None) if wants_stages(config) else train(config)
     for name, verification in result.verification.items():
         print(f"{name}: accuracy {verification.accuracy:.5f} +- {verification.accuracy_std:.5f}")
     print(f"{result.output / 'model.pt'}: {result.steps} steps, {result.images_per_second:.0f} images/s")
@@ -36,6 +39,29 @@ def _cache(arguments: argparse.Namespace) -> None:
     report = fill_cache(config)
     if int(os.environ.get("RANK", "0")) == 0:
         print(report)
+
+
+def _recipe(arguments: argparse.Namespace) -> None:
+    from arcface_kd.config import load_config
+    from arcface_kd.hook import flags_of, merge_arguments
+    from arcface_kd.recipe import MOST_RUNS, command, run_in_host, shell_line
+
+    folder: Path = arguments.folder
+    if not (folder / "train_v2.py").is_file():
+        raise ConfigError(f"{folder} has no train_v2.py; wanted insightface's recognition/arcface_torch")
+    name = f"configs/{Path(arguments.config).stem}"
+    flags = flags_of(arguments)
+
+    def settings() -> dict[str, object]:
+        config = load_config(str(folder / f"{name}.py"))
+        merge_arguments(config, arguments)
+        return dict(config)
+
+    if arguments.print:
+        line = shell_line(folder, command(name, flags, arguments.nproc, arguments.torchrun))
+        print(f"# {MOST_RUNS} times: each makes the run that is next, and goes on where it was interrupted\n{line}")
+        return
+    run_in_host(folder, name, flags, settings, arguments.nproc, arguments.torchrun)
 
 
 def _settings(pairs: Sequence[str]) -> dict[str, object]:
@@ -210,6 +236,19 @@ def build_parser() -> argparse.ArgumentParser:
     patch.add_argument("names", nargs="*", default=["kd_flag"], help="which patches (default: kd_flag)")
     patch.add_argument("--check", action="store_true", help="say what would happen and write nothing")
     patch.add_argument("--revert", action="store_true", help="take the patches out again, byte for byte")
+
+    recipe = command(
+        "recipe",
+        _recipe,
+        "run arcface_torch as often as a method takes it (shkd: three times); all paths are the trainer's own",
+        "arcface-kd recipe insightface/recognition/arcface_torch configs/ms1mv2_mbf_shkd --nproc 8",
+    )
+    recipe.add_argument("folder", type=Path, help="arcface_torch")
+    recipe.add_argument("config", help="as train_v2.py takes it: configs/NAME; --kd flags need the patched trainer")
+    recipe.add_argument("--nproc", type=int, default=1, help="processes on this machine (default: 1)")
+    recipe.add_argument("--torchrun", metavar="WORD", nargs="+", default=[], help="further options of torchrun")
+    recipe.add_argument("--print", action="store_true", help="print the command of one run and start nothing")
+    add_arguments(recipe)
 
     check = command(
         "check",

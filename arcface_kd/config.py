@@ -133,9 +133,12 @@ class StudentOptions:
         projection: ``linear`` puts a trainable matrix between the student's embedding and everything that compares it
             with a teacher of another dimension; it stays out of ``model.pt``. ``none`` (default) refuses such a
             teacher.
+        init: a file that the trained network starts from: a checkpoint of it, or an ONNX file, which takes the place of
+            ``network``; the ``teacher.*`` options say how it wants its images. None starts from scratch.
     """
 
     projection: Projection = "none"
+    init: str | None = None
 
 
 @dataclasses.dataclass(frozen=True)

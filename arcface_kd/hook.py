@@ -22,7 +22,9 @@ from arcface_kd.device import narrow_format, training_device
 from arcface_kd.distiller import DistillationHead, Distiller, margin_of
 from arcface_kd.errors import ConfigError
 from arcface_kd.sharding import RankGroup
+from arcface_kd.shkd_stages import next_stage, wants_stages
 from arcface_kd.step_log import StepLog
+from arcface_kd.teachers.starting_point import prepare_images, start_from
 
 logger = logging.getLogger(__name__)
 
@@ -93,6 +95,21 @@ def merge_arguments(config: dict[str, Any], arguments: argparse.Namespace) -> No
         config["kd_option"] = options
 
 
+def flags_of(arguments: argparse.Namespace) -> list[str]:
+    """The flags that were given, as words of a command line.
+
+    Args:
+        arguments: parsed by a parser that :func:`add_arguments` extended.
+    """
+    words: list[str] = []
+    for key in ("kd", "kd_teacher", "kd_cache", "kd_classifier", "kd_on_bad_record", "kd_option"):
+        value = getattr(arguments, key)
+        if value:
+            flag = "--" + key.replace("_", "-").replace("kd-on-bad", "on-bad")
+            words += [flag, *([value] if isinstance(value, str) else value)]
+    return words
+
+
 def drop_ins(
     config: Callable[[], Mapping[str, Any]],
     *,
@@ -118,8 +135,18 @@ def drop_ins(
     shared = distiller if distiller is not None else Distiller(KDConfig.from_config(config()))
 
     def get_model(name: str, **kwargs: Any) -> nn.Module:
-        student = get_backbone(name, **kwargs) if host_model is None else host_model(name, **kwargs)
-        return shared.watch(student)
+        def build() -> nn.Module:
+            return get_backbone(name, **kwargs) if host_model is None else host_model(name, **kwargs)
+
+        init = shared.kd.student.init
+        if init is None:
+            return shared.watch(build())
+        student, preprocessing = start_from(
+            init, shared.kd.options.get("teacher"), build, kwargs.get("num_features", 512)
+        )
+        # Behind the teacher's hook, which wants the images as the loader brings them.
+        prepare_images(shared.watch(student), preprocessing)
+        return student
 
     def get_dataloader(
         root_dir: str,
@@ -194,6 +221,22 @@ def _live_config(config: Mapping[str, Any]) -> Callable[[], Mapping[str, Any]]:
     return current
 
 
+def _go_to_next_stage(config: dict[str, Any], caller: str) -> None:
+    """Make the config of a method of several runs that of the next one."""
+    settings = _live_config(config)()
+    if "output" in config and config["output"] is None:
+        # The trainer will call it so, but has not yet.
+        settings["output"] = str(Path("work_dirs") / caller.rpartition(".")[2])
+    stage = next_stage(settings)
+    if stage is None:
+        raise ConfigError(
+            f"all three runs of shkd are done, see {settings['output']}; give another output to begin anew"
+        )
+    config.update(stage.changes)
+    if RankGroup().rank == 0:
+        print(stage, flush=True)
+
+
 def attach(
     config: dict[str, Any],
     arguments: argparse.Namespace | None = None,
@@ -221,6 +264,8 @@ def attach(
         return None
     if arguments is not None:
         merge_arguments(config, arguments)
+    if wants_stages(config):
+        _go_to_next_stage(config, str(sys._getframe(1).f_globals.get("__name__", "")))
     if not config.get("kd"):
         KDConfig.from_config(config)
         return None

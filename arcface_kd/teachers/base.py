@@ -27,6 +27,7 @@ __all__ = [
     "first_line",
     "load_teacher",
     "local_path",
+    "prepared",
     "read_bytes",
     "tensors_digest",
 ]
@@ -128,6 +129,30 @@ def _probe_images(size: int) -> Tensor:
     noise = torch.rand((3, size, size), generator=torch.Generator().manual_seed(0)) * 2 - 1
     ramp = torch.linspace(-1, 1, size).expand(3, size, size)
     return torch.stack([noise, ramp])
+
+
+def prepared(images: Tensor, wanted: Preprocessing) -> Tensor:
+    """Turn the student's view of images into what a network expects.
+
+    Args:
+        images: (B, 3, H, W), RGB, pixel values x as x / 127.5 - 1, in [-1, 1].
+        wanted: what the network expects.
+
+    Returns:
+        (B, 3, S, S) in the network's channel order, (x - mean) / std, S = ``wanted.size``.
+    """
+    if images.shape[-2:] != (wanted.size, wanted.size):
+        images = nn.functional.interpolate(
+            images, (wanted.size, wanted.size), mode="bilinear", align_corners=False, antialias=True
+        )
+    if wanted.channels == "bgr":
+        images = images.flip(1)
+    # ((image + 1) 127.5 - mean) / std in one step: exact when nothing is to be done.
+    scale = [127.5 / std for std in wanted.std]
+    shift = [(127.5 - mean) / std for mean, std in zip(wanted.mean, wanted.std, strict=True)]
+    if scale != [1.0] * 3 or shift != [0.0] * 3:
+        images = images * images.new_tensor(scale).view(3, 1, 1) + images.new_tensor(shift).view(3, 1, 1)
+    return images
 
 
 class Teacher(nn.Module):
@@ -243,19 +268,7 @@ class Teacher(nn.Module):
         Returns:
             (B, 3, S, S) in the network's channel order, (x - mean) / std, S = ``preprocessing.size``.
         """
-        wanted = self.preprocessing
-        if images.shape[-2:] != (wanted.size, wanted.size):
-            images = nn.functional.interpolate(
-                images, (wanted.size, wanted.size), mode="bilinear", align_corners=False, antialias=True
-            )
-        if wanted.channels == "bgr":
-            images = images.flip(1)
-        # ((image + 1) 127.5 - mean) / std in one step: exact when nothing is to be done.
-        scale = [127.5 / std for std in wanted.std]
-        shift = [(127.5 - mean) / std for mean, std in zip(wanted.mean, wanted.std, strict=True)]
-        if scale != [1.0] * 3 or shift != [0.0] * 3:
-            images = images * images.new_tensor(scale).view(3, 1, 1) + images.new_tensor(shift).view(3, 1, 1)
-        return images.contiguous(memory_format=self._memory_format)
+        return prepared(images, self.preprocessing).contiguous(memory_format=self._memory_format)
 
     def autocast(self, device: torch.device) -> torch.autocast:
         """The context that the network computes in.

@@ -69,7 +69,11 @@ class TorchGraph(nn.Module):
         self.weights = nn.Module()
         self._places: dict[str, str] = {}
         self._whole: dict[str, Tensor] = {}
+        taken = {name for node in self._nodes for name in node.inputs}
         for name, array in constants.items():
+            # What no node takes would be a parameter without a gradient.
+            if name not in taken:
+                continue
             if not np.issubdtype(array.dtype, np.integer) and array.dtype != np.bool_:
                 place = f"{len(self._places)}_{name.replace('.', '_')}"
                 self._places[name] = place

@@ -1,0 +1,134 @@
+"""One command for a method of several runs: all of them one after the other, here or in arcface_torch."""
+
+import contextlib
+import os
+import shlex
+import subprocess
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from easydict import EasyDict
+
+from arcface_kd.errors import ArcfaceKDError, ConfigError
+from arcface_kd.process_group import process_group
+from arcface_kd.shkd_stages import Stage, next_stage, wants_stages
+from arcface_kd.trainer import TrainResult, train
+
+MOST_RUNS = 3
+
+
+def train_stages(
+    config: EasyDict,
+    on_stage: Callable[[Stage], None] | None = None,
+    on_epoch: Callable[[int], None] | None = None,
+) -> TrainResult:
+    """Train all runs of a method that takes several, with the compact trainer.
+
+    Args:
+        config: a merged arcface_torch config with ``kd`` = ``shkd``.
+        on_stage: called on every rank before each run.
+        on_epoch: called on every rank with the number of a run's epochs that are done, after their files are written.
+
+    Returns:
+        The last run's result.
+
+    Raises:
+        ConfigError: a bad key, or all runs are done.
+        TeacherError: a teacher that is missing or does not fit.
+        DataError: records that cannot be read.
+    """
+    result: TrainResult | None = None
+    # One process group for all runs: the ranks meet in it between them.
+    with process_group():
+        while (stage := next_stage(config)) is not None:
+            if on_stage is not None:
+                on_stage(stage)
+            result = train(
+                EasyDict({**config, **stage.changes}), title=f"run {stage.number}/{MOST_RUNS}", on_epoch=on_epoch
+            )
+    if result is None:
+        raise ConfigError(f"all three runs are done, see {config['output']}; give another output to begin anew")
+    return result
+
+
+def run_in_host(
+    folder: Path,
+    config: str,
+    flags: Sequence[str],
+    settings: Callable[[], dict[str, Any]],
+    ranks: int = 1,
+    launch: Sequence[str] = (),
+) -> list[str]:
+    """Run arcface_torch's trainer as often as a method takes it, one run after the other.
+
+    Args:
+        folder: arcface_torch.
+        config: as ``train_v2.py`` takes it: ``configs/NAME``.
+        flags: ``--kd*`` flags for the trainer; a copied config needs none.
+        settings: gives the run's merged config with absolute paths, to see which run is next.
+        ranks: processes on this machine.
+        launch: further options of ``torchrun``.
+
+    Returns:
+        The titles of the runs that were made.
+
+    Raises:
+        ConfigError: the config does not ask for such a method, or all its runs are done.
+        ArcfaceKDError: a run failed; the same command goes on from where it stood.
+    """
+    words = command(config, flags, ranks, launch)
+    made: list[str] = []
+    while (stage := _next_in_host(folder, settings)) is not None:
+        print(stage, flush=True)
+        if made and made[-1] == stage.title:
+            raise ArcfaceKDError(f"{stage} has ended without its last epoch; look at what the trainer has printed")
+        ended = subprocess.run([sys.executable, "-m", "torch.distributed.run", *words[1:]], cwd=folder, check=False)
+        if ended.returncode != 0:
+            raise ArcfaceKDError(f"{stage} has failed, see above; the same command goes on from its last checkpoint")
+        made.append(stage.title)
+    if not made:
+        raise ConfigError(f"all three runs are done, see {settings()['output']}; give another output to begin anew")
+    return made
+
+
+def command(config: str, flags: Sequence[str], ranks: int = 1, launch: Sequence[str] = ()) -> list[str]:
+    """The words that start one run in arcface_torch's folder; each start makes the run that is next.
+
+    Args:
+        config: as ``train_v2.py`` takes it.
+        flags: for the trainer.
+        ranks: processes on this machine.
+        launch: further options of ``torchrun``.
+    """
+    return ["torchrun", f"--nproc_per_node={ranks}", *launch, "train_v2.py", config, *flags]
+
+
+def shell_line(folder: Path, words: Sequence[str]) -> str:
+    """A command as one types it.
+
+    Args:
+        folder: where.
+        words: of the command.
+    """
+    return f"cd {shlex.quote(str(folder))} && {shlex.join(words)}"
+
+
+def _next_in_host(folder: Path, settings: Callable[[], dict[str, Any]]) -> Stage | None:
+    config = settings()
+    if not wants_stages(config):
+        raise ConfigError(f"kd is {config.get('kd')!r}, which is one run: start it with torchrun; shkd takes three")
+    with _working_in(folder):
+        return next_stage(config)
+
+
+@contextlib.contextmanager
+def _working_in(folder: Path) -> Iterator[None]:
+    """The trainer's paths are relative to its own folder."""
+    before = Path.cwd()
+    os.chdir(folder)
+    try:
+        yield
+    finally:
+        os.chdir(before)
