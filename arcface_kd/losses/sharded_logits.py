@@ -1,0 +1,168 @@
+"""The scaled cosines of a gathered batch and this rank's classes, kept as one matrix; and the products back.
+
+Where a loss needs the same logits several times (to rank them, to sum over a group, to differentiate), keeping them
+costs less than multiplying again. Classes stand in rows, as they do in memory.
+"""
+
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from arcface_kd.losses.margin_softmax import VisitedClasses, inverse_norm
+
+# Stands where a row's target is: its exponential is 0, and unlike -inf it may be multiplied by 0 and subtracted.
+HIDDEN = -1e30
+
+# Of a buffer for each thread of a CPU: 512 KB of fp32.
+_PASS_ELEMENTS = 1 << 17
+
+
+def pass_size(chunk: int, batch: int, device: torch.device) -> int:
+    """Classes at a time in a pass over kept logits.
+
+    On a CPU the few buffers of a pass should stay in each core's own cache.
+
+    Args:
+        chunk: classes at a time in matrix products, the most that is returned.
+        batch: B.
+        device: where the logits are.
+    """
+    if device.type != "cpu":
+        return chunk
+    return min(chunk, max(_PASS_ELEMENTS * torch.get_num_threads() // max(batch, 1), 1))
+
+
+def slices(length: int, size: int) -> Iterator[slice]:
+    """Ranges of ``size`` that cover ``length``; the last may be shorter."""
+    for first in range(0, length, max(size, 1)):
+        yield slice(first, min(first + size, length))
+
+
+class ShardedLogits(NamedTuple):
+    """Scaled cosines of a batch and the classes that a pass over this shard visits.
+
+    Attributes:
+        values: (K, B) ``factor * cos``, :data:`HIDDEN` where the class is the row's target.
+        own: (B,) the cosine of row and target, on the rank that holds it; finite, but of no meaning elsewhere.
+        inverse: (K, 1) one over the norms of the class centers.
+        factor: what cosines are multiplied by.
+    """
+
+    values: Tensor
+    own: Tensor
+    inverse: Tensor
+    factor: float
+
+
+def sharded_logits(
+    unit: Tensor, classes: VisitedClasses, factor: float, chunk: int, product_dtype: torch.dtype
+) -> ShardedLogits:
+    """Multiply a batch by this shard's class centers.
+
+    Args:
+        unit: (B, D) normalised embeddings, in the format of the sums.
+        classes: this rank's classes.
+        factor: on the cosines: the logit scale, over a temperature.
+        chunk: classes at a time.
+        product_dtype: number format of the products' factors.
+
+    Returns:
+        The logits; the targets' cosines are found in the format of the sums.
+    """
+    batch, dtype, visited = unit.shape[0], unit.dtype, classes.visited
+    # One element more takes what is written for rows whose target is elsewhere.
+    flat = unit.new_empty(visited * batch + 1)
+    values = flat[:-1].view(visited, batch)
+    inverse = unit.new_empty(visited, 1)
+    scaled = (unit * factor).to(product_dtype).T
+    for part in slices(visited, chunk):
+        rows, inverse[part] = _rows(classes, part, dtype)
+        if product_dtype == dtype:
+            values[part].addmm_(rows, scaled, beta=0).mul_(inverse[part])
+        else:
+            values[part] = (rows * inverse[part]).to(product_dtype) @ scaled
+    place = classes.position * batch + torch.arange(batch, device=unit.device)
+    flat.index_fill_(0, torch.where(classes.position >= 0, place, visited * batch), HIDDEN)
+    own = classes.centers[classes.target].to(dtype)
+    return ShardedLogits(values, (unit * own).sum(1) * inverse_norm(own), inverse, factor)
+
+
+def _rows(classes: VisitedClasses, part: slice, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Some of the visited class centers (k, D) as they are, and one over their norms (k, 1)."""
+    chosen = part if classes.sampled is None else classes.sampled[part]
+    rows = classes.centers[chosen].to(dtype)
+    norms = classes.inverse_norms
+    return rows, (inverse_norm(rows) if norms is None else norms[chosen].to(dtype)).unsqueeze(1)
+
+
+def gradients_through_cosines(
+    write_weights: Callable[[slice, Tensor], None],
+    unit: Tensor,
+    classes: VisitedClasses,
+    logits: ShardedLogits,
+    chunk: int,
+    product_dtype: torch.dtype,
+    *,
+    in_centers: bool,
+) -> tuple[Tensor, Tensor | None]:
+    """From a loss's derivatives in the cosines to its gradients in unit embeddings and raw class centers.
+
+    The targets' share is the caller's to add: their weights are 0 here.
+
+    A center's gradient loses its part along the center. That part is ``sum_b g_jb cos_jb``, found from the (K, B)
+    matrices: the gradient itself is written once.
+
+    Args:
+        write_weights: writes the derivatives (k, B) for some of the visited classes; called once for each.
+        unit: (B, D) normalised embeddings that the logits belong to.
+        classes: this rank's classes.
+        logits: of the two.
+        chunk: classes at a time.
+        product_dtype: number format of the products' factors.
+        in_centers: whether the second gradient is wanted.
+
+    Returns:
+        ``(B, D)`` in the unit embeddings, this shard's part; and (C, D) in the centers, zero for classes that are not
+        visited, or None.
+    """
+    dtype, centers = unit.dtype, classes.centers
+    narrow = product_dtype != dtype
+    factor = unit.to(product_dtype)
+    in_unit = torch.zeros_like(unit)
+    result: Tensor | None = None
+    if in_centers:
+        result = torch.empty_like(centers) if classes.sampled is None else torch.zeros_like(centers)
+    in_place = classes.sampled is None and centers.dtype == dtype and not narrow
+    buffer = unit.new_empty(min(chunk, classes.visited), unit.shape[0])
+    size = pass_size(chunk, unit.shape[0], unit.device)
+    product = torch.empty_like(buffer[:size])
+    along = unit.new_empty(buffer.shape[0], 1)
+    for part in slices(classes.visited, chunk):
+        rows, _ = _rows(classes, part, dtype)
+        inverse = logits.inverse[part]
+        weights = buffer[: rows.shape[0]]
+        for piece in slices(weights.shape[0], size):
+            whole = slice(part.start + piece.start, part.start + piece.stop)
+            write_weights(whole, weights[piece])
+            if result is not None:
+                share = torch.mul(weights[piece], logits.values[whole], out=product[: piece.stop - piece.start])
+                torch.sum(share, 1, keepdim=True, out=along[piece])
+            if not narrow:
+                weights[piece].mul_(inverse[piece])
+        if narrow:
+            narrow_weights = weights.to(product_dtype)
+            in_unit.add_(narrow_weights.T @ (rows * inverse).to(product_dtype))
+        else:
+            in_unit.addmm_(weights.T, rows)
+        if result is None:
+            continue
+        lost = along[: rows.shape[0]].mul_(inverse * inverse / -logits.factor)
+        if in_place:
+            torch.mul(rows, lost, out=result[part]).addmm_(weights, factor)
+            continue
+        pull = (narrow_weights @ factor).to(dtype).mul_(inverse) if narrow else weights @ factor
+        chosen = part if classes.sampled is None else classes.sampled[part]
+        result[chosen] = pull.addcmul_(rows, lost).to(result.dtype)
+    return in_unit, result

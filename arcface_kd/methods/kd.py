@@ -1,0 +1,68 @@
+r"""KD: the teacher's softened class probabilities (Hinton, Vinyals, Dean, 2015, arXiv 1503.02531).
+
+    loss = margin softmax of the student + w T^2 mean_i KL(p_t || p_s),   p = softmax(s cos / T)
+
+with the teacher's probabilities from its own classifier on its own embedding. The logits are distilled without a
+margin unless ``logits=margin`` asks for it on both sides.
+"""
+
+from dataclasses import dataclass
+from typing import get_args
+
+from torch import Tensor
+
+from arcface_kd.losses.logit_distillation import Logits
+from arcface_kd.methods.base import Batch
+from arcface_kd.methods.two_classifiers import TwoClassifiers, check_temperature, check_weights
+
+
+@dataclass(frozen=True)
+class LogitKDConfig:
+    """KD's knobs.
+
+    Attributes:
+        temperature: T, at least 1. Published work on faces takes 4 at a logit scale of 64.
+        weight: w, at least 0.
+        logits: ``plain`` (default) or ``margin``, which puts the trainer's margin on the targets of both sides.
+
+    Raises:
+        ValueError: a knob out of range.
+    """
+
+    temperature: float = 4.0
+    weight: float = 1.0
+    logits: Logits = "plain"
+
+    def __post_init__(self) -> None:
+        check_temperature(self.temperature)
+        check_weights(weight=self.weight)
+        if self.logits not in get_args(Logits):
+            raise ValueError(f"logits is {self.logits!r}; it must be one of {', '.join(get_args(Logits))}")
+
+
+class LogitKD(TwoClassifiers):
+    """The learned classifier's margin softmax, and the KL of the teacher's and the student's softened probabilities.
+
+    Terms: ``ce``, the margin softmax; ``kd``.
+
+    Args:
+        config: the knobs.
+        context: the run, with the teacher's classifier.
+    """
+
+    Config = LogitKDConfig
+    config: LogitKDConfig
+
+    def forward(self, batch: Batch) -> dict[str, Tensor]:
+        """Score the student against its classes and compare with the teacher.
+
+        Args:
+            batch: the gathered batch, with teacher embeddings.
+
+        Returns:
+            ``{"ce": scalar, "kd": scalar}``.
+        """
+        index = self.drawn_classes(batch)
+        teacher = self.teacher_logits(batch, index, self.config.temperature)
+        terms = self.distil(batch, index, teacher, self.config.logits)
+        return {"ce": terms.ce, "kd": self.config.weight * terms.primary}
