@@ -128,18 +128,16 @@ def _is_output(student: nn.Module, norm: nn.BatchNorm1d) -> bool:
 
 
 def freeze_norm(norm: nn.BatchNorm1d) -> None:
-    """Take a student's last batch norm out of training: its offset is zero, its scale is set by :func:`set_scale`.
+    """Take the scale and the offset of a student's last batch norm out of training.
 
     Before the student is wrapped by ``DistributedDataParallel``, which notes what is trained.
     """
     norm.weight.requires_grad_(False)
     norm.bias.requires_grad_(False)
-    with torch.no_grad():
-        norm.bias.zero_()
 
 
 def set_scale(norm: nn.BatchNorm1d, scale: Tensor) -> None:
-    """Write the scale of a student's last batch norm.
+    """Write the scale of a student's last batch norm, and zero as its offset.
 
     Args:
         norm: from :func:`embedding_norm`.
@@ -148,3 +146,4 @@ def set_scale(norm: nn.BatchNorm1d, scale: Tensor) -> None:
     # By `data`, since a step's backward pass may still hold the scale; only outputs that get no gradient are changed
     # between the two.
     norm.weight.data.copy_(scale)
+    norm.bias.data.zero_()

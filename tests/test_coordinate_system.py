@@ -81,6 +81,7 @@ class TestLayer:
         torch.testing.assert_close(embeddings.std(0, correction=0), deviations, rtol=1e-3, atol=1e-6)
         assert embeddings.mean(0).abs().max() < 1e-6
         assert torch.equal(embeddings[:, 3:], torch.zeros(64, 3))
+        assert norm.bias.count_nonzero() == 0
         assert not norm.weight.requires_grad
         assert not norm.bias.requires_grad
 

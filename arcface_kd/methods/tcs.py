@@ -124,6 +124,7 @@ class TCS(Method):
 
     Buffers:
         mean, axes: the coordinate system.
+        scale: (D,), the teacher's standard deviation along each axis, 0 for outputs without an axis.
         mask: (D,), 1 for the axes that are left, 0 for those that were dropped and for outputs without an axis.
         importance: (D,), accumulated since the last round.
 
@@ -148,6 +149,7 @@ class TCS(Method):
     config: TCSConfig
     mean: Tensor
     axes: Tensor
+    scale: Tensor
     mask: Tensor
     importance: Tensor
 
@@ -185,20 +187,22 @@ class TCS(Method):
         self.register_buffer("axes", system.axes)
         scale = system.deviations.new_zeros(size)
         scale[: len(system.axes)] = system.deviations
-        set_scale(self._norm[0], scale)
+        self.register_buffer("scale", scale)
         self.register_buffer("mask", (scale > 0).to(scale.dtype))
         self.register_buffer("importance", torch.zeros_like(scale))
         self.classifier = LearnedClassifier(context)
         self.clear_dropped_axes()
+        set_scale(self._norm[0], self.scale)
+        self._begun = False
         # Known without asking the device, until a state is loaded.
         self._kept: int | None = len(self.axes)
         self._distance: Tensor | None = None
-        self.register_load_state_dict_post_hook(lambda module, _: module.recount())
+        self.register_load_state_dict_post_hook(lambda module, _: module.follow_mask())
         self.register_state_dict_pre_hook(lambda module, *_: module.clear_dropped_axes())
 
-    def recount(self) -> None:
-        """Count the axes that are left anew, after ``mask`` was written from outside."""
-        self._kept = None
+    def follow_mask(self) -> None:
+        """Look at the mask anew, after it was written from outside, and let the student follow it."""
+        self._kept, self._begun = None, False
 
     @torch.no_grad()
     def clear_dropped_axes(self) -> None:
@@ -214,6 +218,10 @@ class TCS(Method):
         Returns:
             ``{"ce": scalar, "mimic": scalar}``, the latter where it has a weight.
         """
+        if not self._begun:
+            # A student may have been given pretrained weights since the head was made, and with them another scale.
+            set_scale(self._norm[0], self.scale * self.mask)
+            self._begun = True
         progress = batch.step / (self.context.total_steps or 1)
         self._drop_down_to(self.config.kept(len(self.axes), progress) if self.config.drop else len(self.axes))
         mask = self.mask
@@ -253,7 +261,7 @@ class TCS(Method):
             dropped = left[self.importance[left].argsort(stable=True)[: self._kept - wanted]]
             self.mask[dropped] = 0
             self.importance.zero_()
-            set_scale(self._norm[0], self._norm[0].weight.data * self.mask)
+            set_scale(self._norm[0], self.scale * self.mask)
             self._kept = wanted
         if self._kept < len(self.axes):
             self.clear_dropped_axes()

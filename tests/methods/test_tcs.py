@@ -245,13 +245,25 @@ class TestDropping:
         assert method.importance.count_nonzero() == 0
 
 
+def test_weights_that_are_loaded_late_get_the_scale_of_the_system(tmp_path: Path) -> None:
+    student = small_student()
+    pretrained = {name: torch.ones_like(value) for name, value in student.state_dict().items()}
+    method = method_of(tmp_path, student=student).double()
+    scale = student.state_dict()["3.weight"].clone()
+    student.load_state_dict(pretrained)
+    method(batch(0))
+    assert torch.equal(student.state_dict()["3.weight"], scale)
+    assert student.state_dict()["3.bias"].count_nonzero() == 0
+    assert student.state_dict()["2.weight"].mean() == 1
+
+
 def test_a_resumed_run_goes_on_to_the_same_bits(tmp_path: Path) -> None:
     whole = method_of(tmp_path).double()
     drop_by_steps(whole, range(40))
     student = small_student()
     resumed = method_of(tmp_path, student=student).double()
     resumed.load_state_dict(whole.state_dict())
-    student.load_state_dict({**student.state_dict(), "3.weight": whole._norm[0].weight})
+    student.load_state_dict({**student.state_dict(), "3.weight": whole._norm[0].weight.detach()})
     for method in (whole, resumed):
         drop_by_steps(method, range(40, 75))
     assert int(whole.mask.sum()) == 3
