@@ -1,5 +1,7 @@
 """Files that are either old or new, never torn."""
 
+import contextlib
+import glob
 import os
 import tempfile
 from collections.abc import Iterator
@@ -19,12 +21,69 @@ def _sync_folder(folder: Path) -> None:
         os.close(descriptor)
 
 
+def _lock(descriptor: int) -> bool:
+    """Take a file for this process, where the system and the file system can lock; False if another one has it."""
+    try:
+        import fcntl
+    except ImportError:
+        return False
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        return False
+    return True
+
+
+def _remove_remains(target: Path) -> None:
+    """Remove temporary files of ``target`` whose writers were killed: nobody holds their locks any more."""
+    for name in glob.glob(f".{glob.escape(target.name)}.*.part", root_dir=target.parent, include_hidden=True):
+        with contextlib.suppress(OSError):
+            descriptor = os.open(target.parent / name, os.O_RDWR)
+            try:
+                if _lock(descriptor):
+                    os.unlink(target.parent / name)
+            finally:
+                os.close(descriptor)
+
+
+def _make_temporary(target: Path) -> tuple[int, Path]:
+    while True:
+        descriptor, name = tempfile.mkstemp(prefix=f".{target.name}.", suffix=".part", dir=target.parent)
+        _lock(descriptor)
+        # Between its making and its lock another process may have taken it for a remain.
+        if os.path.exists(name):
+            return descriptor, Path(name)
+        os.close(descriptor)
+
+
+def _name(error: BaseException, target: Path, temporary: Path | None = None) -> None:
+    """Let an error of the system say which file it is about, where it names none or one that nobody has heard of."""
+    unknown = isinstance(error, OSError) and (temporary is None or error.filename in (None, os.fspath(temporary)))
+    if unknown and isinstance(error, OSError) and error.errno is not None:
+        error.filename = os.fspath(target)
+
+
+def replace_file(source: Path, target: Path) -> None:
+    """Move a whole file over another one in the same folder, in one step that a failure of power does not undo.
+
+    Args:
+        source: the file that moves; its bytes must be on the disk.
+        target: the file that it replaces, or a new name.
+
+    Raises:
+        OSError: the folder cannot be written.
+    """
+    source.replace(target)
+    _sync_folder(target.parent)
+
+
 @contextmanager
 def atomic_write(path: str | os.PathLike[str]) -> Iterator[IO[bytes]]:
     """Open a binary file that replaces ``path`` in one step when the block ends without an error.
 
     The bytes go to a temporary file in the same folder, are synced to disk and renamed over ``path``. If the block
-    raises, ``path`` stays as it was and the temporary file is removed.
+    raises, ``path`` stays as it was and the temporary file is removed; that of a killed process is removed by the next
+    one that writes ``path``.
 
     Args:
         path: the file to write; its folder must exist.
@@ -36,8 +95,12 @@ def atomic_write(path: str | os.PathLike[str]) -> Iterator[IO[bytes]]:
         OSError: the folder is missing, read-only or full; ``path`` is untouched.
     """
     target = Path(path)
-    descriptor, name = tempfile.mkstemp(prefix=f".{target.name}.", suffix=".part", dir=target.parent)
-    temporary = Path(name)
+    try:
+        _remove_remains(target)
+        descriptor, temporary = _make_temporary(target)
+    except OSError as error:
+        _name(error, target)
+        raise
     try:
         with os.fdopen(descriptor, "wb") as stream:
             yield stream
@@ -47,8 +110,8 @@ def atomic_write(path: str | os.PathLike[str]) -> Iterator[IO[bytes]]:
         umask = os.umask(0)
         os.umask(umask)
         temporary.chmod(0o666 & ~umask)
-        temporary.replace(target)
-        _sync_folder(target.parent)
-    except BaseException:
+        replace_file(temporary, target)
+    except BaseException as error:
         temporary.unlink(missing_ok=True)
+        _name(error, target, temporary)
         raise

@@ -5,7 +5,6 @@ rows that are asked for are read, so that a rank needs no more memory than its o
 """
 
 import os
-import pickle
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,51 +15,15 @@ from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from arcface_kd import registry
-from arcface_kd.atomic import atomic_write
+from arcface_kd.checkpoint_files import HEAD, OPTIMIZER, checkpoint_file, checkpoints_in_force, read_checkpoint
 from arcface_kd.errors import CheckpointError
 from arcface_kd.methods.base import Method
 from arcface_kd.methods.classifier import LearnedClassifier
 from arcface_kd.sharding import ClassShard
-
-HEAD = "state_dict_softmax_fc"
-OPTIMIZER = "state_optimizer"
+from arcface_kd.tensor_file import save_tensors
 
 # What arcface_torch's own PartialFC calls its shard; it does not save which classes they are.
 _HOST_WEIGHT = "weight"
-
-
-def checkpoint_file(folder: str | os.PathLike[str], rank: int) -> Path:
-    """The file that a rank of a run writes its state to."""
-    return Path(folder) / f"checkpoint_gpu_{rank}.pt"
-
-
-def read_checkpoint(path: Path) -> Mapping[str, Any]:
-    """A trainer's checkpoint, mapped into memory where its format allows.
-
-    Args:
-        path: the file.
-
-    Returns:
-        Its entries; tensors are on the CPU and are read from the file when they are looked at. Copy what is to outlive
-        the file as it is: arcface_torch writes over it in place.
-
-    Raises:
-        CheckpointError: it is missing, damaged, holds more than tensors and plain values, or is of no trainer.
-    """
-    if not path.is_file():
-        raise CheckpointError(f"{path} is missing; a run writes one for each rank with save_all_states=True")
-    try:
-        try:
-            loaded = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-        # Files of torch < 1.6 cannot be mapped.
-        except (RuntimeError, ValueError):
-            loaded = torch.load(path, map_location="cpu", weights_only=True)
-    except (RuntimeError, ValueError, EOFError, KeyError, OSError, pickle.UnpicklingError) as error:
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise CheckpointError(f"{path} cannot be read as a checkpoint: {reason}") from error
-    if not isinstance(loaded, dict) or not isinstance(loaded.get(HEAD), Mapping):
-        raise CheckpointError(f"{path} holds no {HEAD}: it is not a checkpoint of arcface_torch or of this package")
-    return loaded
 
 
 @dataclass(frozen=True)
@@ -165,11 +128,12 @@ def open_shards(folder: str | os.PathLike[str]) -> RunShards:
         CheckpointError: a checkpoint is missing, cannot be read, or does not continue where the one before it ends.
     """
     folder = Path(folder)
-    first = read_checkpoint(checkpoint_file(folder, 0))
-    return _own_shards(folder, first) if "class_range" in first[HEAD] else _host_shards(folder, first)
+    files = checkpoints_in_force(folder)
+    first = read_checkpoint(files.get(0, checkpoint_file(folder, 0)))
+    return _own_shards(folder, files, first) if "class_range" in first[HEAD] else _host_shards(folder, files, first)
 
 
-def _own_shards(folder: Path, first: Mapping[str, Any]) -> RunShards:
+def _own_shards(folder: Path, files: Mapping[int, Path], first: Mapping[str, Any]) -> RunShards:
     checkpoints, edges = [first], [0]
     num_classes = int(first[HEAD]["class_range"][2])
     while True:
@@ -187,15 +151,15 @@ def _own_shards(folder: Path, first: Mapping[str, Any]) -> RunShards:
         edges.append(stop)
         if stop == num_classes:
             return RunShards(folder, tuple(checkpoints), tuple(edges))
-        checkpoints.append(read_checkpoint(checkpoint_file(folder, rank + 1)))
+        checkpoints.append(read_checkpoint(files.get(rank + 1, checkpoint_file(folder, rank + 1))))
 
 
-def _host_shards(folder: Path, first: Mapping[str, Any]) -> RunShards:
-    count = max(_saved_ranks(folder)) + 1
+def _host_shards(folder: Path, files: Mapping[int, Path], first: Mapping[str, Any]) -> RunShards:
+    count = max(files) + 1
     checkpoints, edges = [first], [0]
     for rank in range(count):
         if rank:
-            checkpoints.append(read_checkpoint(checkpoint_file(folder, rank)))
+            checkpoints.append(read_checkpoint(files.get(rank, checkpoint_file(folder, rank))))
         weight = checkpoints[rank][HEAD].get(_HOST_WEIGHT)
         if not isinstance(weight, Tensor) or weight.ndim != 2:
             raise CheckpointError(f"{checkpoint_file(folder, rank)} holds no classifier: {HEAD} has no matrix 'weight'")
@@ -218,11 +182,6 @@ def _check_step(folder: Path, rank: int, checkpoint: Mapping[str, Any], first: M
             f"{checkpoint_file(folder, rank)} was written at step {met}, {checkpoint_file(folder, 0).name} at step "
             f"{wanted}: they are of different runs, or writing was interrupted"
         )
-
-
-def _saved_ranks(folder: Path) -> list[int]:
-    names = (path.stem.removeprefix("checkpoint_gpu_") for path in folder.glob("checkpoint_gpu_*.pt"))
-    return sorted(int(name) for name in names if name.isdecimal())
 
 
 def fit_head_state(
@@ -346,9 +305,9 @@ def merge_head(run_folder: str | os.PathLike[str], out_file: str | os.PathLike[s
 
     Raises:
         CheckpointError: a checkpoint is missing, cannot be read or belongs to another run; nothing is written.
+        ResourceError: the file cannot be written.
     """
     shards = open_shards(run_folder)
     weight = shards.class_centers(0, shards.num_classes)
-    with atomic_write(out_file) as stream:
-        torch.save({"weight": weight, "num_classes": shards.num_classes}, stream)
+    save_tensors(out_file, {"weight": weight, "num_classes": shards.num_classes})
     return weight.shape[0], weight.shape[1]

@@ -4,6 +4,7 @@ It holds no loss and no head: student, loader and head come from :mod:`arcface_k
 """
 
 import contextlib
+import errno
 import inspect
 import logging
 import sys
@@ -19,22 +20,25 @@ from easydict import EasyDict
 from torch import Tensor, distributed, nn
 from tqdm import tqdm
 
-from arcface_kd.atomic import atomic_write
+from arcface_kd.checkpoint_files import checkpoint_file, finish_saving, save_checkpoint
 from arcface_kd.config import BASE, RUN_KEYS, suggestion
 from arcface_kd.data.verification_bin import VerificationSet, read_bin
 from arcface_kd.device import narrow_format, training_device
 from arcface_kd.distiller import Distiller
-from arcface_kd.errors import ConfigError, DataError, NumberError, ResourceError
+from arcface_kd.errors import ArcfaceKDError, ConfigError, DataError, NumberError, ResourceError
 from arcface_kd.evaluation.verification import VerificationResult, evaluate
 from arcface_kd.hook import DropIns, drop_ins
 from arcface_kd.losses.margin import Margin
 from arcface_kd.process_group import process_group
-from arcface_kd.resharding import checkpoint_file, open_shards
+from arcface_kd.resharding import open_shards
 from arcface_kd.schedule import linear_with_warmup
+from arcface_kd.sharding import on_first_rank_first
+from arcface_kd.tensor_file import save_tensors
 
 LOGIT_SCALE = 64.0  # the host's, which no key of its configs changes
 CLIP_NORM = 5.0  # on the backbone's gradients, as the host
 _LEAST_LOSS_SCALE = 2.0**-10
+_CANNOT_WRITE = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG, errno.EIO, errno.EACCES, errno.EPERM)
 
 # Each rank's batch norms keep their own statistics while it trains, as in the host. torch 2.13 gave the argument a new
 # name and warns about the old one.
@@ -110,10 +114,18 @@ def margin_of_config(config: Mapping[str, Any]) -> Margin:
 
 
 @contextlib.contextmanager
-def _shortages(step: Callable[[], int]) -> Iterator[None]:
+def _shortages(folder: Path, step: Callable[[], int]) -> Iterator[None]:
     """Say in one line what the machine did not give, and what to do about it."""
     try:
         yield
+    except ArcfaceKDError:
+        raise
+    except OSError as error:
+        if error.errno not in _CANNOT_WRITE:
+            raise
+        raise ResourceError(
+            f"step {step()}: cannot write to {folder}: {error.strerror}; what was saved before is untouched"
+        ) from error
     except (MemoryError, RuntimeError) as error:
         text = " ".join(str(error).split())
         if isinstance(error, MemoryError | torch.cuda.OutOfMemoryError) or "can't allocate memory" in text:
@@ -123,6 +135,14 @@ def _shortages(step: Callable[[], int]) -> Iterator[None]:
                 f"step {step()}: a process that reads images has ended, as the system does when memory runs out: lower "
                 f"num_workers or batch_size ({text})"
             ) from error
+        raise
+
+
+class _LogFile(logging.FileHandler):
+    """A log whose disk may be full: the run ends then, as for any other of its files."""
+
+    def handleError(self, record: logging.LogRecord) -> None:
+        """Raise what ``logging`` would print and pass over."""
         raise
 
 
@@ -139,7 +159,7 @@ def _log_files(folder: Path, rank: int) -> Iterator[None]:
     form = "Training: %(asctime)s-%(message)s"
     handlers: list[logging.Handler] = []
     if rank == 0:
-        handlers.append(logging.FileHandler(folder / "training.log"))
+        handlers.append(_LogFile(folder / "training.log"))
     if rank == 0 and not sys.stderr.isatty():
         handlers.append(logging.StreamHandler(sys.stdout))
         handlers[-1].setLevel(logging.INFO)
@@ -209,6 +229,7 @@ class _Run:
             margin_of_config(config), config.embedding_size, config.num_classes, config.sample_rate, False
         )
         self.head.train().to(self.device)
+        self.ranks = self.head.ranks
         self.optimizer = self._optimizer()
         steps = config.num_image // (config.batch_size * world_size)
         # The schedule counts the images that the config states, as the host does; the loop those that are there.
@@ -252,8 +273,10 @@ class _Run:
         path = checkpoint_file(self.folder, 0)
         if not path.is_file():
             raise ConfigError(f"resume is on but there is no {path}; set resume=False, or save_all_states=True before")
+        on_first_rank_first(lambda: finish_saving(self.folder), self.ranks)
         # What is not split over ranks is in any file; a rank that the run did not have takes the first one's.
-        if self.rank < open_shards(self.folder).world_size:
+        saved_by = open_shards(self.folder).world_size
+        if self.rank < saved_by:
             path = checkpoint_file(self.folder, self.rank)
         state = torch.load(path, map_location=self.device, weights_only=True)
         self.epoch, self.step = state["epoch"], state["global_step"]
@@ -265,30 +288,40 @@ class _Run:
             self.scaler.load_state_dict(state["state_scaler"])
         if "state_random" in state:
             torch.set_rng_state(state["state_random"].cpu())
+        if saved_by == self.world_size:
+            parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
+            for parameter, gradient in zip(parameters, state.get("state_gradients", ()), strict=False):
+                parameter.grad = gradient
         self.first_step = self.step
         self.notes.append(f"resumed after epoch {self.epoch}, step {self.step}")
 
     def save(self) -> None:
         """Write the host's files: this rank's checkpoint where the config wants it, and the student on rank 0."""
         self.head.numbers.settle()
-        if self.config.save_all_states:
-            with atomic_write(checkpoint_file(self.folder, self.rank)) as stream:
-                torch.save(
-                    {
-                        "epoch": self.epoch,
-                        "global_step": self.step,
-                        "state_dict_backbone": self.student.state_dict(),
-                        "state_dict_softmax_fc": self.head.state_dict(),
-                        "state_optimizer": self.optimizer.state_dict(),
-                        "state_lr_scheduler": self.schedule.state_dict(),
-                        "state_scaler": self.scaler.state_dict(),
-                        "state_random": torch.get_rng_state(),
-                    },
-                    stream,
-                )
+        if self.writer is not None:
+            # A resumed run begins after the last saved step: what came before must be in the log.
+            self.writer.flush()
         if self.rank == 0:
-            with atomic_write(self.folder / "model.pt") as stream:
-                torch.save(self.student.state_dict(), stream)
+            # Before the checkpoints: where they say that an epoch is done, its student is there.
+            save_tensors(self.folder / "model.pt", self.student.state_dict())
+        if self.config.save_all_states:
+            save_checkpoint(self.folder, self._state(), self.ranks)
+
+    def _state(self) -> dict[str, Any]:
+        state = {
+            "epoch": self.epoch,
+            "global_step": self.step,
+            "state_dict_backbone": self.student.state_dict(),
+            "state_dict_softmax_fc": self.head.state_dict(),
+            "state_optimizer": self.optimizer.state_dict(),
+            "state_lr_scheduler": self.schedule.state_dict(),
+            "state_scaler": self.scaler.state_dict(),
+            "state_random": torch.get_rng_state(),
+        }
+        if self.step % self.config.gradient_acc:
+            # An epoch may end between two steps of the optimizer.
+            state["state_gradients"] = [p.grad for group in self.optimizer.param_groups for p in group["params"]]
+        return state
 
     def train_epoch(self, bar: "tqdm[Any]") -> None:
         """One pass over the loader."""
@@ -391,7 +424,7 @@ def train(
         DataError: records that cannot be read.
         NumberError: NaN or inf in embeddings, loss terms or gradients.
         RankError: another rank has failed.
-        ResourceError: out of memory.
+        ResourceError: out of memory, or the output folder cannot be written.
         TeacherError: a teacher that is missing or does not fit.
     """
     check_keys(config)
@@ -404,7 +437,9 @@ def train(
         if config.resume:
             run.resume()
         run.folder.mkdir(parents=True, exist_ok=True)
-        with _log_files(run.folder, rank), _shortages(lambda: run.step):
+        if rank == 0 and not config.resume:
+            finish_saving(run.folder, keep=False)
+        with _log_files(run.folder, rank), _shortages(run.folder, lambda: run.step):
             return _train(run, title or run.folder.name, on_epoch)
 
 

@@ -158,12 +158,12 @@ def test_the_time_out_is_a_number(monkeypatch: pytest.MonkeyPatch) -> None:
     ],
 )
 def test_what_the_machine_lacks_is_one_line(error: Exception, message: str) -> None:
-    with pytest.raises(ResourceError, match=message) as caught, _shortages(lambda: 7):
+    with pytest.raises(ResourceError, match=message) as caught, _shortages(Path("run"), lambda: 7):
         raise error
     assert "\n" not in str(caught.value)
 
 
 def test_a_fault_of_ours_is_left_alone() -> None:
-    with pytest.raises(RuntimeError, match=r"^ours$") as caught, _shortages(lambda: 7):
+    with pytest.raises(RuntimeError, match=r"^ours$") as caught, _shortages(Path("run"), lambda: 7):
         raise RuntimeError("ours")
     assert type(caught.value) is RuntimeError

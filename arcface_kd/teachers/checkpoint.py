@@ -1,5 +1,6 @@
 """Teachers from PyTorch checkpoints: ``model.pt`` and ``checkpoint_gpu_*.pt`` of arcface_torch, and their relatives."""
 
+import contextlib
 import os
 import zipfile
 from collections.abc import Mapping
@@ -16,6 +17,7 @@ from arcface_kd.errors import ConfigError, TeacherError
 from arcface_kd.teachers.base import Teacher, TeacherOptions, existing_file, first_line, local_path, tensors_digest
 from arcface_kd.teachers.options import Preprocessing
 from arcface_kd.teachers.signature import describe, signature
+from arcface_kd.tensor_file import archive_fault
 
 # Where trainers put the backbone's tensors: arcface_torch's save_all_states first, then what others are used to.
 _CONTAINERS = ("state_dict_backbone", "backbone", "state_dict", "model_state_dict", "model")
@@ -42,32 +44,14 @@ class NetworkCheckpoint:
 
 
 def _check_archive(path: Path) -> None:
-    """Refuse what torch would read without a word: damaged records, and records that unpack to more than the file."""
-    try:
-        with zipfile.ZipFile(path) as archive:
-            records = archive.infolist()
-            if not any(record.filename.endswith("/data.pkl") for record in records):
-                inside = "an InsightFace pack? unpack it and name the folder"
-                hint = inside if any(record.filename.endswith(".onnx") for record in records) else "no data.pkl in it"
-                raise TeacherError(f"teacher {path} is a zip archive, but not a PyTorch checkpoint: {hint}")
-            for record in records:
-                if record.compress_type != zipfile.ZIP_STORED:
-                    raise TeacherError(
-                        f"teacher {path}: record {record.filename!r} is compressed, which torch.save never does"
-                    )
-            if sum(record.file_size for record in records) > path.stat().st_size:
-                raise TeacherError(f"teacher {path}: its records claim more bytes than the file has")
-            damaged = archive.testzip()
-    except TeacherError:
-        raise
-    # zipfile raises struct.error, NotImplementedError, UnicodeDecodeError and more besides BadZipFile on mangled files.
-    except Exception as error:
-        raise TeacherError(f"teacher {path} is damaged or cut short: {first_line(error)}") from error
-    if damaged is not None:
-        raise TeacherError(
-            f"teacher {path}: checksum of record {damaged!r} is wrong; the file is damaged, get it again (or it was "
-            "saved with torch.serialization.set_crc32_options(False): save it without)"
-        )
+    """Refuse what torch would read without a word, and an InsightFace pack that nobody has unpacked."""
+    fault = archive_fault(path)
+    if fault is None:
+        return
+    with contextlib.suppress(Exception), zipfile.ZipFile(path) as archive:
+        if any(name.endswith(".onnx") for name in archive.namelist()):
+            fault = "it is a zip archive: an InsightFace pack? unpack it and name the folder"
+    raise TeacherError(f"teacher {path}: {fault}")
 
 
 def read_content(path: str | os.PathLike[str]) -> object:
