@@ -35,6 +35,7 @@ Chosen here, for faces:
 - When axes are dropped, and how many.
 """
 
+import logging
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar, get_args
 
@@ -46,6 +47,8 @@ from arcface_kd.errors import CheckpointError, ConfigError
 from arcface_kd.methods.base import Batch, Method, Requirement, RunContext
 from arcface_kd.methods.classifier import LearnedClassifier
 from arcface_kd.principal_components import components_of_cache
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -182,7 +185,7 @@ class TCS(Method):
             dimension=config.dimension,
             seed=context.seed,
         )
-        self.explained = system.explained
+        logger.info("tcs: %d axes hold %.1f %% of the teacher's variance", len(system.axes), 100 * system.explained)
         self.register_buffer("mean", system.mean)
         self.register_buffer("axes", system.axes)
         scale = system.deviations.new_zeros(size)
