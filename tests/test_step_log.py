@@ -49,7 +49,7 @@ def test_event_files_are_opened_late_enough_for_wandb(tmp_path: Path, monkeypatc
 
     heard: list[str] = []
 
-    class Listening(torch_writer.EventFileWriter):  # type: ignore[misc, name-defined]
+    class Listening(torch_writer.EventFileWriter):
         def __init__(self, logdir: str, *arguments: object, **options: object) -> None:
             heard.append(logdir)
             super().__init__(logdir, *arguments, **options)

@@ -236,20 +236,20 @@ def compare(
     """
     sets = [read_bin(file) for file in files]
     identities = [pair_identities(file, pairs) for file, pairs in zip(files, sets, strict=True)]
-    images = [decode(pairs) for pairs in sets]
-    embeddings: dict[str, list[np.ndarray]] = {}
-    costs: dict[str, Cost] = {}
-    # One model after the other, so that one at a time is in memory.
-    for contestant in contestants:
-        model = contestant.load()
-        costs[contestant.name] = cost(model, device, parameters=contestant.parameters)
-        embeddings[contestant.name] = [
-            embed(model, faces, device=device, dtype=np.float64, progress=progress) for faces in images
-        ]
-    compared = [
-        _compared(pairs, known, {name: rows[place] for name, rows in embeddings.items()}, replicates)
-        for place, (pairs, known) in enumerate(zip(sets, identities, strict=True))
-    ]
+    models = {contestant.name: contestant.load() for contestant in contestants}
+    costs = {
+        contestant.name: cost(models[contestant.name], device, parameters=contestant.parameters)
+        for contestant in contestants
+    }
+    compared = []
+    for pairs, known in zip(sets, identities, strict=True):
+        # Decoded, a set takes half a gigabyte: one at a time.
+        faces = decode(pairs)
+        rows = {
+            name: embed(model, faces, device=device, dtype=np.float64, progress=progress)
+            for name, model in models.items()
+        }
+        compared.append(_compared(pairs, known, rows, replicates))
     return Comparison(contestants, compared, costs, machine(torch.device(device)), replicates)
 
 

@@ -4,7 +4,7 @@ import io
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -76,7 +76,7 @@ def _drawing(rows: int = 1, height: float = _HEIGHT) -> Iterator[tuple["Figure",
     from matplotlib.backends.backend_svg import FigureCanvasSVG
     from matplotlib.figure import Figure
 
-    settings = {
+    settings: Any = {
         "svg.hashsalt": "arcface_kd",
         "font.size": 9,
         "axes.titlesize": 9,
@@ -115,7 +115,7 @@ def _picture(figure: "Figure", title: str, description: str) -> Picture:
     return Picture(title, description, light, dark, width, height)
 
 
-def _look(number: int) -> dict[str, str]:
+def _look(number: int) -> dict[str, Any]:
     colours = list(_COLOURS)
     return {"color": colours[number % len(colours)], "linestyle": _STYLES[number % len(_STYLES)]}
 
@@ -169,7 +169,7 @@ def draw_histograms(name: str, similarities: Mapping[str, NDArray[np.float64]], 
         is_same: (P,) whether a pair is genuine.
     """
     lowest = min(float(values.min()) for values in similarities.values())
-    bins = np.linspace(min(lowest, 0.0), 1.0, _BINS + 1)
+    bins = np.linspace(min(lowest, 0.0), 1.0, _BINS + 1).tolist()
     with _drawing(len(similarities), 0.8 + 1.2 * len(similarities)) as (figure, rows):
         genuine, impostor, *_ = _COLOURS
         for axes, (model, values) in zip(rows, similarities.items(), strict=True):

@@ -37,7 +37,8 @@ def test_weighted_statistics_equal_those_of_repeated_pairs(seed: int) -> None:
     met = replicate_statistics(scores, is_same, correct, weights, LEVELS)
     for row, times in enumerate(weights):
         wanted = twin.statistics(scores, is_same, correct, times, LEVELS)
-        for name in ("accuracy", "auc", "eer", *LEVELS):
+        names: list[str | float] = ["accuracy", "auc", "eer", *LEVELS]
+        for name in names:
             value = met[name if isinstance(name, str) else tar_name(name)][row]
             if not wanted:
                 assert np.isnan(value)

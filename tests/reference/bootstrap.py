@@ -18,7 +18,8 @@ def statistics(
         "auc": area_under_curve(genuine, impostor),
         "eer": equal_error_rate(genuine, impostor),
     }
-    return {**found, **tar_at_far(genuine, impostor, levels)}
+    found.update({level: tar for level, tar in tar_at_far(genuine, impostor, levels).items()})
+    return found
 
 
 def pair_count(pair: int, identities: np.ndarray, drawn: dict[int, int], own: dict[int, int]) -> int:
