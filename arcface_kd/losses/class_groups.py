@@ -234,7 +234,8 @@ class RankedLogits:
         Returns:
             (B,) that number, the same for all rows but for those that have fewer classes.
         """
-        share_of_row = self.valid / self.valid.sum().clamp_min(1)
+        valid = self.valid.to(weights.dtype)
+        share_of_row = valid / valid.sum().clamp_min(1)
         shares = weights / weights[:, -1:] * share_of_row.unsqueeze(1)
         # What comes before a bin.
         earlier_numbers, earlier_shares = pad(numbers, (1, 0)), pad(shares, (1, 0))

@@ -21,6 +21,7 @@ The cross entropy is that of :func:`~arcface_kd.losses.margin_softmax.margin_sof
 rest because the student's logits are at hand: called beside this, that function would multiply as often again.
 """
 
+import math
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -58,9 +59,9 @@ class Distillation(NamedTuple):
         primary: T^2 times the mean KL inside the primary group; of all classes where no groups are asked for.
         binary: T^2 times the mean KL of the groups' probabilities; 0 without groups.
         secondary: T^2 times the mean KL inside the secondary group; 0 without groups, or where it is not wanted.
-        group_size: mean number of primary classes of a row.
-        student_mass: mean p_s(P) of the student.
-        teacher_mass: mean p_t(P) of the teacher.
+        group_size: mean number of primary classes of a row; 0 without groups.
+        student_mass: mean p_s(P) of the student; 1 without groups.
+        teacher_mass: mean p_t(P) of the teacher; 1 without groups.
     """
 
     ce: Tensor
@@ -162,6 +163,17 @@ def _exponentials(values: Tensor, shift: Tensor | None, out: Tensor) -> Tensor:
     return torch.exp(values, out=out) if shift is None else torch.sub(values, shift, out=out).exp_()
 
 
+def _relative(shift: Tensor | None, total: Tensor) -> Tensor:
+    """What makes exponentials relative to a shift into shares of a sum, given as its logarithm.
+
+    A sum too far below the shift has no exponentials left that could be enlarged; all that is to be had is a finite
+    number.
+    """
+    # With room for a logit scale.
+    largest = 0.9 * math.log(torch.finfo(total.dtype).max)
+    return (-total if shift is None else shift - total).clamp_max(largest).exp()
+
+
 class _Passes:
     """The two passes over kept logits, in buffers that all chunks share.
 
@@ -181,16 +193,15 @@ class _Passes:
         if setting.grouping is not None and setting.grouping.ranked_by == "teacher":
             self.ranked = self.teacher
 
-    def _softmax(self, part: slice, shift: Tensor | None, out: Tensor, filtered: float | Tensor) -> Tensor:
-        """exp(z - shift) at temperature 1; what interclass filtering hides becomes ``filtered``."""
+    def _softmax(self, part: slice, shift: Tensor | None, out: Tensor) -> Tensor:
+        """exp(z - shift) at temperature 1; 0 for what interclass filtering hides."""
         values, temperature = self.student[part], self.setting.temperature
         torch.mul(values, temperature, out=out)
         if shift is not None:
             out.sub_(shift * temperature)
         out.exp_()
         if self._filter_threshold > 0:
-            hidden = values > self._filter_threshold
-            torch.where(hidden, torch.as_tensor(filtered, dtype=out.dtype, device=out.device), out, out=out)
+            out.masked_fill_(values > self._filter_threshold, 0.0)
         return out
 
     def sums(self, threshold: Tensor | None, student_shift: Tensor | None, teacher_shift: Tensor | None) -> Tensor:
@@ -198,16 +209,16 @@ class _Passes:
         visited, batch = self.student.shape
         result = self.student.new_zeros(len(_Sums._fields), batch)
         sums = _Sums(*result)
-        # A filtered logit is 0.
-        if student_shift is None:
-            filtered: float | Tensor = 1.0
-        else:
-            filtered = (student_shift * -self.setting.temperature).exp()
         secondary = self.setting.grouping is not None and self.setting.grouping.secondary
         for part in slices(visited, self.setting.passing):
             count = self.student[part].shape[0]
             inside, a, b, c = (buffer[:count] for buffer in self._buffers)
-            sums.softmax.add_(self._softmax(part, student_shift, a, filtered).sum(0))
+            sums.softmax.add_(self._softmax(part, student_shift, a).sum(0))
+            if self._filter_threshold > 0:
+                filtered = torch.gt(self.student[part], self._filter_threshold, out=a).sum(0)
+                # Their logits are 0.
+                one = 1.0 if student_shift is None else (student_shift * -self.setting.temperature).exp()
+                sums.softmax.add_(filtered * one)
             _exponentials(self.student[part], student_shift, a)
             if threshold is None:
                 sums.student_primary.add_(a.sum(0))
@@ -229,8 +240,6 @@ class _Passes:
             sums.product_primary.add_(b.mul_(c).sum(0))
             if secondary:
                 sums.product_secondary.add_(a.mul_(c).sum(0))
-        if threshold is None:
-            sums.size.fill_(visited)
         return result
 
     def derivatives(self, part: slice, out: Tensor, rows: _Rows, factors: _Factors) -> None:
@@ -239,7 +248,7 @@ class _Passes:
         if factors.softmax is None:
             out.zero_()
         else:
-            self._softmax(part, rows.student_shift, out, 0.0).mul_(factors.softmax)
+            self._softmax(part, rows.student_shift, out).mul_(factors.softmax)
         if factors.student_primary is None:
             return
         _exponentials(self.student[part], rows.student_shift, a)
@@ -328,7 +337,7 @@ class _LogitDistillation(torch.autograd.Function):
 
         student_primary = torch.logaddexp(sums.student_primary.log() + student_offset, student_target)
         teacher_primary = torch.logaddexp(sums.teacher_primary.log() + teacher_offset, teacher_target)
-        difference = sums.product_primary * (teacher_offset - teacher_primary).exp()
+        difference = sums.product_primary * _relative(teacher_shift, teacher_primary)
         difference += (teacher_target - teacher_primary).exp() * (teacher_target - student_target)
         primary = mean(difference - (teacher_primary - student_primary))
         # An empty group weighs as little as the format can say.
@@ -370,7 +379,7 @@ class _LogitDistillation(torch.autograd.Function):
         # A term that nobody differentiates costs nothing in the backward pass.
         ctx.set_materialize_grads(False)
         observed = (
-            ((sums.size + 1) * weight).sum(),
+            ((sums.size + 1) * weight).sum() if grouping is not None else torch.zeros_like(ce),
             (torch.sigmoid(-student_odds) * weight).sum(),
             (torch.sigmoid(-teacher_odds) * weight).sum(),
         )
@@ -437,12 +446,9 @@ def _factors(rows: _Rows, upstream: _Upstream, setting: _Setting) -> tuple[_Fact
     own = torch.zeros_like(common)
     softmax = student_primary = student_secondary = teacher_primary = teacher_secondary = None
 
-    def relative(shift: Tensor | None, total: Tensor) -> Tensor:
-        return (-total if shift is None else shift - total).exp()
-
     if upstream.ce is not None:
         shift = None if rows.student_shift is None else rows.student_shift * setting.temperature
-        softmax = common * upstream.ce * relative(shift, rows.softmax_all)
+        softmax = common * upstream.ce * _relative(shift, rows.softmax_all)
         own = own - common * upstream.ce * rows.miss * rows.slope
     if upstream.primary is None and upstream.binary is None and upstream.secondary is None:
         return _Factors(softmax, None, None, None, None), own
@@ -450,14 +456,14 @@ def _factors(rows: _Rows, upstream: _Upstream, setting: _Setting) -> tuple[_Fact
     primary = zero if upstream.primary is None else kd_common * upstream.primary
     binary = zero if upstream.binary is None else kd_common * upstream.binary * rows.excess
     secondary = zero if upstream.secondary is None else kd_common * upstream.secondary
-    student_primary = (primary - binary) * relative(rows.student_shift, rows.student_primary)
+    student_primary = (primary - binary) * _relative(rows.student_shift, rows.student_primary)
     own = own + (primary - binary) * (rows.student_target - rows.student_primary).exp() * rows.kd_slope
-    student_secondary = (secondary + binary) * relative(rows.student_shift, rows.student_secondary)
+    student_secondary = (secondary + binary) * _relative(rows.student_shift, rows.student_secondary)
     student_secondary = torch.where(rows.has_secondary, student_secondary, zero)
     if upstream.primary is not None or upstream.secondary is not None:
-        teacher_primary = primary * relative(rows.teacher_shift, rows.teacher_primary)
+        teacher_primary = primary * _relative(rows.teacher_shift, rows.teacher_primary)
         own = own - primary * (rows.teacher_target - rows.teacher_primary).exp() * rows.kd_slope
-        teacher_secondary = secondary * relative(rows.teacher_shift, rows.teacher_secondary)
+        teacher_secondary = secondary * _relative(rows.teacher_shift, rows.teacher_secondary)
         teacher_secondary = torch.where(rows.has_secondary, teacher_secondary, zero)
     return _Factors(softmax, student_primary, student_secondary, teacher_primary, teacher_secondary), own
 

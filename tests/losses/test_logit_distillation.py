@@ -1,0 +1,449 @@
+"""Logit distillation in one process: values and gradients against the dense twin, the identity, number formats."""
+
+import itertools
+from typing import NamedTuple
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.nn.functional import normalize
+
+from arcface_kd.losses.class_groups import BatchMass, FixedSize, SampleMass
+from arcface_kd.losses.logit_distillation import (
+    Distillation,
+    Grouping,
+    Logits,
+    TeacherLogits,
+    logit_distillation,
+    teacher_logits,
+)
+from arcface_kd.losses.margin import Margin
+from arcface_kd.losses.margin_softmax import margin_softmax
+from tests.reference.logit_distillation import dense_distillation
+from tests.reference.problems import ARCFACE, COSFACE, MARGINS, random_problem
+
+GROUPINGS: dict[str, Grouping | None] = {
+    "none": None,
+    "fixed": Grouping(FixedSize(5), secondary=True),
+    "fixed, by teacher": Grouping(FixedSize(2), "teacher", secondary=True),
+    "fixed, everything": Grouping(FixedSize(99), secondary=True),
+    "batch": Grouping(BatchMass(0.9, 2), secondary=True),
+    "batch, by teacher": Grouping(BatchMass(0.97, 1), "teacher"),
+    "sample": Grouping(SampleMass(0.8), secondary=True),
+    "sample, by teacher": Grouping(SampleMass(0.99), "teacher"),
+}
+# Of ce, primary, binary and secondary: a mistake in one cannot be made good by another.
+WEIGHTS = torch.tensor([1.0, 0.7, 1.3, 0.4], dtype=torch.float64)
+NAMES = ("ce", "primary", "binary", "secondary")
+
+
+class Sides(NamedTuple):
+    """Student and teacher, of different dimensions."""
+
+    embeddings: Tensor
+    labels: Tensor
+    centers: Tensor
+    teacher_embeddings: Tensor
+    teacher_centers: Tensor
+
+    def to(self, dtype: torch.dtype) -> "Sides":
+        return Sides(*(each.to(dtype) if each.is_floating_point() else each for each in self))
+
+
+def sides(seed: int, batch: int = 12, classes: int = 23, dimension: int = 6) -> Sides:
+    """A teacher that is as wrong as the student, elsewhere."""
+    student = random_problem(seed, batch, classes, dimension)
+    teacher = random_problem(seed + 1000, batch, classes, dimension + 3)
+    return Sides(*student, teacher.embeddings, teacher.centers)
+
+
+def of_teacher(
+    given: Sides,
+    margin: Margin,
+    temperature: float,
+    index: Tensor | None = None,
+    chunk: int | None = None,
+    product_dtype: torch.dtype | None = None,
+) -> TeacherLogits:
+    return teacher_logits(
+        given.teacher_embeddings,
+        given.labels,
+        given.teacher_centers,
+        margin.scale,
+        temperature,
+        index=index,
+        chunk=chunk,
+        product_dtype=product_dtype,
+    )
+
+
+def ours(
+    given: Sides,
+    margin: Margin,
+    temperature: float = 4.0,
+    grouping: Grouping | None = None,
+    logits: Logits = "plain",
+    index: Tensor | None = None,
+    chunk: int | None = None,
+    product_dtype: torch.dtype | None = None,
+    factor: float = 1.0,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """((4,) terms, gradient in the embeddings, gradient in the centers) of the weighted terms."""
+    embeddings, centers = given.embeddings.clone().requires_grad_(), given.centers.clone().requires_grad_()
+    teacher = of_teacher(given, margin, temperature, index, chunk, product_dtype)
+    found = logit_distillation(
+        embeddings,
+        given.labels,
+        centers,
+        teacher,
+        margin,
+        grouping=grouping,
+        logits=logits,
+        index=index,
+        chunk=chunk,
+        product_dtype=product_dtype,
+    )
+    terms = torch.stack(found[:4])
+    gradients = torch.autograd.grad(factor * (terms * WEIGHTS.to(terms.dtype)).sum(), [embeddings, centers])
+    return terms.detach(), *gradients
+
+
+def twin(
+    given: Sides,
+    margin: Margin,
+    temperature: float = 4.0,
+    grouping: Grouping | None = None,
+    logits: Logits = "plain",
+    index: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    embeddings, centers = given.embeddings.clone().requires_grad_(), given.centers.clone().requires_grad_()
+    terms = torch.stack(
+        dense_distillation(
+            embeddings,
+            given.labels,
+            centers,
+            given.teacher_embeddings,
+            given.teacher_centers,
+            margin,
+            temperature,
+            grouping=grouping,
+            logits=logits,
+            index=index,
+        )
+    )
+    gradients = torch.autograd.grad((terms * WEIGHTS.to(terms.dtype)).sum(), [embeddings, centers])
+    return terms.detach(), *gradients
+
+
+def assert_equal(met: tuple[Tensor, ...], wanted: tuple[Tensor, ...], tolerance: float = 1e-10) -> None:
+    for name, a, b in zip(("terms", "embeddings", "centers"), met, wanted, strict=True):
+        assert torch.allclose(a, b, rtol=tolerance, atol=tolerance), f"{name}: off by {(a - b).abs().max():.2e}"
+
+
+@pytest.mark.parametrize("sampled", [False, True])
+@pytest.mark.parametrize("logits", ["plain", "margin"])
+@pytest.mark.parametrize("name", GROUPINGS)
+def test_terms_and_gradients_equal_the_dense_twin(name: str, logits: Logits, sampled: bool) -> None:
+    """Some targets are outside the sampled index: they take part all the same."""
+    index = torch.arange(0, 23, 2) if sampled else None
+    margins = ("arcface", "cosface", "combined", "arcface-steep", "arcface-filtered")
+    for seed, (margin, temperature, chunk) in enumerate(zip(margins, (4, 1, 2.5, 1, 4), (5, None) * 3, strict=False)):
+        arguments = (sides(seed), MARGINS[margin], temperature, GROUPINGS[name], logits, index)
+        wanted = twin(*arguments)
+        assert_equal(ours(*arguments, chunk), wanted)
+        assert wanted[1].abs().max() > 1e-3
+
+
+@settings(deadline=None, max_examples=30)
+@given(
+    batch=st.integers(1, 8),
+    classes=st.integers(1, 20),
+    dimension=st.integers(2, 6),
+    chunk=st.integers(1, 25),
+    seed=st.integers(0, 1000),
+    margin=st.sampled_from(["arcface", "cosface", "arcface-steep"]),
+    name=st.sampled_from(sorted(GROUPINGS)),
+    logits=st.sampled_from(["plain", "margin"]),
+    keep=st.integers(0, 20),
+)
+def test_any_shape_equals_the_dense_twin(
+    batch: int,
+    classes: int,
+    dimension: int,
+    chunk: int,
+    seed: int,
+    margin: str,
+    name: str,
+    logits: Logits,
+    keep: int,
+) -> None:
+    drawn = torch.randperm(classes, generator=torch.Generator().manual_seed(seed))
+    index = None if keep >= classes else drawn[:keep].sort().values
+    arguments = (sides(seed, batch, classes, dimension), MARGINS[margin], 4.0, GROUPINGS[name], logits, index)
+    assert_equal(ours(*arguments, chunk), twin(*arguments), 1e-9)
+
+
+@pytest.mark.parametrize("logits", ["plain", "margin"])
+@pytest.mark.parametrize(
+    "rule", [FixedSize(5), BatchMass(0.9, 2), SampleMass(0.8)], ids=lambda rule: type(rule).__name__
+)
+def test_kl_is_binary_and_the_groups_shares_of_theirs(rule: FixedSize, logits: Logits) -> None:
+    """KL(p_t || p_s) = binary + p_t(P) KL_P + p_t(S) KL_S, exactly; row by row, since the shares are a row's."""
+    given = sides(2)
+    for row in (given.labels >= 0).nonzero().squeeze(1).tolist()[:4]:
+        only = given._replace(labels=torch.where(torch.arange(len(given.labels)) == row, given.labels, -1))
+        teacher = of_teacher(only, COSFACE, 4.0)
+
+        def terms(grouping: Grouping | None, only: Sides = only, teacher: TeacherLogits = teacher) -> Distillation:
+            return logit_distillation(
+                only.embeddings, only.labels, only.centers, teacher, COSFACE, grouping=grouping, logits=logits
+            )
+
+        whole, split = terms(None), terms(Grouping(rule, secondary=True))
+        share = split.teacher_mass
+        together = split.binary + share * split.primary + (1 - share) * split.secondary
+        torch.testing.assert_close(whole.primary, together, rtol=1e-12, atol=1e-12)
+        assert 0 < share < 1
+        assert split.binary > 0
+        assert split.secondary > 0
+
+
+@pytest.mark.parametrize("name", MARGINS)
+@pytest.mark.parametrize("sampled", [False, True])
+def test_the_cross_entropy_is_margin_softmax(name: str, sampled: bool) -> None:
+    given, margin = sides(3), MARGINS[name]
+    index = torch.arange(0, 23, 2) if sampled else None
+    embeddings, centers = given.embeddings.clone().requires_grad_(), given.centers.clone().requires_grad_()
+    teacher = of_teacher(given, margin, 4.0, index)
+    met = logit_distillation(embeddings, given.labels, centers, teacher, margin, index=index).ce
+    wanted = margin_softmax(embeddings, given.labels, centers, margin, index=index)
+    torch.testing.assert_close(met, wanted, rtol=1e-12, atol=1e-12)
+    for a, b in zip(
+        torch.autograd.grad(met, [embeddings, centers]),
+        torch.autograd.grad(wanted, [embeddings, centers]),
+        strict=True,
+    ):
+        torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("name", GROUPINGS)
+def test_each_term_can_be_differentiated_by_itself(name: str) -> None:
+    """The log does so, and keeps the graph; the parts add up to the whole."""
+    given, grouping = sides(4), GROUPINGS[name]
+    embeddings, centers = given.embeddings.clone().requires_grad_(), given.centers.clone().requires_grad_()
+    found = logit_distillation(
+        embeddings, given.labels, centers, of_teacher(given, ARCFACE, 4.0), ARCFACE, grouping=grouping
+    )
+    parts = [
+        torch.autograd.grad(weight * term, [embeddings, centers], retain_graph=True)
+        for weight, term in zip(WEIGHTS, found[:4], strict=True)
+        if term.requires_grad
+    ]
+    assert len(parts) == 2 if grouping is None else 4 - (not grouping.secondary)
+    _, in_embeddings, in_centers = ours(given, ARCFACE, grouping=grouping)
+    torch.testing.assert_close(sum(part[0] for part in parts), in_embeddings, rtol=1e-10, atol=1e-10)
+    torch.testing.assert_close(sum(part[1] for part in parts), in_centers, rtol=1e-10, atol=1e-10)
+
+
+def test_what_is_observed() -> None:
+    given = sides(5)
+    teacher = of_teacher(given, COSFACE, 4.0)
+    arguments = (given.embeddings, given.labels, given.centers, teacher, COSFACE)
+    found = logit_distillation(*arguments, grouping=Grouping(FixedSize(5)))
+    assert 5 <= found.group_size <= 6
+    assert 0 < found.student_mass < 1
+    assert 0 < found.teacher_mass < 1
+    everything = logit_distillation(*arguments, grouping=Grouping(FixedSize(23)))
+    assert everything.group_size == 23
+    assert everything.student_mass == everything.teacher_mass == 1
+    assert everything.binary.abs() < 1e-300
+
+
+@pytest.mark.parametrize("grouping", [None, Grouping(SampleMass(0.8), secondary=True)], ids=["kd", "grouped"])
+def test_gradcheck(grouping: Grouping | None) -> None:
+    given = sides(5, batch=5, classes=7, dimension=3)
+    # A logit scale of 64 makes the loss too curved for finite differences.
+    soft = Margin(4.0, 1.0, 0.3, 0.1)
+    teacher = of_teacher(given, soft, 1.5)
+    torch.autograd.gradcheck(
+        lambda e, c: tuple(
+            term
+            for term in logit_distillation(
+                e, given.labels, c, teacher, soft, grouping=grouping, logits="margin", chunk=3
+            )[:4]
+            if term.requires_grad
+        ),
+        (given.embeddings.requires_grad_(), given.centers.requires_grad_()),
+    )
+
+
+def test_a_second_derivative_is_refused_and_not_silently_wrong() -> None:
+    given = sides(1)
+    embeddings = given.embeddings.requires_grad_()
+    terms = logit_distillation(embeddings, given.labels, given.centers, of_teacher(given, ARCFACE, 4.0), ARCFACE)
+    (gradient,) = torch.autograd.grad(terms.primary, embeddings, create_graph=True)
+    with pytest.raises(RuntimeError, match=r"differentiate twice|does not require grad"):
+        gradient.sum().backward()
+
+
+def test_frozen_centers_and_the_teacher_get_no_gradient() -> None:
+    """The teacher's own classifier may stand in for the student's."""
+    given = sides(6)
+    student = random_problem(6, dimension=9).embeddings.requires_grad_()
+    frozen, teacher_embeddings = given.teacher_centers, given.teacher_embeddings.clone().requires_grad_()
+    teacher = teacher_logits(teacher_embeddings, given.labels, frozen, 64.0, 4.0)
+    terms = logit_distillation(student, given.labels, frozen, teacher, ARCFACE)
+    (terms.ce + terms.primary).backward()
+    assert frozen.grad is None
+    assert teacher_embeddings.grad is None
+    through = given._replace(embeddings=student.detach(), centers=frozen)
+    ce, primary, _, _ = twin(through, ARCFACE)[0]
+    torch.testing.assert_close(terms.ce.detach(), ce, rtol=1e-10, atol=1e-10)
+    torch.testing.assert_close(terms.primary.detach(), primary, rtol=1e-10, atol=1e-10)
+    assert student.grad is not None
+
+
+@pytest.mark.parametrize("name", GROUPINGS)
+def test_no_row_or_no_label_is_a_loss_of_zero(name: str) -> None:
+    for empty in (sides(1, batch=0), sides(1, batch=3)._replace(labels=torch.full((3,), -1))):
+        terms, in_embeddings, in_centers = ours(empty, ARCFACE, grouping=GROUPINGS[name])
+        assert (terms == 0).all()
+        assert (in_embeddings == 0).all()
+        assert (in_centers == 0).all()
+
+
+def test_a_student_that_is_the_teacher_has_nothing_to_learn_from_it() -> None:
+    given = sides(7)
+    same = given._replace(teacher_embeddings=given.embeddings, teacher_centers=given.centers)
+    for grouping in GROUPINGS.values():
+        embeddings = same.embeddings.clone().requires_grad_()
+        teacher = of_teacher(same, ARCFACE, 4.0)
+        terms = logit_distillation(embeddings, same.labels, same.centers, teacher, ARCFACE, grouping=grouping)
+        divergence = terms.primary + terms.binary + terms.secondary
+        assert divergence.abs() < 1e-12
+        divergence.backward()
+        assert embeddings.grad is not None
+        assert embeddings.grad.abs().max() < 1e-12
+
+
+# ---- number formats, judged against the fp64 truth
+
+
+FORMATS = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
+# Rounding changes which classes a group takes in, and of 60 each one counts.
+BOUNDS = {"none": {"fp32": 2e-5, "bf16": 5e-2, "fp16": 6e-3}, "fixed": {"fp32": 2e-5, "bf16": 0.1, "fp16": 5e-2}}
+
+
+@pytest.mark.parametrize("format_name", FORMATS)
+@pytest.mark.parametrize("phase", ["first steps", "half way", "converged"])
+@pytest.mark.parametrize("name", ["none", "fixed"])
+def test_precision(name: str, phase: str, format_name: str) -> None:
+    grouping = None if name == "none" else Grouping(FixedSize(60), secondary=True)
+    lean = {"first steps": 0.0, "half way": 3.0, "converged": 30.0}[phase]
+    given = sides(0, batch=48, classes=700, dimension=64)
+    own = normalize(given.centers[given.labels.clamp_min(0)])
+    given = given._replace(embeddings=given.embeddings + lean * own)
+    truth = twin(given, COSFACE, grouping=grouping, logits="margin")
+    single, product_dtype = given.to(torch.float32), FORMATS[format_name]
+    met = ours(single, COSFACE, grouping=grouping, logits="margin", product_dtype=product_dtype)
+    for what, a, b in zip(("terms", "embeddings", "centers"), met, truth, strict=True):
+        off = float((a.double() - b).norm() / b.norm())
+        assert off < BOUNDS[name][format_name], f"{what}: off by {off:.1e}"
+
+
+@pytest.mark.parametrize("product_dtype", FORMATS.values(), ids=FORMATS.keys())
+@pytest.mark.parametrize("temperature", [4.0, 1.0])
+@pytest.mark.parametrize("scale", [64.0, 128.0])
+def test_all_stays_finite_at_the_ends_of_the_range(
+    scale: float, temperature: float, product_dtype: torch.dtype | None
+) -> None:
+    """Embeddings on and opposite to their centers: one group holds all of the probability, the other none."""
+    margin = Margin(scale, 1.0, 0.0, 0.4)
+    given = sides(8, batch=24, classes=64, dimension=8).to(torch.float32)
+    own = given.centers[given.labels.clamp_min(0)]
+    teacher_own = given.teacher_centers[given.labels.clamp_min(0)]
+    for student_sign, teacher_sign in itertools.product((1, -1), (1, -1)):
+        extreme = given._replace(embeddings=student_sign * own, teacher_embeddings=teacher_sign * teacher_own)
+        for grouping in (*GROUPINGS.values(), Grouping(FixedSize(1), "teacher", secondary=True)):
+            for each in ours(extreme, margin, temperature, grouping, "margin", product_dtype=product_dtype):
+                assert each.isfinite().all(), f"{student_sign} {teacher_sign} {grouping}"
+
+
+@pytest.mark.parametrize("batch", [2, 64])
+def test_fp16_products_survive_a_loss_scaled_for_fp16(batch: int) -> None:
+    """GradScaler begins at 65536, which times the logit scale is beyond fp16."""
+    given = sides(2, batch, 200, 16).to(torch.float32)
+    grouping = Grouping(FixedSize(20), secondary=True)
+    plain = ours(given, ARCFACE, grouping=grouping, product_dtype=torch.float16, chunk=64)
+    scaled = ours(given, ARCFACE, grouping=grouping, product_dtype=torch.float16, chunk=64, factor=65536.0)
+    for a, b in zip(plain[1:], scaled[1:], strict=True):
+        torch.testing.assert_close(a * 65536.0, b, rtol=1e-5, atol=1e-2)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_embeddings_get_fp32_terms_and_a_gradient_of_their_own_format(dtype: torch.dtype) -> None:
+    given = sides(4, 16, 50, 16).to(torch.float32)
+    embeddings = given.embeddings.to(dtype).requires_grad_()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        teacher = of_teacher(given, ARCFACE, 4.0)
+        terms = logit_distillation(embeddings, given.labels, given.centers, teacher, ARCFACE)
+        (terms.ce + terms.primary).backward()
+    assert terms.ce.dtype == terms.primary.dtype == torch.float32
+    assert embeddings.grad is not None
+    assert embeddings.grad.dtype == dtype
+    exact = twin(given._replace(embeddings=embeddings.detach().float()), ARCFACE)
+    torch.testing.assert_close(torch.stack(terms[:2]).detach(), exact[0][:2], rtol=1e-5, atol=1e-5)
+
+
+# ---- readiness for GPUs
+
+
+@pytest.mark.parametrize("product_dtype", FORMATS.values(), ids=FORMATS.keys())
+@pytest.mark.parametrize("name", GROUPINGS)
+def test_no_step_asks_for_a_value(name: str, product_dtype: torch.dtype | None) -> None:
+    """Tensors without storage refuse ``item()``, ``bool()`` and shapes that depend on data."""
+    with FakeTensorMode():
+        filtered = Margin(80.0, 1.0, 0.5, 0.0, filter_threshold=0.4)
+        embeddings, centers = torch.randn(12, 8, requires_grad=True), torch.randn(50, 8, requires_grad=True)
+        labels = torch.randint(-1, 50, (12,))
+        index = torch.arange(0, 50, 2)
+        teacher = teacher_logits(torch.randn(12, 9), labels, torch.randn(50, 9), 80.0, 4.0, index=index)
+        terms = logit_distillation(
+            embeddings,
+            labels,
+            centers,
+            teacher,
+            filtered,
+            grouping=GROUPINGS[name],
+            index=index,
+            product_dtype=product_dtype,
+        )
+        torch.stack(terms[:4]).sum().backward()
+        assert embeddings.grad is not None
+        assert centers.grad is not None
+
+
+# ---- what does not belong together
+
+
+def test_shapes_that_do_not_belong_together_are_named() -> None:
+    given = sides(1)
+    teacher = of_teacher(given, ARCFACE, 4.0)
+    with pytest.raises(
+        ValueError, match=r"student's embeddings \(12, 5\) and class centers \(23, 6\) must be matrices"
+    ):
+        logit_distillation(given.embeddings[:, :5], given.labels, given.centers, teacher, ARCFACE)
+    with pytest.raises(ValueError, match=r"labels \(3,\) must be one a row of the student's embeddings \(12, 6\)"):
+        logit_distillation(given.embeddings, given.labels[:3], given.centers, teacher, ARCFACE)
+    with pytest.raises(
+        ValueError, match=r"teacher's embeddings \(12, 9\) and class centers \(23, 6\) must be matrices"
+    ):
+        teacher_logits(given.teacher_embeddings, given.labels, given.centers, 64.0, 4.0)
+    with pytest.raises(ValueError, match=r"teacher's logits are \(23, 12\) of torch.float64; wanted \(2, 12\)"):
+        logit_distillation(given.embeddings, given.labels, given.centers, teacher, ARCFACE, index=torch.tensor([0, 1]))
+    single = given.to(torch.float32)
+    with pytest.raises(ValueError, match=r"of torch.float64; wanted \(23, 12\) of torch.float32"):
+        logit_distillation(single.embeddings, single.labels, single.centers, teacher, ARCFACE)
