@@ -2,6 +2,7 @@
 
 import argparse
 import os
+import shlex
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -246,7 +247,13 @@ def build_parser() -> argparse.ArgumentParser:
     recipe.add_argument("folder", type=Path, help="arcface_torch")
     recipe.add_argument("config", help="as train_v2.py takes it: configs/NAME; --kd flags need the patched trainer")
     recipe.add_argument("--nproc", type=int, default=1, help="processes on this machine (default: 1)")
-    recipe.add_argument("--torchrun", metavar="WORD", nargs="+", default=[], help="further options of torchrun")
+    recipe.add_argument(
+        "--torchrun",
+        metavar="WORDS",
+        type=shlex.split,
+        default=[],
+        help='its further options: --torchrun="--nnodes=2 ..."',
+    )
     recipe.add_argument("--print", action="store_true", help="print the command of one run and start nothing")
     add_arguments(recipe)
 

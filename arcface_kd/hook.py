@@ -223,7 +223,7 @@ def _live_config(config: Mapping[str, Any]) -> Callable[[], Mapping[str, Any]]:
 
 def _go_to_next_stage(config: dict[str, Any], caller: str) -> None:
     """Make the config of a method of several runs that of the next one."""
-    settings = _live_config(config)()
+    settings = dict(_live_config(config)())
     if "output" in config and config["output"] is None:
         # The trainer will call it so, but has not yet.
         settings["output"] = str(Path("work_dirs") / caller.rpartition(".")[2])

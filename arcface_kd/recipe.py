@@ -81,7 +81,6 @@ def run_in_host(
     words = command(config, flags, ranks, launch)
     made: list[str] = []
     while (stage := _next_in_host(folder, settings)) is not None:
-        print(stage, flush=True)
         if made and made[-1] == stage.title:
             raise ArcfaceKDError(f"{stage} has ended without its last epoch; look at what the trainer has printed")
         ended = subprocess.run([sys.executable, "-m", "torch.distributed.run", *words[1:]], cwd=folder, check=False)

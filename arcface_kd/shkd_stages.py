@@ -8,8 +8,8 @@ with is kept in ``shkd.json``, so that runs of different settings are never join
     OUTPUT/stage2_teacher   the teacher, against that student's classifier
     OUTPUT                  the final student, where any other method leaves its own
 
-OUTPUT has to be a folder that all ranks see: they read the checkpoints in it, and the second and third run read those of
-all ranks of the first.
+OUTPUT has to be a folder that all ranks see: they read the checkpoints in it, and the second and third run read those
+of all ranks of the first.
 """
 
 import json
@@ -247,7 +247,7 @@ def _done(stage: Stage, config: Mapping[str, Any]) -> bool:
     """Whether a run has come to its end; one that has not yet begun is put on record."""
     settings = {**config, **stage.changes}
     # As JSON has it: tuples are lists.
-    own = json.loads(json.dumps({key: settings.get(key) for key in _DECIDING}))
+    own = json.loads(json.dumps({key: settings[key] for key in _DECIDING if key in settings}))
     record = Path(config["output"]) / RECORD
     known = json.loads(record.read_text(encoding="utf-8")) if record.is_file() else {}
     checkpoint = checkpoint_file(stage.changes["output"], 0)
@@ -261,9 +261,10 @@ def _done(stage: Stage, config: Mapping[str, Any]) -> bool:
     if before is None:
         raise ConfigError(f"{checkpoint.parent} holds the checkpoints of another run; give another output")
     for key, value in own.items():
-        if before.get(key) != value:
+        # A trainer's base may leave out what ours has.
+        if before.get(key, value) != value:
             raise ConfigError(
-                f"run {stage.number} of {NAME} in {checkpoint.parent} was begun with {key}={before.get(key)!r}, and is "
+                f"run {stage.number} of {NAME} in {checkpoint.parent} was begun with {key}={before[key]!r}, and is "
                 f"now to have {value!r}: set it back, or give another output"
             )
     epoch = read_checkpoint(checkpoint).get("epoch")
