@@ -5,7 +5,9 @@ drawn, with replacement, and a pair counts as often as its persons were drawn, `
 i and j and ``W_i`` times for a genuine pair (the vertex bootstrap; Fogliato, Patil, Perona, "Confidence Intervals for
 Error Rates in 1:1 Matching Tasks", IJCV 2024, arXiv 2306.01198). A person who occurs in one pair only is not told apart
 from that pair: such a pair counts as often as its other person was drawn, or is drawn itself where both occur once.
-Without any shared person this is the ordinary bootstrap over pairs.
+Without any shared person this is the ordinary bootstrap over pairs. The product also multiplies what is an impostor
+pair's own chance, so the intervals err on the wide side: with scores that do not depend on persons at all, 6,000 pairs
+of 1,500 persons have intervals one and a half times as wide as those of pairs.
 
 The same draws serve all models of a comparison, so that differences between models have intervals of their own, which
 are narrower than those of the scores.
