@@ -91,15 +91,12 @@ def write_identities(out: str | os.PathLike[str], sizes: Sequence[int], images: 
     made = not target.exists()
     try:
         target.mkdir(parents=True, exist_ok=True)
-        with (
-            atomic_write(target / "property") as stream,
-            RecordWriter(target / "train.rec", target / "train.idx") as writer,
-        ):
-            stream.write(b"%d,%d,%d\n" % (len(sizes), *IMAGE_SIZE))
-            # On disk before the records appear, so that a full disk cannot leave them without it.
-            stream.flush()
-            os.fsync(stream.fileno())
+        with RecordWriter(target / "train.rec", target / "train.idx") as writer:
             _write_records(writer, sizes, images)
+            # A full disk shows here, before anything is in place; what appears last is what makes a data set of it.
+            writer.sync()
+            with atomic_write(target / "property") as stream:
+                stream.write(b"%d,%d,%d\n" % (len(sizes), *IMAGE_SIZE))
     except BaseException as error:
         if made:
             with suppress(OSError):
@@ -107,6 +104,23 @@ def write_identities(out: str | os.PathLike[str], sizes: Sequence[int], images: 
         if isinstance(error, OSError):
             raise DataError(f"cannot write to {target}: {error.strerror}") from None
         raise
+
+
+def refuse_records(out: str | os.PathLike[str]) -> None:
+    """Refuse to write where records are already.
+
+    Args:
+        out: a folder, which may be missing.
+
+    Raises:
+        DataError: there are records, or what a writer that was killed has left of them.
+    """
+    records, index = (Path(out) / name for name in ("train.rec", "train.idx"))
+    if records.exists() and not index.exists():
+        raise DataError(f"{records} exists without its index, as a writer that was killed leaves it: remove it first")
+    for path in (records, index):
+        if path.exists():
+            raise DataError(f"{path} exists; remove it or choose another folder")
 
 
 def pack_folder(folder: str | os.PathLike[str], out: str | os.PathLike[str]) -> PackCounts:
@@ -132,9 +146,7 @@ def pack_folder(folder: str | os.PathLike[str], out: str | os.PathLike[str]) -> 
     from tqdm import tqdm
 
     identities = list_identities(folder)
-    for path in (Path(out) / "train.rec", Path(out) / "train.idx"):
-        if path.exists():
-            raise DataError(f"{path} exists; remove it or choose another folder")
+    refuse_records(out)
     sizes = [len(identity.images) for identity in identities]
     resized = 0
     # None shows the bar on a terminal only.

@@ -505,10 +505,17 @@ class RecordWriter:
             self._files.__exit__(kind, error, trace)
             return
         with self._files:
-            # A full disk shows here at the latest, before either file is in place.
-            for stream in (self._idx, self._rec):
-                stream.flush()
-                os.fsync(stream.fileno())
+            self.sync()
+
+    def sync(self) -> None:
+        """Bring what was written to the disk: a full one shows here at the latest, before either file is in place.
+
+        Raises:
+            OSError: the disk is full or broken.
+        """
+        for stream in (self._idx, self._rec):
+            stream.flush()
+            os.fsync(stream.fileno())
 
     def write(self, key: int, record: bytes) -> None:
         """Append a record.

@@ -10,7 +10,7 @@ from typing import NamedTuple
 import numpy as np
 
 from arcface_kd.data.dataset import RecordDataset
-from arcface_kd.data.pack import write_identities
+from arcface_kd.data.pack import refuse_records, write_identities
 from arcface_kd.errors import ConfigError, DataError
 
 
@@ -81,9 +81,7 @@ def write_subset(
     if not 0 <= seed < 1 << 32:
         raise ConfigError(f"seed is {seed}; it must be in 0 .. {(1 << 32) - 1}")
     source, target = Path(folder), Path(out)
-    for path in (target / "train.rec", target / "train.idx"):
-        if path.exists():
-            raise DataError(f"{path} exists; remove it or choose another folder")
+    refuse_records(target)
     faces = RecordDataset(source)
     labels = faces.labels()
     chosen = choose_images(labels, images_per_identity, seed)
