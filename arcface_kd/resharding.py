@@ -249,6 +249,8 @@ def bring_momentum(
     Raises:
         CheckpointError: checkpoints that are missing or do not belong together.
     """
+    if not parameters:
+        return
     shards = open_shards(folder)
     saved = shards.checkpoints[0].get(OPTIMIZER)
     if not isinstance(saved, Mapping):

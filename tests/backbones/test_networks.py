@@ -23,7 +23,7 @@ LAYOUTS = {
     "mbf": ("30a2ce12c9e12d9cd4510fe12fbe3127d6b7611ff229c7b13c77f56553a8ebc7", 2_059_520),
     "mbf_large": ("8fbd5c84258306dbb3cac6a639c3cb28e547dc94601627a8025a4eaa2f6ef2f2", 6_314_880),
     "mobilefacenet": ("b0fca620113204dabaee49a4a252aa14083ee13563a65772a6f663da00ff7d81", 1_199_488),
-    "thin_r18": ("856e55b2aaa6d136689b3e620863183bdb84a07cf9b8ae35ea4de9e129ccef50", 3_516_416),
+    "thin_r18": ("326e50e17e2b32d7febfd47f4c594c896ce36b6952031485992169e14e190bee", 3_515_552),
 }
 OF_THE_HOST = ("r18", "r34", "r50", "r100", "r200", "mbf", "mbf_large")
 SMALL = ("r18", "mbf", "mobilefacenet", "thin_r18")
