@@ -4,7 +4,7 @@ import argparse
 import os
 import shlex
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from arcface_kd.errors import ArcfaceKDError, ConfigError, RankError
@@ -140,6 +140,24 @@ def _compare(arguments: argparse.Namespace) -> None:
     compared = compare(models, files, device, progress=True)
     for path in write_report(compared, arguments.out, faces=not arguments.no_faces):
         print(path)
+
+
+def _eval(arguments: argparse.Namespace) -> None:
+    from arcface_kd.scoring import run_eval
+
+    options = _teacher_options(arguments)
+    run_eval(arguments.models, arguments.data, options, out=arguments.out, batch_size=arguments.batch_size)
+
+
+def _teacher_options(arguments: argparse.Namespace) -> Mapping[str, object] | None:
+    """The ``teacher.*`` options, for commands that have a use for no others."""
+    from arcface_kd.config import KDConfig
+
+    options = KDConfig.from_config({"kd_option": arguments.kd_option}).options
+    foreign = [f"{prefix}.{name}" for prefix, values in options.items() if prefix != "teacher" for name in values]
+    if foreign:
+        raise ConfigError(f"option {foreign[0]} has no meaning here; options start with teacher.")
+    return options.get("teacher")
 
 
 def _merge_head(arguments: argparse.Namespace) -> None:
@@ -287,6 +305,35 @@ def build_parser() -> argparse.ArgumentParser:
     compare.add_argument(
         "--kd-option", metavar="NAME=VALUE", nargs="+", action="extend", help="of the teacher: teacher.std=128"
     )
+
+    judge = command(
+        "eval",
+        _eval,
+        "judge models on verification sets and IJB: accuracy, TAR at FAR, EER, AUC, identification",
+        "arcface-kd eval work_dirs/mbf_adadistill student.onnx --data faces_emore IJB_release/IJBC --out results.json",
+    )
+    judge.add_argument(
+        "models",
+        metavar="MODEL",
+        nargs="+",
+        help="a run's output folder, a model.pt, an ONNX file or any other teacher; float32 unless an option says more",
+    )
+    judge.add_argument(
+        "--data",
+        metavar="DIR",
+        nargs="+",
+        required=True,
+        help="folders with verification sets (*.bin), or of IJB-B or IJB-C with meta/ and loose_crop/",
+    )
+    judge.add_argument(
+        "--kd-option",
+        metavar="NAME=VALUE",
+        nargs="+",
+        action="extend",
+        help="how the input of models that are no run folders is prepared, such as teacher.channels=bgr",
+    )
+    judge.add_argument("--out", metavar="FILE", type=Path, help="write the numbers as JSON, one object a row")
+    judge.add_argument("--batch-size", type=int, default=128, help="images a forward pass (default: 128)")
 
     merge = command(
         "merge-head",

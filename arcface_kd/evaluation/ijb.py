@@ -172,32 +172,26 @@ class IJBResult:
     verification: TemplateVerification | None
     identification: IdentificationResult | None
 
-    def as_rows(self) -> list[dict[str, str | int | float | None]]:
-        """The numbers without the curves, one row for ``1:1`` and one for ``1:N``, for ``json.dumps`` and tables."""
-        rows: list[dict[str, str | int | float | None]] = []
+    def as_rows(self) -> dict[str, dict[str, int | float | None]]:
+        """The numbers without the curves, a row by protocol (``1:1``, ``1:N``), for ``json.dumps`` and tables."""
+        rows: dict[str, dict[str, int | float | None]] = {}
         if self.verification is not None:
             one = self.verification
-            rows.append(
-                {
-                    "protocol": "1:1",
-                    "genuine_pairs": one.genuine_pairs,
-                    "impostor_pairs": one.impostor_pairs,
-                    "auc": one.auc,
-                    "eer": one.eer,
-                    **{f"tar@far={far_name(level)}": tar for level, tar in one.tar.items()},
-                }
-            )
+            rows["1:1"] = {
+                "genuine_pairs": one.genuine_pairs,
+                "impostor_pairs": one.impostor_pairs,
+                "auc": one.auc,
+                "eer": one.eer,
+                **{f"tar@far={far_name(level)}": tar for level, tar in one.tar.items()},
+            }
         if self.identification is not None:
             many = self.identification
-            rows.append(
-                {
-                    "protocol": "1:N",
-                    "mated_searches": many.mated,
-                    "stranger_searches": many.strangers,
-                    **{f"rank-{rank}": rate for rank, rate in many.rank.items()},
-                    **{f"tpir@fpir={far_name(level)}": rate for level, rate in many.tpir.items()},
-                }
-            )
+            rows["1:N"] = {
+                "mated_searches": many.mated,
+                "stranger_searches": many.strangers,
+                **{f"rank-{rank}": rate for rank, rate in many.rank.items()},
+                **{f"tpir@fpir={far_name(level)}": rate for level, rate in many.tpir.items()},
+            }
         return rows
 
 

@@ -21,6 +21,7 @@ from arcface_kd.tensor_file import archive_fault
 
 # Where trainers put the backbone's tensors: arcface_torch's save_all_states first, then what others are used to.
 _CONTAINERS = ("state_dict_backbone", "backbone", "state_dict", "model_state_dict", "model")
+_STUDENT = "model.pt"
 _HALF = {"bf16": torch.bfloat16, "fp16": torch.float16}
 _T = TypeVar("_T")
 _PREFIXES = ("module.", "_orig_mod.", "backbone.", "model.")
@@ -41,6 +42,16 @@ class NetworkCheckpoint:
     name: str
     num_features: int
     digest: str
+
+
+def is_run_folder(source: object) -> bool:
+    """Whether this is what a run of arcface_torch or of ``arcface-kd train`` leaves: a folder with ``model.pt``.
+
+    Args:
+        source: a path or anything else.
+    """
+    path = local_path(source)
+    return path is not None and (path / _STUDENT).is_file()
 
 
 def _check_archive(path: Path) -> None:
@@ -174,7 +185,8 @@ def load_network(path: str | os.PathLike[str], name: str | None = None) -> Netwo
     """Rebuild the backbone whose weights a checkpoint holds; every tensor has to fit.
 
     Args:
-        path: an arcface_torch ``model.pt`` or ``checkpoint_gpu_*.pt``, or another state dict of a known network.
+        path: an arcface_torch ``model.pt`` or ``checkpoint_gpu_*.pt``, the folder of the run that wrote them, or
+            another state dict of a known network.
         name: the network; inferred from the names and shapes of the tensors when None.
 
     Returns:
@@ -184,7 +196,7 @@ def load_network(path: str | os.PathLike[str], name: str | None = None) -> Netwo
         TeacherError: unreadable, damaged, with NaN or inf among the weights, or of none of the known networks.
         ConfigError: ``name`` is no known network.
     """
-    place = Path(path)
+    place = Path(path) / _STUDENT if is_run_folder(path) else Path(path)
     if name is not None and name not in NETWORKS:
         raise ConfigError(f"teacher.network={name!r}: no such network; there are {', '.join(NETWORKS)}")
     state = read_state(place)
@@ -222,13 +234,18 @@ def _autocast(dtype: torch.dtype, tensor: Tensor, *, half: bool) -> torch.autoca
 
 
 class CheckpointSource:
-    """PyTorch checkpoints of the networks in ``arcface_kd.backbones``, fed RGB as (x - 127.5) / 127.5."""
+    """PyTorch checkpoints of the networks in ``arcface_kd.backbones``, fed RGB as (x - 127.5) / 127.5.
 
-    description: ClassVar[str] = "a PyTorch checkpoint (.pt, .pth) of " + ", ".join(NETWORKS)
+    A run's folder stands for its ``model.pt``.
+    """
+
+    description: ClassVar[str] = "a PyTorch checkpoint (.pt, .pth) or a run's folder, of " + ", ".join(NETWORKS)
 
     @staticmethod
     def accepts(source: object) -> bool:
         """Whether this is a PyTorch file by its content, or by its name where the content says nothing."""
+        if is_run_folder(source):
+            return True
         path = local_path(source)
         if path is None or not path.is_file():
             return False
@@ -240,7 +257,7 @@ class CheckpointSource:
         """Load the checkpoint's backbone as a teacher.
 
         Args:
-            source: the file.
+            source: the file, or the run's folder.
             options: ``network`` names the architecture where it cannot be inferred.
 
         Raises:

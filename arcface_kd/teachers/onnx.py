@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from arcface_kd.errors import TeacherError
 from arcface_kd.teachers.base import Teacher, TeacherOptions, first_line, local_path
+from arcface_kd.teachers.checkpoint import is_run_folder
 from arcface_kd.teachers.onnx_graph import OnnxGraph, free_batch, read_graph
 from arcface_kd.teachers.options import Preprocessing
 from arcface_kd.teachers.signature import signature
@@ -295,7 +296,8 @@ class OnnxSource:
         if path is None:
             return False
         if path.is_dir():
-            return bool(_files(path))
+            # arcface_torch can leave an ONNX file beside the model.pt that it was made from.
+            return bool(_files(path)) and not is_run_folder(path)
         kind = signature(path)
         return kind == "onnx" or (kind is None and path.is_file() and path.suffix.lower() == ".onnx")
 

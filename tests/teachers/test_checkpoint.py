@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from arcface_kd.backbones import NETWORKS, get_backbone
 from arcface_kd.errors import ConfigError, TeacherError
 from arcface_kd.teachers import Preprocessing, load_teacher
-from arcface_kd.teachers.checkpoint import CheckpointSource, load_network, read_state
+from arcface_kd.teachers.checkpoint import CheckpointSource, is_run_folder, load_network, read_state
 
 SMALL = "thin_r18"
 SIZE = 24
@@ -98,6 +98,22 @@ def test_every_shape_of_checkpoint_holds_the_same_teacher(tmp_path: Path, networ
         saved(tmp_path, state, "legacy.pth", _use_new_zipfile_serialization=False)
     ).fingerprint
     assert len(set(fingerprints.values())) == 1, fingerprints
+
+
+def test_a_run_s_folder_stands_for_its_student(tmp_path: Path, network: nn.Module) -> None:
+    path = saved(tmp_path, network.state_dict())
+    # Older versions of arcface_torch leave it there; it may be of another epoch.
+    (tmp_path / "model.onnx").write_bytes(b"\x08\x07")
+    teacher = load_teacher(tmp_path)
+    assert teacher.fingerprint == load_teacher(path).fingerprint
+    assert load_network(tmp_path).digest == load_network(path).digest
+    assert is_run_folder(tmp_path)
+    assert is_run_folder(str(tmp_path))
+    for other in (path, tmp_path / "none", "timm:vit", network, None):
+        assert not is_run_folder(other)
+    path.write_bytes(b"damaged")
+    with pytest.raises(TeacherError, match=r"model.pt"):
+        load_teacher(tmp_path)
 
 
 def test_other_weights_are_another_teacher(tmp_path: Path, network: nn.Module) -> None:
