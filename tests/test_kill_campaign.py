@@ -1,0 +1,55 @@
+"""SIGKILL at random moments: every file is old or new, and what goes on comes to the same bits.
+
+``ARCFACE_KD_KILLS`` says how often, over all jobs; the campaign of a release is 60 and takes some minutes.
+"""
+
+import os
+import random
+from pathlib import Path
+
+import pytest
+import torch
+
+from arcface_kd.backbones import get_backbone
+from tests.kill_campaign import CacheBuilding, Job, Packing, Training, TrainingOnTwoRanks, campaign
+from tests.trainer.faces import Faces, draw_faces
+
+KILLS = int(os.environ.get("ARCFACE_KD_KILLS", "16"))
+SEED = int(os.environ.get("ARCFACE_KD_KILL_SEED", "0"))
+
+JOBS: list[tuple[type[Job], int, float]] = [
+    (Training, 1, 0.35),
+    (TrainingOnTwoRanks, 2, 0.25),
+    (CacheBuilding, 1, 0.2),
+    (Packing, 1, 0.2),
+]
+
+
+@pytest.fixture(scope="module")
+def faces(tmp_path_factory: pytest.TempPathFactory) -> Faces:
+    return draw_faces(tmp_path_factory.mktemp("faces"), identities=4, images=4)
+
+
+@pytest.fixture(scope="module")
+def teacher(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    torch.manual_seed(7)
+    path = tmp_path_factory.mktemp("teacher") / "teacher.pt"
+    torch.save(get_backbone("thin_r18", num_features=16).state_dict(), path)
+    return path
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("kind", "ranks", "share"), JOBS, ids=[kind.name for kind, *_ in JOBS])
+def test_a_killed_job_comes_to_the_same_bits(
+    kind: type[Job],
+    ranks: int,
+    share: float,
+    faces: Faces,
+    teacher: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    job = kind(tmp_path / "work", faces, teacher, ranks)
+    killed, finished = campaign(job, max(1, round(share * KILLS)), random.Random(f"{SEED} {kind.name}"))
+    with capsys.disabled():
+        print(f"\n{kind.name}: {killed} kills, {finished} ends, all of the same bits (seed {SEED})")
