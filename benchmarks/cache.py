@@ -96,7 +96,15 @@ def teacher_of(pair: Pair, dimension: int, device: torch.device) -> Teacher:
         return load_teacher(Path(real) / "teachers" / pair.teacher, options, device=device)
     narrow = {torch.bfloat16: "bf16", torch.float16: "fp16"}.get(narrow_format(device) or torch.float32, "fp32")
     torch.manual_seed(0)
-    return load_teacher(get_backbone(pair.teacher, num_features=dimension), {"precision": narrow}, device=device)
+    network = get_backbone(pair.teacher, num_features=dimension)
+    # With random weights the activations of a deep network grow from unit to unit until they are inf, unless its batch
+    # norms have seen some.
+    for module in network.modules():
+        if isinstance(module, nn.modules.batchnorm._BatchNorm):
+            module.momentum = 1.0
+    with torch.no_grad():
+        network.train()(torch.rand(4, 3, 112, 112) * 2 - 1)
+    return load_teacher(network, {"precision": narrow}, device=device)
 
 
 def config_of(pair: Pair, dimension: int, folder: Path) -> EasyDict:
