@@ -36,7 +36,8 @@ def _lock(descriptor: int) -> bool:
 
 def _remove_remains(target: Path) -> None:
     """Remove temporary files of ``target`` whose writers were killed: nobody holds their locks any more."""
-    for name in glob.glob(f".{glob.escape(target.name)}.*.part", root_dir=target.parent, include_hidden=True):
+    # The pattern's own dot finds hidden files.
+    for name in glob.glob(f".{glob.escape(target.name)}.*.part", root_dir=target.parent):
         with contextlib.suppress(OSError):
             descriptor = os.open(target.parent / name, os.O_RDWR)
             try:

@@ -11,6 +11,7 @@ import socket
 import time
 from collections.abc import Iterator
 from datetime import timedelta
+from typing import Any
 
 import torch
 from torch import distributed
@@ -67,9 +68,8 @@ def process_group() -> Iterator[tuple[int, int, int]]:
     backend = "nccl" if torch.cuda.is_available() else "gloo"
     board: _Board | None = None
     try:
-        store, rank, world_size = next(
-            distributed.rendezvous("env://", **({} if timeout is None else {"timeout": timeout}))
-        )
+        patience: dict[str, Any] = {} if timeout is None else {"timeout": timeout}
+        store, rank, world_size = next(distributed.rendezvous("env://", **patience))
         board = _Board(store, rank, world_size)
         distributed.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=timeout)
         yield rank, int(os.environ["LOCAL_RANK"]), world_size

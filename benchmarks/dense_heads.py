@@ -2,7 +2,7 @@
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import cosine_similarity, cross_entropy, linear, normalize
+from torch.nn.functional import cosine_similarity, cross_entropy, kl_div, linear, normalize
 
 
 class DenseAdaDistill(nn.Module):
@@ -73,3 +73,72 @@ class DenseClassifier(nn.Module):
         column = labels.unsqueeze(1)
         own = torch.cos(cosine.gather(1, column).acos() + self.margin)
         return cross_entropy(cosine.scatter(1, column, own) * self.scale, labels)
+
+
+class DenseGKD(nn.Module):
+    """A step of Grouped KD as the published code does it (Zhao et al., arXiv 2304.04462).
+
+    All B x C logits of both sides carry CosFace's margin as a dense one-hot matrix. Rows of the student's softmax are
+    sorted as a whole, the group is a dense mask, 1000 is taken from the logits outside it, and autograd keeps whatever
+    it needs.
+
+    Args:
+        weight: (C, D) the student's class centers to start from; copied.
+        teacher: (C, D) the teacher's classifier.
+        scale: the logit scale.
+        margin: CosFace's additive margin.
+        temperature: T.
+        size: a fixed number of primary classes, or None for the cumulative probability.
+        mass: the cumulative probability that a batch's mean must reach.
+        primary_weight: of the KL inside the primary group.
+    """
+
+    def __init__(
+        self,
+        weight: Tensor,
+        teacher: Tensor,
+        scale: float,
+        margin: float,
+        temperature: float,
+        size: int | None,
+        mass: float,
+        primary_weight: float,
+    ) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(weight.detach().clone())
+        self.teacher = teacher
+        self.scale, self.margin, self.temperature = scale, margin, temperature
+        self.size, self.mass, self.primary_weight = size, mass, primary_weight
+
+    def forward(self, student: Tensor, teacher: Tensor, labels: Tensor) -> Tensor:
+        """The loss.
+
+        Args:
+            student: (B, D).
+            teacher: (B, D).
+            labels: (B,).
+        """
+        own = nn.functional.one_hot(labels, self.weight.shape[0]).to(student.dtype)
+        logits = self.scale * (linear(normalize(student), normalize(self.weight)) - self.margin * own)
+        with torch.no_grad():
+            wanted = self.scale * (linear(normalize(teacher), normalize(self.teacher)) - self.margin * own)
+            ordered, order = logits.softmax(1).sort(dim=1, descending=True)
+            size = self.size
+            if size is None:
+                mass = ordered.cumsum(1).mean(0)
+                steps = int((mass[99::100] < self.mass).sum()) + 1
+                size = min(100 * steps, logits.shape[1])
+            primary = torch.zeros_like(logits).scatter_(1, order[:, :size], 1.0).maximum(own)
+        soft, soft_wanted = logits / self.temperature, wanted / self.temperature
+        inside = kl_div(
+            (soft - 1000 * (1 - primary)).log_softmax(1),
+            (soft_wanted - 1000 * (1 - primary)).softmax(1),
+            reduction="batchmean",
+        )
+        student_groups, teacher_groups = (
+            torch.stack([(p * primary).sum(1), (p * (1 - primary)).sum(1)], 1)
+            for p in (soft.softmax(1), soft_wanted.softmax(1))
+        )
+        groups = kl_div(student_groups.log(), teacher_groups, reduction="batchmean")
+        square = self.temperature**2
+        return cross_entropy(logits, labels) + square * (self.primary_weight * inside + groups)

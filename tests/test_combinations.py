@@ -45,6 +45,8 @@ def _step(kd: str, folder: Path, **options: dict[str, object]) -> tuple[float, d
     [
         ("adadistill+embedding", {"adadistill": ["ce"], "embedding": ["embedding"]}),
         ("rkd+ekd", {"rkd": ["rkd_distance", "rkd_angle"], "ekd": ["ekd_positive", "ekd_negative"]}),
+        ("gkd+embedding", {"gkd": ["ce", "primary_kd", "binary_kd"], "embedding": ["embedding"]}),
+        ("kd+rkd", {"kd": ["ce", "kd"], "rkd": ["rkd_distance", "rkd_angle"]}),
         ("margindistillation+rkd", {"margindistillation": ["ce"], "rkd": ["rkd_distance", "rkd_angle"]}),
         ("embedding+adadistill+rkd", {"embedding": ["embedding"], "adadistill": ["ce"], "rkd": ["rkd_distance"]}),
     ],
@@ -71,7 +73,7 @@ def test_an_option_reaches_the_method_it_names(tmp_path: Path) -> None:
     assert heavy["gradient_share/embedding"] > light["gradient_share/embedding"]
 
 
-@pytest.mark.parametrize("kd", ["margindistillation+adadistill", "proxylesskd+adadistill"])
+@pytest.mark.parametrize("kd", ["margindistillation+adadistill", "proxylesskd+adadistill", "gkd+kd"])
 def test_two_classifications_exclude_each_other_in_one_line(kd: str, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=rf"^{kd.replace('+', ' and ')} both bring a classification loss .*$"):
         _step(kd, tmp_path / "run")

@@ -201,8 +201,8 @@ def test_memory_does_not_grow_with_the_cache(tmp_path: Path) -> None:
             stream.write((~rows).tobytes())
     (tmp_path / "rows.json").write_text(json.dumps(identity(images, dimension)))
     peak = peak_mb(_reading_a_large_cache, torch.device("cpu"), tmp_path / "rows", images, dimension, numbers)
-    # What the module says of a block, room for the libraries that the first product loads, and those pages of the mapped
-    # file that the system has not taken back yet.
+    # What the module says of a block, room for the libraries that the first product loads, and those pages of the
+    # mapped file that the system has not taken back yet.
     assert peak < 26e-6 * numbers + 80
 
 

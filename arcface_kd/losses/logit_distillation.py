@@ -257,6 +257,7 @@ class _Passes:
         else:
             torch.ge(self.ranked[part], rows.threshold, out=inside)
             # At weights of 0 and 1 an interpolation is the one or the other end.
+            assert factors.student_secondary is not None
             out.addcmul_(a, torch.lerp(factors.student_secondary, factors.student_primary, inside, out=b))
         if factors.teacher_primary is None:
             return
@@ -264,6 +265,7 @@ class _Passes:
         if rows.threshold is None:
             out.addcmul_(a, factors.teacher_primary, value=-1)
         else:
+            assert factors.teacher_secondary is not None
             b = torch.lerp(factors.teacher_secondary, factors.teacher_primary, inside, out=b)
             out.addcmul_(a, b, value=-1)
 
@@ -383,7 +385,7 @@ class _LogitDistillation(torch.autograd.Function):
             (torch.sigmoid(-student_odds) * weight).sum(),
             (torch.sigmoid(-teacher_odds) * weight).sum(),
         )
-        constant = () if grouping is not None and grouping.secondary else (secondary,)
+        constant: tuple[Tensor, ...] = () if grouping is not None and grouping.secondary else (secondary,)
         constant += () if grouping is not None else (binary,)
         ctx.mark_non_differentiable(*constant, *observed)
         return ce, primary, binary, secondary, *observed
@@ -394,7 +396,8 @@ class _LogitDistillation(torch.autograd.Function):
         class_start, setting, embedding_dtype = ctx.settings
         unit, inverse, centers, inverse_norms, labels, index, *saved = ctx.saved_tensors
         factor = setting.margin.scale / setting.temperature
-        student, teacher = ShardedLogits(*saved[:3], factor), ShardedLogits(*saved[3:6], factor)
+        student = ShardedLogits(saved[0], saved[1], saved[2], factor)
+        teacher = ShardedLogits(saved[3], saved[4], saved[5], factor)
         rows = _Rows(*saved[6:])
         classes = visited_classes(centers, inverse_norms, labels, class_start, index)
         upstream = _Upstream(*gradients[:4])

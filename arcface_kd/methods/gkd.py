@@ -79,14 +79,18 @@ class GKDConfig:
             secondary_weight=self.secondary_weight,
             ramp_epochs=self.ramp_epochs,
         )
-        # Each refuses what is out of its range, whichever is in use.
-        FixedSize(self.size), BatchMass(self.mass, self.step)
+        for group in get_args(Group):
+            # Refuses what is out of its range, whichever is in use.
+            self._rule(group)
 
     def rule(self) -> GroupRule:
         """The rule for the group's size."""
-        if self.group == "fixed":
+        return self._rule(self.group)
+
+    def _rule(self, group: Group) -> GroupRule:
+        if group == "fixed":
             return FixedSize(self.size)
-        return SampleMass(self.mass) if self.group == "sample" else BatchMass(self.mass, self.step)
+        return SampleMass(self.mass) if group == "sample" else BatchMass(self.mass, self.step)
 
     def weights(self, epochs_done: int) -> tuple[float, float, float]:
         """The weights of primary, binary and secondary term after so many whole epochs."""

@@ -107,8 +107,9 @@ def ours(
         product_dtype=product_dtype,
     )
     terms = torch.stack(found[:4])
-    gradients = torch.autograd.grad(factor * (terms * WEIGHTS.to(terms.dtype)).sum(), [embeddings, centers])
-    return terms.detach(), *gradients
+    total = factor * (terms * WEIGHTS.to(terms.dtype)).sum()
+    in_embeddings, in_centers = torch.autograd.grad(total, [embeddings, centers])
+    return terms.detach(), in_embeddings, in_centers
 
 
 def twin(
@@ -134,8 +135,9 @@ def twin(
             index=index,
         )
     )
-    gradients = torch.autograd.grad((terms * WEIGHTS.to(terms.dtype)).sum(), [embeddings, centers])
-    return terms.detach(), *gradients
+    total = (terms * WEIGHTS.to(terms.dtype)).sum()
+    in_embeddings, in_centers = torch.autograd.grad(total, [embeddings, centers])
+    return terms.detach(), in_embeddings, in_centers
 
 
 def assert_equal(met: tuple[Tensor, ...], wanted: tuple[Tensor, ...], tolerance: float = 1e-10) -> None:

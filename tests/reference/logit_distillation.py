@@ -107,6 +107,6 @@ def dense_distillation(
             term = term + t[~group].sum() * (t[~group].sum().log() - s[~group].sum().log())
         binary.append(term)
     square = temperature**2
-    if not grouping.secondary:
+    if grouping is None or not grouping.secondary:
         secondary = none
     return ce, square * primary, square * torch.stack(binary).mean(), square * secondary

@@ -1,0 +1,25 @@
+# iResNet-18 on MS1MV2 with TH-KD: the teacher's frozen head beside the student's own.
+# Copy into arcface_torch/configs/ and run the trainer on it; only keys that differ from configs/base.py.
+from easydict import EasyDict as edict
+
+import arcface_kd
+
+config = edict()
+config.network = "r18"
+config.fp16 = True
+config.save_all_states = True
+config.output = None
+
+config.rec = "/train_tmp/faces_emore"
+config.num_classes = 85742
+config.num_image = 5822653
+config.num_epoch = 26
+config.warmup_epoch = 0
+config.val_targets = ["lfw", "cfp_fp", "agedb_30"]
+
+# The classifier: the folder of the teacher's run, with checkpoint_gpu_*.pt, or a file.
+config.kd = "thkd"
+config.kd_teacher = "/train_tmp/teachers/r50.pt"
+config.kd_classifier = "/train_tmp/teachers/r50"
+
+arcface_kd.attach(config)

@@ -1,0 +1,169 @@
+"""Grouped KD against the naive twin: groups, weights, ramp; and what it observes."""
+
+import dataclasses
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from arcface_kd.config import KDConfig, build
+from arcface_kd.distiller import DistillationHead, Distiller
+from arcface_kd.errors import ConfigError
+from arcface_kd.losses.class_groups import BatchMass, FixedSize, SampleMass
+from arcface_kd.losses.logit_distillation import Grouping
+from arcface_kd.methods.gkd import GKD, GKDConfig
+from arcface_kd.sharding import RankGroup
+from arcface_kd.teachers.base import load_teacher
+from tests.reference.logit_distillation import dense_distillation
+from tests.reference.problems import COSFACE
+from tests.reference.two_classifiers import TwoSides, two_sides
+
+ALONE = RankGroup(alone=True)
+
+
+def make(given: TwoSides, config: GKDConfig, **keys: Any) -> GKD:
+    return GKD(config, given.context(ALONE, COSFACE, **keys)).double()
+
+
+def twin(given: TwoSides, config: GKDConfig) -> tuple[dict[str, Tensor], Tensor, Tensor]:
+    """Unweighted terms by name, and the gradients of their sum weighted as published."""
+    student, centers = given.student.clone().requires_grad_(), given.weight.clone().requires_grad_()
+    grouping = Grouping(config.rule(), config.ranked_by, secondary=config.secondary_weight > 0)
+    terms = dense_distillation(
+        student,
+        given.labels,
+        centers,
+        given.teacher,
+        given.classifier,
+        COSFACE,
+        config.temperature,
+        grouping=grouping,
+        logits=config.logits,
+    )
+    primary, binary, secondary = config.weights(0)
+    weighted = terms[0] + primary * terms[1] + binary * terms[2] + secondary * terms[3]
+    in_student, in_centers = torch.autograd.grad(weighted, [student, centers])
+    return dict(zip(("ce", "primary_kd", "binary_kd", "secondary_kd"), terms, strict=True)), in_student, in_centers
+
+
+CONFIGS = {
+    "batch": GKDConfig(step=2, mass=0.8, ramp_epochs=0),
+    "sample": GKDConfig(group="sample", mass=0.6, ramp_epochs=0),
+    "fixed": GKDConfig(group="fixed", size=4, ramp_epochs=0),
+    "by teacher": GKDConfig(group="fixed", size=4, ranked_by="teacher", ramp_epochs=0),
+    "plain": GKDConfig(group="sample", mass=0.6, logits="plain", ramp_epochs=0),
+    "ablation": GKDConfig(
+        group="sample",
+        mass=0.6,
+        primary_weight=0.5,
+        binary_weight=2,
+        secondary_weight=0.7,
+        temperature=2,
+        ramp_epochs=0,
+    ),
+}
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_a_step_equals_the_twin(name: str) -> None:
+    given, config = two_sides(1), CONFIGS[name]
+    method, batch = make(given, config), given.batch()
+    terms = method(batch)
+    torch.stack(list(terms.values())).sum().backward()
+    wanted, in_student, in_centers = twin(given, config)
+    weights = dict(zip(("primary_kd", "binary_kd", "secondary_kd"), config.weights(0), strict=True))
+    assert set(terms) == {"ce", "primary_kd", "binary_kd"} | ({"secondary_kd"} if name == "ablation" else set())
+    for term, value in terms.items():
+        torch.testing.assert_close(value, weights.get(term, 1.0) * wanted[term], rtol=1e-10, atol=1e-10)
+        assert value > 0
+    torch.testing.assert_close(batch.embeddings.grad, in_student, rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(method.classifier.weight.grad, in_centers, rtol=1e-9, atol=1e-8)
+
+
+def test_published_weights_follow_the_group() -> None:
+    assert GKDConfig().rule() == BatchMass(0.93, 100)
+    assert GKDConfig(group="sample").rule() == SampleMass(0.93)
+    assert GKDConfig(group="fixed").rule() == FixedSize(10_000)
+    assert GKDConfig(ramp_epochs=0.0).weights(0) == (4.0, 1.0, 0.0)
+    assert GKDConfig(group="sample", ramp_epochs=0.0).weights(0) == (4.0, 1.0, 0.0)
+    assert GKDConfig(group="fixed", ramp_epochs=0.0).weights(0) == (8.0, 1.0, 0.0)
+    assert GKDConfig(group="fixed", primary_weight=0.0, ramp_epochs=0.0).weights(0) == (0.0, 1.0, 0.0)
+
+
+def test_the_terms_ramp_up_in_whole_epochs() -> None:
+    given = two_sides(2)
+    config = dataclasses.replace(CONFIGS["fixed"], ramp_epochs=4)
+    method = make(given, config, steps_per_epoch=3)
+    whole = make(given, CONFIGS["fixed"])(given.batch())
+    for step, ramp in ((0, 0.0), (2, 0.0), (3, 0.25), (8, 0.5), (12, 1.0), (100, 1.0)):
+        terms = method(given.batch(step))
+        torch.testing.assert_close(terms["ce"], whole["ce"])
+        for name in ("primary_kd", "binary_kd"):
+            torch.testing.assert_close(terms[name], ramp * whole[name])
+
+
+def test_what_it_observes() -> None:
+    given = two_sides(3)
+    method = make(given, CONFIGS["fixed"])
+    assert method.observations() == {}
+    method(given.batch())
+    seen = method.observations()
+    assert 4 <= seen["group_size"] <= 5 + 1e-9
+    assert 0 < seen["student_mass"] < 1
+    assert 0 < seen["teacher_mass"] < 1
+    assert not any(value.requires_grad for value in seen.values())
+
+
+@pytest.mark.parametrize(
+    ("values", "said"),
+    [
+        ({"group": "topk"}, r"gkd\.group is 'topk'; it must be one of batch, sample, fixed"),
+        ({"mass": 0}, r"gkd: the cumulative probability of a group is 0\.0; it must be in \(0, 1\]"),
+        ({"mass": 2, "group": "fixed"}, r"the cumulative probability of a group is 2\.0"),
+        ({"step": 0}, r"gkd: the step of a group's size is 0; it must be at least 1"),
+        ({"size": 0}, r"gkd: a group of 0 classes is asked for; it must be at least 1"),
+        ({"ranked_by": "both"}, r"gkd\.ranked_by is 'both'; it must be one of student, teacher"),
+        ({"logits": "soft"}, r"gkd\.logits is 'soft'"),
+        ({"temperature": 0}, r"gkd: the temperature is 0\.0; it must be at least 1"),
+        ({"primary_weight": -1}, r"gkd: primary_weight is -1\.0; it must be at least 0"),
+        ({"binary_weight": -1}, r"gkd: binary_weight is -1\.0; it must be at least 0"),
+        ({"secondary_weight": -1}, r"gkd: secondary_weight is -1\.0; it must be at least 0"),
+        ({"ramp_epochs": -1}, r"gkd: ramp_epochs is -1\.0; it must be at least 0"),
+    ],
+)
+def test_knobs_out_of_range_are_refused(values: dict[str, object], said: str) -> None:
+    with pytest.raises(ConfigError, match=said):
+        build(GKDConfig, values, "gkd")
+
+
+def test_knobs_come_from_the_command_line() -> None:
+    config = build(GKDConfig, {"group": "fixed", "size": "50", "primary_weight": "none", "ramp_epochs": "2"}, "gkd")
+    assert config == GKDConfig(group="fixed", size=50, ramp_epochs=2.0)
+
+
+def test_beside_a_loss_of_the_embeddings_with_a_log_of_each_term(tmp_path: Any) -> None:
+    """gkd+embedding through the head, as a trainer calls it: the terms are named apart and their shares add up."""
+    given = two_sides(4, dimension=6, teacher_dimension=6)
+    torch.save(given.classifier.float(), tmp_path / "head.pt")
+
+    class Embeds(torch.nn.Module):
+        def forward(self, images: Tensor) -> Tensor:
+            return images.flatten(1)[:, :6]
+
+    kd = KDConfig(
+        methods=("gkd", "embedding"),
+        classifier=str(tmp_path / "head.pt"),
+        options={"gkd": {"group": "fixed", "size": 4, "ramp_epochs": 0}, "embedding": {"weight": 64}},
+    )
+    distiller = Distiller(kd, load_teacher(Embeds(), {"embedding_size": 6}))
+    head = DistillationHead(distiller, COSFACE, 6, len(given.classifier), ranks=ALONE)
+    student = torch.nn.Linear(3 * 112 * 112, 6)
+    watched = distiller.watch(student.train())
+    images = torch.rand(4, 3, 112, 112) * 2 - 1
+    watched.register_forward_pre_hook(lambda module, inputs: (inputs[0].flatten(1),))
+    loss = head(watched(images), torch.tensor([1, 2, 3, -1]))
+    loss.backward()
+    assert loss.isfinite()
+    assert student.weight.grad is not None
+    assert head.sharded_entries() == ("methods.gkd.classifier.weight",)
