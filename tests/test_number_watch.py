@@ -189,9 +189,7 @@ def test_a_scaler_that_passes_over_the_step_is_followed(folder: Path) -> None:
 def test_a_loss_scale_that_falls_for_ever_ends_the_run() -> None:
     check_loss_scale(torch.amp.GradScaler("cpu", init_scale=2.0**-12, enabled=False), 3)
     check_loss_scale(torch.amp.GradScaler("cpu", init_scale=2.0**-9), 3)
-    with pytest.raises(
-        NumberError, match=r"step 3: .* in fp16 at every loss scale down to 0\.0002"
-    ):
+    with pytest.raises(NumberError, match=r"step 3: .* in fp16 at every loss scale down to 0\.0002"):
         check_loss_scale(torch.amp.GradScaler("cpu", init_scale=2.0**-12), 3)
 
 

@@ -91,9 +91,10 @@ def test_wherever_the_damage_is_the_images_stay_the_same_ones(folder: Path, key:
     assert faces.keys.tolist() == list(range(1, IMAGES + 1))
     whole = np.repeat(np.arange(len(COUNTS)), COUNTS)
     labels = faces.labels()
-    assert np.delete(labels, range(key - 1, min(key, IMAGES))).tolist() == np.delete(
-        whole, range(key - 1, min(key, IMAGES))
-    ).tolist()
+    assert (
+        np.delete(labels, range(key - 1, min(key, IMAGES))).tolist()
+        == np.delete(whole, range(key - 1, min(key, IMAGES))).tolist()
+    )
     if key <= IMAGES:
         # Inside an identity's range its label is known all the same.
         assert labels[key - 1] in (whole[key - 1], -1)
