@@ -1,5 +1,6 @@
 """Processes that start in a moment, to be killed and started again: forked from one that has the package imported."""
 
+import faulthandler
 import multiprocessing
 import os
 import socket
@@ -12,6 +13,7 @@ from typing import Any
 
 import torch
 
+_SECONDS_TO_A_TRACE = 150
 _CONTEXT = multiprocessing.get_context("forkserver")
 _CONTEXT.set_forkserver_preload(
     [
@@ -50,6 +52,8 @@ def _run(function: Callable[..., Any], arguments: Sequence[Any], environment: Ma
     # Standard input is that of the process that they are forked from, and so is whether somebody watches.
     sys.stdout = open(1, "w", buffering=1, closefd=False)  # noqa: SIM115
     sys.stderr = open(2, "w", buffering=1, closefd=False)  # noqa: SIM115
+    # Of a process that hangs, its log says where.
+    faulthandler.dump_traceback_later(_SECONDS_TO_A_TRACE, repeat=True, file=sys.stderr)
     torch.set_num_threads(1)
     code = function(*arguments)
     sys.exit(code if isinstance(code, int) else 0)

@@ -31,7 +31,7 @@ from arcface_kd.trainer import train
 from tests.forked import free_port, ranks_environment, start, wait
 from tests.trainer.faces import Faces
 
-_PATIENCE = 180.0
+_PATIENCE = 400.0
 _CHANGES = ("open", "os.rename", "os.remove", "os.truncate", "os.chmod", "os.mkdir")
 
 

@@ -23,13 +23,16 @@ import cv2
 import numpy as np
 import torch
 
-from arcface_kd import checkpoint_files
+from arcface_kd import checkpoint_files, principal_components
 from arcface_kd.checkpoint_files import HEAD, checkpoint_file
 from arcface_kd.data.dataset import RecordDataset
 from arcface_kd.data.image import decode_rgb
+from arcface_kd.data.pair_identities import pair_identities, write_pair_identities
 from arcface_kd.data.verification_bin import decode, read_bin, write_bin
 from arcface_kd.errors import ArcfaceKDError
+from arcface_kd.principal_components import components_file, components_of_cache
 from arcface_kd.resharding import open_shards
+from arcface_kd.sharding import RankGroup
 from arcface_kd.teachers.base import TeacherOptions, load_teacher
 from arcface_kd.teachers.checkpoint import read_content
 from arcface_kd.teachers.embedding_cache import EmbeddingCache
@@ -281,6 +284,36 @@ def _state_holds(good: Any, found: Any, name: str, before: int, after: int) -> b
     return bool(good == found)
 
 
+# What stands beside a cache or a verification set ---------------------------------------------------------------------
+
+
+def _write_components(folder: Path) -> list[str]:
+    _write_cache(folder)
+    components_of_cache(EmbeddingCache(folder / "rows", _IDENTITY), RankGroup(alone=True))
+    return ["rows.pca.npz"]
+
+
+def _read_components(folder: Path) -> Any:
+    cache = EmbeddingCache(folder / "rows", _IDENTITY, create=False)
+    components = principal_components._read(components_file(cache), cache)
+    # None is a damaged file: the components are found anew.
+    return None if components is None else [components.axes.tolist(), components.mean.tolist(), components.count]
+
+
+def _components_hold(good: Any, found: Any, name: str, before: int, after: int) -> bool:
+    return found is None or bool(found == good)
+
+
+def _write_names(folder: Path) -> list[str]:
+    _write_pairs(folder)
+    write_pair_identities(folder / "pairs.bin", ["Ann", "Ann", "Bob", "Cem"])
+    return ["pairs.identities.txt"]
+
+
+def _read_names(folder: Path) -> Any:
+    return pair_identities(folder / "pairs.bin", read_bin(folder / "pairs.bin")).numbers.tolist()
+
+
 # Teachers -------------------------------------------------------------------------------------------------------------
 
 
@@ -316,6 +349,8 @@ FORMATS: dict[str, Format] = {
     "forged_state": Format(_write_state, _read_state, _anything, mutated_inside),
     "forged_run": Format(_write_run, _read_run, _anything, mutated_inside),
     "old_state": Format(_write_old_state, _read_state, _anything),
+    "components": Format(_write_components, _read_components, _components_hold),
+    "names": Format(_write_names, _read_names, _anything),
     "onnx": Format(_write_onnx, lambda folder: _embed(folder, "model.onnx"), _anything),
     "mxnet": Format(_write_mxnet, lambda folder: _embed(folder, "model-0000.params"), _anything),
 }

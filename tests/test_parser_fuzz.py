@@ -17,7 +17,8 @@ SEED = int(os.environ.get("ARCFACE_KD_FUZZ_SEED", "0"))
 
 SHARES = {
     **{"records": 0.21, "pairs": 0.16, "images": 0.15, "cache": 0.12, "run": 0.08, "forged_run": 0.04},
-    **{"state": 0.06, "forged_state": 0.04, "old_state": 0.04, "onnx": 0.05, "mxnet": 0.05},
+    **{"state": 0.06, "forged_state": 0.04, "old_state": 0.04, "onnx": 0.04, "mxnet": 0.04},
+    **{"components": 0.01, "names": 0.01},
 }
 
 

@@ -229,11 +229,12 @@ def _from_manifest(folder: Path) -> tuple[Path, Preprocessing] | None:
         from insightface.model_zoo import package_manifest
     except ImportError:
         return None
-    if not package_manifest.has_model_package_manifest(folder):
-        return None
     try:
+        if not package_manifest.has_model_package_manifest(folder):
+            return None
         task = package_manifest.load_model_package(folder).task("recognition")
         file = package_manifest.verify_model_artifact(task)
+    # A RuntimeError is also how the JSON reader answers deep nesting.
     except (ValueError, TypeError, OSError, RuntimeError) as error:
         raise TeacherError(f"teacher {folder}: {first_line(error)}") from error
     known, size = task.metadata["preprocessing"], task.metadata["input_size"][0]

@@ -326,6 +326,17 @@ def test_a_manifest_decides_on_file_and_preprocessing(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
+    "text", ["[" * 100_000, '{"manifest_version": 2}', '{"manifest_version": 2, "model_id": "\\u0000"}']
+)
+def test_a_manifest_that_is_none_is_one_line(tmp_path: Path, text: str) -> None:
+    _manifest(tmp_path / "raccoon")
+    (tmp_path / "raccoon" / "manifest.json").write_text(text)
+    with pytest.raises(TeacherError, match="teacher .*raccoon: ") as caught:
+        load_teacher(tmp_path / "raccoon")
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
     "recognition",
     [{"file": "../recognition.onnx"}, {"sha256": "0" * 64}, {"file": "missing.onnx"}, {"preprocessing": 5}],
 )
