@@ -37,6 +37,13 @@ def graph(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
+@pytest.fixture(scope="module")
+def flagged(arcface_torch: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The real trainer with the flag."""
+    folder = tmp_path_factory.mktemp("flagged") / "arcface_torch"
+    return checkout(arcface_torch, folder, "kd_flag", "cpu_gloo", "current_stack")
+
+
 def keys(faces: Faces, teacher: Path, **changes: object) -> dict[str, object]:
     own = {"kd": "shkd", "kd_teacher": str(teacher), "kd_option": LEARNING, "output": None, "num_epoch": 2}
     data = {"rec": str(faces.folder), "num_classes": faces.num_classes, "num_image": faces.num_image}
@@ -169,11 +176,6 @@ def test_two_ranks_of_the_compact_trainer_in_one_command(faces: Faces, graph: Pa
 @pytest.mark.slow
 @pytest.mark.trainer
 class TestTheRealTrainer:
-    @pytest.fixture(scope="class")
-    def flagged(self, arcface_torch: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-        folder = tmp_path_factory.mktemp("flagged") / "arcface_torch"
-        return checkout(arcface_torch, folder, "kd_flag", "cpu_gloo", "current_stack")
-
     def test_the_flag_and_one_command(
         self, flagged: Path, faces: Faces, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
