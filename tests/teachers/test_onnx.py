@@ -331,7 +331,7 @@ def test_a_manifest_decides_on_file_and_preprocessing(tmp_path: Path) -> None:
 def test_a_manifest_that_is_none_is_one_line(tmp_path: Path, text: str) -> None:
     _manifest(tmp_path / "raccoon")
     (tmp_path / "raccoon" / "manifest.json").write_text(text)
-    with pytest.raises(TeacherError, match="teacher .*raccoon: ") as caught:
+    with pytest.raises(TeacherError, match=r"teacher .*raccoon: ") as caught:
         load_teacher(tmp_path / "raccoon")
     assert "\n" not in str(caught.value)
 
