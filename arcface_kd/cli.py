@@ -6,6 +6,7 @@ import shlex
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from arcface_kd.errors import ArcfaceKDError, ConfigError, RankError
 
@@ -149,6 +150,20 @@ def _eval(arguments: argparse.Namespace) -> None:
     run_eval(arguments.models, arguments.data, options, out=arguments.out, batch_size=arguments.batch_size)
 
 
+def _export(arguments: argparse.Namespace) -> None:
+    from arcface_kd.onnx_export import export
+
+    print(
+        export(
+            arguments.run_folder,
+            arguments.out,
+            int8=arguments.int8,
+            calibration=arguments.calibration,
+            images=arguments.images,
+        )
+    )
+
+
 def _teacher_options(arguments: argparse.Namespace) -> Mapping[str, object] | None:
     """The ``teacher.*`` options, for commands that have a use for no others."""
     from arcface_kd.config import KDConfig
@@ -183,9 +198,15 @@ def _subset(arguments: argparse.Namespace) -> None:
 def _methods(arguments: argparse.Namespace) -> None:
     from arcface_kd import registry
 
-    for name, entry_point in registry.entry_points(registry.METHODS).items():
-        summary = (entry_point.load().__doc__ or "").strip().splitlines()
-        print(f"{name:20} {summary[0] if summary else entry_point.value}")
+    for name in registry.entry_points(registry.METHODS):
+        try:
+            method: Any = registry.load(registry.METHODS, name)
+        except ConfigError as error:
+            print(f"{name:20} {' '.join(str(error).split())}")
+            continue
+        summary = (method.__doc__ or f"{method.__module__}.{method.__name__}.").strip().splitlines()[0]
+        needs = sorted(requirement.name.lower().replace("_", " ") for requirement in method.requires)
+        print(f"{name:20} {summary} Needs: {', '.join(needs) or 'nothing'}.")
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -195,6 +216,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="arcface-kd",
         description="Knowledge distillation for face recognition, beside InsightFace's arcface_torch.",
+        epilog="example: arcface-kd demo; each command has an example of its own: arcface-kd COMMAND --help",
     )
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
 
@@ -335,6 +357,22 @@ def build_parser() -> argparse.ArgumentParser:
     judge.add_argument("--out", metavar="FILE", type=Path, help="write the numbers as JSON, one object a row")
     judge.add_argument("--batch-size", type=int, default=128, help="images a forward pass (default: 128)")
 
+    export = command(
+        "export",
+        _export,
+        "write a student as an ONNX file for insightface, float32 or int8, checked against it on faces",
+        "arcface-kd export work_dirs/mbf_adadistill mbf_int8.onnx --int8 --calibration faces_emore",
+    )
+    export.add_argument("run_folder", metavar="RUN", type=Path, help="a run's output folder, or its model.pt")
+    export.add_argument("out", metavar="OUT.onnx", type=Path, help="the file; written when it has passed the check")
+    export.add_argument("--int8", action="store_true", help="quantise weights and activations to 8 bits")
+    export.add_argument(
+        "--calibration", metavar="DIR", help="records whose faces quantise and check (default: drawn faces check)"
+    )
+    export.add_argument(
+        "--images", metavar="N", type=int, default=256, help="quantise with so many faces at most (default: 256)"
+    )
+
     merge = command(
         "merge-head",
         _merge_head,
@@ -344,12 +382,16 @@ def build_parser() -> argparse.ArgumentParser:
     merge.add_argument("run_folder", metavar="RUN", type=Path, help="the run's output, with checkpoint_gpu_*.pt")
     merge.add_argument("out", metavar="OUT", type=Path, help='the file: {"weight": (C, D), "num_classes": C}')
 
-    data = commands.add_parser("data", help="make and look at data sets").add_subparsers(
-        dest="data_command", metavar="COMMAND", required=True
-    )
+    data = commands.add_parser(
+        "data",
+        help="make and look at data sets",
+        description="Make and look at data sets.",
+        epilog="example: arcface-kd data pack aligned_faces/ faces_own/",
+    ).add_subparsers(dest="data_command", metavar="COMMAND", required=True)
     pack = data.add_parser(
         "pack",
         help="write train.rec, train.idx and property from a folder of identities",
+        description="Write train.rec, train.idx and property from a folder of identities.",
         epilog="example: arcface-kd data pack aligned_faces/ faces_own/",
     )
     pack.add_argument("folder", type=Path, help="one sub-folder of aligned face images for each identity")
@@ -358,6 +400,7 @@ def build_parser() -> argparse.ArgumentParser:
     subset = data.add_parser(
         "subset",
         help="write records with a few images of each identity, for few-shot runs",
+        description="Write records with a few images of each identity, for few-shot runs.",
         epilog="example: arcface-kd data subset faces_emore/ faces_5/ --images-per-identity 5 --seed 0",
     )
     subset.add_argument("folder", type=Path, help="a folder with train.rec and train.idx")

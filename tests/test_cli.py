@@ -1,13 +1,18 @@
 """The command line: exit codes, one-line errors, nothing half-written."""
 
+import re
+import shlex
 import subprocess
 import sys
-from collections.abc import Callable
+from argparse import ArgumentParser, _SubParsersAction
+from collections.abc import Callable, Iterator
+from importlib.metadata import EntryPoint
 from pathlib import Path
 
 import pytest
 import torch
 
+from arcface_kd import registry
 from arcface_kd.backbones import get_backbone
 from arcface_kd.cli import build_parser, main
 from tests.trainer.faces import Faces, draw_faces
@@ -184,20 +189,68 @@ def test_unknown_command_exits_with_2() -> None:
     assert stopped.value.code == 2
 
 
-def test_every_command_has_help_with_an_example(capsys: pytest.CaptureFixture[str]) -> None:
-    commands = build_parser()._subparsers._group_actions[0].choices  # type: ignore[union-attr]
-    assert {"train", "demo", "data", "methods"} <= set(commands or ())
-    for name in commands or ():
-        words = [name, "pack"] if name == "data" else [str(name)]
-        with pytest.raises(SystemExit) as stopped:
-            main([*words, "--help"])
-        assert stopped.value.code == 0
-        assert "example: arcface-kd " + " ".join(words) in capsys.readouterr().out
+def commands_of(
+    parser: ArgumentParser, words: tuple[str, ...] = ()
+) -> Iterator[tuple[tuple[str, ...], ArgumentParser]]:
+    """The parser, and those of all commands below it."""
+    yield words, parser
+    for action in parser._actions:
+        if isinstance(action, _SubParsersAction):
+            for name, below in action.choices.items():
+                yield from commands_of(below, (*words, name))
 
 
-def test_methods_lists_what_is_installed(capsys: pytest.CaptureFixture[str]) -> None:
+COMMANDS = dict(commands_of(build_parser()))
+
+
+def test_all_commands_are_walked_over() -> None:
+    wanted = {"train", "cache", "demo", "patch", "check", "eval", "compare", "export", "merge-head", "data", "methods"}
+    assert wanted <= {words[0] for words in COMMANDS if words}
+    assert {("data", "pack"), ("data", "subset")} <= set(COMMANDS)
+
+
+@pytest.mark.parametrize("words", COMMANDS, ids=" ".join)
+def test_help_is_complete_and_has_an_example(words: tuple[str, ...], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        main([*words, "--help"])
+    assert stopped.value.code == 0
+    printed = capsys.readouterr().out
+    parser = COMMANDS[words]
+    assert parser.description
+    assert parser.description.split()[0] in printed
+    for action in parser._actions:
+        assert action.help or isinstance(action, _SubParsersAction), f"{action.dest} of {words} has no help"
+        for below in getattr(action, "_choices_actions", ()):
+            assert below.help, f"{below.dest} has no help"
+    found = re.search(r"^example: arcface-kd (.*)", " ".join((parser.epilog or "").split()))
+    assert found, f"{words} has no example"
+    assert "example: arcface-kd " + " ".join(words) in printed
+    example = shlex.split(found[1].partition(";")[0])
+    assert tuple(example[: len(words)]) == words
+    assert build_parser().parse_args(example).run is not None
+
+
+def test_methods_are_listed_in_a_line_each_with_what_they_need(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["methods"]) == 0
-    assert "adadistill " in capsys.readouterr().out
+    lines = {line.split()[0]: line for line in capsys.readouterr().out.splitlines()}
+    assert set(lines) == set(registry.entry_points(registry.METHODS))
+    assert lines["adadistill"].endswith("Needs: teacher embeddings.")
+    assert lines["proxylesskd"].endswith("Needs: teacher classifier.")
+    for line in lines.values():
+        assert re.fullmatch(r"\S+ +[A-Z].*[.] Needs: [a-z, ]+[.]", line), line
+
+
+def test_a_method_that_cannot_be_loaded_is_listed_with_the_reason(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    broken = EntryPoint("broken", "arcface_kd.no_such_module:Method", registry.METHODS)
+    known = registry.entry_points(registry.METHODS)
+    monkeypatch.setattr(registry, "entry_points", lambda group: {"adadistill": known["adadistill"], "broken": broken})
+    assert main(["methods"]) == 0
+    first, second = capsys.readouterr().out.splitlines()
+    assert first.startswith("adadistill ")
+    assert second.startswith("broken ")
+    assert "no_such_module" in second
 
 
 def test_the_module_is_the_command(config: Path, tmp_path: Path) -> None:
