@@ -1,12 +1,10 @@
 """InsightFace's protocol against loops written out, against the host's own functions, and on its edges."""
 
-import importlib.util
 import json
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from types import ModuleType, SimpleNamespace
+from types import ModuleType
 
 import numpy as np
 import pytest
@@ -28,6 +26,7 @@ from arcface_kd.evaluation.verification import (
     ten_fold_val,
     verify,
 )
+from benchmarks.verification import host_verification
 from tests.reference import ten_fold
 
 
@@ -191,24 +190,8 @@ def test_far_level_out_of_range() -> None:
 
 @pytest.fixture(scope="module")
 def host(arcface_torch: Path) -> ModuleType:
-    """Its module, with mxnet (needed for reading .bin only) stubbed and scipy's interpolation replaced.
-
-    Today's scipy refuses the FAR curve, which repeats values; ``np.interp`` computes what older ones did.
-    """
-    mxnet = ModuleType("mxnet")
-    mxnet.ndarray = ModuleType("mxnet.ndarray")  # type: ignore[attr-defined]
-    spec = importlib.util.spec_from_file_location("host_verification", arcface_torch / "eval" / "verification.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sys, "dont_write_bytecode", True)
-        patch.setitem(sys.modules, "mxnet", mxnet)
-        spec.loader.exec_module(module)
-    module.interpolate = SimpleNamespace(  # type: ignore[attr-defined]
-        interp1d=lambda x, y, kind: lambda at: np.interp(at, x, y)
-    )
-    return module
+    """InsightFace's own ``eval/verification.py``."""
+    return host_verification(arcface_torch)
 
 
 def compare_with_host(host: ModuleType, embeddings: np.ndarray, is_same: np.ndarray) -> VerificationResult:
