@@ -1,4 +1,4 @@
-# iResNet-18 on MS1MV2 with GKD: grouped logits, primary and binary, under CosFace's margin as published.
+# iResNet-18 on MS1MV2 with GKD: grouped logits, primary and binary; CosFace's margin and the epochs as published.
 # Copy into arcface_torch/configs/ and run the trainer on it; only keys that differ from configs/base.py.
 from easydict import EasyDict as edict
 
@@ -14,8 +14,8 @@ config.output = None
 config.rec = "/train_tmp/faces_emore"
 config.num_classes = 85742
 config.num_image = 5822653
-config.num_epoch = 26
-config.warmup_epoch = 0
+config.num_epoch = 20
+config.warmup_epoch = 4
 config.val_targets = ["lfw", "cfp_fp", "agedb_30"]
 
 # The classifier: the folder of the teacher's run, with checkpoint_gpu_*.pt, or a file.
