@@ -225,7 +225,8 @@ def _faces(folder: str | os.PathLike[str] | None, shown: int) -> tuple[np.ndarra
         raise DataError(f"{folder} has {len(dataset)} faces; wanted 2 at least, to show and to check")
     # Evenly over the identities, which lie one behind the other.
     chosen = np.unique(np.linspace(0, len(dataset) - 1, shown + _CHECKED).round().astype(int))
-    checked = chosen[np.unique(np.linspace(0, len(chosen) - 1, min(_CHECKED, len(chosen) // 2)).round().astype(int))]
+    count = min(_CHECKED, max(len(chosen) - shown, len(chosen) // 2))
+    checked = chosen[np.unique(np.linspace(0, len(chosen) - 1, count).round().astype(int))]
     others = np.setdiff1d(chosen, checked)[:shown]
 
     def pixels(numbers: np.ndarray) -> np.ndarray:

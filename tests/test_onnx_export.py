@@ -32,14 +32,15 @@ def trained(name: str, faces: np.ndarray, seed: int = 0) -> FaceBackbone:
     torch.manual_seed(seed)
     network = get_backbone(name, num_features=D)
     for module in network.modules():
+        if isinstance(module, nn.BatchNorm1d | nn.BatchNorm2d):
+            module.momentum = 1.0
         if isinstance(module, nn.BatchNorm2d):
             nn.init.uniform_(module.weight, 0.5, 1.5)
             nn.init.normal_(module.bias, std=0.2)
         elif isinstance(module, nn.PReLU):
             nn.init.uniform_(module.weight, 0.1, 0.5)
     with torch.no_grad():
-        for _ in range(20):
-            network(network_input(faces))
+        network(network_input(faces))
     return network.eval()
 
 
@@ -260,15 +261,17 @@ def test_depthwise_convolutions_and_the_first_stay_in_float(tmp_path: Path) -> N
         onnxruntime.InferenceSession(bytes_, providers=CPU).run(None, {"data": images})[0]
         for bytes_ in (model.SerializeToString(), quantized)
     ]
-    assert 0.9999 < cosines(*outputs).min() < 1 - 1e-7
+    assert 0.999 < cosines(*outputs).min() < 1 - 1e-7
 
 
 def test_faces_to_quantise_with_are_not_those_of_the_check(records: Path) -> None:
     shown, checked = onnx_export._faces(records, 10)
-    assert (len(shown), len(checked)) == (10, 30)
+    assert (len(shown), len(checked)) == (10, 50)
     assert not {face.tobytes() for face in shown} & {face.tobytes() for face in checked}
     shown, checked = onnx_export._faces(records, 0)
-    assert (len(shown), len(checked)) == (0, 30)
+    assert (len(shown), len(checked)) == (0, 60)
+    shown, checked = onnx_export._faces(records, 256)
+    assert (len(shown), len(checked)) == (30, 30)
     shown, checked = onnx_export._faces(None, 0)
     assert (len(shown), checked.shape) == (0, (16, 112, 112, 3))
 

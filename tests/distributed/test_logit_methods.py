@@ -105,7 +105,7 @@ def _twin(name: str, sizes: list[int], sample_rate: float) -> tuple[dict[str, Te
             given.classifier,
             COSFACE,
             4.0,
-            grouping=config and Grouping(config.rule(), config.ranked_by, config.secondary_weight > 0),
+            grouping=Grouping(config.rule(), config.ranked_by, config.secondary_weight > 0) if config else None,
             logits=config.logits if config else "plain",
             index=index,
         )
