@@ -150,6 +150,7 @@ def test_beside_a_loss_of_the_embeddings(tmp_path: Path) -> None:
     torch.save(given.classifier.float(), tmp_path / "head.pt")
     images, labels = torch.rand(4, 3, 112, 112) * 2 - 1, torch.tensor([1, 2, 3, -1])
     student, teacher = (torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(3 * 112 * 112, 6)) for _ in range(2))
+    options: dict[str, dict[str, object]]
     options = {"gkd": {"group": "fixed", "size": 4, "ramp_epochs": 0}, "embedding": {"weight": 64}}
 
     def loss_of(*methods: str) -> Tensor:
