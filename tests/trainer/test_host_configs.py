@@ -11,6 +11,7 @@ import torch
 from torch.nn.functional import normalize
 
 from arcface_kd.backbones import get_backbone
+from arcface_kd.cli import main
 from tests.trainer.faces import Faces, draw_faces
 from tests.trainer.host import checkout
 from tests.trainer.launch import Run, Turn, launch_in_turn, loss_trace
@@ -59,8 +60,13 @@ def runs(
         text = (CONFIGS / f"{name}.py").read_text(encoding="utf-8")
         changes = short | {key: value for key, value in ours.items() if f"config.{key} =" in text}
         body = text.removesuffix(LAST_LINE)
-        (host / "configs" / f"{name}.py").write_text(f"{body}config.update({changes!r})\n{LAST_LINE}", encoding="utf-8")
-    return host, launch_in_turn(host, [Turn(name, [f"configs/{name}"]) for name in NAMES])
+        config = host / "configs" / f"{name}.py"
+        config.write_text(f"{body}config.update({changes!r})\n{LAST_LINE}", encoding="utf-8")
+        if "kd_cache" in changes and not (files / "cache").exists():
+            assert main(["cache", str(config)]) == 0
+    # SH-KD is three runs, each the next one of the same config.
+    turns = [Turn(name, [f"configs/{name}"]) for name in NAMES for _ in range(3 if name.endswith("_shkd") else 1)]
+    return host, launch_in_turn(host, turns)
 
 
 @pytest.mark.parametrize("name", NAMES)
