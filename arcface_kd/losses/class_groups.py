@@ -142,6 +142,7 @@ class RankedLogits:
     ) -> None:
         self.values, self.target, self.valid, self.hidden = values, target, valid, hidden
         self.temperature, self.shift, self.ranks, self.chunk = temperature, shift, ranks, chunk
+        self._zero = values.new_zeros(())
         # A target may be below the range, by its margin; it is then among the last.
         highest = torch.full_like(target, limit * _BEYOND)
         self._range = _Range(highest, highest * (2 / _BINS))
@@ -214,7 +215,8 @@ class RankedLogits:
     def _bin(self, values: Tensor, where: _Range, out: Tensor | None = None) -> Tensor:
         """Bins of values, not yet cut to whole numbers: 0 above the range, bins + 1 below."""
         place = torch.addcmul(1 + where.high / where.width, values, -1 / where.width, out=out)
-        return place.clamp_(0, _BINS + 1)
+        # Of NaN and 0 the greater is 0: a batch that fp16 has spoilt must not write outside the table.
+        return torch.fmax(place, self._zero, out=place).clamp_max_(_BINS + 1)
 
     def _weights(self, values: Tensor, temperature: float, out: Tensor | None = None) -> Tensor:
         """Exponentials, at another temperature than the one that the logits were divided by already."""

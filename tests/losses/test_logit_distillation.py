@@ -400,6 +400,18 @@ def test_half_embeddings_get_fp32_terms_and_a_gradient_of_their_own_format(dtype
     torch.testing.assert_close(torch.stack(terms[:2]).detach(), exact[0][:2], rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("name", GROUPINGS)
+def test_a_spoilt_batch_gives_nan_for_the_loss_scaler_to_see_and_no_more(name: str) -> None:
+    """fp16 can overflow: the step is then skipped by its gradients, which have to come back."""
+    given = sides(3, 12, 200).to(torch.float32)
+    for spoilt, whose in itertools.product((torch.nan, torch.inf), ("embeddings", "centers", "teacher_embeddings")):
+        matrix = getattr(given, whose).clone()
+        matrix[1] = spoilt
+        terms, in_embeddings, _ = ours(given._replace(**{whose: matrix}), COSFACE, grouping=GROUPINGS[name], chunk=64)
+        assert terms.isnan().any()
+        assert in_embeddings.isnan().any()
+
+
 # ---- readiness for GPUs
 
 
