@@ -42,7 +42,7 @@ class GKDConfig:
             classes.
         mass: the cumulative probability, in (0, 1].
         step: of the number of classes, at least 1.
-        size: K, at least 1.
+        size: K, at least 1; of the classes that the step has drawn, where the sample rate is below 1.
         ranked_by: whose logits rank the classes, the ``student``'s (default) or the ``teacher``'s.
         logits: ``margin`` (default, as published) distils both sides' logits with the trainer's margin on the targets,
             ``plain`` without.
