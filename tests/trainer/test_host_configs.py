@@ -64,9 +64,7 @@ def runs(
         config.write_text(f"{body}config.update({changes!r})\n{LAST_LINE}", encoding="utf-8")
         if "kd_cache" in changes and not (files / "cache").exists():
             assert main(["cache", str(config)]) == 0
-    # SH-KD is three runs, each the next one of the same config.
-    turns = [Turn(name, [f"configs/{name}"]) for name in NAMES for _ in range(3 if name.endswith("_shkd") else 1)]
-    return host, launch_in_turn(host, turns)
+    return host, launch_in_turn(host, [Turn(name, [f"configs/{name}"]) for name in NAMES])
 
 
 @pytest.mark.parametrize("name", NAMES)
