@@ -1,9 +1,8 @@
 """The parsers under a fuzzer that watches which lines a file reaches.
 
-``python -m tests.coverage_fuzz FORMAT FILE -runs=N``
-
-Needs atheris (``make fuzz`` installs it). Formats are those of ``tests/parser_fuzz.py``; files those that
-the format writes, such as ``records train.rec``. It stops at the first fault, with the file's bytes in ``crash-*``.
+``python -m tests.coverage_fuzz FORMAT FILE -runs=N``, with a format of ``tests/parser_fuzz.py`` and a file that it
+writes, such as ``records train.rec``; ``make fuzz`` runs them all. Needs atheris. It stops at the first fault, with the
+file's bytes in ``crash-*``.
 """
 
 import shutil

@@ -16,6 +16,8 @@ from typing import Any, ClassVar
 import torch
 from easydict import EasyDict
 
+from arcface_kd import onnx_export
+from arcface_kd.atomic import atomic_write
 from arcface_kd.cache_filling import fill_cache
 from arcface_kd.checkpoint_files import checkpoints_in_force, read_checkpoint
 from arcface_kd.config import BASE
@@ -292,6 +294,42 @@ class Packing(Job):
     def outcome(self) -> Any:
         packed = self.folder / "packed"
         return {path.name: path.read_bytes() for path in packed.iterdir()}
+
+
+def _export(student: str, out: str, content: str) -> None:
+    """Export, but convert once: what is killed is the check and the writing."""
+    convert = onnx_export.to_onnx
+
+    def converted(network: Any) -> bytes:
+        if not Path(content).exists():
+            with atomic_write(content) as stream:
+                stream.write(convert(network))
+        return Path(content).read_bytes()
+
+    onnx_export.to_onnx = converted
+    onnx_export.export(student, out)
+
+
+class Exporting(Job):
+    """``arcface-kd export`` over an older file."""
+
+    name = "exporting"
+    older: ClassVar[bytes] = b"an older file"
+
+    def work(self) -> tuple[Callable[..., None], Sequence[Any]]:
+        out = self.folder / "student.onnx"
+        if not out.exists():
+            out.write_bytes(self.older)
+        return _export, [str(self.teacher), str(out), str(self.folder.parent / "converted.onnx")]
+
+    def check_whole(self) -> None:
+        content = (self.folder / "student.onnx").read_bytes()
+        whole = (self.folder.parent / "converted.onnx").read_bytes()
+        assert content in (self.older, whole)
+        (self.folder / "student.onnx").write_bytes(self.older)
+
+    def outcome(self) -> Any:
+        return {path.name: path.read_bytes() for path in self.folder.iterdir()}
 
 
 def campaign(job: Job, kills: int, draw: random.Random) -> tuple[int, int]:

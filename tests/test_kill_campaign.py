@@ -11,17 +11,18 @@ import pytest
 import torch
 
 from arcface_kd.backbones import get_backbone
-from tests.kill_campaign import CacheBuilding, Job, Packing, Training, TrainingOnTwoRanks, campaign
+from tests.kill_campaign import CacheBuilding, Exporting, Job, Packing, Training, TrainingOnTwoRanks, campaign
 from tests.trainer.faces import Faces, draw_faces
 
 KILLS = int(os.environ.get("ARCFACE_KD_KILLS", "16"))
 SEED = int(os.environ.get("ARCFACE_KD_KILL_SEED", "0"))
 
 JOBS: list[tuple[type[Job], int, float]] = [
-    (Training, 1, 0.35),
-    (TrainingOnTwoRanks, 2, 0.25),
+    (Training, 1, 0.3),
+    (TrainingOnTwoRanks, 2, 0.2),
     (CacheBuilding, 1, 0.2),
     (Packing, 1, 0.2),
+    (Exporting, 1, 0.1),
 ]
 
 
