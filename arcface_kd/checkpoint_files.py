@@ -7,7 +7,6 @@ force if any other rank's file of its step is in place already; otherwise the sa
 """
 
 import os
-import zipfile
 from collections.abc import Mapping
 from functools import lru_cache
 from pathlib import Path
@@ -47,10 +46,11 @@ def read_checkpoint(path: Path) -> Mapping[str, Any]:
     """
     if not path.is_file():
         raise CheckpointError(f"{path} is missing; a run writes one for each rank with save_all_states=True")
-    seen = path.stat()
-    if zipfile.is_zipfile(path) and (fault := _fault(path, seen.st_ino, seen.st_size, seen.st_mtime_ns)) is not None:
-        raise CheckpointError(f"{path} cannot be read as a checkpoint: {fault}")
     try:
+        seen = path.stat()
+        fault = _fault(path, seen.st_ino, seen.st_size, seen.st_mtime_ns) if _is_archive(path) else None
+        if fault is not None:
+            raise ValueError(fault)
         try:
             loaded = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
         # Files of torch < 1.6 cannot be mapped.
@@ -63,6 +63,12 @@ def read_checkpoint(path: Path) -> Mapping[str, Any]:
     if not isinstance(loaded, dict) or not isinstance(loaded.get(HEAD), Mapping):
         raise CheckpointError(f"{path} holds no {HEAD}: it is not a checkpoint of arcface_torch or of this package")
     return loaded
+
+
+def _is_archive(path: Path) -> bool:
+    """Whether torch takes a file for a zip archive; what it did not write in that form has no checksums."""
+    with open(path, "rb") as stream:
+        return stream.read(4) == b"PK\x03\x04"
 
 
 @lru_cache(maxsize=4096)

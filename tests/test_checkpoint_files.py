@@ -2,6 +2,7 @@
 
 import itertools
 import shutil
+import struct
 from pathlib import Path
 
 import pytest
@@ -111,6 +112,15 @@ def test_a_flipped_bit_is_found_by_its_checksum(tmp_path: Path) -> None:
     # Another file under the same name is looked at anew.
     write(path, 0, 6)
     assert read_checkpoint(path)["global_step"] == 6
+
+
+def test_an_archive_that_claims_several_disks_is_one_line(tmp_path: Path) -> None:
+    path = checkpoint_file(tmp_path, 0)
+    write(path, 0, 5)
+    data = path.read_bytes()
+    path.write_bytes(data[:-22] + b"PK\x06\x07" + struct.pack("<LQL", 0, 0, 2) + data[-22:])
+    with pytest.raises(CheckpointError, match=r"checkpoint_gpu_0\.pt cannot be read as a checkpoint: damaged"):
+        read_checkpoint(path)
 
 
 def test_a_compressed_file_is_refused_before_it_is_unpacked(tmp_path: Path) -> None:
