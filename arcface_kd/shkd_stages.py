@@ -154,7 +154,7 @@ class _Stages:
             network = "onnx"
         elif isinstance(teacher.network, FaceBackbone):
             name = given.get("network")
-            network = load_network(self.source, None if name is None else str(name)).name
+            network = load_network(Path(self.source).expanduser(), None if name is None else str(name)).name
         else:
             raise TeacherError(
                 f"{NAME} trains a checkpoint or an ONNX file further, and {teacher.description} is neither"
