@@ -262,6 +262,8 @@ def test_depthwise_convolutions_and_the_first_stay_in_float(tmp_path: Path) -> N
         for bytes_ in (model.SerializeToString(), quantized)
     ]
     assert 0.999 < cosines(*outputs).min() < 1 - 1e-7
+    whole = onnx.load_model_from_string(quantize(model.SerializeToString(), images, leading=1.0))
+    assert {tensor.data_type for tensor in whole.graph.initializer} == {TensorProto.FLOAT}
 
 
 def test_faces_to_quantise_with_are_not_those_of_the_check(records: Path) -> None:
@@ -304,10 +306,33 @@ def damaged(content: bytes) -> bytes:
 def test_int8_that_lost_too_much_is_not_written(
     run: Path, records: Path, tmp_path: Path, converted: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("arcface_kd.onnx_int8.quantize", lambda content, faces: damaged(content))
+    monkeypatch.setattr("arcface_kd.onnx_int8.quantize", lambda content, faces, leading: damaged(content))
     with pytest.raises(ArcfaceKDError, match=r"in int8 .* mean cosine .* wanted more than 0.99; calibrate with more"):
         export(run, tmp_path / "out.onnx", int8=True, calibration=records)
     assert not any(tmp_path.iterdir())
+
+
+def test_first_convolutions_stay_in_float_where_int8_loses_too_much(
+    run: Path,
+    records: Path,
+    tmp_path: Path,
+    content: bytes,
+    converted: None,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    asked: list[float] = []
+
+    def quantize(given: bytes, faces: np.ndarray, *, leading: float) -> bytes:
+        asked.append(leading)
+        return given if leading >= 0.5 else damaged(given)
+
+    monkeypatch.setattr("arcface_kd.onnx_int8.quantize", quantize)
+    out = tmp_path / "out.onnx"
+    assert main(["export", str(run), str(out), "--int8", "--calibration", str(records)]) == 0
+    assert asked == [0.0, 0.25, 0.5]
+    assert "int8 behind the first 50% of its convolutions" in capsys.readouterr().out
+    assert out.read_bytes() == content
 
 
 def nan_for_every_face(content: bytes) -> bytes:
