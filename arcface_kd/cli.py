@@ -12,6 +12,11 @@ from arcface_kd.errors import ArcfaceKDError, ConfigError, RankError
 
 Command = Callable[[argparse.Namespace], None]
 
+# Modules of the packages that an installation of this one brings along, itself or through insightface.
+_BROUGHT_ALONG = frozenset(
+    ("cv2", "easydict", "insightface", "numpy", "onnx", "onnxruntime", "tensorboard", "torch", "tqdm", "unidiff")
+)
+
 
 def _train(arguments: argparse.Namespace) -> None:
     from arcface_kd.config import load_config
@@ -429,6 +434,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         several = int(os.environ.get("WORLD_SIZE", "1")) > 1 and not isinstance(error, RankError)
         rank = f"rank {os.environ.get('RANK', '?')}: " if several else ""
         print(f"arcface-kd: {rank}{' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    except ModuleNotFoundError as error:
+        package = (error.name or "").partition(".")[0]
+        if package not in _BROUGHT_ALONG:
+            raise
+        print(f"arcface-kd: the package {package} is missing: pip install arcface_kd brings it", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("arcface-kd: interrupted", file=sys.stderr)
