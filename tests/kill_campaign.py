@@ -300,10 +300,10 @@ def _export(student: str, out: str, content: str) -> None:
     """Export, but convert once: what is killed is the check and the writing."""
     convert = onnx_export.to_onnx
 
-    def converted(network: Any) -> bytes:
+    def converted(student: Any) -> bytes:
         if not Path(content).exists():
             with atomic_write(content) as stream:
-                stream.write(convert(network))
+                stream.write(convert(student))
         return Path(content).read_bytes()
 
     onnx_export.to_onnx = converted
