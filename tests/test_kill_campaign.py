@@ -11,18 +11,36 @@ import pytest
 import torch
 
 from arcface_kd.backbones import get_backbone
-from tests.kill_campaign import CacheBuilding, Exporting, Job, Packing, Training, TrainingOnTwoRanks, campaign
+from tests.kill_campaign import (
+    CacheBuilding,
+    CacheBuildingOnTwoRanks,
+    Exporting,
+    Job,
+    Packing,
+    Training,
+    TrainingInTheHost,
+    TrainingInTheHostOnTwoRanks,
+    TrainingOnTwoRanks,
+    campaign,
+)
 from tests.trainer.faces import Faces, draw_faces
+from tests.trainer.host import checkout
 
 KILLS = int(os.environ.get("ARCFACE_KD_KILLS", "16"))
 SEED = int(os.environ.get("ARCFACE_KD_KILL_SEED", "0"))
 
 JOBS: list[tuple[type[Job], int, float]] = [
-    (Training, 1, 0.3),
+    (Training, 1, 0.25),
     (TrainingOnTwoRanks, 2, 0.2),
-    (CacheBuilding, 1, 0.2),
+    (CacheBuilding, 1, 0.1),
+    (CacheBuildingOnTwoRanks, 2, 0.1),
     (Packing, 1, 0.2),
-    (Exporting, 1, 0.1),
+    (Exporting, 1, 0.15),
+]
+# More than those, where there is a host.
+HOST_JOBS: list[tuple[type[Job], int, float]] = [
+    (TrainingInTheHost, 1, 0.1),
+    (TrainingInTheHostOnTwoRanks, 2, 0.1),
 ]
 
 
@@ -54,3 +72,20 @@ def test_a_killed_job_comes_to_the_same_bits(
     killed, finished = campaign(job, max(1, round(share * KILLS)), random.Random(f"{SEED} {kind.name}"))
     with capsys.disabled():
         print(f"\n{kind.name}: {killed} kills, {finished} ends, all of the same bits (seed {SEED})")
+
+
+@pytest.mark.slow
+@pytest.mark.trainer
+@pytest.mark.parametrize(("kind", "ranks", "share"), HOST_JOBS, ids=[kind.name for kind, *_ in HOST_JOBS])
+def test_a_host_that_is_killed_comes_to_the_same_bits(
+    arcface_torch: Path,
+    kind: type[Job],
+    ranks: int,
+    share: float,
+    faces: Faces,
+    teacher: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    checkout(arcface_torch, tmp_path / "arcface_torch", "kd_flag", "cpu_gloo", "current_stack")
+    test_a_killed_job_comes_to_the_same_bits(kind, ranks, share, faces, teacher, tmp_path, capsys)

@@ -15,8 +15,8 @@ from arcface_kd.losses.margin_softmax import VisitedClasses, inverse_norm
 # Stands where a row's target is: its exponential is 0, and unlike -inf it may be multiplied by 0 and subtracted.
 HIDDEN = -1e30
 
-# Of a buffer for each thread of a CPU: 512 KB of fp32.
-_PASS_ELEMENTS = 1 << 17
+# Of a buffer for each thread of a CPU: 256 KB of fp32.
+_PASS_ELEMENTS = 1 << 16
 
 
 def pass_size(chunk: int, batch: int, device: torch.device) -> int:
@@ -78,10 +78,14 @@ def sharded_logits(
     inverse = unit.new_empty(visited, 1)
     scaled = (unit * factor).to(product_dtype).T
     for part in slices(visited, chunk):
-        rows, inverse[part] = _rows(classes, part, dtype)
+        rows = _rows(classes, part, dtype)
         if product_dtype == dtype:
-            values[part].addmm_(rows, scaled, beta=0).mul_(inverse[part])
+            values[part].addmm_(rows, scaled, beta=0)
+            # After the product, which has brought the rows near.
+            inverse[part] = _inverse_norms(classes, part, rows)
+            values[part].mul_(inverse[part])
         else:
+            inverse[part] = _inverse_norms(classes, part, rows)
             values[part] = (rows * inverse[part]).to(product_dtype) @ scaled
     place = classes.position * batch + torch.arange(batch, device=unit.device)
     flat.index_fill_(0, torch.where(classes.position >= 0, place, visited * batch), HIDDEN)
@@ -89,12 +93,21 @@ def sharded_logits(
     return ShardedLogits(values, (unit * own).sum(1) * inverse_norm(own), inverse, factor)
 
 
-def _rows(classes: VisitedClasses, part: slice, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Some of the visited class centers (k, D) as they are, and one over their norms (k, 1)."""
-    chosen = part if classes.sampled is None else classes.sampled[part]
-    rows = classes.centers[chosen].to(dtype)
+def _chosen(classes: VisitedClasses, part: slice) -> slice | Tensor:
+    """Where some of the visited classes stand in the shard."""
+    return part if classes.sampled is None else classes.sampled[part]
+
+
+def _rows(classes: VisitedClasses, part: slice, dtype: torch.dtype) -> Tensor:
+    """Some of the visited class centers (k, D) as they are."""
+    return classes.centers[_chosen(classes, part)].to(dtype)
+
+
+def _inverse_norms(classes: VisitedClasses, part: slice, rows: Tensor) -> Tensor:
+    """One over the norms (k, 1) of some of the visited class centers, kept ones where there are any."""
     norms = classes.inverse_norms
-    return rows, (inverse_norm(rows) if norms is None else norms[chosen].to(dtype)).unsqueeze(1)
+    kept = inverse_norm(rows) if norms is None else norms[_chosen(classes, part)].to(rows.dtype)
+    return kept.unsqueeze(1)
 
 
 def gradients_through_cosines(
@@ -140,7 +153,7 @@ def gradients_through_cosines(
     product = torch.empty_like(buffer[:size])
     along = unit.new_empty(buffer.shape[0], 1)
     for part in slices(classes.visited, chunk):
-        rows, _ = _rows(classes, part, dtype)
+        rows = _rows(classes, part, dtype)
         inverse = logits.inverse[part]
         weights = buffer[: rows.shape[0]]
         for piece in slices(weights.shape[0], size):
@@ -163,6 +176,5 @@ def gradients_through_cosines(
             torch.mul(rows, lost, out=result[part]).addmm_(weights, factor)
             continue
         pull = (narrow_weights @ factor).to(dtype).mul_(inverse) if narrow else weights @ factor
-        chosen = part if classes.sampled is None else classes.sampled[part]
-        result[chosen] = pull.addcmul_(rows, lost).to(result.dtype)
+        result[_chosen(classes, part)] = pull.addcmul_(rows, lost).to(result.dtype)
     return in_unit, result
