@@ -5,7 +5,7 @@ read from their checkpoints, so whatever ends a run, the next start goes on wher
 with is kept in ``shkd.json``, so that runs of different settings are never joined.
 
     OUTPUT/stage1_student   the temporary student
-    OUTPUT/stage2_teacher   the teacher, against that student's classifier
+    OUTPUT/stage2_teacher   the teacher, against that student's classifier; its cache where one is wanted
     OUTPUT                  the final student, where any other method leaves its own
 
 OUTPUT has to be a folder that all ranks see: they read the checkpoints in it, and the second and third run read those
@@ -30,6 +30,7 @@ from arcface_kd.methods.base import Method
 from arcface_kd.methods.shkd import SHKDConfig
 from arcface_kd.resharding import checkpoint_file, read_checkpoint
 from arcface_kd.sharding import on_first_rank_first
+from arcface_kd.teacher_classifier import CLASS_MEANS
 from arcface_kd.teachers.base import Teacher, load_teacher
 from arcface_kd.teachers.checkpoint import load_network
 from arcface_kd.teachers.onnx import OnnxNetwork
@@ -120,7 +121,11 @@ class _Stages:
         self.settings = build(SHKDConfig, own, NAME)
         self.teacher_options = under("teacher")
         self.distil_options = {name: value for name, value in options.items() if name not in under(NAME)}
-        self.classifier = str(config.get("kd_classifier") or self.output / "stage1_student")
+        # Means of the teacher's embeddings are not what a student has learned: the first run is not spared by them.
+        self.instead_of = CLASS_MEANS if config.get("kd_classifier") == CLASS_MEANS else None
+        given = None if self.instead_of else config.get("kd_classifier")
+        self.given_classifier = None if given is None else str(given)
+        self.classifier = self.given_classifier or str(self.output / "stage1_student")
         self._check_distillation()
         self.source = None if config.get("kd_teacher") is None else str(config["kd_teacher"])
         self.network, self.teacher = self._teacher()
@@ -171,11 +176,12 @@ class _Stages:
 
     def first(self) -> Stage | None:
         """The temporary student; None where its classifier is given."""
-        if self.config.get("kd_classifier"):
+        if self.given_classifier:
             return None
+        shared = f", whose classifier stands in for {self.instead_of}" if self.instead_of else ""
         return self._stage(
             1,
-            f"the temporary student, {self.config['network']}",
+            f"the temporary student, {self.config['network']}{shared}",
             self.output / "stage1_student",
             num_epoch=self.settings.student_epochs or self.config["num_epoch"],
         )
@@ -205,6 +211,8 @@ class _Stages:
         """The final student. Asked for when the teacher is there."""
         folder = self.output / "stage2_teacher"
         file, options = checkpoint_file(folder, 0), dict(self.distil_options)
+        # The cache that the config names may hold the embeddings of the teacher as it was given.
+        cache = str(folder / "teacher.cache") if self.config.get("kd_cache") else None
         if self.network == "onnx":
             file = on_first_rank_first(lambda: self._exported(folder))
             options |= self._preprocessing()
@@ -217,7 +225,7 @@ class _Stages:
             kd=self.settings.distil,
             kd_teacher=str(file),
             kd_classifier=self.classifier,
-            kd_cache=self.config.get("kd_cache"),
+            kd_cache=cache,
             kd_option=options,
         )
 

@@ -122,10 +122,15 @@ def test_a_whole_run_from_a_checkpoint(faces: Faces, checkpoint: Path, tmp_path:
 def test_a_whole_run_from_an_onnx_teacher(faces: Faces, graph: Path, tmp_path: Path) -> None:
     """Its graph is trained and written back; its preprocessing goes along."""
     given = {**LEARNING, "teacher.channels": "bgr", "teacher.mean": "120", "teacher.std": "100"}
-    config = config_for(faces, tmp_path / "out", kd_teacher=str(graph), kd_option=given)
+    # A cache of the teacher as it was given, which is not the one that the final student learns from.
+    cache = tmp_path / "cache"
+    cache.write_bytes(b"of another teacher")
+    config = config_for(faces, tmp_path / "out", kd_teacher=str(graph), kd_option=given, kd_cache=str(cache))
     stages: list[Stage] = []
     train_stages(config, stages.append)
     second = tmp_path / "out" / "stage2_teacher"
+    assert (second / "teacher.cache").stat().st_size == 2 * faces.num_image * DIMENSION * 2
+    assert cache.read_bytes() == b"of another teacher"
     assert f"the teacher, onnx, starting from {graph}" in stages[1].title
     kept = stages[2].changes["kd_option"]
     assert (kept["teacher.channels"], tuple(kept["teacher.mean"]), kept["teacher.size"]) == ("bgr", (120.0,) * 3, 112)
@@ -165,7 +170,9 @@ def test_what_each_run_gets_of_the_config(faces: Faces, checkpoint: Path, tmp_pa
     assert second["kd_classifier"] == third["kd_classifier"] == first["output"]
     assert second["kd_option"] == {"teacher.network": "thin_r18", "student.init": str(checkpoint)}
     assert (second["kd_teacher"], second["kd_cache"], second["num_epoch"], second["lr"]) == (None, None, 5, 0.3)
-    assert (third["kd"], third["kd_cache"], third["output"]) == ("embedding+rkd", "cache", str(tmp_path))
+    # The cache that was named may be that of the teacher as it was given.
+    cache = f"{second['output']}/teacher.cache"
+    assert (third["kd"], third["kd_cache"], third["output"]) == ("embedding+rkd", cache, str(tmp_path))
     assert third["kd_option"] == {"teacher.network": "thin_r18", "embedding.weight": 32}
     assert "num_epoch" not in third
 
@@ -180,6 +187,13 @@ def test_a_student_s_classes_that_are_there_spare_the_first_run(faces: Faces, ch
     stages = stages_of(config_for(faces, tmp_path, **keys))
     assert [stage.number for stage in stages] == [2, 3]
     assert [stage.changes["kd_classifier"] for stage in stages] == ["somewhere"] * 2
+
+
+def test_class_means_do_not_spare_it(faces: Faces, checkpoint: Path, tmp_path: Path) -> None:
+    keys = {"kd_teacher": str(checkpoint), "kd_classifier": "class-means"}
+    first, second, third = stages_of(config_for(faces, tmp_path, **keys))
+    assert str(first).endswith("the temporary student, thin_r18, whose classifier stands in for class-means")
+    assert [each.changes["kd_classifier"] for each in (second, third)] == [first.changes["output"]] * 2
 
 
 # ---- resuming
