@@ -373,32 +373,25 @@ def test_mobilefacenet_512_reaches_99_percent(real_data: Path) -> None:
 
 
 @pytest.mark.real
-def test_mobilefacenet_512_embeds_at_the_speed_of_its_cleaned_twin(real_data: Path, tmp_path: Path) -> None:
-    import time
-
+def test_mobilefacenet_512_embeds_as_its_cleaned_twin(real_data: Path, tmp_path: Path) -> None:
+    """The denormal weights that it comes with, which make it slow, are gone; nothing else is."""
     import onnx
 
     path = _real(real_data)
     model = onnx.load(str(path))
+    cleaned = 0
     for tensor in model.graph.initializer:
         array = numpy_helper.to_array(tensor)
         if array.dtype == np.float32:
-            tensor.CopyFrom(
-                numpy_helper.from_array(np.where(np.abs(array) < 1e-20, 0, array).astype(np.float32), tensor.name)
-            )
-        elif array.tolist() == [1, -1]:
-            tensor.CopyFrom(numpy_helper.from_array(np.array([0, -1]), tensor.name))
-    for value in (*model.graph.input, *model.graph.output):
-        value.type.tensor_type.shape.dim[0].dim_param = "batch"
+            denormal = (array != 0) & (np.abs(array) < np.finfo(np.float32).tiny)
+            cleaned += int(denormal.sum())
+            tensor.CopyFrom(numpy_helper.from_array(np.where(denormal, 0, array).astype(np.float32), tensor.name))
+    assert cleaned > 0
+    for tensor in onnx.load_from_string(read_graph(path).model).graph.initializer:
+        array = numpy_helper.to_array(tensor)
+        if array.dtype == np.float32:
+            assert not ((array != 0) & (np.abs(array) < np.finfo(np.float32).tiny)).any(), tensor.name
     teachers = [load_teacher(path), load_teacher(saved(tmp_path, model))]
-    images = torch.rand(16, 3, 112, 112) * 2 - 1
+    images = torch.rand(4, 3, 112, 112) * 2 - 1
     first, second = (teacher(images) for teacher in teachers)
     torch.testing.assert_close(first, second, rtol=1e-4, atol=1e-5)
-    quickest = [float("inf")] * 2
-    # Turn by turn and the best of several, since other work on the machine slows single runs.
-    for _ in range(6):
-        for number, teacher in enumerate(teachers):
-            start = time.perf_counter()
-            teacher(images)
-            quickest[number] = min(quickest[number], time.perf_counter() - start)
-    assert quickest[0] < 1.5 * quickest[1]
