@@ -2,7 +2,6 @@ import multiprocessing
 import pickle
 import struct
 import threading
-import time
 import tracemalloc
 from pathlib import Path
 from types import ModuleType
@@ -336,36 +335,20 @@ def test_a_binary_index_is_refused_at_its_first_chunk(tmp_path: Path, monkeypatc
 
 
 @pytest.mark.slow
-def test_a_million_lines_open_in_well_under_a_third_of_mxnets_time(mxnet: ModuleType, tmp_path: Path) -> None:
+def test_a_million_lines_are_kept_once(tmp_path: Path) -> None:
     offsets = np.arange(1_000_000) * 4980
     rec, idx = tmp_path / "train.rec", tmp_path / "train.idx"
     idx.write_text("".join(f"{key}\t{offset}\n" for key, offset in enumerate(offsets.tolist())))
     with open(rec, "wb") as stream:
         stream.seek(int(offsets[-1]))
         stream.write(MAGIC + struct.pack("<I", 0))
-
-    def ours() -> None:
-        reader = RecordReader(rec, idx)
+    with RecordReader(rec, idx) as reader:
         np.testing.assert_array_equal(reader.offsets, offsets)
+        np.testing.assert_array_equal(reader.keys, np.arange(len(offsets)))
         # 93 MB for the 5.8 M records of MS1MV2.
         assert np.shares_memory(reader.keys, reader._index)
         assert np.shares_memory(reader.offsets, reader._index)
         assert reader._index.nbytes == 16 * len(offsets)
-        reader.close()
-
-    def theirs() -> None:
-        mxnet.recordio.MXIndexedRecordIO(str(idx), str(rec), "r").close()
-
-    def best(of: object) -> float:
-        assert callable(of)
-        times = []
-        for _ in range(3):
-            start = time.perf_counter()
-            of()
-            times.append(time.perf_counter() - start)
-        return min(times)
-
-    assert best(ours) < best(theirs) / 4
 
 
 # Bad files ----------------------------------------------------------------------------------------------------------
