@@ -23,6 +23,7 @@ from arcface_kd.device import training_device
 from arcface_kd.errors import ConfigError, TeacherError
 from arcface_kd.process_group import process_group
 from arcface_kd.sharding import RankGroup, on_first_rank_first
+from arcface_kd.shortages import named_shortages
 from arcface_kd.teachers.base import Teacher, load_teacher
 from arcface_kd.teachers.embedding_cache import EmbeddingCache, identity_of, readable_size
 
@@ -96,6 +97,7 @@ def fill_cache(config: Mapping[str, Any], *, teacher: Teacher | None = None) -> 
         ConfigError: no file is named, no data is, or the run would not read the cache.
         RankError: another rank has failed.
         DataError: records that cannot be read.
+        ResourceError: out of memory.
         TeacherError: no teacher, or one that cannot embed an image; a cache of another teacher or other data; no room.
     """
     kd = KDConfig.from_config(config)
@@ -107,7 +109,8 @@ def fill_cache(config: Mapping[str, Any], *, teacher: Teacher | None = None) -> 
         raise ConfigError(
             "dali=True: DALI does not say which records a batch shows, so a run with it reads no cache; set dali=False"
         )
-    with process_group() as (rank, local_rank, _):
+    place = f"filling {kd.cache}"
+    with process_group() as (rank, local_rank, _), named_shortages(lambda: place, "lower batch_size"):
         if torch.cuda.is_available():
             torch.cuda.set_device(local_rank)
         if teacher is None:

@@ -418,6 +418,13 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _complain(error: BaseException, message: str) -> None:
+    """One line to stderr; of several ranks, it names the one that it comes from."""
+    several = int(os.environ.get("WORLD_SIZE", "1")) > 1 and not isinstance(error, RankError)
+    rank = f"rank {os.environ.get('RANK', '?')}: " if several else ""
+    print(f"arcface-kd: {rank}{' '.join(message.split())}", file=sys.stderr)
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command.
 
@@ -431,9 +438,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         arguments = build_parser().parse_args(argv)
         arguments.run(arguments)
     except (ArcfaceKDError, OSError) as error:
-        several = int(os.environ.get("WORLD_SIZE", "1")) > 1 and not isinstance(error, RankError)
-        rank = f"rank {os.environ.get('RANK', '?')}: " if several else ""
-        print(f"arcface-kd: {rank}{' '.join(str(error).split())}", file=sys.stderr)
+        _complain(error, str(error))
+        return 2
+    except (MemoryError, RuntimeError) as error:
+        from arcface_kd.shortages import shortage
+
+        lacked = shortage(error, "lower batch_size, or use a machine with more")
+        if lacked is None:
+            raise
+        _complain(error, lacked)
         return 2
     except ModuleNotFoundError as error:
         package = (error.name or "").partition(".")[0]

@@ -33,6 +33,7 @@ from arcface_kd.process_group import process_group
 from arcface_kd.resharding import open_shards
 from arcface_kd.schedule import linear_with_warmup
 from arcface_kd.sharding import on_first_rank_first
+from arcface_kd.shortages import named_shortages
 from arcface_kd.tensor_file import save_tensors
 
 LOGIT_SCALE = 64.0  # the host's, which no key of its configs changes
@@ -117,7 +118,8 @@ def margin_of_config(config: Mapping[str, Any]) -> Margin:
 def _shortages(folder: Path, step: Callable[[], int]) -> Iterator[None]:
     """Say in one line what the machine did not give, and what to do about it."""
     try:
-        yield
+        with named_shortages(lambda: f"step {step()}", "lower batch_size or use more ranks"):
+            yield
     except ArcfaceKDError:
         raise
     except OSError as error:
@@ -126,16 +128,6 @@ def _shortages(folder: Path, step: Callable[[], int]) -> Iterator[None]:
         raise ResourceError(
             f"step {step()}: cannot write to {folder}: {error.strerror}; what was saved before is untouched"
         ) from error
-    except (MemoryError, RuntimeError) as error:
-        text = " ".join(str(error).split())
-        if isinstance(error, MemoryError | torch.cuda.OutOfMemoryError) or "can't allocate memory" in text:
-            raise ResourceError(f"step {step()}: out of memory: lower batch_size or use more ranks ({text})") from error
-        if text.startswith("DataLoader worker"):
-            raise ResourceError(
-                f"step {step()}: a process that reads images has ended, as the system does when memory runs out: lower "
-                f"num_workers or batch_size ({text})"
-            ) from error
-        raise
 
 
 class _LogFile(logging.FileHandler):

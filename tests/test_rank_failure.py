@@ -1,10 +1,13 @@
 """One bad rank ends the whole job in time: the others stop, and name it and its cause."""
 
+import importlib
 import os
 import signal
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
+from concurrent.futures.process import BrokenProcessPool
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -12,7 +15,8 @@ from typing import Any
 import pytest
 import torch
 
-from arcface_kd import cli, distiller
+from arcface_kd import cli
+from arcface_kd.backbones import get_backbone
 from arcface_kd.errors import ConfigError, ResourceError
 from arcface_kd.process_group import TIMEOUT, job_timeout
 from arcface_kd.trainer import _shortages
@@ -28,11 +32,11 @@ def faces(tmp_path_factory: pytest.TempPathFactory) -> Faces:
     return draw_faces(tmp_path_factory.mktemp("faces"), identities=6, images=8)
 
 
-def write_config(faces: Faces, folder: Path) -> Path:
+def write_config(faces: Faces, folder: Path, **more: Any) -> Path:
     keys: dict[str, Any] = {
         **{"network": "thin_r18", "rec": str(faces.folder), "num_classes": 6, "num_image": 48, "num_epoch": 50},
         **{"warmup_epoch": 0, "val_targets": [], "embedding_size": 16, "batch_size": 4, "num_workers": 0},
-        **{"output": str(folder / "run")},
+        **{"output": str(folder / "run"), **more},
     }
     file = folder / "small.py"
     file.write_text(f"from easydict import EasyDict\nconfig = EasyDict({keys!r})\n")
@@ -55,17 +59,38 @@ def fail(how: str) -> None:
 
 def train_and_fail(config: str, bad_rank: int, how: str) -> int:
     """Train, but for one rank, which fails at its third step."""
-    forward, steps = distiller.DistillationHead.forward, 0
+    return run_and_fail(["train", config], bad_rank, how, "arcface_kd.distiller:DistillationHead.forward", 3)
 
-    def failing(self: distiller.DistillationHead, *arguments: Any) -> Any:
-        nonlocal steps
-        steps += 1
-        if steps == 3 and int(os.environ["RANK"]) == bad_rank:
+
+def run_and_fail(words: Sequence[str], bad_rank: int, how: str, place: str, call: int) -> int:
+    """Run a command, but for one rank, which fails when it calls a function or method for the so-maniest time.
+
+    Args:
+        words: of the command.
+        bad_rank: the rank that fails.
+        how: see :func:`fail`.
+        place: ``module:name`` or ``module:class.name`` of what it calls.
+        call: 1 for the first time.
+
+    Returns:
+        The command's exit code.
+    """
+    module, _, name = place.partition(":")
+    owner: Any = importlib.import_module(module)
+    *path, name = name.split(".")
+    for each in path:
+        owner = getattr(owner, each)
+    whole, calls = getattr(owner, name), 0
+
+    def failing(*arguments: Any, **keywords: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        if calls == call and int(os.environ["RANK"]) == bad_rank:
             fail(how)
-        return forward(self, *arguments)
+        return whole(*arguments, **keywords)
 
-    distiller.DistillationHead.forward = failing  # type: ignore[assignment,method-assign]
-    return cli.main(["train", config])
+    setattr(owner, name, failing)
+    return cli.main(list(words))
 
 
 def last_lines(log: Path) -> str:
@@ -116,6 +141,65 @@ def test_the_others_end_and_say_why(faces: Faces, tmp_path: Path, how: str, bad_
         assert "Traceback" not in own
 
 
+# What goes on besides steps: a function that is called there, and how often before it fails.
+VERIFYING = ("arcface_kd.trainer:evaluate", 1)
+CHECKPOINTING = ("arcface_kd.checkpoint_files:save_tensors", 2)
+FILLING = ("arcface_kd.teachers.embedding_cache:EmbeddingCache.store", 2)
+MAKING_ITS_FILE = ("arcface_kd.teachers.embedding_cache:EmbeddingCache.__init__", 1)
+DECODING = ("arcface_kd.data.dataset:RecordDataset.__getitem__", 5)
+WRITING_SCALARS = ("arcface_kd.step_log:StepLog.write", 2)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("command", "place", "how", "bad_rank", "cause"),
+    [
+        # Rank 0 verifies while the others go on to the next collective.
+        ("train", VERIFYING, "exception", 0, "because rank 0 failed: ValueError: a fault of this rank"),
+        ("train", VERIFYING, "memory", 0, "because rank 0 failed: ResourceError: step 2: out of memory"),
+        ("train", VERIFYING, "kill", 0, ""),
+        ("train", VERIFYING, "hang", 0, "because rank 0 did not answer in time"),
+        ("train", CHECKPOINTING, "exception", 1, "because rank 1 failed: ValueError: a fault of this rank"),
+        ("train", CHECKPOINTING, "kill", 1, "because rank 1 is gone: its process was ended from outside"),
+        ("train", DECODING, "memory", 1, "because rank 1 failed: ResourceError: step 0: out of memory"),
+        ("train", WRITING_SCALARS, "exception", 0, "because rank 0 failed: ValueError: a fault of this rank"),
+        ("cache", MAKING_ITS_FILE, "exception", 0, "because rank 0 failed: ValueError: a fault of this rank"),
+        ("cache", MAKING_ITS_FILE, "kill", 1, "because rank 1 is gone: its process was ended from outside"),
+        ("cache", FILLING, "exception", 1, "because rank 1 failed: ValueError: a fault of this rank"),
+        ("cache", FILLING, "memory", 1, "because rank 1 failed: ResourceError: filling "),
+        ("cache", FILLING, "kill", 1, "because rank 1 is gone: its process was ended from outside"),
+        ("cache", FILLING, "hang", 1, "because rank 1 did not answer in time"),
+        ("cache", DECODING, "exception", 0, "because rank 0 failed: ValueError: a fault of this rank"),
+    ],
+    ids=str,
+)
+def test_wherever_it_fails(
+    faces: Faces, tmp_path: Path, command: str, place: tuple[str, int], how: str, bad_rank: int, cause: str
+) -> None:
+    teacher = tmp_path / "teacher.pt"
+    torch.save(get_backbone("thin_r18", num_features=16).state_dict(), teacher)
+    keys = {"val_targets": ["pairs"], "verbose": 2, "save_all_states": True, "frequent": 1, "kd": "adadistill"}
+    paths = {"kd_teacher": str(teacher), "kd_cache": str(tmp_path / "rows")}
+    config, port = write_config(faces, tmp_path, **keys, **paths), free_port()
+    ranks = [
+        start(
+            *(run_and_fail, [command, str(config)], bad_rank, how, *place),
+            log=tmp_path / f"rank{rank}.log",
+            environment=ranks_environment(2, port, rank, **{TIMEOUT: "20"}),
+        )
+        for rank in (0, 1)
+    ]
+    code = wait([ranks[1 - bad_rank]], PATIENCE)[0]
+    wait(ranks, 0.0 if how == "hang" else PATIENCE)
+    log = tmp_path / f"rank{1 - bad_rank}.log"
+    assert code == 2, last_lines(log)
+    (line,) = [line for line in log.read_text().splitlines() if line.startswith("arcface-kd: ")]
+    if cause:
+        assert line.startswith(f"arcface-kd: rank {1 - bad_rank} of 2 stopped {cause}")
+    else:
+        assert "has lost the others" in line or "is gone" in line
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("how", ["kill", "exception"])
 def test_torchrun_ends_the_job(faces: Faces, tmp_path: Path, how: str) -> None:
@@ -161,6 +245,28 @@ def test_what_the_machine_lacks_is_one_line(error: Exception, message: str) -> N
     with pytest.raises(ResourceError, match=message) as caught, _shortages(Path("run"), lambda: 7):
         raise error
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("error", "message"),
+    [
+        (MemoryError(), "arcface-kd: out of memory: lower batch_size, or use a machine with more\n"),
+        (torch.cuda.OutOfMemoryError("tried\n 7 GiB"), "use a machine with more (tried 7 GiB)\n"),
+        (BrokenProcessPool("A process was terminated"), "arcface-kd: a process that helps with the work has ended"),
+    ],
+    ids=str,
+)
+def test_what_any_command_lacks_is_one_line(
+    error: Exception, message: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fail(arguments: object) -> None:
+        raise error
+
+    monkeypatch.setattr(cli, "_methods", fail)
+    assert cli.main(["methods"]) == 2
+    printed = capsys.readouterr().err
+    assert message in printed
+    assert printed.count("\n") == 1
 
 
 def test_a_fault_of_ours_is_left_alone() -> None:

@@ -26,6 +26,7 @@ __all__ = [
     "evaluate",
     "normalize",
     "pair_distances",
+    "require_both_kinds",
     "ten_fold_accuracy",
     "ten_fold_val",
     "verify",
@@ -186,6 +187,24 @@ def ten_fold_val(distances: np.ndarray, is_same: np.ndarray, far: float) -> tupl
     return val, np.bincount(folds[~is_same], weights=below[~is_same], minlength=FOLDS) / impostors
 
 
+def require_both_kinds(is_same: np.ndarray) -> None:
+    """Refuse pairs that ten folds cannot be made of, which shows before any image is embedded.
+
+    Args:
+        is_same: (P,) bool.
+
+    Raises:
+        DataError: fewer than ten pairs, or one kind of pair only.
+    """
+    if len(is_same) < FOLDS:
+        raise DataError(f"{len(is_same)} pairs: ten-fold verification wants at least {FOLDS}")
+    if is_same.all() or not is_same.any():
+        raise DataError(
+            f"all {len(is_same)} pairs are of {'the same identity' if is_same.all() else 'different identities'}: "
+            "verification wants both kinds"
+        )
+
+
 def _checked(embeddings: np.ndarray, is_same: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """The embeddings in float64 and the pairs' kinds as booleans, or what is wrong with them."""
     rows = np.asarray(embeddings, dtype=np.float64)
@@ -195,13 +214,7 @@ def _checked(embeddings: np.ndarray, is_same: np.ndarray) -> tuple[np.ndarray, n
             f"embeddings of shape {rows.shape} for pairs of shape {same.shape}: wanted (2P, D) for (P,), rows 2i and "
             "2i + 1 being pair i"
         )
-    if len(same) < FOLDS:
-        raise DataError(f"{len(same)} pairs: ten-fold verification wants at least {FOLDS}")
-    if same.all() or not same.any():
-        raise DataError(
-            f"all {len(same)} pairs are of {'the same identity' if same.all() else 'different identities'}: "
-            "verification wants both kinds"
-        )
+    require_both_kinds(same)
     norms = np.sqrt(np.einsum("ij,ij->i", rows, rows))
     bad = np.flatnonzero(~np.isfinite(norms))
     if len(bad):
