@@ -10,7 +10,7 @@ import torch
 from benchmarks import plots, record
 
 # Each is a module of this package with `run(sizes, device) -> rows`, default `Sizes()` and `TINY` ones.
-BENCHMARKS = ("head", "learned", "gkd", "scale", "cache", "methods", "tcs", "loader", "verification")
+BENCHMARKS = ("head", "learned", "gkd", "scale", "cache", "methods", "tcs", "loader", "denormals", "verification")
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
