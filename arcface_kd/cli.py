@@ -20,13 +20,14 @@ _BROUGHT_ALONG = frozenset(
 
 def _train(arguments: argparse.Namespace) -> None:
     from arcface_kd.config import load_config
-    from arcface_kd.hook import merge_arguments
+    from arcface_kd.hook import merge_arguments, refuse_flags_without_method
     from arcface_kd.recipe import train_stages
     from arcface_kd.shkd_stages import wants_stages
     from arcface_kd.trainer import train
 
     config = load_config(arguments.config, _settings(arguments.set))
     merge_arguments(config, arguments)
+    refuse_flags_without_method(config, arguments)
     first = os.environ.get("RANK", "0") == "0"
     result = train_stages(config, print if first else None) if wants_stages(config) else train(config)
     for name, verification in result.verification.items():
@@ -91,6 +92,9 @@ def _demo(arguments: argparse.Namespace) -> None:
             teacher=arguments.kd_teacher,
             options=arguments.kd_option or [],
             method=arguments.kd or "adadistill",
+            classifier=arguments.kd_classifier,
+            cache=None if arguments.kd_cache is None else Path(arguments.kd_cache),
+            on_bad_record=arguments.kd_on_bad_record or "stop",
             seeds=arguments.seeds,
             epochs=arguments.epochs,
         )

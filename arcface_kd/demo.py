@@ -13,12 +13,17 @@ from typing import Any
 from easydict import EasyDict
 
 from arcface_kd.atomic import atomic_write
+from arcface_kd.backbones import get_backbone
+from arcface_kd.cache_filling import fill_cache
 from arcface_kd.config import BASE, KDConfig
+from arcface_kd.data.dataset import OnBadRecord
 from arcface_kd.distiller import Distiller
 from arcface_kd.errors import ConfigError, DataError
 from arcface_kd.evaluation.plots import plot_alpha, plot_roc, plot_training
+from arcface_kd.evaluation.report_pictures import require_matplotlib
 from arcface_kd.evaluation.scalars import Curve, read_scalars
 from arcface_kd.evaluation.verification import VerificationResult, evaluate
+from arcface_kd.teacher_classifier import CLASS_MEANS
 from arcface_kd.teachers.base import Teacher, load_teacher
 from arcface_kd.trainer import TrainResult, train
 
@@ -47,6 +52,9 @@ class DemoSettings:
         teacher: a teacher's file; None trains one on the same data.
         options: ``--kd-option`` strings; ``adadistill.alpha`` is ``plain`` unless they say otherwise.
         method: what the student is distilled with.
+        classifier: the teacher's classifier, or ``class-means``, for methods that need one.
+        cache: the teacher's embeddings; None keeps them in ``out`` and makes them anew.
+        on_bad_record: what becomes of a record that cannot be read.
         seeds: how often each student is trained.
         epochs: of the students; None chooses for the data.
     """
@@ -56,6 +64,9 @@ class DemoSettings:
     teacher: str | None = None
     options: Sequence[str] = ()
     method: str = "adadistill"
+    classifier: str | None = None
+    cache: Path | None = None
+    on_bad_record: OnBadRecord = "stop"
     seeds: int = 1
     epochs: int | None = None
 
@@ -119,32 +130,40 @@ def run_demo(settings: DemoSettings) -> list[Row]:
         The table's rows.
 
     Raises:
-        ConfigError: an option that is not known.
+        ConfigError: an option that is not known, a teacher of another dimension without a projection, or no matplotlib.
         DataError: a data folder that cannot be used.
-        TeacherError: a teacher that cannot be used.
+        TeacherError: a teacher that cannot be used, or a method that needs more of it than was given.
     """
     began = time.perf_counter()
+    require_matplotlib()
     drawn = settings.data is None
     train_teacher = settings.teacher is None
-    stages = _Stages(1 + int(drawn) + int(drawn and train_teacher) + int(train_teacher) + 2 * settings.seeds)
-    cache = settings.out / "teacher.cache"
+    cache = settings.cache or settings.out / "teacher.cache"
     options = [f"{name}.{option}" for name in settings.method.split("+") for option in _FEW_IMAGES.get(name, ())]
-    kd = KDConfig.from_config(
-        {
-            "kd": settings.method,
-            "kd_teacher": settings.teacher,
-            "kd_cache": cache,
-            "kd_option": [*options, *settings.options],
-        }
-    )
+    kd_keys = {
+        "kd": settings.method,
+        "kd_teacher": settings.teacher,
+        "kd_cache": str(cache),
+        "kd_classifier": settings.classifier,
+        "kd_option": [*options, *settings.options],
+        "kd_on_bad_record": settings.on_bad_record,
+    }
+    kd = KDConfig.from_config(kd_keys)
     if settings.teacher is None and "teacher" in kd.options:
         raise ConfigError("teacher options were given without a teacher; add --kd-teacher FILE")
     teacher = load_teacher(settings.teacher, kd.options.get("teacher")) if settings.teacher is not None else None
-    # Given data are looked at before the first file is written.
+    # What cannot run ends before the first file is written, and not when the teacher and a student are trained.
+    wiring = Distiller(kd, teacher if teacher is not None else load_teacher(get_backbone(NETWORK)))
+    wiring.refuse_dimension(BASE["embedding_size"], wiring.teacher_embedding_size)
     given = None if settings.data is None else _config_for(settings.data, settings)
+    fill_first = wiring.from_cache_alone or kd.classifier == CLASS_MEANS
+    stages = _Stages(
+        1 + int(drawn) + int(drawn and train_teacher) + int(train_teacher) + int(fill_first) + 2 * settings.seeds
+    )
     settings.out.mkdir(parents=True, exist_ok=True)
-    for stale in (cache, cache.with_name(cache.name + ".json")):
-        stale.unlink(missing_ok=True)
+    if settings.cache is None:
+        for stale in (cache, cache.with_name(cache.name + ".json")):
+            stale.unlink(missing_ok=True)
     data = settings.data if settings.data is not None else _draw_faces(settings.out / "faces", stages)
     base = given if given is not None else _config_for(data, settings)
 
@@ -157,6 +176,9 @@ def run_demo(settings: DemoSettings) -> list[Row]:
         teacher = load_teacher(result.output / "model.pt", {"network": config.network})
     trained_teacher.parameters = teacher.parameter_count
     trained_teacher.verification.append(_verify_teacher(teacher, data, base.val_targets, stages))
+    if fill_first:
+        stages.next("embedding all faces with the teacher")
+        fill_cache({**base, **kd_keys}, teacher=teacher)
 
     alone, distilled = _Trained("alone"), _Trained(settings.method)
     for seed in range(settings.seeds):
@@ -229,7 +251,7 @@ def _config_for(data: Path, settings: DemoSettings) -> EasyDict:
     """An arcface_torch config for a student on this data."""
     from arcface_kd.data.dataset import RecordDataset
 
-    records = RecordDataset(data)
+    records = RecordDataset(data, on_bad_record=settings.on_bad_record)
     targets = sorted(path.stem for path in data.glob("*.bin"))
     if not targets:
         raise DataError(f"{data} has no verification set (*.bin); the demo's numbers come from held-out identities")
@@ -252,6 +274,7 @@ def _config_for(data: Path, settings: DemoSettings) -> EasyDict:
         verbose=10**9,
         frequent=max(1, min(10, len(records) // 128)),
         num_workers=0,
+        kd_on_bad_record=settings.on_bad_record,
     )
     return config
 

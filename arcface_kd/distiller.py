@@ -18,7 +18,7 @@ from torch.nn.functional import normalize
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from arcface_kd import registry
-from arcface_kd.config import KDConfig, StudentOptions, build
+from arcface_kd.config import KDConfig, build
 from arcface_kd.data.dataset import IMAGE_SIZE, FaceDataset
 from arcface_kd.data.fingerprint import fingerprint, shows_two_views
 from arcface_kd.data.loader import BatchViews, FaceLoader
@@ -159,6 +159,29 @@ class Distiller:
         if self.teacher is not None:
             return self.teacher.embedding_size
         return self.cache.embedding_size if self.from_cache_alone and self.cache is not None else None
+
+    @property
+    def compares_embeddings(self) -> bool:
+        """Whether a method holds the student's embeddings against the teacher's, number by number."""
+        return any(kind.projects for kind in self.method_types.values())
+
+    def refuse_dimension(self, embedding_size: int, teacher_embedding_size: int | None) -> None:
+        """Refuse a teacher of another dimension than the student's where the run has no way to compare the two.
+
+        Args:
+            embedding_size: the student's dimension.
+            teacher_embedding_size: the teacher's; None where there is none.
+
+        Raises:
+            ConfigError: they differ, a method compares embeddings, and the run asks for no projection.
+        """
+        if teacher_embedding_size in (None, embedding_size) or not self.compares_embeddings:
+            return
+        if self.student_options.projection == "none":
+            raise ConfigError(
+                f"the teacher has {teacher_embedding_size} dimensions and the student {embedding_size}: set "
+                f"embedding_size={teacher_embedding_size}, or add --kd-option student.projection=linear"
+            )
 
     @property
     def _listens(self) -> bool:
@@ -382,10 +405,10 @@ class DistillationHead(nn.Module):
         teacher_embedding_size = distiller.teacher_embedding_size
         if teacher_embedding_size is None and classifier is not None:
             teacher_embedding_size = classifier.shape[1]
-        compares = any(kind.projects for kind in distiller.method_types.values())
+        distiller.refuse_dimension(embedding_size, teacher_embedding_size)
         self.projection = (
-            _projection(distiller.student_options, embedding_size, teacher_embedding_size, seed, self.ranks)
-            if compares
+            _projection(embedding_size, teacher_embedding_size, seed, self.ranks)
+            if distiller.compares_embeddings
             else None
         )
         self.register_buffer("class_range", torch.tensor([shard.start, shard.start + shard.size, num_classes]))
@@ -642,17 +665,11 @@ def _squared_norm(term: Tensor, embeddings: Tensor) -> Tensor:
 
 
 def _projection(
-    options: StudentOptions, embedding_size: int, teacher_embedding_size: int | None, seed: int, ranks: RankGroup
+    embedding_size: int, teacher_embedding_size: int | None, seed: int, ranks: RankGroup
 ) -> nn.Linear | None:
-    """The matrix between student and teacher where their dimensions differ and the run asks for it."""
-    if teacher_embedding_size in (None, embedding_size):
+    """The matrix between student and teacher where their dimensions differ."""
+    if teacher_embedding_size is None or teacher_embedding_size == embedding_size:
         return None
-    assert teacher_embedding_size is not None
-    if options.projection == "none":
-        raise ConfigError(
-            f"the teacher has {teacher_embedding_size} dimensions and the student {embedding_size}: set "
-            f"embedding_size={teacher_embedding_size}, or add --kd-option student.projection=linear"
-        )
     projection = nn.Linear(embedding_size, teacher_embedding_size, bias=False)
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():

@@ -8,8 +8,9 @@ import torch
 
 from arcface_kd import demo
 from arcface_kd.backbones import get_backbone
+from arcface_kd.cli import main
 from arcface_kd.demo import DemoSettings, Row, run_demo, table, verdict
-from arcface_kd.errors import ConfigError, DataError
+from arcface_kd.errors import ConfigError, DataError, TeacherError
 from tests.trainer.faces import draw_faces
 
 
@@ -66,6 +67,59 @@ def test_draws_trains_and_compares(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     ]
     assert (tmp_path / "faces" / "train.rec").is_file()
     assert (tmp_path / "teacher" / "model.pt").is_file()
+
+
+def test_a_method_of_class_means_finds_the_cache_filled(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "faces").mkdir()
+    faces = draw_faces(tmp_path / "faces", identities=16, images=10)
+    torch.manual_seed(0)
+    torch.save(get_backbone("thin_r18").state_dict(), tmp_path / "teacher.pt")
+    settings = DemoSettings(
+        out=tmp_path / "out",
+        data=faces.folder,
+        teacher=str(tmp_path / "teacher.pt"),
+        method="proxylesskd",
+        classifier="class-means",
+        cache=tmp_path / "kept.cache",
+        epochs=1,
+    )
+    assert [r.model for r in run_demo(settings)] == ["teacher", "alone", "proxylesskd"]
+    assert "[2/4] embedding all faces with the teacher" in capsys.readouterr().out
+    assert (tmp_path / "kept.cache").is_file()
+
+
+@pytest.mark.parametrize(
+    ("method", "dimension", "error", "words"),
+    [
+        ("adadistill", 64, ConfigError, "the teacher has 64 dimensions and the student 512"),
+        ("proxylesskd", 512, TeacherError, "proxylesskd needs"),
+    ],
+)
+def test_what_the_student_cannot_use_is_refused_before_anything_is_trained(
+    tmp_path: Path, method: str, dimension: int, error: type[Exception], words: str
+) -> None:
+    (tmp_path / "faces").mkdir()
+    faces = draw_faces(tmp_path / "faces", identities=4, images=4)
+    torch.save(get_backbone("mobilefacenet", num_features=dimension).state_dict(), tmp_path / "teacher.pt")
+    with pytest.raises(error, match=words):
+        run_demo(
+            DemoSettings(
+                out=tmp_path / "out", data=faces.folder, teacher=str(tmp_path / "teacher.pt"), method=method, epochs=1
+            )
+        )
+    assert not (tmp_path / "out").exists()
+
+
+def test_every_flag_of_the_command_reaches_the_demo(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[DemoSettings] = []
+    monkeypatch.setattr(demo, "run_demo", asked.append)
+    words = (
+        "demo --kd kd --kd-teacher t --kd-classifier class-means --kd-cache c --on-bad-record skip --kd-option kd.t=1"
+    )
+    assert main(words.split()) == 0
+    (settings,) = asked
+    assert (settings.method, settings.teacher, settings.classifier) == ("kd", "t", "class-means")
+    assert (settings.cache, settings.on_bad_record, settings.options) == (Path("c"), "skip", ["kd.t=1"])
 
 
 def test_data_without_pairs_is_refused(tmp_path: Path) -> None:
