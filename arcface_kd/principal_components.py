@@ -228,7 +228,8 @@ def _read(path: Path, cache: EmbeddingCache) -> PrincipalComponents | None:
             raise ValueError(f"shapes {shapes} of {count} rows")
         if not all(bool(part.isfinite().all()) for part in (mean, axes, variances)):
             raise ValueError("NaN or inf")
-    except (ValueError, TypeError, KeyError, OSError, EOFError, zipfile.BadZipFile) as error:
+    # zipfile raises struct.error, NotImplementedError and more besides BadZipFile, numpy what its header asks for.
+    except Exception as error:
         logger.warning("%s is damaged (%s): it is made anew", path, " ".join(str(error).split()))
         return None
     return PrincipalComponents(mean.double(), axes.double(), variances.double(), count)

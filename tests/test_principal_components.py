@@ -123,7 +123,10 @@ def test_what_is_another_caches_or_damaged_is_made_anew(tmp_path: Path, caplog: 
     objects, big = tmp_path / "objects.npz", tmp_path / "big.npz"
     np.savez(objects, identity=np.array([{}], dtype=object), mean=0, axes=0, variances=0, count=2)
     np.savez_compressed(big, identity=np.zeros(1 << 22), mean=0, axes=0, variances=0, count=2)
-    for bad in (b"", b"PK\x03\x04", good[:-30], objects.read_bytes(), big.read_bytes()):
+    # The version that its entries need, in the list at the end, is one that zipfile does not know.
+    entry = good.index(b"PK\x01\x02")
+    newer = good[: entry + 6] + b"\x65\x00" + good[entry + 8 :]
+    for bad in (b"", b"PK\x03\x04", good[:-30], newer, objects.read_bytes(), big.read_bytes()):
         file.write_bytes(bad)
         caplog.clear()
         with caplog.at_level(logging.WARNING):
