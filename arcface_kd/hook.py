@@ -22,6 +22,7 @@ from arcface_kd.device import narrow_format, training_device
 from arcface_kd.distiller import DistillationHead, Distiller, margin_of
 from arcface_kd.errors import ConfigError
 from arcface_kd.sharding import RankGroup
+from arcface_kd.shkd_stages import NAME as STAGED
 from arcface_kd.shkd_stages import next_stage, wants_stages
 from arcface_kd.step_log import StepLog
 from arcface_kd.teachers.starting_point import prepare_images, start_from
@@ -108,6 +109,33 @@ def flags_of(arguments: argparse.Namespace) -> list[str]:
             flag = "--" + key.replace("_", "-").replace("kd-on-bad", "on-bad")
             words += [flag, *([value] if isinstance(value, str) else value)]
     return words
+
+
+def refuse_flags_without_method(
+    config: Mapping[str, Any], arguments: argparse.Namespace, *, reads_records: bool = True
+) -> None:
+    """Refuse flags that nobody would look at, since a run that only seems to distil costs days.
+
+    A method that is switched off by name (``--kd ""``) is no mistake, nor are the keys that a config keeps for it.
+
+    Args:
+        config: with the flags merged in.
+        arguments: parsed by a parser that :func:`add_arguments` extended.
+        reads_records: whether this package reads the records without distillation too, and minds ``--on-bad-record``.
+
+    Raises:
+        ConfigError: a flag was given, and there is no method.
+    """
+    if config.get("kd") or arguments.kd is not None:
+        return
+    given = [word for word in flags_of(arguments) if word.startswith("--kd-")]
+    if arguments.kd_on_bad_record is not None and not reads_records:
+        given.append("--on-bad-record")
+    if given:
+        raise ConfigError(
+            f"{' and '.join(given)} without a method: nothing would come of it; add --kd METHOD, set kd in the config, "
+            "or leave it out"
+        )
 
 
 def drop_ins(
@@ -224,7 +252,7 @@ def _live_config(config: Mapping[str, Any]) -> Callable[[], Mapping[str, Any]]:
 def _go_to_next_stage(config: dict[str, Any], caller: str) -> None:
     """Make the config of a method of several runs that of the next one."""
     settings = dict(_live_config(config)())
-    if "output" in config and config["output"] is None:
+    if settings.get("output") is None:
         # The trainer will call it so, but has not yet.
         settings["output"] = str(Path("work_dirs") / caller.rpartition(".")[2])
     stage = next_stage(settings)
@@ -253,23 +281,39 @@ def attach(
         trainer: the running trainer's module; None takes ``__main__``.
 
     Returns:
-        The drop-ins; None where there is nothing to do: ``kd`` is not set, or the compact trainer reads the config
-        file and asks for the drop-ins itself.
+        The drop-ins; None where there is nothing to do: ``kd`` is not set, a copied config has done it already and no
+        flag changes it, or the compact trainer reads the config file and asks for the drop-ins itself.
 
     Raises:
-        ConfigError: a bad ``kd*`` key, or a name that the trainer does not have (the message says which).
+        ConfigError: a bad ``kd*`` key, a flag that would have no effect, or a name that the trainer does not have (the
+            message says which).
         TeacherError: no teacher where one is needed.
     """
     if reading_config():
         return None
+    host = trainer if trainer is not None else sys.modules["__main__"]
+    if arguments is not None and (copied := host.__dict__.get("_arcface_kd_copied")) is not None:
+        given = [word for word in flags_of(arguments) if word.startswith("--")]
+        if not given and arguments.kd is None:
+            return None
+        if given and copied == STAGED:
+            raise ConfigError(
+                f"{' and '.join(given)} would change a run of {STAGED} that the config's last line has begun: set the "
+                "keys in the config"
+            )
     if arguments is not None:
         merge_arguments(config, arguments)
+        refuse_flags_without_method(config, arguments, reads_records=False)
+    elif config.get("kd"):
+        host.__dict__["_arcface_kd_copied"] = config["kd"]
     if wants_stages(config):
         _go_to_next_stage(config, str(sys._getframe(1).f_globals.get("__name__", "")))
     if not config.get("kd"):
         KDConfig.from_config(config)
+        # A flag has switched off what a copied config asks for.
+        for name, value in host.__dict__.pop("_arcface_kd_replaced", {}).items():
+            setattr(host, name, value)
         return None
-    host = trainer if trainer is not None else sys.modules["__main__"]
     missing = [name for name in HOST_NAMES if not hasattr(host, name)]
     if missing:
         raise ConfigError(

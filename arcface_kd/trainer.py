@@ -25,7 +25,14 @@ from arcface_kd.config import BASE, RUN_KEYS, suggestion
 from arcface_kd.data.verification_bin import VerificationSet, read_bin
 from arcface_kd.device import narrow_format, training_device
 from arcface_kd.distiller import Distiller
-from arcface_kd.errors import ArcfaceKDError, ConfigError, DataError, NumberError, ResourceError
+from arcface_kd.errors import (
+    ArcfaceKDError,
+    CheckpointError,
+    ConfigError,
+    DataError,
+    NumberError,
+    ResourceError,
+)
 from arcface_kd.evaluation.verification import VerificationResult, evaluate
 from arcface_kd.hook import DropIns, drop_ins
 from arcface_kd.losses.margin import Margin
@@ -45,6 +52,13 @@ _CANNOT_WRITE = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG, errno.EIO
 # name and warns about the old one.
 _RENAMED = "forward_sync_buffers" in inspect.signature(nn.parallel.DistributedDataParallel).parameters
 _KEEP_BUFFERS: dict[str, Any] = {"forward_sync_buffers" if _RENAMED else "broadcast_buffers": False}
+
+_AT_LEAST_ONE = (
+    *("num_classes", "num_image", "num_epoch", "batch_size"),
+    *("embedding_size", "gradient_acc", "frequent", "verbose"),
+)
+# What seeds are multiplied by, to make one of each step and rank, must leave them in 64 bits.
+_LARGEST_SEED = 2**31 - 1
 
 # Keys that only the host's own surroundings can honour, with the values at which they ask for nothing.
 _HOST_ONLY = {"dali": (False,), "dali_aug": (False,), "using_wandb": (False,)}
@@ -91,9 +105,18 @@ def check_keys(config: Mapping[str, Any]) -> None:
     missing = [key for key in wanted if config.get(key) is None]
     if missing:
         raise ConfigError(f"the config sets no {', '.join(missing)}; a run needs {', '.join(wanted)}")
-    for key in ("num_classes", "num_image", "num_epoch", "batch_size", "embedding_size", "gradient_acc", "frequent"):
+    for key in _AT_LEAST_ONE:
         if not (isinstance(config[key], int) and config[key] >= 1):
             raise ConfigError(f"{key} is {config[key]!r}; it must be a whole number, at least 1")
+    if not (isinstance(config["warmup_epoch"], int) and config["warmup_epoch"] >= 0):
+        raise ConfigError(f"warmup_epoch is {config['warmup_epoch']!r}; it must be a whole number, at least 0")
+    if not (isinstance(config["seed"], int) and 0 <= config["seed"] <= _LARGEST_SEED):
+        raise ConfigError(f"seed is {config['seed']!r}; it must be a whole number from 0 to {_LARGEST_SEED}")
+    for key in ("lr", "momentum", "weight_decay"):
+        if not (isinstance(config[key], int | float) and 0 <= config[key] < float("inf")):
+            raise ConfigError(f"{key} is {config[key]!r}; it must be a finite number, at least 0")
+    if not isinstance(config["val_targets"], list | tuple):
+        raise ConfigError(f"val_targets is {config['val_targets']!r}; it must be a list of names, such as ['lfw']")
     if config["optimizer"] not in ("sgd", "adamw"):
         raise ConfigError(f"optimizer is {config['optimizer']!r}; it must be sgd or adamw")
     if not 0 < config["sample_rate"] <= 1:
@@ -109,9 +132,12 @@ def margin_of_config(config: Mapping[str, Any]) -> Margin:
     """
     try:
         m1, m2, m3 = config["margin_list"]
-        return Margin(LOGIT_SCALE, m1, m2, m3, config["interclass_filtering_threshold"])
     except (TypeError, ValueError) as error:
         raise ConfigError(f"margin_list is {config['margin_list']!r}; it must be m1, m2 and m3: {error}") from error
+    try:
+        return Margin(LOGIT_SCALE, m1, m2, m3, config["interclass_filtering_threshold"])
+    except (TypeError, ValueError) as error:
+        raise ConfigError(f"margin_list or interclass_filtering_threshold: {error}") from error
 
 
 @contextlib.contextmanager
@@ -262,15 +288,17 @@ class _Run:
 
     def resume(self) -> None:
         """Go on from the last epoch that was saved, by as many ranks or others."""
+        # First of all: rank 0's own may be what a kill has left waiting.
+        on_first_rank_first(lambda: finish_saving(self.folder), self.ranks)
         path = checkpoint_file(self.folder, 0)
         if not path.is_file():
             raise ConfigError(f"resume is on but there is no {path}; set resume=False, or save_all_states=True before")
-        on_first_rank_first(lambda: finish_saving(self.folder), self.ranks)
         # What is not split over ranks is in any file; a rank that the run did not have takes the first one's.
         saved_by = open_shards(self.folder).world_size
         if self.rank < saved_by:
             path = checkpoint_file(self.folder, self.rank)
         state = torch.load(path, map_location=self.device, weights_only=True)
+        self._check_state(path, state)
         self.epoch, self.step = state["epoch"], state["global_step"]
         self.student.load_state_dict(state["state_dict_backbone"])
         self.head.load_state_dict(state["state_dict_softmax_fc"])
@@ -286,6 +314,27 @@ class _Run:
                 parameter.grad = gradient
         self.first_step = self.step
         self.notes.append(f"resumed after epoch {self.epoch}, step {self.step}")
+
+    def _check_state(self, path: Path, state: Mapping[str, Any]) -> None:
+        """Refuse a checkpoint that another network or optimiser has left, before anything of it is loaded."""
+        parts = ("epoch", "global_step", "state_dict_backbone", "state_optimizer", "state_lr_scheduler")
+        missing = [name for name in parts if name not in state]
+        if missing:
+            raise CheckpointError(f"{path} holds no {', '.join(missing)}: it is not a checkpoint to go on from")
+        met, own = state["state_dict_backbone"], self.student.state_dict()
+        other = [
+            name for name in {**met, **own} if name not in met or name not in own or met[name].shape != own[name].shape
+        ]
+        if other:
+            raise CheckpointError(
+                f"{path} is of another student than {self.config.network} of {self.config.embedding_size} dimensions, "
+                f"see {other[0]}: set network and embedding_size as the run began, or another output"
+            )
+        if ("momentum" in state["state_optimizer"]["param_groups"][0]) != (self.config.optimizer == "sgd"):
+            raise CheckpointError(
+                f"{path} was left by another optimizer than {self.config.optimizer}: set optimizer as the run began, "
+                "or another output"
+            )
 
     def save(self) -> None:
         """Write the host's files: this rank's checkpoint where the config wants it, and the student on rank 0."""
@@ -412,6 +461,7 @@ def train(
         The result; the host's files are in ``config.output``.
 
     Raises:
+        CheckpointError: a run to go on with that has left no whole state, or was one of other settings.
         ConfigError: a key that cannot be honoured.
         DataError: records that cannot be read.
         NumberError: NaN or inf in embeddings, loss terms or gradients.
@@ -428,7 +478,12 @@ def train(
         run = _Run(config, drop_ins(lambda: config, distiller=distiller), rank, local_rank, world_size)
         if config.resume:
             run.resume()
-        run.folder.mkdir(parents=True, exist_ok=True)
+        try:
+            run.folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise ResourceError(
+                f"the folder output={config.output!r} cannot be made: {error.strerror}; name another"
+            ) from error
         if rank == 0 and not config.resume:
             finish_saving(run.folder, keep=False)
         with _log_files(run.folder, rank), _shortages(run.folder, lambda: run.step):

@@ -14,6 +14,7 @@ import pytest
 import torch
 from easydict import EasyDict
 from torch import Tensor, nn
+from unidiff import PatchSet
 
 from arcface_kd import hook
 from arcface_kd.config import load_config
@@ -21,6 +22,8 @@ from arcface_kd.distiller import DistillationHead, Distiller
 from arcface_kd.errors import ConfigError, TeacherError
 from arcface_kd.hook import HOST_NAMES, add_arguments, attach, drop_ins, merge_arguments
 from arcface_kd.losses.margin import Margin
+from arcface_kd.patching import patches_folder
+from arcface_kd.shkd_stages import Stage
 from arcface_kd.teachers.base import Teacher, TeacherOptions, load_teacher
 
 
@@ -187,6 +190,79 @@ def test_flags_beat_the_keys_of_a_copied_config_and_the_drop_ins_do_not_pile_up(
     student = trainer.get_model("r50", num_features=4)
     assert len(student._forward_pre_hooks) == 1
     assert trainer.get_dataloader("there", 0, 4, True)[0] == "the host's own loader"
+
+
+def test_a_copied_config_is_attached_once_where_no_flag_is_given(
+    trainer: types.ModuleType, loaded: list[object], tmp_path: Path
+) -> None:
+    config = config_of(tmp_path, kd="adadistill", kd_teacher="from_config.pt")
+    first = attach(config, trainer=trainer)
+    assert first is not None
+    assert attach(config, parse(), trainer) is None
+    assert loaded == ["from_config.pt"]
+    assert trainer.get_model is first.get_model
+
+
+def test_keys_of_a_config_that_does_not_attach_itself_count_too(
+    trainer: types.ModuleType, loaded: list[object], tmp_path: Path
+) -> None:
+    assert attach(config_of(tmp_path, kd="adadistill", kd_teacher="r50.pt"), parse(), trainer) is not None
+    assert loaded == ["r50.pt"]
+
+
+def test_the_flag_switches_a_copied_config_off(trainer: types.ModuleType, loaded: list[object], tmp_path: Path) -> None:
+    before = {name: getattr(trainer, name) for name in HOST_NAMES}
+    config = config_of(tmp_path, kd="adadistill", kd_teacher="r50.pt")
+    attach(config, trainer=trainer)
+    assert attach(config, parse("--kd", ""), trainer) is None
+    assert {name: getattr(trainer, name) for name in HOST_NAMES} == before
+
+
+@pytest.mark.parametrize(
+    ("words", "named"),
+    [
+        (["--kd-teacher", "r50.pt"], "--kd-teacher"),
+        (["--kd-cache", "c", "--kd-option", "teacher.std=128"], "--kd-cache and --kd-option"),
+        (["--on-bad-record", "skip"], "--on-bad-record"),
+    ],
+)
+def test_flags_without_a_method_are_refused(
+    trainer: types.ModuleType, loaded: list[object], tmp_path: Path, words: list[str], named: str
+) -> None:
+    """The trainer would go on for days without a teacher."""
+    with pytest.raises(ConfigError, match=f"^{named} without a method: .* add --kd METHOD"):
+        attach(config_of(tmp_path), parse(*words), trainer)
+    assert loaded == []
+
+
+def test_the_flags_in_the_patch_reach_us_whether_kd_is_among_them_or_not() -> None:
+    """A copied config on a patched trainer: ``--kd-teacher`` alone must not be passed over."""
+    (patch,) = [file for file in PatchSet((patches_folder() / "kd_flag.patch").read_text(encoding="utf-8"))]
+    added = [line.value for line in patch[0] if line.is_added]
+    assert added == ["    from arcface_kd.hook import attach\n", "    attach(cfg, args)\n"]
+
+
+def test_flags_do_not_change_a_copied_config_of_several_runs(
+    trainer: types.ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its last line has made it the config of one of them, before the flags are read."""
+    stage = Stage(1, "the temporary student", {"kd": None, "output": str(tmp_path / "stage1_student")})
+    asked: list[str] = []
+
+    def next_of(settings: dict[str, Any]) -> Stage:
+        asked.append(settings["output"])
+        return stage
+
+    monkeypatch.setattr(hook, "next_stage", next_of)
+    config = {"kd": "shkd", "kd_teacher": "r50.pt"}
+    assert attach(config, trainer=trainer) is None
+    # Neither the config nor the trainer has named a folder yet: the trainer will call it after the config.
+    assert asked == [str(Path("work_dirs") / __name__.rpartition(".")[2])]
+    assert config["kd"] is None
+    assert attach(config, parse(), trainer) is None
+    for words in (["--kd", "shkd"], ["--kd-teacher", "r100.pt"]):
+        with pytest.raises(ConfigError, match=f"^{words[0]} would change a run of shkd .* set the keys in the config"):
+            attach(config, parse(*words), trainer)
 
 
 def test_a_missing_teacher_stops_before_anything_is_replaced(trainer: types.ModuleType, tmp_path: Path) -> None:

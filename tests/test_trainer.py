@@ -4,6 +4,7 @@ import io
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from collections.abc import Mapping
@@ -17,7 +18,7 @@ from easydict import EasyDict
 from arcface_kd.backbones import get_backbone
 from arcface_kd.config import BASE, KDConfig
 from arcface_kd.distiller import Distiller
-from arcface_kd.errors import ArcfaceKDError, ConfigError, DataError, TeacherError
+from arcface_kd.errors import ArcfaceKDError, CheckpointError, ConfigError, DataError, ResourceError, TeacherError
 from arcface_kd.evaluation.scalars import read_scalars
 from arcface_kd.resharding import merge_head
 from arcface_kd.teachers.base import load_teacher
@@ -119,6 +120,42 @@ def test_a_resumed_run_gives_the_same_bits(faces: Faces, teacher_file: Path, tmp
     assert same_weights(*heads)
 
 
+def test_only_a_run_of_the_same_settings_is_gone_on_with(faces: Faces, tmp_path: Path) -> None:
+    keys: dict[str, Any] = {"num_epoch": 1, "save_all_states": True, "val_targets": []}
+    train(config_for(faces, tmp_path, **keys))
+    keys |= {"resume": True, "num_epoch": 2}
+    for change, said in (
+        ({"network": "mbf"}, "of another student than mbf of 32 dimensions"),
+        ({"embedding_size": 16}, "of another student than thin_r18 of 16 dimensions"),
+        ({"optimizer": "adamw"}, "left by another optimizer than adamw"),
+        ({"kd": "nosuch"}, "no method named 'nosuch'"),
+    ):
+        with pytest.raises(ArcfaceKDError, match=said) as error:
+            train(config_for(faces, tmp_path, **keys, **change))
+        assert "\n" not in str(error.value)
+    state = saved(tmp_path, "checkpoint_gpu_0.pt")
+    torch.save({name: value for name, value in state.items() if name != "epoch"}, tmp_path / "checkpoint_gpu_0.pt")
+    with pytest.raises(CheckpointError, match="holds no epoch"):
+        train(config_for(faces, tmp_path, **keys))
+
+
+def test_a_first_saving_that_was_cut_short_is_gone_on_with(faces: Faces, tmp_path: Path) -> None:
+    """Killed between two ranks' renames: rank 1's file is in place, rank 0's own waits."""
+    keys: dict[str, Any] = {"num_epoch": 1, "save_all_states": True, "val_targets": []}
+    train(config_for(faces, tmp_path, **keys))
+    own = tmp_path / "checkpoint_gpu_0.pt"
+    shutil.copy(own, tmp_path / "checkpoint_gpu_1.pt")
+    own.rename(own.with_suffix(".pt.next"))
+    keys |= {"resume": True, "num_epoch": 2}
+    assert train(config_for(faces, tmp_path, **keys)).steps == 2 * (faces.num_image // 16)
+
+
+def test_an_output_that_is_a_file_is_named(faces: Faces, tmp_path: Path) -> None:
+    (tmp_path / "taken").write_text("")
+    with pytest.raises(ResourceError, match=r"the folder output='.*taken' cannot be made: File exists; name another"):
+        train(config_for(faces, tmp_path / "taken", num_epoch=1, val_targets=[]))
+
+
 def test_adadistill_trains_the_student_towards_the_teacher(faces: Faces, teacher_file: Path, tmp_path: Path) -> None:
     teacher = load_teacher(teacher_file)
     distiller = Distiller(KDConfig(methods=("adadistill",)), teacher)
@@ -195,6 +232,16 @@ def test_fp16_is_bf16_on_a_cpu(faces: Faces, tmp_path: Path) -> None:
         ({"batch_size": 0}, "batch_size is 0"),
         ({"num_classes": None}, "the config sets no num_classes"),
         ({"margin_list": (1.0, 0.5)}, "margin_list"),
+        ({"interclass_filtering_threshold": 2}, "interclass filtering threshold is 2"),
+        ({"verbose": 0}, "verbose is 0; it must be a whole number, at least 1"),
+        ({"warmup_epoch": -1}, "warmup_epoch is -1"),
+        ({"lr": -0.1}, "lr is -0.1; it must be a finite number"),
+        ({"lr": float("nan")}, "lr is nan"),
+        ({"momentum": -1}, "momentum is -1"),
+        ({"weight_decay": "5e-4"}, "weight_decay is '5e-4'"),
+        ({"seed": 2**31}, "seed is 2147483648; it must be a whole number from 0 to"),
+        ({"seed": None}, "seed is None"),
+        ({"val_targets": "lfw"}, "val_targets is 'lfw'; it must be a list"),
     ],
 )
 def test_refuses_a_key_by_name(faces: Faces, tmp_path: Path, keys: dict[str, Any], message: str) -> None:
