@@ -12,7 +12,8 @@ from typing import ClassVar, TypeVar
 import torch
 from torch import Tensor, nn
 
-from arcface_kd.backbones import NETWORKS, FaceBackbone, get_backbone
+from arcface_kd.backbones import NETWORKS, FaceBackbone
+from arcface_kd.backbones.vit import HOST_NAMES, VITS
 from arcface_kd.errors import ConfigError, TeacherError
 from arcface_kd.teachers.base import Teacher, TeacherOptions, existing_file, first_line, local_path, tensors_digest
 from arcface_kd.teachers.options import Preprocessing
@@ -24,6 +25,7 @@ _CONTAINERS = ("state_dict_backbone", "backbone", "state_dict", "model_state_dic
 _STUDENT = "model.pt"
 _HALF = {"bf16": torch.bfloat16, "fp16": torch.float16}
 _T = TypeVar("_T")
+_KNOWN = {**NETWORKS, **VITS}
 _PREFIXES = ("module.", "_orig_mod.", "backbone.", "model.")
 
 
@@ -33,7 +35,7 @@ class NetworkCheckpoint:
 
     Attributes:
         network: the backbone with its weights, in evaluation mode, on the CPU.
-        name: its name among ``arcface_kd.backbones.NETWORKS``.
+        name: its name among ``arcface_kd.backbones.NETWORKS`` or ``arcface_kd.backbones.vit.VITS``.
         num_features: dimension of its embeddings.
         digest: SHA-256 over its name and weights.
     """
@@ -148,7 +150,7 @@ def _without_counters(entries: Mapping[str, _T]) -> dict[str, _T]:
 def _outline(name: str, num_features: int) -> dict[str, tuple[int, ...]]:
     """Names and shapes of a network's tensors, without making them."""
     with torch.device("meta"):
-        return _without_counters(_shapes(get_backbone(name, num_features=num_features)))
+        return _without_counters(_shapes(_KNOWN[name](num_features=num_features)))
 
 
 def _num_features(name: str, state: Mapping[str, tuple[int, ...]]) -> int | None:
@@ -197,11 +199,13 @@ def load_network(path: str | os.PathLike[str], name: str | None = None) -> Netwo
         ConfigError: ``name`` is no known network.
     """
     place = Path(path) / _STUDENT if is_run_folder(path) else Path(path)
-    if name is not None and name not in NETWORKS:
-        raise ConfigError(f"teacher.network={name!r}: no such network; there are {', '.join(NETWORKS)}")
+    if name is not None:
+        name = HOST_NAMES.get(name, name)
+        if name not in _KNOWN:
+            raise ConfigError(f"teacher.network={name!r}: no such network; there are {', '.join(_KNOWN)}")
     state = read_state(place)
     shapes = _without_counters({key: tuple(value.shape) for key, value in state.items()})
-    candidates = [name] if name is not None else list(NETWORKS)
+    candidates = [name] if name is not None else list(_KNOWN)
     fitting = {candidate: size for candidate in candidates if (size := _num_features(candidate, shapes)) is not None}
     if not fitting and name is not None:
         raise TeacherError(_misfit(place, name, shapes))
@@ -209,7 +213,7 @@ def load_network(path: str | os.PathLike[str], name: str | None = None) -> Netwo
         key, shape = next(iter(shapes.items()), ("none", ()))
         raise TeacherError(
             f"teacher {place}: its {len(state)} tensors (the first: {key!r} {shape}) are those of none of the networks "
-            f"{', '.join(NETWORKS)}; load a network of your own with load_teacher(module)"
+            f"{', '.join(_KNOWN)}; load a network of your own with load_teacher(module)"
         )
     if len(fitting) > 1:
         raise TeacherError(f"teacher {place} fits several networks: {', '.join(fitting)}; name one as teacher.network")
@@ -217,7 +221,7 @@ def load_network(path: str | os.PathLike[str], name: str | None = None) -> Netwo
     for key, tensor in state.items():
         if tensor.is_floating_point() and not torch.isfinite(tensor).all():
             raise TeacherError(f"teacher {place}: tensor {key!r} holds NaN or inf")
-    network = get_backbone(network_name, num_features=num_features)
+    network = _KNOWN[network_name](num_features=num_features)
     try:
         network.load_state_dict(state, strict=True)
     except RuntimeError as error:
@@ -234,12 +238,12 @@ def _autocast(dtype: torch.dtype, tensor: Tensor, *, half: bool) -> torch.autoca
 
 
 class CheckpointSource:
-    """PyTorch checkpoints of the networks in ``arcface_kd.backbones``, fed RGB as (x - 127.5) / 127.5.
+    """PyTorch checkpoints of the networks in ``arcface_kd.backbones``, ViTs included, fed RGB as (x - 127.5) / 127.5.
 
     A run's folder stands for its ``model.pt``.
     """
 
-    description: ClassVar[str] = "a PyTorch checkpoint (.pt, .pth) or a run's folder, of " + ", ".join(NETWORKS)
+    description: ClassVar[str] = "a PyTorch checkpoint (.pt, .pth) or a run's folder, of " + ", ".join(_KNOWN)
 
     @staticmethod
     def accepts(source: object) -> bool:

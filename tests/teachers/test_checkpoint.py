@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from arcface_kd.backbones import NETWORKS, get_backbone
+from arcface_kd.backbones.vit import VITS
 from arcface_kd.errors import ConfigError, TeacherError
 from arcface_kd.teachers import Preprocessing, load_teacher
 from arcface_kd.teachers.checkpoint import CheckpointSource, is_run_folder, load_network, read_state
@@ -59,15 +60,17 @@ def test_a_model_pt_embeds_as_the_network_it_was_saved_from(tmp_path: Path, netw
     assert teacher.description == f"{SMALL} from {path}"
 
 
-@pytest.mark.parametrize("name", list(NETWORKS))
+@pytest.mark.parametrize("name", [*NETWORKS, *VITS])
 @pytest.mark.parametrize("num_features", [512, 128])
 def test_name_and_dimension_are_inferred_from_names_and_shapes(name: str, num_features: int) -> None:
     from arcface_kd.teachers import checkpoint
 
     with torch.device("meta"):
-        state = get_backbone(name, num_features=num_features).state_dict()
+        state = {**NETWORKS, **VITS}[name](num_features=num_features).state_dict()
     shapes = {key: tuple(tensor.shape) for key, tensor in state.items() if not key.endswith("num_batches_tracked")}
-    fitting = {other: size for other in NETWORKS if (size := checkpoint._num_features(other, shapes)) is not None}
+    fitting = {
+        other: size for other in checkpoint._KNOWN if (size := checkpoint._num_features(other, shapes)) is not None
+    }
     assert fitting == {name: num_features}
 
 
