@@ -1,12 +1,19 @@
 # make demo: the main job, from nothing.  make test: the tests.  make bench: the benchmarks (ONLY=head for one).
 # make docs: the pages of docs/ as a site, in site/.
+# make fuzz: the parsers under a coverage-guided fuzzer, SECONDS each.  make audit: known vulnerabilities of the versions
+# in constraints.txt.  .ci/matrix: the tests over interpreters and versions.
 # Each sets up what it needs in .venv first; PYTHON chooses the interpreter (3.10 or newer).
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --disable-pip-version-check --quiet --constraint constraints.txt
 
-.PHONY: demo test bench docs lint clean
+SECONDS ?= 60
+FUZZED := "records train.rec" "records train.idx" "records property" "pairs pairs.bin" "images a.jpg" "images a.png" \
+	"cache rows" "cache rows.json" "components rows.pca.npz" "names pairs.identities.txt" "run checkpoint_gpu_0.pt" \
+	"state new.pt" "old_state new.pt" "onnx model.onnx" "mxnet model-symbol.json" "mxnet model-0000.params"
+
+.PHONY: demo test bench docs fuzz audit lint clean
 
 demo: $(VENV)/ready
 	$(BIN)/arcface-kd demo --out demo $(ARGS)
@@ -20,6 +27,18 @@ bench: $(VENV)/ready-test
 
 docs: $(VENV)/ready-test
 	$(BIN)/python -m mkdocs build --strict
+
+fuzz: $(VENV)/ready-test
+	$(PIP) atheris
+	for file in $(FUZZED); do \
+		$(BIN)/python -m tests.coverage_fuzz $$file -max_total_time=$(SECONDS) -timeout=30 -rss_limit_mb=4096 || exit 1; \
+	done
+
+# In an environment of its own: the auditor has its own dependencies.
+audit: $(VENV)/bin/python
+	$(BIN)/python -m venv $(VENV)/audit
+	$(VENV)/audit/bin/python -m pip install --disable-pip-version-check --quiet pip-audit
+	$(VENV)/audit/bin/pip-audit --no-deps --disable-pip --requirement constraints.txt
 
 lint: $(VENV)/ready-test
 	$(BIN)/python -m ruff check .
