@@ -170,7 +170,11 @@ def drop_ins(
         if init is None:
             return shared.watch(build())
         student, preprocessing = start_from(
-            init, shared.kd.options.get("teacher"), build, kwargs.get("num_features", 512)
+            init,
+            shared.kd.options.get("teacher"),
+            build,
+            kwargs.get("num_features", 512),
+            fp16=bool(kwargs.get("fp16", False)),
         )
         # Behind the teacher's hook, which wants the images as the loader brings them.
         prepare_images(shared.watch(student), preprocessing)

@@ -8,9 +8,11 @@ import numpy as np
 import pytest
 import torch
 from easydict import EasyDict
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from arcface_kd.backbones import get_backbone
 from arcface_kd.config import BASE
+from arcface_kd.device import narrow_format
 from arcface_kd.errors import ConfigError, TeacherError
 from arcface_kd.recipe import train_stages
 from arcface_kd.shkd_stages import Stage, next_stage, wants_stages
@@ -346,3 +348,36 @@ def test_a_graph_trains_as_a_student_of_its_own_preprocessing(faces: Faces, grap
         torch.testing.assert_close(result.student(images), wanted, rtol=1e-3, atol=1e-4)
     assert all(name.startswith("weights.") for name in torch.load(tmp_path / "out" / "model.pt", weights_only=True))
     assert np.isfinite(result.verification["pairs"].accuracy)
+
+
+def test_a_graph_trains_in_the_narrow_format_up_to_its_embedding_layer(graph: Path) -> None:
+    def products_of(*, fp16: bool) -> tuple[torch.Tensor, set[tuple[object, torch.dtype]], list[torch.Tensor]]:
+        network, _ = start_from(graph, None, torch.nn.Identity, DIMENSION, fp16=fp16)
+        seen: set[tuple[object, torch.dtype]] = set()
+
+        class Formats(TorchDispatchMode):
+            def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+                if func in (torch.ops.aten.convolution.default, torch.ops.aten.mm.default):
+                    seen.add((func, args[0].dtype))
+                return func(*args, **(kwargs or {}))
+
+        with Formats(), torch.autocast("cpu", torch.bfloat16):
+            # What is around the network does not count.
+            embeddings = network(images)
+        embeddings.square().sum().backward()
+        return (
+            embeddings.detach(),
+            seen,
+            [parameter.grad for parameter in network.parameters() if parameter.grad is not None],
+        )
+
+    images = torch.rand(4, 3, 112, 112) * 2 - 1
+    wanted, formats, gradients = products_of(fp16=False)
+    assert {dtype for _, dtype in formats} == {torch.float32}
+    found, formats, narrow_gradients = products_of(fp16=True)
+    narrow = narrow_format(images.device) or torch.float32
+    assert formats == {(torch.ops.aten.convolution.default, narrow), (torch.ops.aten.mm.default, torch.float32)}
+    assert found.dtype == torch.float32
+    torch.testing.assert_close(found, wanted, rtol=0.05, atol=0.05 * float(wanted.abs().max()))
+    assert len(narrow_gradients) == len(gradients) > 0
+    assert all(gradient.isfinite().all() for gradient in narrow_gradients)

@@ -8,15 +8,30 @@ import torch
 from torch import Tensor, nn
 
 from arcface_kd.backbones.face_backbone import FaceBackbone
+from arcface_kd.device import narrow_format
 from arcface_kd.errors import TeacherError
 from arcface_kd.teachers.base import Teacher, first_line, load_teacher, prepared
 from arcface_kd.teachers.onnx import OnnxNetwork
+from arcface_kd.teachers.onnx_graph import OnnxGraph
 from arcface_kd.teachers.options import Preprocessing, TeacherOptions
 from arcface_kd.teachers.torch_graph import TorchGraph
 
 
 class TrainedGraph(TorchGraph):
-    """An ONNX graph in the place of a backbone: its embeddings are always (B, D)."""
+    """An ONNX graph in the place of a backbone: its embeddings are always (B, D) in float32.
+
+    Args:
+        graph: as :class:`~arcface_kd.teachers.torch_graph.TorchGraph` takes it.
+        fp16: autocast up to the embedding layer, float16 on GPUs and bfloat16 on CPUs that have it, as backbones do.
+
+    Raises:
+        TeacherError: an operator that is not known, or a graph that is damaged.
+    """
+
+    def __init__(self, graph: OnnxGraph, *, fp16: bool = False) -> None:
+        super().__init__(graph)
+        self.fp16 = fp16
+        self._layer_input = self.embedding_layer_input()
 
     def forward(self, images: Tensor) -> Tensor:
         """Embed images.
@@ -27,7 +42,17 @@ class TrainedGraph(TorchGraph):
         Returns:
             (B, D) embeddings, not normalised.
         """
-        return super().forward(images).flatten(1)
+        device = images.device
+        narrow = narrow_format(device) if self.fp16 else None
+        # A network's precision is its own, whatever is around it.
+        in_full = torch.autocast(device.type, enabled=False)
+        if narrow is None or self._layer_input is None:
+            with in_full:
+                return super().forward(images).flatten(1)
+        with torch.autocast(device.type, dtype=narrow):
+            (activation,) = self.run({self.graph.input_name: images}, [self._layer_input])
+        with in_full:
+            return self.behind(self._layer_input, activation.float()).flatten(1)
 
 
 def start_from(
@@ -35,6 +60,8 @@ def start_from(
     options: TeacherOptions | Mapping[str, object] | None,
     build: Callable[[], nn.Module],
     embedding_size: int,
+    *,
+    fp16: bool = False,
 ) -> tuple[nn.Module, Preprocessing]:
     """A network with the weights that a file holds, to be trained.
 
@@ -43,6 +70,7 @@ def start_from(
         options: the ``teacher.*`` options that belong to it.
         build: makes the run's network.
         embedding_size: dimension D that the run wants.
+        fp16: autocast of an ONNX file's network; another one is built with a precision of its own.
 
     Returns:
         The network, in training mode, and how it wants its images.
@@ -59,7 +87,7 @@ def start_from(
         )
     network = teacher.network
     if isinstance(network, OnnxNetwork):
-        return TrainedGraph(network.graph).train(), teacher.preprocessing
+        return TrainedGraph(network.graph, fp16=fp16).train(), teacher.preprocessing
     if not isinstance(network, FaceBackbone):
         raise TeacherError(
             f"{source}: a run can start from a checkpoint or an ONNX file, not from {teacher.description}"

@@ -185,6 +185,12 @@ class TorchGraph(nn.Module):
                 found.append(node.outputs[0])
         return found
 
+    def embedding_layer_input(self) -> str | None:
+        """Name of the activation that the last product with weights is made of; None where others lead around it."""
+        bottlenecks = set(self.bottlenecks())
+        mixing = [node.inputs[0] for node in self._nodes if node.operator in _MIXING]
+        return mixing[-1] if mixing and mixing[-1] in bottlenecks else None
+
     def _measures_input(self, node: _Node) -> bool:
         return node.operator == "Shape" and node.inputs[0] == self.graph.input_name
 
