@@ -32,6 +32,10 @@ class PackCounts(NamedTuple):
     images: int
     resized: int
 
+    def __str__(self) -> str:
+        scaled = f"; {self.resized} images were not 112x112 and have been scaled" if self.resized else ""
+        return f"num_classes={self.identities} num_image={self.images}{scaled}"
+
 
 def _as_stored(path: str) -> tuple[bytes, bool]:
     """The bytes to store for an image file, and whether it had to be scaled."""

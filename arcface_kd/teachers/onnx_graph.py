@@ -147,7 +147,7 @@ def _image_input(model: Any, path: Path) -> Any:
     if len(inputs) != 1 or len(model.graph.output) != 1:
         raise TeacherError(
             f"teacher {path} has {len(inputs)} inputs and {len(model.graph.output)} outputs; wanted a recognition "
-            "network with one of each"
+            "network with one of each: export it with the image and the embedding alone"
         )
     return inputs[0]
 
@@ -166,7 +166,8 @@ def _input_shape(value: Any, path: Path) -> tuple[int | None, int | None]:
         return None, None
     if len(shape) != 4 or shape[1] not in (3, None) or shape[2] != shape[3]:
         words = "x".join("?" if size is None else str(size) for size in shape)
-        raise TeacherError(f"teacher {path} takes input of {words}; wanted Nx3xSxS, square colour images")
+        way = "; export it with channels first" if shape[3] == 3 else ""
+        raise TeacherError(f"teacher {path} takes input of {words}; wanted Nx3xSxS, square colour images{way}")
     return shape[0], shape[2]
 
 

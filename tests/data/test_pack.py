@@ -34,6 +34,11 @@ def folder(tmp_path: Path) -> Path:
     return root
 
 
+def test_what_was_packed_is_told_as_a_config_wants_it() -> None:
+    assert str(PackCounts(identities=3, images=7, resized=0)) == "num_classes=3 num_image=7"
+    assert str(PackCounts(3, 7, 2)).endswith("; 2 images were not 112x112 and have been scaled")
+
+
 def test_a_folder_becomes_records_in_insightface_layout(folder: Path, tmp_path: Path) -> None:
     out = tmp_path / "new" / "packed"
     assert pack_folder(folder, out) == PackCounts(identities=3, images=7, resized=2)

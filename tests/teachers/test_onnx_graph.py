@@ -227,7 +227,7 @@ def test_a_giant_activation_is_refused_before_anything_runs(tmp_path: Path) -> N
 @pytest.mark.parametrize(
     ("model", "message"),
     [
-        (other_network(640, 9), "1 inputs and 9 outputs"),
+        (other_network(640, 9), "1 inputs and 9 outputs.*: export it with the image and the embedding alone"),
         (face_network(size=None, batch=None), None),
     ],
 )
@@ -248,6 +248,14 @@ def test_input_that_is_no_square_colour_image_is_named(tmp_path: Path) -> None:
         changed.graph.input[0].type.tensor_type.shape.dim[axis].dim_value = size
         with pytest.raises(TeacherError, match=f"takes input of {words}; wanted Nx3xSxS"):
             read_graph(saved(tmp_path, changed))
+
+
+def test_channels_in_the_last_place_are_named(tmp_path: Path) -> None:
+    model = face_network()
+    for axis, size in ((1, 112), (3, 3)):
+        model.graph.input[0].type.tensor_type.shape.dim[axis].dim_value = size
+    with pytest.raises(TeacherError, match=r"1x112x112x3; wanted Nx3xSxS.*export it with channels first"):
+        read_graph(saved(tmp_path, model))
 
 
 @pytest.mark.parametrize("content", [b"", b"hello", b"\x08\x07\x12\x03abc", b"\x08", bytes(100)])
