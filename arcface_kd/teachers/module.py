@@ -12,6 +12,8 @@ from arcface_kd.teachers.base import Teacher, TeacherOptions, first_line, tensor
 from arcface_kd.teachers.options import Preprocessing
 
 _TIMM = "timm:"
+# Models on Hugging Face's hub, which timm keeps no list of: their weights are there, or loading them fails.
+_HUB = ("hf-hub:", "hf_hub:")
 
 
 def _name(network: object) -> str:
@@ -107,7 +109,8 @@ class TimmSource:
         """Build the model with its published weights, its pooled features being the embedding.
 
         Args:
-            source: ``timm:NAME``, with a tag of weights if wished: ``timm:vit_small_patch14_dinov2.lvd142m``.
+            source: ``timm:NAME``, with a tag of weights if wished: ``timm:vit_small_patch14_dinov2.lvd142m``; or
+                ``timm:hf-hub:OWNER/MODEL``.
             options: ``network`` has no meaning here; the preprocessing is the model's own unless given.
 
         Raises:
@@ -125,7 +128,7 @@ class TimmSource:
             raise TeacherError(f"teacher {source}: timm cannot be imported here: {first_line(error)}") from error
         try:
             # timm builds a network with random weights where it has none to offer; that is no teacher.
-            if not timm.is_model_pretrained(name):
+            if not name.startswith(_HUB) and not timm.is_model_pretrained(name):
                 raise TeacherError(f"teacher {source}: timm has no model of that name with published weights")
             network = timm.create_model(name, pretrained=True, num_classes=0)
             known = _expected(timm.data.resolve_model_data_config(network))

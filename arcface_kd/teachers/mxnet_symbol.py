@@ -199,6 +199,14 @@ def _clip(attributes: _Attributes) -> Operation:
     return lambda data: data.clamp(low, high)
 
 
+def _cast(attributes: _Attributes) -> Operation:
+    kind = attributes.word("dtype", "")
+    if kind not in ("float16", "float32", "float64"):
+        raise TeacherError(f"node {attributes.node!r} casts to {kind!r}; known are float16, float32, float64")
+    # Graphs for float16 training narrow their input and widen their embedding; in between all is float32 here.
+    return lambda data: data
+
+
 def _as_is(attributes: _Attributes) -> Operation:
     return lambda data: data
 
@@ -228,6 +236,7 @@ _OPERATORS: dict[str, Callable[[_Attributes], Operation]] = {
     "Concat": _concat,
     "concat": _concat,
     "clip": _clip,
+    **dict.fromkeys(("Cast", "cast", "amp_cast"), _cast),
     "relu": partial(_always, F.relu),
     "sigmoid": partial(_always, torch.sigmoid),
     **dict.fromkeys(("Dropout", "_copy", "identity", "BlockGrad"), _as_is),

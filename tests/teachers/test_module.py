@@ -151,6 +151,14 @@ def test_a_timm_model_comes_with_its_weights_and_its_own_preprocessing(monkeypat
     assert load_teacher("timm:small", {"mean": 0}).preprocessing.mean == (0.0, 0.0, 0.0)
 
 
+@pytest.mark.parametrize("scheme", ["hf-hub", "hf_hub"])
+def test_a_model_on_the_hub_is_none_of_timm_s_list(scheme: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    timm = FakeTimm()
+    monkeypatch.setitem(sys.modules, "timm", timm)
+    load_teacher(f"timm:{scheme}:somebody/face_vit")
+    assert timm.asked == [(f"{scheme}:somebody/face_vit", {"pretrained": True, "num_classes": 0})]
+
+
 def test_timm_never_makes_a_random_teacher(monkeypatch: pytest.MonkeyPatch) -> None:
     timm = FakeTimm()
     monkeypatch.setitem(sys.modules, "timm", timm)

@@ -178,6 +178,7 @@ OPERATORS: dict[str, tuple[str, dict[str, object], dict[str, Any], list[str]]] =
     "broadcast_mul": ("broadcast_mul", {}, {"arg:other": (2, 3, 1, 1)}, ["data", "other"]),
     "sum": ("add_n", {"num_args": 3}, {"arg:other": (2, 3, 9, 8)}, ["data", "other", "data"]),
     "clip": ("clip", {"a_min": "-0.5", "a_max": "1"}, {}, ["data"]),
+    "cast": ("Cast", {"dtype": "float32"}, {}, ["data"]),
 }
 
 
@@ -196,6 +197,22 @@ def test_every_operator_equals_mxnets(tmp_path: Path, mxnet: ModuleType, case: s
     expected = oracle(mxnet, content, arrays, data(2, 3, 9, 8), "embedding_output")
     assert answer.shape == expected.shape
     np.testing.assert_allclose(answer, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_a_graph_of_float16_is_computed_in_float32(tmp_path: Path, mxnet: ModuleType) -> None:
+    """As those of InsightFace's partial_fc: float16 from behind the input to the embedding."""
+    nodes: Nodes = [
+        ("_mul_scalar", "scaled", {"scalar": "0.5"}, ["data"]),
+        ("Cast", "narrow", {"dtype": "float16"}, ["scaled"]),
+        ("Activation", "active", {"act_type": "tanh"}, ["narrow"]),
+        ("Cast", "embedding", {"dtype": "float32"}, ["active"]),
+    ]
+    content = symbol(nodes)
+    answer = graph_of(tmp_path, content, {})(torch.from_numpy(data(2, 3, 9, 8))).numpy()
+    np.testing.assert_allclose(answer, np.tanh(data(2, 3, 9, 8) * 0.5), rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(answer, oracle(mxnet, content, {}, data(2, 3, 9, 8), "embedding_output"), atol=2e-3)
+    with pytest.raises(TeacherError, match="'embedding' casts to 'int32'"):
+        graph_of(tmp_path, symbol([("Cast", "embedding", {"dtype": "int32"}, ["data"])]), {})
 
 
 def test_a_full_pooling_that_torch_has_not_is_refused(tmp_path: Path) -> None:
