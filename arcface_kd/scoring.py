@@ -11,12 +11,12 @@ import torch
 
 from arcface_kd.atomic import atomic_write
 from arcface_kd.data.ijb import IJBSet, is_ijb, read_ijb
-from arcface_kd.data.verification_bin import VerificationSet, decode, read_bin
+from arcface_kd.data.verification_bin import VerificationSet, decode
 from arcface_kd.device import training_device
 from arcface_kd.errors import ConfigError, DataError
 from arcface_kd.evaluation.embedding import embed
 from arcface_kd.evaluation.ijb import evaluate_ijb
-from arcface_kd.evaluation.verification import verify
+from arcface_kd.evaluation.verification import read_pairs, verify
 from arcface_kd.teachers.base import Teacher, load_teacher
 from arcface_kd.teachers.checkpoint import is_run_folder
 from arcface_kd.teachers.options import TeacherOptions
@@ -99,7 +99,7 @@ def find_sets(folders: Sequence[str | os.PathLike[str]]) -> list[VerificationSet
         The sets, in the order of the folders, those of a folder by name.
 
     Raises:
-        DataError: a folder without any, or a set that cannot be read.
+        DataError: a folder without any, a set that cannot be read, or one without ten pairs of both kinds.
     """
     found: list[VerificationSet | IJBSet] = []
     for folder in map(Path, folders):
@@ -110,7 +110,7 @@ def find_sets(folders: Sequence[str | os.PathLike[str]]) -> list[VerificationSet
                 f"{folder} {met}; wanted verification sets (*.bin), or IJB as InsightFace lays it out "
                 "(meta/*_face_tid_mid.txt, loose_crop/)"
             )
-        found += [read_bin(path) for path in bins]
+        found += map(read_pairs, bins)
         if is_ijb(folder):
             found.append(read_ijb(folder))
     return found
@@ -184,9 +184,11 @@ def table(scores: Sequence[Score]) -> str:
         scores: of :func:`score`.
 
     Returns:
-        Lines without a final newline. A column that no set is large enough for is left out.
+        Lines without a final newline. A column that no set is large enough for is left out, as is that of the inputs
+        where all are the same.
     """
     blocks = []
+    several_inputs = len({one.input for one in scores}) > 1
     for protocol, title in _TITLES.items():
         chosen = [one for one in scores if one.protocol == protocol]
         if not chosen:
@@ -196,8 +198,10 @@ def table(scores: Sequence[Score]) -> str:
             for name in chosen[0].numbers
             if not name.endswith("_std") and any(one.numbers[name] is not None for one in chosen)
         ]
-        lines = [["set", "model", *map(_heading, names)]]
-        lines += [[one.set, one.model, *(_cell(name, one.numbers) for name in names)] for one in chosen]
+        lines = [["set", "model", *map(_heading, names), "input"]]
+        lines += [[one.set, one.model, *(_cell(name, one.numbers) for name in names), one.input] for one in chosen]
+        if not several_inputs:
+            lines = [line[:-1] for line in lines]
         widths = [max(len(line[column]) for line in lines) for column in range(len(lines[0]))]
         rows = [
             "  ".join(word.ljust(width) for word, width in zip(line, widths, strict=True)).rstrip() for line in lines
@@ -228,7 +232,7 @@ def run_eval(
     out: Path | None = None,
     batch_size: int = 128,
 ) -> list[Score]:
-    """Judge models, print the table, write the JSON file.
+    """Judge models, print the table, write the JSON file; after an error, the table of what was judged before it.
 
     Args:
         sources: the models, see :func:`load_models`.
@@ -251,8 +255,13 @@ def run_eval(
     device = training_device()
     sets = find_sets(folders)
     models = load_models(sources, options, device=device)
-    scores = list(score(models, sets, batch_size=batch_size, device=device, progress=True))
-    print(table(scores))
+    scores: list[Score] = []
+    try:
+        scores.extend(score(models, sets, batch_size=batch_size, device=device, progress=True))
+    finally:
+        # Also what was judged before a file that cannot be read, or before somebody lost patience.
+        if scores:
+            print(table(scores), flush=True)
     if out is not None:
         write_json(out, scores)
         print(f"\n{out}: {len(scores)} rows")

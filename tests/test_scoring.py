@@ -1,6 +1,7 @@
 """``arcface-kd eval``: every kind of model on every kind of set, and what it refuses before the work begins."""
 
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +11,7 @@ import torch
 from arcface_kd.backbones import get_backbone
 from arcface_kd.cli import main
 from arcface_kd.data.ijb import read_ijb
-from arcface_kd.data.verification_bin import read_bin
+from arcface_kd.data.verification_bin import read_bin, write_bin
 from arcface_kd.errors import ConfigError, DataError, TeacherError
 from arcface_kd.evaluation.ijb import evaluate_ijb
 from arcface_kd.evaluation.verification import evaluate
@@ -69,6 +70,7 @@ def test_all_kinds_of_models_on_all_kinds_of_sets(
     assert f"{100 * rows[0]['accuracy']:.3f} +- {100 * rows[0]['accuracy_std']:.3f}" in printed
     assert "TAR@FAR=1e-1" in printed
     assert "TAR@FAR=1e-6" not in printed
+    assert [line.endswith(bgr) for line in printed.splitlines()[2:5]] == [False, True, True]
     assert "rank-10" in printed
     assert f"{out}: 9 rows" in printed
 
@@ -128,6 +130,30 @@ def test_a_model_that_embeds_nothing_useful_is_named(folder: Path, tmp_path: Pat
         list(score({"mine": load_teacher(Broken())}, find_sets([folder / "faces"])))
     with pytest.raises(DataError, match=r"mine on ijbt: face 0 is embedded as NaN"):
         list(score({"mine": load_teacher(Broken())}, find_sets([folder / "IJBT"])))
+
+
+@pytest.mark.parametrize(("genuine", "impostor", "named"), [(4, 4, "8 pairs: ten-fold"), (20, 0, "same identity")])
+def test_pairs_that_cannot_be_judged_are_found_before_the_work_begins(
+    folder: Path, tmp_path: Path, genuine: int, impostor: int, named: str
+) -> None:
+    whole = read_bin(folder / "faces" / "pairs.bin")
+    pairs = [*np.flatnonzero(whole.is_same)[:genuine], *np.flatnonzero(~whole.is_same)[:impostor]]
+    images = [whole.images[2 * pair + side] for pair in pairs for side in (0, 1)]
+    write_bin(tmp_path / "odd.bin", images, whole.is_same[pairs])
+    with pytest.raises(DataError, match=rf"odd\.bin: .*{named}"):
+        find_sets([folder / "faces", tmp_path])
+
+
+def test_what_was_judged_before_an_error_is_shown(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree(folder / "IJBT", tmp_path / "IJBT")
+    next((tmp_path / "IJBT" / "loose_crop").iterdir()).unlink()
+    assert main(["eval", str(folder / "run"), "--data", str(folder / "faces"), str(tmp_path / "IJBT")]) == 2
+    said = capsys.readouterr()
+    assert [line.split()[0] for line in said.out.splitlines()] == ["verification", "set", "pairs"]
+    assert str(tmp_path / "IJBT" / "loose_crop") in said.err
+    assert said.err.count("\n") == 1
 
 
 def test_models_are_loaded_before_the_work_begins(folder: Path) -> None:

@@ -12,13 +12,13 @@ from numpy.typing import NDArray
 from torch import nn
 
 from arcface_kd.data.pair_identities import PairIdentities, pair_identities
-from arcface_kd.data.verification_bin import VerificationSet, decode, read_bin
+from arcface_kd.data.verification_bin import VerificationSet, decode
 from arcface_kd.errors import DataError
 from arcface_kd.evaluation.bootstrap import REPLICATES, Interval, bootstrap, interval, tar_name
-from arcface_kd.evaluation.cost import Cost, cost, machine
+from arcface_kd.evaluation.cost import Cost, costs, machine
 from arcface_kd.evaluation.embedding import embed
 from arcface_kd.evaluation.run_folder import RunFolder, read_run
-from arcface_kd.evaluation.verification import FAR_LEVELS, FOLDS, VerificationResult, pair_distances, verify
+from arcface_kd.evaluation.verification import FAR_LEVELS, FOLDS, VerificationResult, pair_distances, read_pairs, verify
 
 HARDEST = 5
 # The statistics of which less is more.
@@ -176,7 +176,7 @@ def run_contestant(run: RunFolder, device: torch.device | str = "cpu") -> Contes
         run: the run.
         device: where the student goes.
     """
-    return Contestant(run.name, lambda: run.load(device), run.method, run.settings.get("network", "-"), run)
+    return Contestant(run.name, lambda: run.load(device), run.method, run.network, run)
 
 
 def verification_files(data: str | os.PathLike[str]) -> list[Path]:
@@ -206,7 +206,7 @@ def data_of(runs: Sequence[RunFolder]) -> Path:
     folders = {run.settings.get("rec") for run in runs}
     (only,) = folders if len(folders) == 1 else (None,)
     if only is None or not Path(only).is_dir():
-        names = ", ".join(sorted(str(folder) for folder in folders))
+        names = ", ".join(sorted(folder or "one does not say" for folder in folders))
         raise DataError(f"the runs name no one folder of data that is here ({names}); say with --data where to judge")
     return Path(only)
 
@@ -232,15 +232,12 @@ def compare(
         The comparison.
 
     Raises:
-        DataError: a set that cannot be read, or a model that embeds NaN.
+        DataError: a set that cannot be read or has not ten pairs of both kinds, or a model that embeds NaN.
     """
-    sets = [read_bin(file) for file in files]
+    sets = [read_pairs(file) for file in files]
     identities = [pair_identities(file, pairs) for file, pairs in zip(files, sets, strict=True)]
     models = {contestant.name: contestant.load() for contestant in contestants}
-    costs = {
-        contestant.name: cost(models[contestant.name], device, parameters=contestant.parameters)
-        for contestant in contestants
-    }
+    found = costs(models, device, parameters={contestant.name: contestant.parameters for contestant in contestants})
     compared = []
     for pairs, known in zip(sets, identities, strict=True):
         # Decoded, a set takes half a gigabyte: one at a time.
@@ -250,7 +247,7 @@ def compare(
             for name, model in models.items()
         }
         compared.append(_compared(pairs, known, rows, replicates))
-    return Comparison(contestants, compared, costs, machine(torch.device(device)), replicates)
+    return Comparison(contestants, compared, found, machine(torch.device(device)), replicates)
 
 
 def _compared(

@@ -2,8 +2,8 @@
 
 import os
 import platform
-import statistics
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
@@ -83,39 +83,46 @@ def multiply_adds(model: nn.Module, size: int = 112, device: torch.device | str 
 
 @torch.no_grad()
 def images_per_second(
-    model: nn.Module,
+    models: Mapping[str, nn.Module],
     size: int = 112,
     device: torch.device | str = "cpu",
     *,
     batch_size: int = BATCH_SIZE,
     rounds: int = _ROUNDS,
     seconds: float = _SECONDS,
-) -> float:
-    """How fast a model embeds images that are already in memory.
+) -> dict[str, float]:
+    """How fast models embed images that are already in memory.
+
+    They are timed in turns and the fastest pass of each counts: what else the machine does can only slow one down, and
+    comes and goes.
 
     Args:
-        model: (B, 3, size, size) images to embeddings, in evaluation mode.
+        models: by name; (B, 3, size, size) images to embeddings, in evaluation mode.
         size: height and width of the images, in pixels.
-        device: of the model.
+        device: of the models.
         batch_size: images a forward pass.
-        rounds: most passes that are timed; the median counts.
-        seconds: no further pass begins after so long; one pass is always timed.
+        rounds: most passes of each that are timed.
+        seconds: no further pass of a model begins after so long of it; one pass is always timed.
 
     Returns:
-        Images a second.
+        Images a second, by name.
     """
     where = torch.device(device)
-    images = _inputs(model, batch_size, size, where)
-    # One image, since a whole batch of a large model takes long on a small machine.
-    model(images[:1])
-    durations: list[float] = []
-    while len(durations) < rounds and (not durations or sum(durations) < seconds):
-        _wait_for(where)
-        began = time.perf_counter()
-        model(images)
-        _wait_for(where)
-        durations.append(time.perf_counter() - began)
-    return batch_size / statistics.median(durations)
+    durations: dict[str, list[float]] = {name: [] for name in models}
+    for model in models.values():
+        # One image, since a whole batch of a large model takes long on a small machine.
+        model(_inputs(model, 1, size, where))
+    for _ in range(rounds):
+        for name, model in models.items():
+            if durations[name] and sum(durations[name]) >= seconds:
+                continue
+            images = _inputs(model, batch_size, size, where)
+            _wait_for(where)
+            began = time.perf_counter()
+            model(images)
+            _wait_for(where)
+            durations[name].append(time.perf_counter() - began)
+    return {name: batch_size / min(taken) for name, taken in durations.items()}
 
 
 def _wait_for(device: torch.device) -> None:
@@ -123,18 +130,27 @@ def _wait_for(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-def cost(model: nn.Module, device: torch.device | str = "cpu", *, parameters: int | None = None) -> Cost:
-    """Everything above of one model.
+def costs(
+    models: Mapping[str, nn.Module],
+    device: torch.device | str = "cpu",
+    *,
+    parameters: Mapping[str, int | None] | None = None,
+) -> dict[str, Cost]:
+    """Everything above of several models.
 
     Args:
-        model: (B, 3, 112, 112) images in [-1, 1] to embeddings, in evaluation mode.
-        device: of the model.
-        parameters: number of weights, for a model that holds them where torch does not look; None counts them.
+        models: by name; (B, 3, 112, 112) images in [-1, 1] to embeddings, in evaluation mode.
+        device: of the models.
+        parameters: number of weights by name, for models that hold them where torch does not look; the others are
+            counted.
 
     Returns:
-        The cost.
+        The costs, by name.
     """
-    counted = sum(parameter.numel() for parameter in model.parameters())
-    return Cost(
-        parameters or counted or None, multiply_adds(model, device=device), images_per_second(model, device=device)
-    )
+    speeds = images_per_second(models, device=device)
+    found = {}
+    for name, model in models.items():
+        stated = None if parameters is None else parameters.get(name)
+        counted = sum(parameter.numel() for parameter in model.parameters())
+        found[name] = Cost(stated or counted or None, multiply_adds(model, device=device), speeds[name])
+    return found

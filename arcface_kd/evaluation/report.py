@@ -261,7 +261,7 @@ def _cost_part(comparison: Comparison) -> Part:
     heads = ["model", "method", "network", "parameters", "multiply-adds", "images/s", "images/s in training"]
     notes = [
         f"images/s: one view of an image, batches of {BATCH_SIZE}, each model in its own number format, on "
-        f"{comparison.machine}, with whatever else that machine did meanwhile. In training: as the run's own log has "
+        f"{comparison.machine}; the fastest of some passes, the models in turns. In training: as the run's own log has "
         "it, on the machine of the run. Multiply-adds: convolutions and matrix products of one image."
     ]
     return Part(table=Table(heads, rows), notes=notes)
@@ -367,7 +367,7 @@ def _inline(picture: Picture) -> InlinePicture:
 
 
 def _markdown(title: str, subtitle: str, sections: Sequence[Section]) -> str:
-    lines = [f"# {title}", "", subtitle, ""]
+    lines = [f"# {title}", "", _literal(subtitle), ""]
     for section in sections:
         # The sentences below a picture say nothing without it.
         shown = [part for part in section.parts if part.table is not None or part.faces or not part.pictures]
@@ -380,7 +380,7 @@ def _markdown(title: str, subtitle: str, sections: Sequence[Section]) -> str:
             if part.table is not None:
                 lines += _markdown_table(part.table)
             for note in part.notes:
-                lines += [note, ""]
+                lines += [_literal(note), ""]
             if part.faces:
                 lines += ["; ".join(face.caption for face in part.faces) + ".", ""]
     return "\n".join([*lines, "Curves and pictures: report.html.", ""])
@@ -402,4 +402,4 @@ def _markdown_cell(cell: Cell) -> str:
 
 def _literal(text: str) -> str:
     """Text whose signs mean nothing to Markdown."""
-    return re.sub(r"([\\`*_{}\[\]<>|])", r"\\\1", text)
+    return re.sub(r"([\\`*_{}\[\]<>|&])", r"\\\1", text)

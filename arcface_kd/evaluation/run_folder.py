@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from arcface_kd.backbones import NETWORKS
+from arcface_kd.backbones.vit import HOST_NAMES, VITS
 from arcface_kd.device import narrow_format
 from arcface_kd.errors import ConfigError, DataError
 from arcface_kd.evaluation.scalars import Curve, read_scalars
@@ -18,6 +19,7 @@ from arcface_kd.teachers.checkpoint import load_network
 # Both trainers write each key of their config as `: key` and spaces up to the value.
 _SETTING = re.compile(r"^Training: [-0-9]+ [:0-9,]+-: (\w+) +(.*)$")
 _SPEED = re.compile(r"Speed ([0-9.]+) samples/sec")
+_NETWORKS = dict.fromkeys((*NETWORKS, *VITS, *HOST_NAMES))
 _TERM = "kd/gradient_norm/"
 
 
@@ -41,9 +43,20 @@ class RunFolder:
 
     @property
     def method(self) -> str:
-        """The ``kd`` key: a method or several; ``alone`` for a run without."""
+        """The ``kd`` key: a method or several; ``alone`` for a run without, ``-`` for one that left no log."""
+        if not self.settings:
+            return "-"
         method = self.settings.get("kd", "")
         return method if method not in ("", "None") else "alone"
+
+    @property
+    def network(self) -> str:
+        """The student's architecture: as its log has it, else as its tensors tell.
+
+        Raises:
+            TeacherError: there is no log, and the weights are damaged or of none of the known networks.
+        """
+        return self.settings.get("network") or load_network(self.folder / "model.pt").name
 
     def loss_terms(self) -> dict[str, Curve]:
         """The curves of the loss terms by their names; of a run without the drop-in head, its ``loss`` alone."""
@@ -71,10 +84,10 @@ class RunFolder:
             TeacherError: weights that are damaged or of another network.
         """
         network = self.settings.get("network")
-        if network is not None and network not in NETWORKS:
+        if network is not None and network not in _NETWORKS:
             raise ConfigError(
                 f"{self.folder}: its network {network!r} is none that arcface_kd builds: wanted one of "
-                f"{', '.join(NETWORKS)}"
+                f"{', '.join(_NETWORKS)}"
             )
         where = torch.device(device)
         student = load_network(self.folder / "model.pt", network).network

@@ -6,6 +6,7 @@ its distance is *below* the threshold. No loop runs over the grid: each distance
 above it, and cumulative counts a fold give the accuracy at every threshold at once.
 """
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -13,7 +14,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from arcface_kd.data.verification_bin import VerificationSet, decode
+from arcface_kd.data.verification_bin import VerificationSet, decode, read_bin
 from arcface_kd.errors import DataError
 from arcface_kd.evaluation.embedding import embed, normalize
 from arcface_kd.evaluation.roc import area_under_curve, equal_error_rate, roc_curve, tar_at_far
@@ -26,7 +27,7 @@ __all__ = [
     "evaluate",
     "normalize",
     "pair_distances",
-    "require_both_kinds",
+    "read_pairs",
     "ten_fold_accuracy",
     "ten_fold_val",
     "verify",
@@ -187,15 +188,7 @@ def ten_fold_val(distances: np.ndarray, is_same: np.ndarray, far: float) -> tupl
     return val, np.bincount(folds[~is_same], weights=below[~is_same], minlength=FOLDS) / impostors
 
 
-def require_both_kinds(is_same: np.ndarray) -> None:
-    """Refuse pairs that ten folds cannot be made of, which shows before any image is embedded.
-
-    Args:
-        is_same: (P,) bool.
-
-    Raises:
-        DataError: fewer than ten pairs, or one kind of pair only.
-    """
+def _require_both_kinds(is_same: np.ndarray) -> None:
     if len(is_same) < FOLDS:
         raise DataError(f"{len(is_same)} pairs: ten-fold verification wants at least {FOLDS}")
     if is_same.all() or not is_same.any():
@@ -203,6 +196,26 @@ def require_both_kinds(is_same: np.ndarray) -> None:
             f"all {len(is_same)} pairs are of {'the same identity' if is_same.all() else 'different identities'}: "
             "verification wants both kinds"
         )
+
+
+def read_pairs(path: str | os.PathLike[str]) -> VerificationSet:
+    """Read a verification set, and see whether ten folds can be made of it before any of its images is embedded.
+
+    Args:
+        path: the ``.bin`` file.
+
+    Returns:
+        The set.
+
+    Raises:
+        DataError: not a verification set, fewer than ten pairs, or one kind of pair only.
+    """
+    pairs = read_bin(path)
+    try:
+        _require_both_kinds(pairs.is_same)
+    except DataError as error:
+        raise DataError(f"{path}: {error}") from None
+    return pairs
 
 
 def _checked(embeddings: np.ndarray, is_same: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -214,7 +227,7 @@ def _checked(embeddings: np.ndarray, is_same: np.ndarray) -> tuple[np.ndarray, n
             f"embeddings of shape {rows.shape} for pairs of shape {same.shape}: wanted (2P, D) for (P,), rows 2i and "
             "2i + 1 being pair i"
         )
-    require_both_kinds(same)
+    _require_both_kinds(same)
     norms = np.sqrt(np.einsum("ij,ij->i", rows, rows))
     bad = np.flatnonzero(~np.isfinite(norms))
     if len(bad):

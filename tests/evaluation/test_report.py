@@ -177,7 +177,8 @@ def test_markdown_has_the_same_tables(report: Path) -> None:
     tables = [line for line in lines if line.startswith("|")]
     columns = {len(re.findall(r"(?<!\\)\|", line)) for line in tables[: 2 + 4]}
     assert len(columns) == 1, "a name with | breaks no row"
-    assert any(r"a\|b\<c\>&\_d\_" in line for line in tables)
+    assert any(r"a\|b\<c\>\&\_d\_" in line for line in tables)
+    assert not any(ODD in line for line in lines)
     assert sum("**" in line for line in tables) >= 1
     cells = set(read(report).cells)
     numbers = re.findall(r"\d+\.\d\d to \d+\.\d\d", "\n".join(tables))
@@ -243,6 +244,13 @@ def test_in_a_browser(browser: Page, report: Path, width: int, dark: bool) -> No
     assert (browser.run("getComputedStyle(document.body).backgroundColor") == "rgb(23, 24, 28)") == dark
     picture = browser.run("document.querySelector('picture img').currentSrc").partition(",")[2]
     assert ("#17181c" in base64.b64decode(picture).decode()) == dark
+
+
+def test_a_wide_table_scrolls_by_itself(browser: Page, report: Path) -> None:
+    browser.open(report / "report.html", width=700)
+    browser.run("document.querySelectorAll('thead th:last-child').forEach(e => e.textContent = 'w'.repeat(200))")
+    assert browser.run("document.querySelector('table').offsetWidth") > 1400
+    assert browser.run("document.documentElement.scrollWidth") <= 700
 
 
 def test_the_browser_hears_a_page_complain(browser: Page, tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ import torch
 from arcface_kd.backbones import get_backbone
 from arcface_kd.errors import ConfigError, DataError, TeacherError
 from arcface_kd.evaluation.run_folder import read_run
+from arcface_kd.teachers.checkpoint import NetworkCheckpoint
 from tests.evaluation.runs import DIMENSION, NETWORK, write_run
 
 SCALARS = {
@@ -56,6 +57,7 @@ def test_nothing_but_the_model_is_needed(tmp_path: Path) -> None:
     assert (run.name, run.settings, run.curves, run.training_speed) == ("mine", {}, {}, None)
     assert run.loss_terms() == {}
     assert isinstance(run.load(), torch.nn.Module)
+    assert (run.method, run.network) == ("-", NETWORK), "nobody knows the method; the tensors tell the network"
 
 
 @pytest.mark.parametrize("fp16", [False, True])
@@ -79,9 +81,22 @@ def test_what_is_no_run_is_refused(tmp_path: Path) -> None:
 
 
 def test_a_network_of_the_host_s_own_is_named(tmp_path: Path) -> None:
-    run = read_run(write_run(tmp_path / "run", {"network": "vit_t"}))
-    with pytest.raises(ConfigError, match=r"its network 'vit_t' is none that arcface_kd builds: wanted one of .*mbf"):
+    run = read_run(write_run(tmp_path / "run", {"network": "r2060"}))
+    with pytest.raises(ConfigError, match=r"its network 'r2060' is none that arcface_kd builds: wanted one of .*mbf"):
         run.load()
+
+
+def test_the_host_s_vits_are_loaded_by_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[str | None] = []
+
+    def load(path: Path, name: str | None) -> NetworkCheckpoint:
+        asked.append(name)
+        return NetworkCheckpoint(get_backbone(NETWORK, num_features=DIMENSION), "vit_t", DIMENSION, "")
+
+    monkeypatch.setattr("arcface_kd.evaluation.run_folder.load_network", load)
+    run = read_run(write_run(tmp_path / "run", {"network": "vit_t_dp005_mask0"}))
+    assert not run.load().training
+    assert (run.network, asked) == ("vit_t_dp005_mask0", ["vit_t_dp005_mask0"])
 
 
 def test_a_damaged_model_is_refused(tmp_path: Path) -> None:
