@@ -16,7 +16,7 @@ from arcface_kd.atomic import atomic_write
 from arcface_kd.backbones import get_backbone
 from arcface_kd.cache_filling import fill_cache
 from arcface_kd.config import BASE, KDConfig
-from arcface_kd.data.dataset import OnBadRecord
+from arcface_kd.data.dataset import OnBadRecord, RecordDataset
 from arcface_kd.distiller import Distiller
 from arcface_kd.errors import ConfigError, DataError
 from arcface_kd.evaluation.plots import plot_alpha, plot_roc, plot_training
@@ -249,8 +249,6 @@ def _teacher_config(base: EasyDict, out: Path, stages: _Stages) -> EasyDict:
 
 def _config_for(data: Path, settings: DemoSettings) -> EasyDict:
     """An arcface_torch config for a student on this data."""
-    from arcface_kd.data.dataset import RecordDataset
-
     records = RecordDataset(data, on_bad_record=settings.on_bad_record)
     targets = sorted(path.stem for path in data.glob("*.bin"))
     if not targets:

@@ -1,6 +1,7 @@
 """The main job, at a small size: its files, its rows, its honesty."""
 
 import json
+import sys
 from pathlib import Path
 
 import pytest
@@ -120,6 +121,13 @@ def test_every_flag_of_the_command_reaches_the_demo(monkeypatch: pytest.MonkeyPa
     (settings,) = asked
     assert (settings.method, settings.teacher, settings.classifier) == ("kd", "t", "class-means")
     assert (settings.cache, settings.on_bad_record, settings.options) == (Path("c"), "skip", ["kd.t=1"])
+
+
+def test_missing_pictures_are_told_before_anything_is_trained(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    with pytest.raises(ConfigError, match=r"pictures need matplotlib: pip install"):
+        run_demo(DemoSettings(out=tmp_path / "out"))
+    assert not (tmp_path / "out").exists()
 
 
 def test_data_without_pairs_is_refused(tmp_path: Path) -> None:
