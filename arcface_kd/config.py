@@ -330,7 +330,7 @@ RUN_KEYS: dict[str, Any] = {
 
 
 def _override(config: Mapping[str, Any], key: str, value: object) -> object:
-    known = [*BASE, *RUN_KEYS]
+    known = list({**BASE, **RUN_KEYS})
     if key not in known:
         raise ConfigError(f"unknown key {key!r}{suggestion(key, known)}; keys are {', '.join(known)}")
     kind = RUN_KEYS.get(key) or type(BASE[key])

@@ -97,9 +97,9 @@ class Distiller:
         """Keep the teacher's embeddings in the file that ``kd_cache`` names, and ask the teacher for missing ones only.
 
         The loader says which records a batch shows and which of them mirrored; its records are what the teacher's
-        classifier is held against. Data that may show an image in other
-        ways, by an augmentation of its own, switches the cache off with a warning: the teacher then runs each step.
-        Methods that take the cache alone want it to be there, and the teacher is given up.
+        classifier is held against. Data that may show an image in other ways, by an augmentation of its own, switches
+        the cache off with a warning: the teacher then runs each step. Methods that take the cache alone want it to be
+        there, and the teacher is given up.
 
         Args:
             loader: of the training records.
@@ -134,7 +134,6 @@ class Distiller:
             return
         identity = identity_of(self.teacher, fingerprint(loader.faces), len(loader.faces))
         self.cache = on_first_rank_first(lambda: EmbeddingCache(str(self.kd.cache), identity), ranks)
-        loader.on_batch = self._next_views
 
     def _open_full_cache(self, loader: FaceLoader) -> None:
         """Let the cache stand for the teacher, which is given up where one was given to compare with."""
@@ -151,7 +150,6 @@ class Distiller:
             identity = identity_of(self.teacher, data, len(loader.faces))
         self.cache = EmbeddingCache(path, identity, create=False)
         self.teacher = None
-        loader.on_batch = self._next_views
 
     @property
     def teacher_embedding_size(self) -> int | None:
@@ -261,6 +259,9 @@ class Distiller:
             self.cache.store(index, flipped, teacher(images[missing.to(images.device)]))
             # Read back: the step that fills a row and the one that finds it see the same rounded numbers.
             rows[missing], _ = self.cache.look_up(index, flipped)
+        if images.device.type == "cuda":
+            # A copy of what is not pinned waits until the device has done all that came before it.
+            rows = rows.pin_memory()
         return rows.to(images.device, non_blocking=True)
 
     def take_teacher_embeddings(self, rows: int) -> Tensor | None:
@@ -674,13 +675,8 @@ def _projection(
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         nn.init.orthogonal_(projection.weight, generator=generator)
-
-    def average(gradient: Tensor) -> Tensor:
-        # DistributedDataParallel wraps the backbone only.
-        return ranks.sum_(gradient.clone()) / ranks.world_size
-
-    if ranks.world_size > 1:
-        projection.weight.register_hook(average)
+    # DistributedDataParallel wraps the backbone only.
+    ranks.average_gradient(projection.weight)
     return projection
 
 

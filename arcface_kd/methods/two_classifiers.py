@@ -20,27 +20,27 @@ from arcface_kd.methods.sampling import sample_classes
 
 
 def check_temperature(temperature: float) -> None:
-    """Refuse a temperature below 1.
+    """Refuse a temperature below 1, or one at which nothing is left of the logits.
 
     Raises:
-        ValueError: it is below 1.
+        ValueError: it is below 1 or infinite.
     """
-    if not temperature >= 1:
-        raise ValueError(f"the temperature is {temperature}; it must be at least 1")
+    if not 1 <= temperature < float("inf"):
+        raise ValueError(f"the temperature is {temperature}; it must be finite and at least 1")
 
 
 def check_weights(**weights: float | None) -> None:
-    """Refuse negative weights of loss terms.
+    """Refuse negative and infinite weights of loss terms.
 
     Args:
-        weights: by the knob's name.
+        weights: by the knob's name; None for one that is left to the method.
 
     Raises:
-        ValueError: one of them is negative.
+        ValueError: one of them is negative or infinite.
     """
     for name, weight in weights.items():
-        if weight is not None and not weight >= 0:
-            raise ValueError(f"{name} is {weight}; it must be at least 0")
+        if weight is not None and not 0 <= weight < float("inf"):
+            raise ValueError(f"{name} is {weight}; it must be finite and at least 0")
 
 
 class TwoClassifiers(Method):

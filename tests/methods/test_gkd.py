@@ -127,11 +127,11 @@ def test_what_it_observes() -> None:
         ({"size": 0}, r"gkd: a group of 0 classes is asked for; it must be at least 1"),
         ({"ranked_by": "both"}, r"gkd\.ranked_by is 'both'; it must be one of student, teacher"),
         ({"logits": "soft"}, r"gkd\.logits is 'soft'"),
-        ({"temperature": 0}, r"gkd: the temperature is 0\.0; it must be at least 1"),
-        ({"primary_weight": -1}, r"gkd: primary_weight is -1\.0; it must be at least 0"),
-        ({"binary_weight": -1}, r"gkd: binary_weight is -1\.0; it must be at least 0"),
-        ({"secondary_weight": -1}, r"gkd: secondary_weight is -1\.0; it must be at least 0"),
-        ({"ramp_epochs": -1}, r"gkd: ramp_epochs is -1\.0; it must be at least 0"),
+        ({"temperature": 0}, r"gkd: the temperature is 0\.0; it must be finite and at least 1"),
+        ({"primary_weight": -1}, r"gkd: primary_weight is -1\.0; it must be finite and at least 0"),
+        ({"binary_weight": -1}, r"gkd: binary_weight is -1\.0; it must be finite and at least 0"),
+        ({"secondary_weight": -1}, r"gkd: secondary_weight is -1\.0; it must be finite and at least 0"),
+        ({"ramp_epochs": -1}, r"gkd: ramp_epochs is -1\.0; it must be finite and at least 0"),
     ],
 )
 def test_knobs_out_of_range_are_refused(values: dict[str, object], said: str) -> None:

@@ -97,8 +97,10 @@ def test_the_margin_s_filter_leaves_the_distilled_logits_alone() -> None:
 @pytest.mark.parametrize(
     ("values", "said"),
     [
-        ({"temperature": 0.5}, r"kd: the temperature is 0\.5; it must be at least 1"),
-        ({"weight": -1}, r"kd: weight is -1\.0; it must be at least 0"),
+        ({"temperature": 0.5}, r"kd: the temperature is 0\.5; it must be finite and at least 1"),
+        ({"temperature": "inf"}, r"kd: the temperature is inf; it must be finite"),
+        ({"weight": "inf"}, r"kd: weight is inf; it must be finite"),
+        ({"weight": -1}, r"kd: weight is -1\.0; it must be finite and at least 0"),
         ({"logits": "soft"}, r"kd\.logits is 'soft'; it must be one of margin, plain"),
         ({"alpha": 1}, r"unknown option kd\.alpha"),
     ],

@@ -118,10 +118,10 @@ def test_both_heads_see_the_same_sample_of_the_classes() -> None:
     [
         ({"form": "both"}, r"thkd\.form is 'both'; it must be one of mixed, additive"),
         ({"a": 1.5}, r"thkd: the teacher head's share a is 1\.5; it must be in \[0, 1\]"),
-        ({"weight": -1}, r"thkd: weight is -1\.0; it must be at least 0"),
-        ({"kd_weight": -1}, r"thkd: kd_weight is -1\.0; it must be at least 0"),
-        ({"teacher_head_weight": -1}, r"thkd: teacher_head_weight is -1\.0; it must be at least 0"),
-        ({"temperature": 0.1}, r"thkd: the temperature is 0\.1; it must be at least 1"),
+        ({"weight": -1}, r"thkd: weight is -1\.0; it must be finite and at least 0"),
+        ({"kd_weight": -1}, r"thkd: kd_weight is -1\.0; it must be finite and at least 0"),
+        ({"teacher_head_weight": -1}, r"thkd: teacher_head_weight is -1\.0; it must be finite and at least 0"),
+        ({"temperature": 0.1}, r"thkd: the temperature is 0\.1; it must be finite and at least 1"),
         ({"logits": "soft"}, r"thkd\.logits is 'soft'"),
     ],
 )
