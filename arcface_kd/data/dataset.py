@@ -13,6 +13,7 @@ from arcface_kd.data.image import decode_rgb
 from arcface_kd.data.image_folder import list_identities, read_image_file
 from arcface_kd.data.recordio import RecordHeader, RecordReader, unpack, unpack_label
 from arcface_kd.errors import BadRecordError, DataError
+from arcface_kd.regular_file import open_regular
 
 IMAGE_SIZE = (112, 112)
 
@@ -447,7 +448,7 @@ def _first_label(header: RecordHeader) -> float:
 def _read_property(path: Path) -> tuple[int, int, int] | None:
     """Number of classes, height and width of a ``property`` file; None where there is none."""
     try:
-        with open(path, "rb") as stream:
+        with open_regular(path) as stream:
             line = stream.readline(200)
     except FileNotFoundError:
         return None

@@ -13,6 +13,7 @@ A template is what is known of a person at one time: images and frames of videos
 frames of one video are one medium.
 """
 
+import io
 import os
 import warnings
 from collections.abc import Mapping
@@ -25,6 +26,7 @@ from arcface_kd.data.alignment import align, fit_similarity
 from arcface_kd.data.image import decode_rgb
 from arcface_kd.data.image_folder import read_image_file
 from arcface_kd.errors import DataError
+from arcface_kd.regular_file import open_regular
 
 _LANDMARKS = 5
 
@@ -155,7 +157,7 @@ def read_ijb(folder: str | os.PathLike[str]) -> IJBSet:
 
 def _lines(path: Path) -> list[list[str]]:
     try:
-        with path.open(encoding="utf-8") as stream:
+        with io.TextIOWrapper(open_regular(path), encoding="utf-8") as stream:
             return [line.split() for line in stream]
     except OSError as error:
         raise DataError(f"cannot read {path}: {error.strerror}") from None

@@ -1,12 +1,14 @@
 """Folders of face images, one sub-folder per identity."""
 
 import os
-from pathlib import Path
 from typing import NamedTuple
 
 from arcface_kd.errors import DataError
+from arcface_kd.regular_file import open_regular
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp")
+# The most pixels that are decoded, in four channels of 16 bits without compression.
+_LARGEST_FILE = 1 << 29
 
 
 class Identity(NamedTuple):
@@ -81,9 +83,13 @@ def read_image_file(path: str | os.PathLike[str]) -> bytes:
     """Read an image file's bytes.
 
     Raises:
-        DataError: the file cannot be read.
+        DataError: the file cannot be read, or is larger than any image of a face.
     """
     try:
-        return Path(path).read_bytes()
+        with open_regular(path) as stream:
+            size = os.fstat(stream.fileno()).st_size
+            if size > _LARGEST_FILE:
+                raise DataError(f"{path} has {size} bytes; no image of a face has more than {_LARGEST_FILE}")
+            return stream.read()
     except OSError as error:
         raise DataError(f"cannot read {path}: {error.strerror}") from None

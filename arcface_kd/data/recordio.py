@@ -26,6 +26,7 @@ import torch
 
 from arcface_kd.atomic import atomic_write
 from arcface_kd.errors import DataError
+from arcface_kd.regular_file import open_regular
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -218,7 +219,7 @@ def _whole_lines(stream: IO[bytes]) -> Iterator[bytes]:
 
 def _read_index(path: Path) -> np.ndarray:
     """Parse an ``.idx`` file: int64 array (2, N), keys and byte offsets in the order of the file."""
-    with open(path, "rb") as stream:
+    with open_regular(path) as stream:
         # Counted first and written in place: pieces that are put together at the end leave as much free memory behind,
         # which the process keeps.
         index = np.empty((2, sum(chunk.count(b"\n") for chunk in _whole_lines(stream))), dtype=np.int64)
@@ -293,7 +294,7 @@ class RecordReader:
 
     def _open_map(self) -> None:
         try:
-            with open(self.rec_path, "rb") as stream:
+            with open_regular(self.rec_path) as stream:
                 size = os.fstat(stream.fileno()).st_size
                 if size == 0:
                     raise DataError(f"{self.rec_path} is empty; copy or download it again")

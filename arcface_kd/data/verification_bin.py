@@ -25,6 +25,7 @@ import torch
 from arcface_kd.atomic import atomic_write
 from arcface_kd.data.image import decode_rgb
 from arcface_kd.errors import DataError
+from arcface_kd.regular_file import open_regular
 
 # An image takes about ten opcodes and some thousand bytes; a file beyond this is built to fill memory with empty lists.
 _FREE_OPCODES = 1_000_000
@@ -418,7 +419,7 @@ def read_bin(path: str | os.PathLike[str]) -> VerificationSet:
     """
     name = Path(path)
     try:
-        with open(name, "rb") as stream:
+        with open_regular(name) as stream:
             if os.fstat(stream.fileno()).st_size == 0:
                 raise DataError(f"{name} is empty; copy or download it again")
             with mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ) as data:

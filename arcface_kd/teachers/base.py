@@ -35,6 +35,8 @@ __all__ = [
 logger = logging.getLogger(__name__)
 
 _AUTOCAST: dict[Precision, torch.dtype] = {"bf16": torch.bfloat16, "fp16": torch.float16}
+# What one protobuf message, and so an ONNX file, can hold; MXNet's largest face networks have a tenth of it.
+_LARGEST_FILE = 1 << 31
 _SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9_+.-]+:")
 
 
@@ -99,10 +101,13 @@ def read_bytes(path: Path) -> bytes:
         path: a regular file.
 
     Raises:
-        TeacherError: it is missing, not a regular file or not readable.
+        TeacherError: it is missing, not a regular file, not readable or larger than any face network.
     """
     try:
-        return existing_file(path).read_bytes()
+        size = existing_file(path).stat().st_size
+        if size > _LARGEST_FILE:
+            raise TeacherError(f"teacher {path} has {size} bytes; no face network has more than {_LARGEST_FILE}")
+        return path.read_bytes()
     except OSError as error:
         raise TeacherError(f"teacher {path}: cannot be read: {error.strerror or first_line(error)}") from error
 
