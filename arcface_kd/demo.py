@@ -23,6 +23,7 @@ from arcface_kd.evaluation.plots import plot_alpha, plot_roc, plot_training
 from arcface_kd.evaluation.report_pictures import require_matplotlib
 from arcface_kd.evaluation.scalars import Curve, read_scalars
 from arcface_kd.evaluation.verification import VerificationResult, evaluate
+from arcface_kd.shkd_stages import wants_stages
 from arcface_kd.teacher_classifier import CLASS_MEANS
 from arcface_kd.teachers.base import Teacher, load_teacher
 from arcface_kd.trainer import TrainResult, train
@@ -151,6 +152,11 @@ def run_demo(settings: DemoSettings) -> list[Row]:
     kd = KDConfig.from_config(kd_keys)
     if settings.teacher is None and "teacher" in kd.options:
         raise ConfigError("teacher options were given without a teacher; add --kd-teacher FILE")
+    if wants_stages(kd_keys):
+        raise ConfigError(
+            "shkd is three runs of their own, and the demo compares one with another: start them with "
+            "`arcface-kd train CONFIG --kd shkd`"
+        )
     teacher = load_teacher(settings.teacher, kd.options.get("teacher")) if settings.teacher is not None else None
     # What cannot run ends before the first file is written, and not when the teacher and a student are trained.
     wiring = Distiller(kd, teacher if teacher is not None else load_teacher(get_backbone(NETWORK)))

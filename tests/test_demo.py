@@ -94,6 +94,7 @@ def test_a_method_of_class_means_finds_the_cache_filled(tmp_path: Path, capsys: 
     [
         ("adadistill", 64, ConfigError, "the teacher has 64 dimensions and the student 512"),
         ("proxylesskd", 512, TeacherError, "proxylesskd needs"),
+        ("shkd", 512, ConfigError, "shkd is three runs"),
     ],
 )
 def test_what_the_student_cannot_use_is_refused_before_anything_is_trained(

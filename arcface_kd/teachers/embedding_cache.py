@@ -93,7 +93,7 @@ def identity_in(path: str | os.PathLike[str], data_fingerprint: str, images: int
     Raises:
         TeacherError: there is no such cache, or its header is damaged.
     """
-    path = Path(path)
+    path = Path(path).expanduser()
     header = _header_of(path)
     _refuse_special_files(path, header)
     if not header.exists():
@@ -137,7 +137,7 @@ class EmbeddingCache:
         read_only: whether the file cannot be written: a full one serves all the same.
 
     Args:
-        path: the file, made if there is none; symbolic links are followed.
+        path: the file, made if there is none; symbolic links are followed, ``~`` is the home folder.
         identity: from :func:`identity_of` or :func:`identity_in`.
         create: whether to make the file where there is none.
 
@@ -147,7 +147,7 @@ class EmbeddingCache:
     """
 
     def __init__(self, path: str | os.PathLike[str], identity: Mapping[str, object], *, create: bool = True) -> None:
-        self.path = Path(path)
+        self.path = Path(path).expanduser()
         # As JSON gives it back: tuples become lists.
         self._identity: dict[str, Any] = json.loads(json.dumps(dict(identity)))
         self.images = int(self._identity["images"])
@@ -159,6 +159,10 @@ class EmbeddingCache:
             if not self._header.exists():
                 if not create:
                     raise TeacherError(_not_there(self.path))
+                if not self.path.parent.is_dir():
+                    raise TeacherError(
+                        f"the cache {self.path} cannot be made: there is no folder {self.path.parent}; make it first"
+                    )
                 self._create()
             self._check_header()
             self._check_size()

@@ -23,7 +23,7 @@ from torch.nn.functional import cosine_similarity, normalize
 from arcface_kd.errors import TeacherError
 from arcface_kd.teachers import embedding_cache
 from arcface_kd.teachers.base import load_teacher
-from arcface_kd.teachers.embedding_cache import EmbeddingCache, identity_of, readable_size
+from arcface_kd.teachers.embedding_cache import EmbeddingCache, identity_in, identity_of, readable_size
 from arcface_kd.teachers.options import TeacherOptions
 
 IMAGES = 40
@@ -306,11 +306,17 @@ def test_what_is_no_file_is_refused(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "rows.json")
     with pytest.raises(TeacherError, match=r"rows\.json is no regular file"):
         EmbeddingCache(tmp_path / "rows", identity())
-    with pytest.raises(TeacherError, match="No such file or directory"):
+    with pytest.raises(TeacherError, match=r"there is no folder .*nowhere; make it first"):
         EmbeddingCache(tmp_path / "nowhere" / "rows", identity())
     (tmp_path / "round").symlink_to(tmp_path / "round")
     with pytest.raises(TeacherError, match="cannot be used"):
         EmbeddingCache(tmp_path / "round", identity())
+
+
+def test_a_cache_in_the_home_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert EmbeddingCache("~/rows", identity()).path == tmp_path / "rows"
+    assert identity_in("~/rows", "d" * 64, IMAGES)["teacher"] == "t" * 64
 
 
 def test_a_link_to_another_disk_is_followed(tmp_path: Path) -> None:
