@@ -111,7 +111,10 @@ class _Board:
             return self._find(error)
         # The store goes with the process that holds it.
         except (RuntimeError, OSError):
-            return f"rank {self._rank} of {self._world_size} has lost the others: {_first_line(error)}"
+            own = f"rank {self._rank} of {self._world_size}"
+            if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+                return f"{own} has lost the others: {_first_line(error)}"
+            return f"{own} stopped because rank 0 is gone, whose own lines say why ({_first_line(error)})"
 
     def _tell(self, error: BaseException) -> None:
         self._store.compare_set("failed", "", f"{self._rank} {type(error).__name__}: {_first_line(error)}")
