@@ -24,11 +24,11 @@ from torch import distributed
 from arcface_kd import registry
 from arcface_kd.atomic import atomic_write
 from arcface_kd.backbones import NETWORKS, FaceBackbone
+from arcface_kd.checkpoint_files import checkpoint_file, read_checkpoint
 from arcface_kd.config import KDConfig, build
 from arcface_kd.errors import CheckpointError, ConfigError, TeacherError
 from arcface_kd.methods.base import Method
 from arcface_kd.methods.shkd import SHKDConfig
-from arcface_kd.resharding import checkpoint_file, read_checkpoint
 from arcface_kd.sharding import on_first_rank_first
 from arcface_kd.teacher_classifier import CLASS_MEANS
 from arcface_kd.teachers.base import Teacher, load_teacher

@@ -15,9 +15,10 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
+from arcface_kd.checkpoint_files import checkpoint_file
 from arcface_kd.data.dataset import FaceDataset, View
 from arcface_kd.errors import BadRecordError, CheckpointError, TeacherError
-from arcface_kd.resharding import checkpoint_file, open_shards
+from arcface_kd.resharding import open_shards
 from arcface_kd.sharding import ClassShard
 from arcface_kd.teachers.checkpoint import read_content
 from arcface_kd.teachers.embedding_cache import EmbeddingCache

@@ -117,6 +117,8 @@ def check_keys(config: Mapping[str, Any]) -> None:
             raise ConfigError(f"{key} is {config[key]!r}; it must be a finite number, at least 0")
     if not isinstance(config["val_targets"], list | tuple):
         raise ConfigError(f"val_targets is {config['val_targets']!r}; it must be a list of names, such as ['lfw']")
+    if not str(config["output"] or ""):
+        raise ConfigError(f"output is {config['output']!r}; it must name a folder for the run's files")
     if config["optimizer"] not in ("sgd", "adamw"):
         raise ConfigError(f"optimizer is {config['optimizer']!r}; it must be sgd or adamw")
     if not 0 < config["sample_rate"] <= 1:
@@ -304,7 +306,8 @@ class _Run:
         self.head.load_state_dict(state["state_dict_softmax_fc"])
         self.optimizer.load_state_dict(state["state_optimizer"])
         self.schedule.load_state_dict(state["state_lr_scheduler"])
-        if "state_scaler" in state:
+        # One that was off, as on a CPU, has left nothing.
+        if state.get("state_scaler"):
             self.scaler.load_state_dict(state["state_scaler"])
         if "state_random" in state:
             torch.set_rng_state(state["state_random"].cpu())

@@ -150,6 +150,21 @@ def test_a_first_saving_that_was_cut_short_is_gone_on_with(faces: Faces, tmp_pat
     assert train(config_for(faces, tmp_path, **keys)).steps == 2 * (faces.num_image // 16)
 
 
+def test_a_run_begun_without_a_loss_scale_goes_on_with_one(
+    faces: Faces, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Rehearsed on a CPU, resumed on a GPU in fp16."""
+    keys: dict[str, Any] = {"num_epoch": 1, "save_all_states": True, "val_targets": []}
+    train(config_for(faces, tmp_path, **keys))
+    assert saved(tmp_path, "checkpoint_gpu_0.pt")["state_scaler"] == {}
+    scaler = torch.amp.GradScaler("cpu", init_scale=64.0)
+    monkeypatch.setattr("torch.amp.GradScaler", lambda *_, **__: scaler)
+    assert train(config_for(faces, tmp_path, **keys | {"resume": True, "num_epoch": 2})).steps == 2 * (
+        faces.num_image // 16
+    )
+    assert scaler.get_scale() == 64.0
+
+
 def test_an_output_that_is_a_file_is_named(faces: Faces, tmp_path: Path) -> None:
     (tmp_path / "taken").write_text("")
     with pytest.raises(ResourceError, match=r"the folder output='.*taken' cannot be made: File exists; name another"):
