@@ -109,18 +109,16 @@ def _patch(arguments: argparse.Namespace) -> None:
 
 
 def _check(arguments: argparse.Namespace) -> None:
-    from arcface_kd.config import KDConfig
     from arcface_kd.data.verification_bin import read_bin
     from arcface_kd.teachers.base import load_teacher
     from arcface_kd.teachers.check import check_teacher
 
-    kd = KDConfig.from_config({"kd_option": arguments.kd_option})
+    options = _teacher_options(arguments)
     pairs = None if arguments.bin is None else read_bin(arguments.bin)
-    print(check_teacher(load_teacher(arguments.kd_teacher, kd.options.get("teacher")), pairs))
+    print(check_teacher(load_teacher(arguments.kd_teacher, options), pairs))
 
 
 def _compare(arguments: argparse.Namespace) -> None:
-    from arcface_kd.config import KDConfig
     from arcface_kd.device import training_device
     from arcface_kd.evaluation.comparison import (
         Contestant,
@@ -135,15 +133,15 @@ def _compare(arguments: argparse.Namespace) -> None:
     from arcface_kd.teachers.base import load_teacher
 
     require_matplotlib()
-    kd = KDConfig.from_config({"kd_teacher": arguments.kd_teacher, "kd_option": arguments.kd_option})
-    if kd.teacher is None and kd.options:
+    options = _teacher_options(arguments)
+    if arguments.kd_teacher is None and options:
         raise ConfigError("teacher options were given without a teacher; add --kd-teacher FILE")
     runs = read_runs(arguments.runs)
     files = verification_files(arguments.data if arguments.data is not None else data_of(runs))
     device = training_device()
     models = [run_contestant(run, device) for run in runs]
-    if kd.teacher is not None:
-        teacher = load_teacher(kd.teacher, kd.options.get("teacher"), device=device)
+    if arguments.kd_teacher is not None:
+        teacher = load_teacher(arguments.kd_teacher, options, device=device)
         models.append(
             Contestant("teacher", lambda: teacher, "teacher", teacher.description, parameters=teacher.parameter_count)
         )
