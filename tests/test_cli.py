@@ -110,6 +110,7 @@ def test_settings_win_over_the_config(config: Path, tmp_path: Path) -> None:
         (["--kd-cache", "c", "--kd-option", "teacher.std=128"], "--kd-cache and --kd-option without a method"),
         (["--set", "num_classes=2"], "num_classes"),
         (["--set", "verbose=0"], "verbose is 0"),
+        (["--set", "output="], "output is ''; it must name a folder"),
         (["--set", "nosuchkey=2"], "nosuchkey"),
         (["--set", "batch_size=many"], "batch_size is 'many'"),
         (["--set", "batch_size"], "has no value"),
@@ -179,6 +180,16 @@ def test_a_config_that_is_none(tmp_path: Path, capsys: pytest.CaptureFixture[str
     path.write_text(body)
     assert main(["train", str(path)]) == 2
     assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("words", [("check",), ("compare", "run")])
+def test_only_options_of_a_teacher_are_taken_where_there_is_no_run(
+    teacher: Path, capsys: pytest.CaptureFixture[str], words: tuple[str, ...]
+) -> None:
+    assert main([*words, "--kd-teacher", str(teacher), "--kd-option", "student.projection=linear"]) == 2
+    assert capsys.readouterr().err == (
+        "arcface-kd: option student.projection has no meaning here; options start with teacher.\n"
+    )
 
 
 def test_no_such_config(capsys: pytest.CaptureFixture[str]) -> None:

@@ -345,7 +345,8 @@ class EmbeddingCache:
 
 
 def _header_of(path: Path) -> Path:
-    return path.with_name(path.name + ".json")
+    # Not by its name: a folder such as "." has none, and is refused later.
+    return Path(f"{path}.json")
 
 
 def _not_there(path: Path) -> str:

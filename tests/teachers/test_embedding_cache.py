@@ -300,6 +300,8 @@ def test_what_is_no_file_is_refused(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "pipe")
     with pytest.raises(TeacherError, match="folder is a folder"):
         EmbeddingCache(tmp_path / "folder", identity())
+    with pytest.raises(TeacherError, match=r"the cache \. is a folder"):
+        EmbeddingCache(".", identity())
     for path in (tmp_path / "pipe", Path("/dev/null")):
         with pytest.raises(TeacherError, match="is no regular file"):
             EmbeddingCache(path, identity())
