@@ -352,7 +352,7 @@ def build_parser() -> argparse.ArgumentParser:
         metavar="DIR",
         nargs="+",
         required=True,
-        help="folders with verification sets (*.bin), or of IJB-B or IJB-C with meta/ and loose_crop/",
+        help="folders with verification sets (*.bin), one such file, or IJB-B or IJB-C with meta/ and loose_crop/",
     )
     judge.add_argument(
         "--kd-option",

@@ -93,7 +93,8 @@ def find_sets(folders: Sequence[str | os.PathLike[str]]) -> list[VerificationSet
     """Read all sets of some folders; of an IJB set only its lists.
 
     Args:
-        folders: with ``.bin`` files, or with ``meta`` and ``loose_crop`` as InsightFace lays IJB out.
+        folders: with ``.bin`` files, or with ``meta`` and ``loose_crop`` as InsightFace lays IJB out; a ``.bin`` file
+            stands for itself.
 
     Returns:
         The sets, in the order of the folders, those of a folder by name.
@@ -103,7 +104,7 @@ def find_sets(folders: Sequence[str | os.PathLike[str]]) -> list[VerificationSet
     """
     found: list[VerificationSet | IJBSet] = []
     for folder in map(Path, folders):
-        bins = sorted(folder.glob("*.bin"))
+        bins = [folder] if folder.is_file() else sorted(folder.glob("*.bin"))
         if not bins and not is_ijb(folder):
             met = "holds no set" if folder.is_dir() else "is no folder"
             raise DataError(

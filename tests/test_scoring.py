@@ -156,6 +156,13 @@ def test_what_was_judged_before_an_error_is_shown(
     assert said.err.count("\n") == 1
 
 
+def test_a_file_stands_for_itself(folder: Path, tmp_path: Path) -> None:
+    shutil.copy(folder / "faces" / "pairs.bin", tmp_path / "alone")
+    assert [found.name for found in find_sets([tmp_path / "alone", folder / "IJBT"])] == ["alone", "ijbt"]
+    with pytest.raises(DataError, match=r"student.pt is no verification set"):
+        find_sets([folder / "student.pt"])
+
+
 def test_models_are_loaded_before_the_work_begins(folder: Path) -> None:
     with pytest.raises(TeacherError, match=r"nowhere.onnx does not exist"):
         load_models([str(folder / "run"), str(folder / "nowhere.onnx")])
