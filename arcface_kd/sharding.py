@@ -316,6 +316,7 @@ def on_first_rank_first(make: Callable[[], T], ranks: RankGroup | None = None) -
     ranks = ranks or RankGroup()
     if ranks.world_size == 1:
         return make()
-    made = make() if ranks.rank == 0 else None
-    distributed.barrier(ranks.group)
-    return make() if made is None else made
+    made = [make()] if ranks.rank == 0 else []
+    # Between the hosts: a config is read before arcface_torch has chosen each rank's GPU.
+    distributed.barrier(ranks._host_group)
+    return made[0] if made else make()

@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 
 from arcface_kd.losses.margin_softmax import margin_softmax
-from arcface_kd.sharding import RankGroup, for_ddp
+from arcface_kd.sharding import RankGroup, for_ddp, on_first_rank_first
 from tests.distributed.pool import RankPool
 from tests.reference.problems import ARCFACE, random_problem
 
@@ -109,3 +109,14 @@ def test_a_loss_without_a_rank_group_is_this_process_s_own(ranks: RankPool) -> N
     for rank, met in enumerate(ranks.run(3, _alone)):
         problem = random_problem(rank)
         assert met == float(margin_softmax(problem.embeddings, problem.labels, problem.centers, ARCFACE))
+
+
+def _made_in_turn(ranks: RankGroup) -> int:
+    calls: list[int] = []
+    assert on_first_rank_first(lambda: calls.append(ranks.rank), ranks) is None
+    return len(calls)
+
+
+@pytest.mark.parametrize("world_size", [1, 3])
+def test_every_rank_makes_it_once_whatever_it_returns(ranks: RankPool, world_size: int) -> None:
+    assert ranks.run(world_size, _made_in_turn) == [1] * world_size
