@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
+from arcface_kd.bar_size import bar_size
 from arcface_kd.config import KDConfig
 from arcface_kd.data.dataset import View, open_dataset
 from arcface_kd.data.fingerprint import fingerprint
@@ -142,6 +143,7 @@ def fill_cache(config: Mapping[str, Any], *, teacher: Teacher | None = None) -> 
                 unit="image",
                 mininterval=0.1 if sys.stderr.isatty() else _SECONDS_BETWEEN_LINES,
                 disable=rank != 0,
+                **bar_size(),
             ) as bar:
                 _fill(cache, teacher, loader, missing, bar)
         # The slowest rank's time is the run's; nobody leaves before all rows are there.

@@ -20,6 +20,7 @@ from easydict import EasyDict
 from torch import Tensor, distributed, nn
 from tqdm import tqdm
 
+from arcface_kd.bar_size import bar_size
 from arcface_kd.checkpoint_files import checkpoint_file, finish_saving, save_checkpoint
 from arcface_kd.config import BASE, RUN_KEYS, suggestion
 from arcface_kd.data.verification_bin import VerificationSet, read_bin
@@ -509,7 +510,7 @@ def _train(run: _Run, title: str, on_epoch: Callable[[int], None] | None) -> Tra
             stack.callback(run.writer.close)
         hidden = run.rank != 0 or not sys.stderr.isatty()
         bar = stack.enter_context(
-            tqdm(total=run.last_step, initial=run.step, desc=title, unit="step", disable=hidden, dynamic_ncols=True)
+            tqdm(total=run.last_step, initial=run.step, desc=title, unit="step", disable=hidden, **bar_size())
         )
         run.backbone.train()
         while run.epoch < config.num_epoch:

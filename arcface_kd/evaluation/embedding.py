@@ -10,6 +10,7 @@ from numpy.typing import DTypeLike
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from arcface_kd.bar_size import bar_size
 from arcface_kd.errors import DataError
 
 
@@ -121,7 +122,9 @@ def embed(
     sums: np.ndarray | None = None
     with (
         evaluating(model),
-        tqdm(total=len(images), unit="image", desc="embedding", disable=None if progress else True) as bar,
+        tqdm(
+            total=len(images), unit="image", desc="embedding", disable=None if progress else True, **bar_size()
+        ) as bar,
     ):
         for start in range(0, len(images), batch_size):
             stop = min(start + batch_size, len(images))

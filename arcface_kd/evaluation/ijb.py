@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from arcface_kd.bar_size import bar_size
 from arcface_kd.data.ijb import IJBSet
 from arcface_kd.errors import DataError
 from arcface_kd.evaluation.embedding import evaluating, normalize, sum_of_views
@@ -240,7 +241,9 @@ def embed_templates(
     where = None if device is None else torch.device(device)
     with (
         evaluating(model),
-        tqdm(total=len(faces.files), unit="face", desc=faces.name, disable=None if progress else True) as bar,
+        tqdm(
+            total=len(faces.files), unit="face", desc=faces.name, disable=None if progress else True, **bar_size()
+        ) as bar,
     ):
         for batch in _batches(faces, batch_size):
             embeddings = sum_of_views(model, batch, flip=weighting.flip, device=where).numpy()

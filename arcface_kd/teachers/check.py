@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
+from arcface_kd.bar_size import bar_size
 from arcface_kd.data.verification_bin import VerificationSet, decode
 from arcface_kd.errors import DataError, TeacherError
 from arcface_kd.evaluation.embedding import embed
@@ -211,7 +212,7 @@ def check_teacher(
     images = decode(screening)
     trials: list[Trial] = []
     candidates = list(_candidates(teacher.preprocessing))
-    for candidate in tqdm(candidates, desc="preprocessings", disable=None, leave=False):
+    for candidate in tqdm(candidates, desc="preprocessings", disable=None, leave=False, **bar_size()):
         try:
             cosines = _cosines(_embedded(teacher.with_preprocessing(candidate), images, batch_size))
         except TeacherError:
@@ -229,7 +230,7 @@ def _with_accuracies(
     images = decode(chosen)
     measured: dict[Preprocessing, tuple[Trial, np.ndarray]] = {}
     wanted = dict.fromkeys((trials[0].preprocessing, teacher.preprocessing))
-    for preprocessing in tqdm(wanted, desc="accuracy", disable=None, leave=False):
+    for preprocessing in tqdm(wanted, desc="accuracy", disable=None, leave=False, **bar_size()):
         embeddings = _embedded(teacher.with_preprocessing(preprocessing), images, batch_size)
         (screened,) = (trial for trial in trials if trial.preprocessing == preprocessing)
         accuracy = verify(embeddings, chosen.is_same).accuracy
