@@ -437,6 +437,8 @@ class DistillationHead(nn.Module):
         for name, kind in distiller.method_types.items():
             methods[name] = kind(distiller.method_configs[name], context)
         self.methods = nn.ModuleDict(methods)
+        self._num_classes = num_classes
+        self._scores_classes = any(method.classifies for method in methods.values())
         self.numbers = NumberWatch()
         self.register_state_dict_pre_hook(_settle_numbers)
         self._watches_gradients = not loss_is_scaled
@@ -454,8 +456,8 @@ class DistillationHead(nn.Module):
             The sum of all loss terms, the same on every rank. Its gradient is scaled for ``DistributedDataParallel``.
 
         Raises:
-            NumberError: NaN or inf in an embedding, a loss term or, in the backward pass, a gradient; from a GPU it
-                comes in a later step than the one it names.
+            NumberError: NaN or inf in an embedding, a loss term or, in the backward pass, a gradient, or a label that
+                is no class; from a GPU it comes in a later step than the one it names.
         """
         labels = local_labels.reshape(-1).long()
         rows = local_embeddings.shape[0]
@@ -483,6 +485,8 @@ class DistillationHead(nn.Module):
         shown = BatchRows(
             batch.step + 1, sizes, self.ranks.rank, self._distiller.take_views(rows), self._distiller.faces
         )
+        if self._scores_classes:
+            self.numbers.labels(batch.labels, self._num_classes, shown)
         self.numbers.embeddings(batch.embeddings, batch.teacher, shown)
         terms = _by_name({name: method(batch) for name, method in self.methods.items()})
         self.numbers.terms(list(terms), list(terms.values()), shown)

@@ -25,7 +25,7 @@ class CheckpointError(ArcfaceKDError, ValueError):
 
 
 class NumberError(ArcfaceKDError, ArithmeticError):
-    """NaN or inf where a run cannot go on with it; the message names what, at which step and of which records."""
+    """A number, NaN as a rule, that a run cannot go on with; the message says what, when and in which records."""
 
 
 class RankError(ArcfaceKDError, RuntimeError):

@@ -155,6 +155,26 @@ class NumberWatch:
 
         self.look(torch.cat([flags for _, flags in sides]), fault)
 
+    def labels(self, labels: Tensor, num_classes: int, rows: BatchRows) -> None:
+        """Look at the labels of the gathered batch, which a loader of somebody else's may have brought.
+
+        Args:
+            labels: (B,), -1 for none.
+            num_classes: C of the head.
+            rows: of the batch.
+
+        Raises:
+            NumberError: see :meth:`look`.
+        """
+
+        def fault(flags: Tensor) -> str:
+            return (
+                f"{rows.place}: the label of {rows.name(flags)} is not below num_classes={num_classes}: set "
+                "num_classes to what the data have"
+            )
+
+        self.look(labels >= num_classes, fault)
+
     def terms(self, names: Sequence[str], terms: Sequence[Tensor], rows: BatchRows) -> None:
         """Look at the loss terms, which are the same on every rank.
 

@@ -223,6 +223,25 @@ def test_without_a_loader_rows_are_numbered(folder: Path) -> None:
     assert run.distiller.take_views(3) is None
 
 
+@pytest.mark.parametrize("kd", ["adadistill", "embedding"])
+def test_a_label_that_is_no_class_where_another_loader_brings_it(folder: Path, kd: str) -> None:
+    run = Run(folder, kd)
+    with pytest.raises(NumberError) as caught:
+        run.head(run.student(torch.rand(4, 3, 8, 8)), torch.tensor([0, 3, -1, 2]))
+    assert str(caught.value) == (
+        "step 1: the label of 1 of 4 images (rows 1 of the batch) is not below num_classes=3: set num_classes to what "
+        "the data have"
+    )
+
+
+def test_labels_that_nobody_scores_may_be_anything(folder: Path) -> None:
+    kd = KDConfig(("embedding",), options={"embedding": {"labels": "none"}})
+    distiller = Distiller(kd, load_teacher(Tutor(), TeacherOptions(size=8)))
+    student = distiller.watch(Student())
+    head = DistillationHead(distiller, ARCFACE, 6, 3, ranks=RankGroup(alone=True))
+    assert head(student(torch.rand(2, 3, 8, 8)), torch.tensor([7, 9])).isfinite()
+
+
 def test_other_ranks_are_named_by_their_number() -> None:
     rows = BatchRows(7, [2, 3, 1], 1)
     flags = torch.tensor([True, False, False, True, True, True])
