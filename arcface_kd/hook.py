@@ -269,6 +269,16 @@ def _go_to_next_stage(config: dict[str, Any], caller: str) -> None:
         print(stage, flush=True)
 
 
+def _require_names(host: types.ModuleType) -> None:
+    """Refuse a trainer that lacks what the drop-ins replace."""
+    missing = [name for name in HOST_NAMES if not hasattr(host, name)]
+    if missing:
+        raise ConfigError(
+            f"{getattr(host, '__file__', host.__name__)} has no {', '.join(missing)}: the drop-ins replace these "
+            "globals of arcface_torch's train_v2.py; run that trainer, or `arcface-kd train`"
+        )
+
+
 def attach(
     config: dict[str, Any],
     arguments: argparse.Namespace | None = None,
@@ -308,8 +318,10 @@ def attach(
     if arguments is not None:
         merge_arguments(config, arguments)
         refuse_flags_without_method(config, arguments, reads_records=False)
-    elif config.get("kd"):
-        host.__dict__["_arcface_kd_copied"] = config["kd"]
+    if config.get("kd"):
+        _require_names(host)
+        if arguments is None:
+            host.__dict__["_arcface_kd_copied"] = config["kd"]
     if wants_stages(config):
         _go_to_next_stage(config, str(sys._getframe(1).f_globals.get("__name__", "")))
     if not config.get("kd"):
@@ -318,12 +330,6 @@ def attach(
         for name, value in host.__dict__.pop("_arcface_kd_replaced", {}).items():
             setattr(host, name, value)
         return None
-    missing = [name for name in HOST_NAMES if not hasattr(host, name)]
-    if missing:
-        raise ConfigError(
-            f"{getattr(host, '__file__', host.__name__)} has no {', '.join(missing)}: the drop-ins replace these "
-            "globals of arcface_torch's train_v2.py; run that trainer, or `arcface-kd train`"
-        )
     # A copied config on a trainer with the flag comes here twice: the second time must not wrap the first's drop-ins.
     own = host.__dict__.setdefault("_arcface_kd_replaced", {name: getattr(host, name) for name in HOST_NAMES})
     made = drop_ins(_live_config(config), host_model=own["get_model"], host_loader=own["get_dataloader"])
