@@ -1,9 +1,19 @@
 """Fixtures that every test may use: where real data and the real host are, and why they are missing."""
 
 import os
+import time
 from pathlib import Path
 
 import pytest
+
+_BEGAN = time.monotonic()
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Leave slow tests out, and say so, once the minutes that CI has for them are over."""
+    minutes = float(os.environ.get("ARCFACE_KD_SLOW_MINUTES", "inf"))
+    if item.get_closest_marker("slow") is not None and time.monotonic() - _BEGAN > 60 * minutes:
+        pytest.skip(f"no time left: ARCFACE_KD_SLOW_MINUTES={minutes:g} are over")
 
 
 def _folder_from(variable: str, what: str) -> Path:
