@@ -9,6 +9,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO
 
+from arcface_kd.errors import ConfigError
+
 
 def _sync_folder(folder: Path) -> None:
     """Make a rename inside ``folder`` durable, where the platform can open a folder."""
@@ -76,6 +78,19 @@ def replace_file(source: Path, target: Path) -> None:
     """
     source.replace(target)
     _sync_folder(target.parent)
+
+
+def require_folder_of(path: Path) -> None:
+    """Refuse a file whose folder is not there, before anything is done that the file is for.
+
+    Args:
+        path: of the file.
+
+    Raises:
+        ConfigError: there is no such folder.
+    """
+    if not path.absolute().parent.is_dir():
+        raise ConfigError(f"{path}: there is no folder {path.parent}; make it first")
 
 
 @contextmanager

@@ -6,12 +6,9 @@ the first nodes. The students here take just that, so that nothing is put in fro
 insightface itself has loaded it and embedded faces with it as the student does.
 """
 
-import logging
 import os
 import tempfile
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -20,9 +17,10 @@ import numpy as np
 import torch
 from torch import nn
 
-from arcface_kd.atomic import atomic_write
+from arcface_kd.atomic import atomic_write, require_folder_of
 from arcface_kd.data.dataset import View, open_dataset
 from arcface_kd.errors import ArcfaceKDError, ConfigError, DataError
+from arcface_kd.errors_only import errors_only
 from arcface_kd.evaluation.embedding import embed, normalize
 from arcface_kd.teachers.base import first_line
 from arcface_kd.teachers.checkpoint import NetworkCheckpoint, load_network
@@ -110,8 +108,7 @@ def export(
     target = Path(out)
     if target.suffix != ".onnx":
         raise ConfigError(f"{target}: insightface loads files that end in .onnx only; name it {target.stem}.onnx")
-    if not target.absolute().parent.is_dir():
-        raise ConfigError(f"{target}: there is no folder {target.parent}; make it first")
+    require_folder_of(target)
     if images < 1:
         raise ConfigError(f"images is {images}; it must be at least 1")
     if int8 and calibration is None:
@@ -159,7 +156,9 @@ def to_onnx(student: NetworkCheckpoint) -> bytes:
     except ImportError:
         raise ConfigError('torch\'s ONNX exporter needs onnxscript: pip install "arcface_kd[export]"') from None
     try:
-        with _quiet_exporter():
+        # Without the exporter's words about packages that it does not need and about its own future.
+        with errors_only("torch.onnx"), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
             program: Any = torch.onnx.export(
                 student.network.eval(),
                 (torch.zeros(2, 3, 112, 112),),
@@ -202,20 +201,6 @@ def _version() -> str:
     from importlib import metadata
 
     return metadata.version("arcface_kd")
-
-
-@contextmanager
-def _quiet_exporter() -> Iterator[None]:
-    """Without its words about packages that it does not need and about its own future."""
-    logger = logging.getLogger("torch.onnx")
-    before = logger.level
-    logger.setLevel(logging.ERROR)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        logger.setLevel(before)
 
 
 def _faces(folder: str | os.PathLike[str] | None, shown: int) -> tuple[np.ndarray, np.ndarray]:

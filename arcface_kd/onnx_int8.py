@@ -1,29 +1,15 @@
 """8-bit weights and activations for an ONNX file, scaled to what faces make of it."""
 
-import logging
 import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from arcface_kd.errors_only import errors_only
+
 _BATCH = 16
 _QUANTIZED = ("Conv", "Gemm", "MatMul")
-
-
-@contextmanager
-def _without_advice() -> Iterator[None]:
-    """Keep off the terminal that onnxruntime advises to fold and to infer shapes, which the exporter has done."""
-    # It speaks through the root logger.
-    logger = logging.getLogger()
-    before = logger.level
-    logger.setLevel(logging.ERROR)
-    try:
-        yield
-    finally:
-        logger.setLevel(before)
 
 
 def _kept_in_float(model: Any, leading: float) -> list[str]:
@@ -76,7 +62,8 @@ def quantize(model: bytes, faces: np.ndarray, *, leading: float = 0.0) -> bytes:
         def get_next(self) -> dict[str, np.ndarray] | None:
             return next(self._batches, None)
 
-    with tempfile.TemporaryDirectory(prefix="arcface_kd_int8_") as folder, _without_advice():
+    # onnxruntime advises to fold and to infer shapes, which the exporter has done.
+    with tempfile.TemporaryDirectory(prefix="arcface_kd_int8_") as folder, errors_only(None):
         result = Path(folder) / "int8.onnx"
         quantize_static(
             loaded,

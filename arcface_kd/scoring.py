@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from arcface_kd.atomic import atomic_write
+from arcface_kd.atomic import atomic_write, require_folder_of
 from arcface_kd.data.ijb import IJBSet, is_ijb, read_ijb
 from arcface_kd.data.verification_bin import VerificationSet, decode
 from arcface_kd.device import training_device
@@ -251,8 +251,8 @@ def run_eval(
         DataError: a set that cannot be read, or a model that embeds NaN.
     """
     # Hours of IJB-C must not end in a missing folder.
-    if out is not None and not out.absolute().parent.is_dir():
-        raise ConfigError(f"{out}: there is no folder {out.parent}; make it first")
+    if out is not None:
+        require_folder_of(out)
     device = training_device()
     sets = find_sets(folders)
     models = load_models(sources, options, device=device)

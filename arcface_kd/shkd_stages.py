@@ -122,10 +122,9 @@ class _Stages:
         self.teacher_options = under("teacher")
         self.distil_options = {name: value for name, value in options.items() if name not in under(NAME)}
         # Means of the teacher's embeddings are not what a student has learned: the first run is not spared by them.
-        self.instead_of = CLASS_MEANS if config.get("kd_classifier") == CLASS_MEANS else None
-        given = None if self.instead_of else config.get("kd_classifier")
-        self.given_classifier = None if given is None else str(given)
-        self.classifier = self.given_classifier or str(self.output / "stage1_student")
+        self.asks_for_means = config.get("kd_classifier") == CLASS_MEANS
+        self.spares_first = bool(config.get("kd_classifier")) and not self.asks_for_means
+        self.classifier = str(config["kd_classifier"] if self.spares_first else self.output / "stage1_student")
         self._check_distillation()
         self.source = None if config.get("kd_teacher") is None else str(config["kd_teacher"])
         self.network, self.teacher = self._teacher()
@@ -176,9 +175,9 @@ class _Stages:
 
     def first(self) -> Stage | None:
         """The temporary student; None where its classifier is given."""
-        if self.given_classifier:
+        if self.spares_first:
             return None
-        shared = f", whose classifier stands in for {self.instead_of}" if self.instead_of else ""
+        shared = f", whose classifier stands in for {CLASS_MEANS}" if self.asks_for_means else ""
         return self._stage(
             1,
             f"the temporary student, {self.config['network']}{shared}",

@@ -23,14 +23,13 @@ from torch import nn
 from arcface_kd.backbones import get_backbone
 from arcface_kd.cache_filling import fill_cache
 from arcface_kd.config import BASE, KDConfig
-from arcface_kd.data.pack import write_identities
-from arcface_kd.data.synthetic_faces import SyntheticFaces
 from arcface_kd.device import narrow_format
 from arcface_kd.distiller import Distiller
 from arcface_kd.hook import drop_ins
 from arcface_kd.losses.margin import Margin
 from arcface_kd.teachers.base import Teacher, load_teacher
 from arcface_kd.teachers.embedding_cache import readable_size
+from benchmarks.drawn_records import draw_records
 from benchmarks.record import Recorder, Row, print_table, print_verdict, size
 from benchmarks.timing import interleaved_seconds
 
@@ -183,8 +182,7 @@ def run(sizes: Sizes, device: torch.device) -> list[Row]:
 
 
 def _measure(recorder: Recorder, pair: Pair, dimension: int, device: torch.device, folder: Path) -> None:
-    faces = SyntheticFaces(0)
-    write_identities(folder, [1] * pair.images, (faces.jpeg(number, 0) for number in range(pair.images)))
+    draw_records(folder, pair.images)
     teacher = teacher_of(pair, dimension, device)
     config = config_of(pair, dimension, folder)
     # One identity an image in the records; the head has as many classes as the run that is stood in for.

@@ -65,8 +65,8 @@ def _drawn_model() -> Any:
     return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
 
 
-def _clean(model: Any) -> int:
-    """Put zeros for a model's denormal weights; how many these were."""
+def clear_denormals(model: Any) -> int:
+    """Put zeros for an ONNX model's denormal float32 weights; how many these were."""
     from onnx import numpy_helper
 
     count = 0
@@ -92,7 +92,7 @@ def run(sizes: Sizes, device: torch.device) -> list[Row]:
         for value in (*model.graph.input, *model.graph.output):
             value.type.tensor_type.shape.dim[0].dim_param = "batch"
         path.write_bytes(model.SerializeToString())
-        count = _clean(model)
+        count = clear_denormals(model)
         twin.write_bytes(model.SerializeToString())
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = torch.get_num_threads()

@@ -24,9 +24,8 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from arcface_kd.data.dataset import RecordDataset, View
-from arcface_kd.data.pack import write_identities
 from arcface_kd.data.recordio import RecordReader
-from arcface_kd.data.synthetic_faces import SyntheticFaces
+from benchmarks.drawn_records import draw_records
 from benchmarks.record import Recorder, Row, print_table, print_verdict
 from benchmarks.timing import interleaved_seconds
 
@@ -77,8 +76,7 @@ def _faces(folder: Path, images: int) -> Path:
     real = os.environ.get("ARCFACE_KD_REAL_DATA")
     if real is not None:
         return Path(real) / "faces_real"
-    faces = SyntheticFaces(0)
-    write_identities(folder, [1] * images, (faces.jpeg(number, 0) for number in range(images)))
+    draw_records(folder, images)
     return folder
 
 

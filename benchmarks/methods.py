@@ -21,12 +21,11 @@ from easydict import EasyDict
 from arcface_kd import registry
 from arcface_kd.cache_filling import fill_cache
 from arcface_kd.config import KDConfig
-from arcface_kd.data.pack import write_identities
-from arcface_kd.data.synthetic_faces import SyntheticFaces
 from arcface_kd.distiller import Distiller
 from arcface_kd.shkd_stages import NAME as THREE_RUNS
 from arcface_kd.teacher_classifier import CLASS_MEANS
 from benchmarks.cache import DIMENSION, Pair, config_of, epoch_of, teacher_of
+from benchmarks.drawn_records import draw_records
 from benchmarks.record import Recorder, Row, print_table, size
 from benchmarks.timing import interleaved_seconds
 
@@ -71,8 +70,7 @@ def run(sizes: Sizes, device: torch.device) -> list[Row]:
     recorder = Recorder("methods", device)
     pair = sizes.pair
     with tempfile.TemporaryDirectory() as folder:
-        faces = SyntheticFaces(0)
-        write_identities(Path(folder), [1] * pair.images, (faces.jpeg(number, 0) for number in range(pair.images)))
+        draw_records(Path(folder), pair.images)
         teacher = teacher_of(pair, sizes.dimension, device)
         config = config_of(pair, sizes.dimension, Path(folder))
         # With the round that does not count: some methods go by how far the run is.

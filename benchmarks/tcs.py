@@ -20,10 +20,9 @@ from easydict import EasyDict
 
 from arcface_kd.cache_filling import fill_cache
 from arcface_kd.config import KDConfig
-from arcface_kd.data.pack import write_identities
-from arcface_kd.data.synthetic_faces import SyntheticFaces
 from arcface_kd.distiller import Distiller
 from benchmarks.cache import Pair, config_of, epoch_of, teacher_of
+from benchmarks.drawn_records import draw_records
 from benchmarks.peak_memory import can_measure, peak_mb
 from benchmarks.record import Recorder, Row, print_table, print_verdict, size
 from benchmarks.timing import interleaved_seconds
@@ -94,8 +93,7 @@ def run(sizes: Sizes, device: torch.device) -> list[Row]:
 
 
 def _measure(recorder: Recorder, pair: Pair, dimension: int, device: torch.device, folder: Path) -> None:
-    faces = SyntheticFaces(0)
-    write_identities(folder, [1] * pair.images, (faces.jpeg(number, 0) for number in range(pair.images)))
+    draw_records(folder, pair.images)
     config = config_of(pair, dimension, folder)
     # One identity an image in the records; the head has as many classes as the run that is stood in for.
     config.num_classes = max(pair.classes, pair.images)

@@ -19,7 +19,8 @@ class FaceBackbone(nn.Module):
         super().__init__()
         self.fp16 = fp16
 
-    def autocast(self, tensor: Tensor, *, half: bool) -> AbstractContextManager[object]:
+    @staticmethod
+    def autocast(tensor: Tensor, *, half: bool) -> AbstractContextManager[object]:
         """The context for layers that see ``tensor``.
 
         ``half=False`` means float32 even inside a surrounding ``torch.autocast``, as in arcface_torch: a network's

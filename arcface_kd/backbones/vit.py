@@ -9,7 +9,6 @@ student: the host trains them.
 
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 
 import torch
@@ -24,13 +23,6 @@ _HEADS = 8
 _NORM_EPS = 2e-5
 
 
-def _float32(tensor: Tensor) -> AbstractContextManager[object]:
-    """Attention is float32 whatever surrounds it, as in arcface_torch."""
-    if not torch.amp.is_autocast_available(tensor.device.type):
-        return nullcontext()
-    return torch.autocast(tensor.device.type, enabled=False)
-
-
 class _Attention(nn.Module):
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -40,7 +32,8 @@ class _Attention(nn.Module):
     def forward(self, tokens: Tensor) -> Tensor:
         batch, count, width = tokens.shape
         heads = self.qkv(tokens).view(batch, count, 3, _HEADS, width // _HEADS).permute(2, 0, 3, 1, 4)
-        with _float32(tokens):
+        # Attention is float32 whatever surrounds it, as in arcface_torch.
+        with FaceBackbone.autocast(tokens, half=False):
             mixed = F.scaled_dot_product_attention(*heads.float().unbind(0))
         return self.proj(mixed.transpose(1, 2).reshape(batch, count, width))
 
