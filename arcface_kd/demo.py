@@ -33,7 +33,7 @@ FAR_LEVELS = (1e-2, 1e-3)
 
 # Synthetic identities: the teacher knows those of the students and many more, as the teacher of a real run does; the
 # pairs are of identities that neither has seen.
-_STUDENT_IDENTITIES, _TEACHER_IDENTITIES, _IMAGES = 150, 500, 12
+_STUDENT_IDENTITIES, _TEACHER_IDENTITIES, _IMAGES = 150, 400, 12
 _HELDOUT_IDENTITIES, _PAIRS = 150, 1200
 _TEACHER_EPOCHS = 7
 # A teacher of many classes and few epochs does not come under way with the margin that a few classes want.
