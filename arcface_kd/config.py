@@ -3,7 +3,6 @@
 import contextlib
 import contextvars
 import dataclasses
-import difflib
 import runpy
 import sys
 import types
@@ -16,6 +15,7 @@ from easydict import EasyDict
 
 from arcface_kd.data.dataset import OnBadRecord
 from arcface_kd.errors import ConfigError
+from arcface_kd.near_names import suggestion
 
 T = TypeVar("T")
 
@@ -52,12 +52,6 @@ _reading = contextvars.ContextVar("arcface_kd_reading", default=False)
 def reading_config() -> bool:
     """Whether a config file is being read by :func:`load_config`, so that its last line has nothing to attach to."""
     return _reading.get()
-
-
-def suggestion(word: str, known: Sequence[str]) -> str:
-    """``; did you mean 'x'?`` where a known word is close, an empty string elsewhere."""
-    close = difflib.get_close_matches(word, known, n=1)
-    return f"; did you mean {close[0]!r}?" if close else ""
 
 
 def convert(text: object, kind: Any, name: str) -> Any:

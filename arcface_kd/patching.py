@@ -6,7 +6,6 @@ in the file they stand, and must fit in exactly one place; every file of every p
 written; each file is replaced in one step and keeps its line endings and its mode.
 """
 
-import difflib
 import os
 import stat
 from collections.abc import Iterable, Sequence
@@ -18,6 +17,7 @@ from unidiff.constants import LINE_TYPE_NO_NEWLINE
 
 from arcface_kd.atomic import atomic_write
 from arcface_kd.errors import ConfigError
+from arcface_kd.near_names import suggestion
 
 FLAG = "kd_flag"
 TRAINER = "train_v2.py"
@@ -205,9 +205,7 @@ def _parse(name: str) -> PatchSet:
     folder = patches_folder()
     known = available_patches()
     if name not in known:
-        close = difflib.get_close_matches(name, known, n=1)
-        hint = f"; did you mean {close[0]!r}?" if close else ""
-        raise ConfigError(f"no patch named {name!r}; there are: {', '.join(known)}{hint}")
+        raise ConfigError(f"no patch named {name!r}; there are: {', '.join(known)}{suggestion(name, known)}")
     return PatchSet((folder / f"{name}.patch").read_text(encoding="utf-8"))
 
 

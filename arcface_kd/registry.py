@@ -4,10 +4,10 @@ Built-ins come through the same groups as a stranger's, so that nothing the pack
 others add. Entry points are loaded when their name is asked for, not before.
 """
 
-import difflib
 from importlib import metadata
 
 from arcface_kd.errors import ConfigError
+from arcface_kd.near_names import suggestion
 
 METHODS = "arcface_kd.methods"
 TEACHERS = "arcface_kd.teachers"
@@ -58,11 +58,8 @@ def load(group: str, name: str) -> object:
     """
     known = entry_points(group)
     if name not in known:
-        close = difflib.get_close_matches(name, known, n=1)
-        hint = f"; did you mean {close[0]!r}?" if close else ""
-        raise ConfigError(
-            f"no {group.rpartition('.')[2].rstrip('s')} named {name!r}; there are: {', '.join(known)}{hint}"
-        )
+        kind = group.rpartition(".")[2].rstrip("s")
+        raise ConfigError(f"no {kind} named {name!r}; there are: {', '.join(known)}{suggestion(name, known)}")
     try:
         return known[name].load()
     except (ImportError, AttributeError) as error:

@@ -22,7 +22,7 @@ from tqdm import tqdm
 
 from arcface_kd.bar_size import bar_size
 from arcface_kd.checkpoint_files import checkpoint_file, finish_saving, save_checkpoint
-from arcface_kd.config import BASE, RUN_KEYS, suggestion
+from arcface_kd.config import BASE, RUN_KEYS
 from arcface_kd.data.verification_bin import VerificationSet, read_bin
 from arcface_kd.device import narrow_format, training_device
 from arcface_kd.distiller import Distiller
@@ -37,6 +37,7 @@ from arcface_kd.errors import (
 from arcface_kd.evaluation.verification import VerificationResult, evaluate
 from arcface_kd.hook import DropIns, drop_ins
 from arcface_kd.losses.margin import Margin
+from arcface_kd.near_names import suggestion
 from arcface_kd.process_group import process_group
 from arcface_kd.resharding import open_shards
 from arcface_kd.schedule import linear_with_warmup

@@ -99,7 +99,7 @@ def test_the_table_keeps_its_columns_in_line() -> None:
         (["run", "run", "--data", "faces"], ["given twice"]),
         (["run", "--data", "faces", "--kd-option", "teacher.std=128"], ["leave the options out"]),
         (["student.pt", "--data", "faces", "--kd-option", "student.projection=linear"], ["student.projection"]),
-        (["student.pt", "--data", "faces", "--kd-option", "teacher.stdd=128"], ["did you mean teacher.std"]),
+        (["student.pt", "--data", "faces", "--kd-option", "teacher.stdd=128"], ["did you mean 'teacher.std'"]),
         (["run", "--data", "faces", "--out", "{folder}/none/results.json"], ["there is no folder", "none"]),
         (["run", "--data", "faces", "--batch-size", "0"], ["batch size 0"]),
     ],

@@ -1,6 +1,5 @@
 """What a user may say about a teacher: how its input is prepared, and what it is."""
 
-import difflib
 import math
 import re
 from collections.abc import Callable, Mapping, Sequence
@@ -8,6 +7,7 @@ from dataclasses import dataclass, fields
 from typing import Literal, get_args
 
 from arcface_kd.errors import ConfigError
+from arcface_kd.near_names import suggestion
 
 Channels = Literal["rgb", "bgr"]
 Precision = Literal["fp32", "bf16", "fp16"]
@@ -170,10 +170,9 @@ class TeacherOptions:
         known = [field.name for field in fields(cls)]
         for name in options:
             if name not in known:
-                close = difflib.get_close_matches(str(name), known, n=1)
-                hint = f"; did you mean teacher.{close[0]}?" if close else ""
                 raise ConfigError(
-                    f"no teacher option named {name!r}; there are: {', '.join('teacher.' + key for key in known)}{hint}"
+                    f"no teacher option named {name!r}; there are: {', '.join('teacher.' + key for key in known)}"
+                    f"{suggestion(str(name), known, 'teacher.')}"
                 )
         return cls(**dict(options))  # type: ignore[arg-type]
 
