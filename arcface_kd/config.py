@@ -149,6 +149,9 @@ class KDConfig:
         options: ``kd_option``: values by ``prefix`` and name; prefixes are ``teacher``, ``student`` and the methods.
         on_bad_record: ``kd_on_bad_record``: what the loader does with a record that cannot be read, see
             :class:`arcface_kd.data.dataset.FaceDataset`; with or without distillation.
+
+    Raises:
+        ConfigError: options that are not sorted by prefix, or with a prefix that nobody looks at.
     """
 
     methods: tuple[str, ...] = ()
@@ -157,6 +160,20 @@ class KDConfig:
     options: Mapping[str, Mapping[str, object]] = dataclasses.field(default_factory=dict)
     classifier: str | None = None
     on_bad_record: OnBadRecord = "stop"
+
+    def __post_init__(self) -> None:
+        if isinstance(self.methods, str):
+            raise ConfigError(f"methods is {self.methods!r}; it must be a tuple of names, such as ({self.methods!r},)")
+        for prefix, values in self.options.items():
+            if not isinstance(values, Mapping):
+                raise ConfigError(
+                    f"options has {prefix!r}: {values!r}; it must have a mapping for each prefix, such as "
+                    '{"teacher": {"channels": "bgr"}}'
+                )
+            if prefix not in (known := ("teacher", "student", *self.methods)):
+                raise ConfigError(
+                    f"options has the prefix {prefix!r}; there are {', '.join(known)}{suggestion(prefix, known)}"
+                )
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any]) -> "KDConfig":

@@ -4,10 +4,11 @@ The trainer's loop stays as it is. It calls ``backbone(images)`` and ``head(embe
 a :class:`Distiller`, which remembers what the teacher said of the images.
 """
 
+import copy
 import logging
 import weakref
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
@@ -48,14 +49,15 @@ class Distiller:
 
     Args:
         kd: the ``kd*`` keys.
-        teacher: a teacher to use instead of loading ``kd.teacher``.
+        teacher: a teacher to use instead of loading ``kd.teacher``; any other network is made one by
+            :func:`~arcface_kd.teachers.base.load_teacher`, with the ``teacher.`` options.
 
     Raises:
         ConfigError: an unknown method, or options that it does not have.
         TeacherError: a method needs a teacher and none was given, or it cannot be read.
     """
 
-    def __init__(self, kd: KDConfig, teacher: Teacher | None = None) -> None:
+    def __init__(self, kd: KDConfig, teacher: Teacher | Callable[[Tensor], Tensor] | None = None) -> None:
         self.kd = kd
         self.student_options = kd.student
         self.method_types: dict[str, type[Method]] = {}
@@ -78,6 +80,8 @@ class Distiller:
             raise TeacherError(f"{'+'.join(kd.methods)} needs {Requirement.CACHED_EMBEDDINGS.value}")
         if teacher is None and kd.teacher is not None and self.method_types:
             teacher = load_teacher(kd.teacher, kd.options.get("teacher"))
+        elif teacher is not None and not isinstance(teacher, Teacher):
+            teacher = load_teacher(teacher, kd.options.get("teacher"))
         if teacher is None and Requirement.TEACHER_TAIL in needed:
             raise TeacherError(f"{'+'.join(kd.methods)} needs {Requirement.TEACHER_TAIL.value}")
         if teacher is None and Requirement.TEACHER_EMBEDDINGS in needed and not self.from_cache_alone:
@@ -92,6 +96,15 @@ class Distiller:
         self._seen: Tensor | None = None
         self.maps_wanted = _maps_wanted(self.method_types, self.method_configs)
         self.maps: FeatureMaps | None = None
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "Distiller":
+        """One for copies of student and head; teacher, cache and data, which no step changes, are shared."""
+        twin = object.__new__(type(self))
+        memo[id(self)] = twin
+        for shared in (self.teacher, self.cache, self.faces, None if self.maps is None else self.maps.teacher):
+            memo[id(shared)] = shared
+        twin.__dict__ = copy.deepcopy(self.__dict__, memo)
+        return twin
 
     def read_through_cache(self, loader: FaceLoader, ranks: RankGroup | None = None) -> None:
         """Keep the teacher's embeddings in the file that ``kd_cache`` names, and ask the teacher for missing ones only.
@@ -222,16 +235,21 @@ class Distiller:
         for name, kind in self.method_types.items():
             kind.prepare_student(self.method_configs[name], student)
         if self._listens:
-            student.register_forward_pre_hook(self._observe)
+            student.register_forward_pre_hook(_ShowToTeacher(self))
         if self.maps_wanted is not None and self.teacher is not None:
             self.maps = FeatureMaps("+".join(self.kd.methods), self.maps_wanted, self.teacher)
             self.maps.watch(student, self.teacher.preprocessing.size if self.faces is None else IMAGE_SIZE[0])
         self.student = student
         return student
 
-    def _observe(self, student: nn.Module, arguments: tuple[Any, ...]) -> None:
-        if student.training and torch.is_grad_enabled() and self._listens:
-            self._seen = self._embed(self.teacher, arguments[0])
+    def show(self, images: Tensor) -> None:
+        """Keep what the teacher says of a batch until the head asks for it.
+
+        Args:
+            images: (b, 3, H, W) as the student sees them.
+        """
+        if self._listens:
+            self._seen = self._embed(self.teacher, images)
 
     def _embed(self, teacher: Teacher | None, images: Tensor) -> Tensor:
         """The teacher's unit embeddings of a batch, from the cache where they are in it."""
@@ -338,6 +356,25 @@ class Distiller:
         return rows
 
 
+class _ShowToTeacher:
+    """The student's hook. A student that comes out of a file is a plain network: nobody is there to show to."""
+
+    def __init__(self, distiller: Distiller) -> None:
+        self._distiller: Distiller | None = distiller
+
+    def __call__(self, student: nn.Module, arguments: tuple[Any, ...]) -> None:
+        if self._distiller is not None and student.training and torch.is_grad_enabled():
+            self._distiller.show(arguments[0])
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "_ShowToTeacher":
+        twin = memo[id(self)] = object.__new__(type(self))
+        twin._distiller = copy.deepcopy(self._distiller, memo)
+        return twin
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"_distiller": None}
+
+
 class DistillationHead(nn.Module):
     """The drop-in for arcface_torch's ``PartialFC_V2``: (embeddings, labels) to a loss, by whatever method.
 
@@ -392,6 +429,8 @@ class DistillationHead(nn.Module):
         self._log = log
         self._distiller = distiller
         self.ranks = ranks or RankGroup()
+        if num_classes < 1:
+            raise ConfigError(f"num_classes is {num_classes}; it must be at least 1")
         if num_classes < self.ranks.world_size:
             raise ConfigError(
                 f"{num_classes} classes cannot be split over {self.ranks.world_size} ranks; use fewer ranks"
@@ -399,6 +438,7 @@ class DistillationHead(nn.Module):
         if not 0 < sample_rate <= 1:
             raise ConfigError(f"sample_rate is {sample_rate}; it must be in (0, 1]")
         self.num_classes = num_classes
+        self.embedding_size = embedding_size
         self.shard = shard = self.ranks.shard(num_classes)
         if distiller.from_cache_alone and distiller.cache is None:
             raise TeacherError(_NO_CACHE.format("+".join(distiller.kd.methods)))
@@ -460,6 +500,10 @@ class DistillationHead(nn.Module):
                 is no class; from a GPU it comes in a later step than the one it names.
         """
         labels = local_labels.reshape(-1).long()
+        if local_embeddings.ndim != 2 or local_embeddings.shape[1] != self.embedding_size:
+            raise ValueError(
+                f"the head was given embeddings {tuple(local_embeddings.shape)}; it takes (b, {self.embedding_size})"
+            )
         rows = local_embeddings.shape[0]
         if labels.shape[0] != rows:
             raise ValueError(

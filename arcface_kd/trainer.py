@@ -23,7 +23,7 @@ from tqdm import tqdm
 from arcface_kd.bar_size import bar_size
 from arcface_kd.checkpoint_files import checkpoint_file, finish_saving, save_checkpoint
 from arcface_kd.config import BASE, RUN_KEYS
-from arcface_kd.data.verification_bin import VerificationSet, read_bin
+from arcface_kd.data.verification_bin import VerificationSet
 from arcface_kd.device import narrow_format, training_device
 from arcface_kd.distiller import Distiller
 from arcface_kd.errors import (
@@ -34,7 +34,7 @@ from arcface_kd.errors import (
     NumberError,
     ResourceError,
 )
-from arcface_kd.evaluation.verification import VerificationResult, evaluate
+from arcface_kd.evaluation.verification import VerificationResult, evaluate, read_pairs
 from arcface_kd.hook import DropIns, drop_ins
 from arcface_kd.losses.margin import Margin
 from arcface_kd.near_names import suggestion
@@ -285,7 +285,7 @@ class _Run:
         for name in self.config.val_targets:
             path = Path(self.config.rec) / f"{name}.bin"
             if path.is_file():
-                sets.append(read_bin(path))
+                sets.append(read_pairs(path))
             else:
                 self.notes.append(f"no verification set {path}")
         return sets

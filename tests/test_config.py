@@ -194,6 +194,20 @@ def test_a_value_may_hold_an_equals_sign_and_a_name_a_dot() -> None:
     assert kd.options == {"teacher": {"network": "x=y"}, "a": {"b.c": "1"}}
 
 
+@pytest.mark.parametrize(
+    ("fields", "said"),
+    [
+        ({"methods": "adadistill"}, r"methods is 'adadistill'.*\('adadistill',\)"),
+        ({"methods": ("kd",), "options": {"kd.weight": 2.0}}, r"'kd.weight': 2.0; it must have a mapping"),
+        ({"methods": ("kd",), "options": {"gkd": {"mass": 0.9}}}, "prefix 'gkd'; there are teacher, student, kd; did"),
+    ],
+    ids=["a word", "dotted names", "another method's"],
+)
+def test_fields_that_would_have_no_effect_are_refused(fields: dict[str, Any], said: str) -> None:
+    with pytest.raises(ConfigError, match=said):
+        KDConfig(**fields)
+
+
 def test_methods_combine() -> None:
     assert KDConfig.from_config({"kd": "gkd + embedding"}).methods == ("gkd", "embedding")
 

@@ -1,5 +1,6 @@
 """One process's wiring: the student's hook, the head, what they say when they are used in the wrong way."""
 
+import copy
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
@@ -9,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import normalize
+from torch.optim.swa_utils import AveragedModel
 
 from arcface_kd import registry
 from arcface_kd.config import KDConfig
@@ -163,6 +165,55 @@ def test_one_row_and_then_another_number_of_rows() -> None:
         loss.backward()
         assert loss.ndim == 0
         assert loss.isfinite()
+
+
+@pytest.mark.parametrize("wrong", [torch.rand(4), torch.rand(4, 6), torch.rand(4, 5, 1)], ids=lambda w: str(w.shape))
+def test_embeddings_of_another_shape_are_named(wrong: Tensor) -> None:
+    run = make()
+    run.student(images())
+    with pytest.raises(ValueError, match=r"the head was given embeddings \(4.*\); it takes \(b, 5\)"):
+        run.head(wrong, LABELS)
+
+
+def test_any_network_may_be_given_as_the_teacher() -> None:
+    network = Embedder(5, 1, [], "teacher")
+    distiller = Distiller(KDConfig(("adadistill",), options={"teacher": {"size": 8, "channels": "bgr"}}), network)
+    assert isinstance(distiller.teacher, Teacher)
+    torch.testing.assert_close(distiller.teacher(images()), network(images().flip(1)))
+
+
+@pytest.mark.parametrize("kd", ["adadistill", "embedding+rkd"])
+def test_a_copied_run_goes_on_by_itself_with_the_same_teacher(kd: str) -> None:
+    run = make(kd)
+    student, head = copy.deepcopy((run.student, run.head))
+    run.calls.clear()
+    run.student(images(seed=1))
+    losses = [head(student(images(seed=seed)), LABELS).item() for seed in (2, 3)]
+    run.student(images(seed=2))
+    other = run.head(run.student(images(seed=2)), LABELS).item()
+    assert losses[0] == other
+    assert head._distiller is not run.head._distiller
+    assert head._distiller.teacher is run.head._distiller.teacher
+
+
+def test_an_average_of_weights_is_kept_beside_a_run_without_a_second_teacher() -> None:
+    run = make()
+    average = AveragedModel(run.student)
+    run.head(run.student(images()), LABELS).backward()
+    average.update_parameters(run.student)
+    run.calls.clear()
+    with torch.no_grad():
+        torch.testing.assert_close(average(images()), run.student(images()))
+    assert "teacher" not in run.calls
+
+
+def test_a_student_that_was_saved_whole_is_a_plain_network(tmp_path: Path) -> None:
+    run = make()
+    torch.save(run.student, tmp_path / "student.pt")
+    student = torch.load(tmp_path / "student.pt", weights_only=False)
+    assert (tmp_path / "student.pt").stat().st_size < 2 * 5 * 3 * 8 * 8 * 4
+    torch.testing.assert_close(student.train()(images()), run.student(images()))
+    assert student.calls == ["student"]
 
 
 def test_nothing_of_the_teacher_reaches_student_head_or_optimiser() -> None:
