@@ -353,6 +353,8 @@ class RecordDataset(FaceDataset):
             value, payload = unpack_label(record)
         except DataError as error:
             raise BadRecordError(f"{self._reader.where(position)}: {error}") from None
+        if not len(payload):
+            raise BadRecordError(f"{self._reader.where(position)}: it holds no image")
         if -1 <= value < self._label_limit and value == int(value):
             return int(value), payload
         raise self._label_fault(position, value)
@@ -458,6 +460,8 @@ def _read_property(path: Path) -> tuple[int, int, int] | None:
     if len(fields) != 3 or not all(field.strip().isdigit() and len(field) < 19 for field in fields):
         raise DataError(f"{path} starts with {line[:40]!r}, wanted 'num_classes,height,width'")
     classes, height, width = map(int, fields)
+    if classes > _FLOAT32_EXACT:
+        raise DataError(f"{path} names {classes} classes; labels, which are float32, tell {_FLOAT32_EXACT} apart")
     return classes, height, width
 
 

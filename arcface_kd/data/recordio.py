@@ -259,7 +259,9 @@ class RecordReader:
     worker made by spawn or forkserver, the index moves to shared memory once and every worker maps it.
 
     Opening checks what can be told without touching every record: the index is well formed, no key or offset occurs
-    twice, every offset lies in the file, and the last record ends exactly where the file does. Reading checks the rest.
+    twice, every offset lies in the file, the first record begins where the file does and the last one ends where it
+    ends. Reading checks the rest: no record reaches over one that the index lists, so that records of many parts, which
+    have to be put together, are never longer in all than the file.
 
     Attributes:
         rec_path: the ``.rec`` file.
@@ -323,6 +325,12 @@ class RecordReader:
             twice = _repeated(values)
             if twice is not None:
                 raise DataError(f"{self.idx_path}: the {what} {twice} occurs twice; build the index anew")
+        first = int(offsets.min())
+        if first > 0:
+            raise DataError(
+                f"{self.idx_path} lists records from byte {first} on, but {self.rec_path} begins at byte 0: the "
+                "index has lost its beginning or belongs to another file; build it anew"
+            )
         _, end = self._record(last)
         if end < self._size:
             raise DataError(
@@ -344,6 +352,20 @@ class RecordReader:
     def key_order(self) -> np.ndarray | None:
         """The positions in the order of their keys, int64 (N,); None where the index has that order already."""
         return None if _ascending(self.keys) else np.argsort(self.keys, kind="stable")
+
+    @cached_property
+    def _rising_offsets(self) -> np.ndarray | None:
+        """The offsets in their order, int64 (N,); None where the index has that order already."""
+        return None if _ascending(self.offsets) else np.sort(self.offsets)
+
+    def _next_listed(self, position: int) -> int:
+        """The byte offset of the listed record that follows the one at a position in the file, or the file's end."""
+        rising = self._rising_offsets
+        if rising is None:
+            rising, place = self._offsets, position + 1
+        else:
+            place = int(np.searchsorted(rising, self._offsets[position], side="right"))
+        return int(rising[place]) if place < len(rising) else self._size
 
     def __len__(self) -> int:
         return len(self._offsets)
@@ -399,12 +421,13 @@ class RecordReader:
 
     def _record(self, position: int) -> tuple[bytes | memoryview, int]:
         """The record at a position and the byte after its padding."""
-        flag, part, end = self._part(position, int(self._offsets[position]))
+        limit = self._next_listed(position)
+        flag, part, end = self._part(position, int(self._offsets[position]), limit)
         record: bytes | memoryview = part
         if flag == _FIRST:
             parts = [part]
             while flag != _LAST:
-                flag, part, end = self._part(position, end)
+                flag, part, end = self._part(position, end, limit)
                 if flag not in (_MIDDLE, _LAST):
                     raise self._damaged(position, f"a part flagged {flag} follows where 2 or 3 was due")
                 parts.append(part)
@@ -416,8 +439,8 @@ class RecordReader:
             raise self._damaged(position, f"no record follows at byte {end}, so that its length is wrong")
         return record, end
 
-    def _part(self, position: int, offset: int) -> tuple[int, memoryview, int]:
-        """Continuation flag and bytes of the part at ``offset``, and the byte after its padding."""
+    def _part(self, position: int, offset: int, limit: int) -> tuple[int, memoryview, int]:
+        """Continuation flag and bytes of the part at ``offset``, and the byte after its padding, at most ``limit``."""
         start = offset + _PART.size
         if start > self._size:
             raise self._damaged(position, f"the file ends at byte {self._size} inside it: it is cut short")
@@ -429,6 +452,9 @@ class RecordReader:
         end = start + (length + 3 & ~3)
         if end > self._size:
             raise self._damaged(position, f"it ends at byte {end}, but the file has {self._size}: it is cut short")
+        if end > limit:
+            reason = f"it goes on to byte {end}, into the record that {self.idx_path.name} lists at byte {limit}"
+            raise self._damaged(position, reason)
         return word >> _LENGTH_BITS, self._view[start : start + length], end
 
     def _damaged(self, position: int, reason: str) -> DataError:

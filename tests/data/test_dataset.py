@@ -220,7 +220,7 @@ def test_bad_images_are_named_with_key_and_offset(tmp_path: Path) -> None:
     for index, message in [
         (1, "OpenCV cannot decode the image: it is damaged or cut short"),
         (2, "the image is 112x96 pixels, wanted 112x112"),
-        (3, "not a JPEG, PNG, BMP or WebP image (holds no bytes)"),
+        (3, "it holds no image"),
         (4, "a record of 5 bytes is too short for its header of 24"),
     ]:
         place = f"{tmp_path}/train.rec: record with key {index + 4} at byte {faces.reader.offsets[index]}"
@@ -254,6 +254,14 @@ def test_a_property_that_is_none_is_refused(tmp_path: Path, content: str) -> Non
     (tmp_path / "property").unlink()
     (tmp_path / "property").mkdir()
     assert "cannot read" in refused(tmp_path)
+
+
+def test_a_property_of_more_classes_than_labels_is_refused(tmp_path: Path) -> None:
+    write_records(tmp_path, plain_records([0, 1]))
+    (tmp_path / "property").write_text("16777216,112,112\n")
+    assert RecordDataset(tmp_path).property == (1 << 24, 112, 112)
+    (tmp_path / "property").write_text("16777217,112,112\n")
+    assert "property names 16777217 classes; labels, which are float32, tell 16777216 apart" in refused(tmp_path)
 
 
 def test_flipped_views_are_mirrored(tmp_path: Path) -> None:

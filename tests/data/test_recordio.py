@@ -408,6 +408,7 @@ def test_every_truncation_of_the_index_shows_at_the_start(pair: tuple[Path, Path
         ("0\t0\n1\t42\n2\t88\n", "key 1 points to byte 42, which is no multiple of 4"),
         ("0\t0\n1\t40\n1\t88\n", "the key 1 occurs twice"),
         ("0\t0\n1\t40\n2\t40\n", "the byte offset 40 occurs twice"),
+        ("1\t40\n2\t88\n", r"lists records from byte 40 on, but .*\.rec begins at byte 0"),
         ("0\t0\n1\t40\n", "lists records up to byte 88, but .* goes on to byte 148"),
         ("0\t0\n1\t40\n2\t144\n", "key 2 at byte 144: the file ends at byte 148 inside it"),
         ("0\t0\n1\t40\n2\t132\n", r"key 2 at byte 132: no record starts at byte 132 \(found 0x64646464"),
@@ -421,6 +422,32 @@ def test_an_index_of_another_file_is_refused(pair: tuple[Path, Path], index: str
     with pytest.raises(DataError, match=message) as caught:
         RecordReader(rec, idx)
     one_line(caught.value)
+
+
+def test_parts_that_no_record_may_begin_or_go_on_with(pair: tuple[Path, Path]) -> None:
+    rec, idx = pair
+    idx.write_text("0\t0\n2\t88\n")
+    patched(rec, 4, struct.pack("<I", 1 << 29 | 30))
+    with (
+        RecordReader(rec, idx) as reader,
+        pytest.raises(DataError, match="a part flagged 1 follows where 2 or 3 was due"),
+    ):
+        reader.read(0)
+
+
+@pytest.mark.parametrize("backwards", [False, True])
+def test_records_of_many_parts_never_share_them(tmp_path: Path, backwards: bool) -> None:
+    """Each of them begins inside the one before it, and all go on with the same thousand parts: 16 MB out of 45 kB."""
+    heads, tail = 1000, (MAGIC + struct.pack("<I", 2 << 29)) * 1000 + MAGIC + struct.pack("<I", 3 << 29)
+    body = b"".join(MAGIC + struct.pack("<I", 1 << 29 | 32 * (heads - head) - 8) + bytes(24) for head in range(heads))
+    (tmp_path / "train.rec").write_bytes(body + tail)
+    lines = [f"{head}\t{32 * head}\n" for head in range(heads)]
+    (tmp_path / "train.idx").write_text("".join(lines[::-1] if backwards else lines))
+    with RecordReader(tmp_path / "train.rec", tmp_path / "train.idx") as reader:
+        for key in range(heads - 1):
+            with pytest.raises(DataError, match=rf"into the record that train\.idx lists at byte {32 * key + 32}$"):
+                reader.read(key)
+        assert len(reader.read(heads - 1)) == 24 + 4 * 1001
 
 
 def patched(path: Path, offset: int, replacement: bytes) -> None:
@@ -437,8 +464,19 @@ def patched(path: Path, offset: int, replacement: bytes) -> None:
         (4, struct.pack("<I", 200), 0, "key 0 at byte 0: it ends at byte 208, but the file has 148"),
         (4, struct.pack("<I", 2 << 29 | 30), 0, "it starts with a part flagged 2, wanted 0 or 1"),
         (4, struct.pack("<I", 7 << 29 | 30), 0, "it starts with a part flagged 7"),
-        (4, struct.pack("<I", 1 << 29 | 30), 0, "a part flagged 1 follows where 2 or 3 was due"),
-        (72, struct.pack("<I", 2 << 29 | 9), 1, "a part flagged 0 follows where 2 or 3 was due"),
+        (4, struct.pack("<I", 76), 0, r"it goes on to byte 84, into the record that train\.idx lists at byte 40"),
+        (
+            4,
+            struct.pack("<I", 1 << 29 | 30),
+            0,
+            r"it goes on to byte 68, into the record that train\.idx lists at byte 40",
+        ),
+        (
+            72,
+            struct.pack("<I", 2 << 29 | 9),
+            1,
+            "it goes on to byte 148, into the record that train.idx lists at byte 88",
+        ),
         (68, b"\0", 1, "key 1 at byte 40: no record starts at byte 68"),
     ],
 )

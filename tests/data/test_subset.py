@@ -11,7 +11,7 @@ from arcface_kd.cli import main
 from arcface_kd.data.dataset import RecordDataset
 from arcface_kd.data.subset import choose_images, write_subset
 from arcface_kd.errors import ConfigError, DataError
-from tests.data.record_sets import insightface_records, plain_records, write_records
+from tests.data.record_sets import encoded, insightface_records, plain_records, record, write_records
 
 LABELS = st.lists(st.integers(-1, 6), min_size=1, max_size=60).map(np.array)
 
@@ -78,6 +78,19 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
 def test_numbers_that_cannot_be(tmp_path: Path, number: int, seed: int, said: str) -> None:
     with pytest.raises(ConfigError, match=said):
         write_subset(tmp_path, tmp_path / "few", images_per_identity=number, seed=seed)
+
+
+@pytest.mark.parametrize("lost", ["header", "image"])
+def test_a_record_without_an_image_is_not_chosen(tmp_path: Path, lost: str) -> None:
+    """Of an index that has lost record 0, the identity records would be images with labels; so would an empty one."""
+    records = insightface_records([2, 2])
+    if lost == "header":
+        source = write_records(tmp_path / "all", [(9, record(9, 0.0, encoded(0))), *records[1:]])
+    else:
+        source = write_records(tmp_path / "all", [*records[:1], (1, record(1, 0.0, b"")), *records[2:]])
+    with pytest.raises(DataError, match=r"key [15] at byte \d+: it holds no image"):
+        write_subset(source, tmp_path / "few", images_per_identity=1)
+    assert not (tmp_path / "few").exists()
 
 
 def test_nothing_to_choose_from(tmp_path: Path) -> None:
