@@ -427,6 +427,13 @@ def _complain(error: BaseException, message: str) -> None:
     print(f"arcface-kd: {rank}{' '.join(message.split())}", file=sys.stderr)
 
 
+def _flags_first(words: Sequence[str]) -> Sequence[str]:
+    """`patch DIR --revert NAME` as argparse can read it: its flags, which have no values, before folder and names."""
+    if not words or words[0] != "patch":
+        return words
+    return ["patch", *sorted(words[1:], key=lambda word: not word.startswith("-"))]
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command.
 
@@ -437,7 +444,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         The exit code: 0, 2 for input that cannot be run, 130 when interrupted.
     """
     try:
-        arguments = build_parser().parse_args(argv)
+        arguments = build_parser().parse_args(_flags_first(sys.argv[1:] if argv is None else argv))
         arguments.run(arguments)
     except (ArcfaceKDError, OSError) as error:
         _complain(error, str(error))

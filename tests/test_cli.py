@@ -9,12 +9,15 @@ from collections.abc import Callable, Iterator
 from importlib.metadata import EntryPoint
 from pathlib import Path
 
+import cv2
+import numpy as np
 import pytest
 import torch
 
 from arcface_kd import registry
 from arcface_kd.backbones import get_backbone
 from arcface_kd.cli import build_parser, main
+from arcface_kd.data import write_bin
 from tests.trainer.faces import Faces, draw_faces
 
 KEYS = """
@@ -221,6 +224,23 @@ def test_all_commands_are_walked_over() -> None:
     wanted = {"train", "cache", "demo", "patch", "check", "eval", "compare", "export", "merge-head", "data", "methods"}
     assert wanted <= {words[0] for words in COMMANDS if words}
     assert {("data", "pack"), ("data", "subset")} <= set(COMMANDS)
+
+
+def test_a_verification_set_of_one_kind_of_pair_ends_a_run_before_its_first_step(
+    config: Path, faces: Faces, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    images = [cv2.imencode(".png", np.full((112, 112, 3), shade, np.uint8))[1].tobytes() for shade in range(24)]
+    write_bin(faces.folder / "pairs.bin", images, [True] * 12)
+    assert main(["train", str(config)]) == 2
+    said = capsys.readouterr()
+    assert "pairs.bin: all 12 pairs are of the same identity" in said.err
+    assert "Global Step" not in said.out + said.err
+
+
+@pytest.mark.parametrize("words", ["FOLDER kd_flag --check", "FOLDER --check kd_flag", "--check FOLDER kd_flag"])
+def test_a_patch_s_flags_may_stand_anywhere(words: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["patch", *words.replace("FOLDER", str(tmp_path)).split()]) == 2
+    assert f"arcface-kd: {tmp_path} is no checkout of arcface_torch" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("words", COMMANDS, ids=" ".join)
