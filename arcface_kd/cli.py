@@ -241,7 +241,7 @@ def build_parser() -> argparse.ArgumentParser:
         "train",
         _train,
         "train a student from an arcface_torch config, on a CPU, a GPU or many under torchrun",
-        "arcface-kd train configs/ms1mv2_mbf.py --kd adadistill --kd-teacher r50.pt --set batch_size=64",
+        "arcface-kd train configs/ms1mv2_mbf_adadistill.py --kd-teacher r50.pt --set batch_size=64",
     )
     train.add_argument("config", help="an arcface_torch config, by path or by name in configs/; it is run as Python")
     train.add_argument(
