@@ -17,6 +17,8 @@ from arcface_kd.shkd_stages import Stage, next_stage, wants_stages
 from arcface_kd.trainer import TrainResult, train
 
 MOST_RUNS = 3
+# torchrun gives its ranks 30 before it kills them.
+_SECONDS_TO_END = 40.0
 
 
 def train_stages(
@@ -83,13 +85,29 @@ def run_in_host(
     while (stage := _next_in_host(folder, settings)) is not None:
         if made and made[-1] == stage.title:
             raise ArcfaceKDError(f"{stage} has ended without its last epoch; look at what the trainer has printed")
-        ended = subprocess.run([sys.executable, "-m", "torch.distributed.run", *words[1:]], cwd=folder, check=False)
-        if ended.returncode != 0:
+        if _ended([sys.executable, "-m", "torch.distributed.run", *words[1:]], folder) != 0:
             raise ArcfaceKDError(f"{stage} has failed, see above; the same command goes on from its last checkpoint")
         made.append(stage.title)
     if not made:
         raise ConfigError(f"all three runs are done, see {settings()['output']}; give another output to begin anew")
     return made
+
+
+def _ended(words: Sequence[str], folder: Path) -> int:
+    """Run a launcher to its end; its exit code.
+
+    Interrupted, it is waited for, and asked to end where nobody else has: killed, as ``subprocess.run`` does it, it
+    would leave its ranks training.
+    """
+    with subprocess.Popen(words, cwd=folder) as launcher:
+        try:
+            return launcher.wait()
+        except BaseException:
+            # A terminal interrupts both; asked twice, it would leave off ending its ranks.
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                launcher.wait(_SECONDS_TO_END)
+            launcher.terminate()
+            raise
 
 
 def command(config: str, flags: Sequence[str], ranks: int = 1, launch: Sequence[str] = ()) -> list[str]:

@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from arcface_kd.atomic import atomic_write
 from arcface_kd.data.dataset import RecordDataset
 from arcface_kd.data.pack import refuse_records, write_identities
 from arcface_kd.errors import ConfigError, DataError
@@ -108,6 +109,7 @@ def _bring_along(file: Path, to: Path) -> None:
         with suppress(OSError):
             os.link(file, to)
         if not to.exists():
-            shutil.copyfile(file, to)
+            with open(file, "rb") as stored, atomic_write(to) as stream:
+                shutil.copyfileobj(stored, stream)
     except OSError as error:
         raise DataError(f"cannot copy {file} to {to}: {error.strerror}") from None

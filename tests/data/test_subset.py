@@ -1,6 +1,10 @@
 """Few images of each identity: which ones, and what is written."""
 
+import errno
+import os
+import shutil
 from pathlib import Path
+from typing import IO
 
 import numpy as np
 import pytest
@@ -57,6 +61,26 @@ def test_records_of_a_subset(tmp_path: Path) -> None:
     write_subset(source, again, images_per_identity=2, seed=3)
     for name in ("train.rec", "train.idx", "property"):
         assert (again / name).read_bytes() == (tmp_path / "few" / name).read_bytes()
+
+
+def test_pairs_of_another_disk_are_copied_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = write_records(tmp_path / "all", insightface_records([2]))
+    (source / "lfw.bin").write_bytes(b"pairs")
+
+    def no_link(*names: object) -> None:
+        raise OSError(errno.EXDEV, "Invalid cross-device link")
+
+    def full(stored: IO[bytes], stream: IO[bytes]) -> None:
+        stream.write(stored.read(2))
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "link", no_link)
+    write_subset(source, tmp_path / "few", images_per_identity=1)
+    assert (tmp_path / "few" / "lfw.bin").read_bytes() == b"pairs"
+    monkeypatch.setattr(shutil, "copyfileobj", full)
+    with pytest.raises(DataError, match=r"cannot copy .*No space left"):
+        write_subset(source, tmp_path / "none", images_per_identity=1)
+    assert sorted(os.listdir(tmp_path / "none")) == ["property", "train.idx", "train.rec"]
 
 
 def test_the_other_layout_and_images_of_nobody(tmp_path: Path) -> None:
