@@ -14,6 +14,10 @@ if TYPE_CHECKING:
 # Far above any aligned face, far below what exhausts a machine: 64 M pixels are 192 MB decoded.
 MAX_PIXELS = 1 << 26
 
+# A progressive JPEG goes over all of its pixels once a scan: ten times as a rule, and this often at the largest size.
+_MAX_SCANNED = 16 * MAX_PIXELS
+_START_OF_SCAN = b"\xff\xda"
+
 # Enough for every camera's metadata; a file that has more is built to be slow.
 _MAX_JPEG_SEGMENTS = 512
 _SEGMENT = struct.Struct(">BBH")
@@ -134,6 +138,9 @@ def decode_rgb(data: "Buffer", size: tuple[int, int] | None = None) -> np.ndarra
         raise DataError(f"the image is {height}x{width} pixels, wanted {size[0]}x{size[1]}")
     if not 0 < height * width <= MAX_PIXELS:
         raise DataError(f"the image claims {height}x{width} pixels, more than {MAX_PIXELS} or none")
+    scans = bytes(data).count(_START_OF_SCAN)
+    if scans * height * width > _MAX_SCANNED:
+        raise DataError(f"the image of {height}x{width} pixels is drawn in {scans} scans, built to be slow")
     encoded = np.frombuffer(data, dtype=np.uint8)
     # OpenCV before 4.10 cannot decode to RGB at once.
     flag = getattr(cv2, "IMREAD_COLOR_RGB", None)

@@ -30,6 +30,9 @@ from arcface_kd.regular_file import open_regular
 # An image takes about ten opcodes and some thousand bytes; a file beyond this is built to fill memory with empty lists.
 _FREE_OPCODES = 1_000_000
 _BYTES_PER_OPCODE = 16
+# The largest known sets have 24,000 images. Faces of 112x112 take a kilobyte at the least.
+_FREE_IMAGES = 1 << 16
+_BYTES_PER_IMAGE = 1 << 10
 _LONGEST_LINE = 1 << 26
 _LONGEST_NUMBER = 20
 
@@ -396,6 +399,15 @@ def _parse(data: mmap.mmap | bytes) -> tuple[list[bytes], np.ndarray]:
         raise _Refused(f"{refusal}, before byte {interpreter.position}") from None
 
 
+def _refuse_repetition(images: Sequence[bytes], size: int, name: Path) -> None:
+    """A pickle may name one image any number of times, for two bytes each, and each is decoded to 38 kB."""
+    if len(images) > _FREE_IMAGES + size // _BYTES_PER_IMAGE:
+        raise DataError(
+            f"{name} names {len(images)} images in {size} bytes: the same ones again and again; wanted a verification "
+            "set of some thousand pairs"
+        )
+
+
 def _check(images: Sequence[bytes], is_same: np.ndarray, name: str) -> None:
     if len(images) != 2 * len(is_same) or not len(images):
         raise DataError(
@@ -420,7 +432,8 @@ def read_bin(path: str | os.PathLike[str]) -> VerificationSet:
     name = Path(path)
     try:
         with open_regular(name) as stream:
-            if os.fstat(stream.fileno()).st_size == 0:
+            size = os.fstat(stream.fileno()).st_size
+            if size == 0:
                 raise DataError(f"{name} is empty; copy or download it again")
             with mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ) as data:
                 images, is_same = _parse(data)
@@ -431,6 +444,7 @@ def read_bin(path: str | os.PathLike[str]) -> VerificationSet:
             f"{name} is no verification set: it holds {refusal}; wanted a pickled list of images and one of booleans"
         ) from None
     _check(images, is_same, str(name))
+    _refuse_repetition(images, size, name)
     return VerificationSet(name.stem, images, is_same)
 
 
@@ -458,17 +472,22 @@ def write_bin(path: str | os.PathLike[str], images: Sequence[bytes], is_same: Se
 
 
 def _fit(pixels: np.ndarray, size: tuple[int, int]) -> np.ndarray:
-    """Scale the shorter edge to ``size[0]`` where the width is another, as the host's ``load_bin`` does."""
+    """Scale the shorter edge to ``size[0]`` where the width is another, as the host's ``load_bin`` does.
+
+    Raises:
+        DataError: that is another size than ``size``.
+    """
     import cv2
 
     height, width = pixels.shape[:2]
-    if width == size[0]:
+    if width != size[0]:
+        shorter = min(height, width)
+        height, width = size[0] * height // shorter, size[0] * width // shorter
+    if (height, width) != size:
+        raise DataError(f"it is {height}x{width} after scaling, wanted {size[0]}x{size[1]}")
+    if pixels.shape[:2] == size:
         return pixels
-    if height > width:
-        height, width = size[0] * height // width, size[0]
-    else:
-        height, width = size[0], size[0] * width // height
-    return cv2.resize(pixels, (width, height), interpolation=cv2.INTER_CUBIC)
+    return cv2.resize(pixels, size[::-1], interpolation=cv2.INTER_CUBIC)
 
 
 def decode(verification_set: VerificationSet, size: tuple[int, int] = (112, 112)) -> torch.Tensor:
@@ -488,15 +507,12 @@ def decode(verification_set: VerificationSet, size: tuple[int, int] = (112, 112)
     """
     decoded = torch.empty((len(verification_set.images), *size, 3), dtype=torch.uint8)
     rows = decoded.numpy()
+    # A set's file may name one image many times; it is one object then.
+    places: dict[int, int] = {}
     for number, image in enumerate(verification_set.images):
+        place = places.setdefault(id(image), number)
         try:
-            pixels = _fit(decode_rgb(image), size)
+            rows[number] = rows[place] if place < number else _fit(decode_rgb(image), size)
         except DataError as error:
             raise DataError(f"{verification_set.name}: image {number}: {error}") from None
-        if pixels.shape[:2] != size:
-            raise DataError(
-                f"{verification_set.name}: image {number} is {pixels.shape[0]}x{pixels.shape[1]} after scaling, wanted "
-                f"{size[0]}x{size[1]}"
-            )
-        rows[number] = pixels
     return decoded.permute(0, 3, 1, 2).contiguous()

@@ -121,6 +121,27 @@ def test_an_image_that_claims_to_be_huge_is_refused_before_it_is_decoded(monkeyp
         decode_rgb(bytes(data))
 
 
+def test_a_large_image_that_is_drawn_again_and_again_is_refused_before_it_is_decoded(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Each scan of a progressive JPEG takes some bytes of the file and a pass over all of the pixels."""
+    small = cv2.imencode(".jpg", pixels(6), [cv2.IMWRITE_JPEG_PROGRESSIVE, 1])[1].tobytes()
+    scan, end = small.rindex(b"\xff\xda"), small.rindex(b"\xff\xd9")
+    frame = small.index(b"\xff\xc2") + 5
+    large = small[:frame] + (8192).to_bytes(2, "big") * 2 + small[frame + 4 :]
+    scans = small.count(b"\xff\xda")
+    assert scans == 10
+    assert decode_rgb(small[:end] + small[scan:end] * 500 + small[end:]).shape == (112, 112, 3)
+    decoded: list[object] = []
+    monkeypatch.setattr(cv2, "imdecode", lambda *_: decoded.append(_))
+    for more in (16 - scans, 17 - scans):
+        with pytest.raises(
+            DataError, match="cut short" if more == 16 - scans else "8192x8192 pixels is drawn in 17 scans"
+        ):
+            decode_rgb(large[:end] + large[scan:end] * more + large[end:])
+    assert len(decoded) == 1
+
+
 def test_another_size_is_refused_before_it_is_decoded(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cv2, "imdecode", lambda *_: pytest.fail("decoded"))
     with pytest.raises(DataError, match="the image is 96x112 pixels, wanted 112x112"):

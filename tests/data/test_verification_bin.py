@@ -14,6 +14,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from arcface_kd.data import verification_bin
 from arcface_kd.data.image import decode_rgb
 from arcface_kd.data.verification_bin import VerificationSet, decode, read_bin, write_bin
 from arcface_kd.errors import DataError
@@ -417,12 +418,52 @@ def test_what_does_not_decode_or_fit_is_named() -> None:
     good = encoded(0)
     for bad, message in [
         (good[:500], "x: image 1: OpenCV cannot decode the image"),
-        (encoded(0, ".jpg", 112, 96), "x: image 1 is 130x112 after scaling, wanted 112x112"),
-        (encoded(0, ".jpg", 96, 112), "x: image 1 is 96x112 after scaling, wanted 112x112"),
-        (encoded(0, ".jpg", 50, 100), "x: image 1 is 112x224 after scaling, wanted 112x112"),
+        (encoded(0, ".jpg", 112, 96), "x: image 1: it is 130x112 after scaling, wanted 112x112"),
+        (encoded(0, ".jpg", 96, 112), "x: image 1: it is 96x112 after scaling, wanted 112x112"),
+        (encoded(0, ".jpg", 50, 100), "x: image 1: it is 112x224 after scaling, wanted 112x112"),
     ]:
         with pytest.raises(DataError, match=message):
             decode(VerificationSet("x", [good, bad], np.array([True])))
+
+
+def test_an_image_is_never_larger_than_wanted_on_the_way(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Scaled to a height of 112, a line of 60,000 pixels would be two gigabytes."""
+    monkeypatch.setattr(cv2, "resize", lambda *_, **__: pytest.fail("scaled"))
+    line = cv2.imencode(".png", np.zeros((1, 60_000, 3), np.uint8))[1].tobytes()
+    with pytest.raises(DataError, match="x: image 0: it is 112x6720000 after scaling, wanted 112x112"):
+        decode(VerificationSet("x", [line], np.array([])))
+
+
+def test_an_image_that_stands_in_many_pairs_is_decoded_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    images = [encoded(0), encoded(1)] * 20 + [encoded(2)] * 2
+    write_bin(tmp_path / "x.bin", images, [True] * 21)
+    found = read_bin(tmp_path / "x.bin")
+    whole = decode(found)
+    seen: list[bytes] = []
+
+    def counted(image: bytes) -> np.ndarray:
+        seen.append(image)
+        return decode_rgb(image)
+
+    monkeypatch.setattr(verification_bin, "decode_rgb", counted)
+    again = decode(VerificationSet("x", [images[0], images[1], *images[:40], *images[40:]], np.array([])))
+    assert len(seen) == 3
+    assert torch.equal(again[2:], whole)
+    assert torch.equal(again[:2], whole[:2])
+
+
+def test_few_images_named_again_and_again_are_refused(tmp_path: Path) -> None:
+    """Two bytes of a pickle would be 38 kB of pixels."""
+    image = encoded(0)
+    beginning = b"\x80\x02](B" + struct.pack("<I", len(image)) + image + b"q\x01"
+    for images, refusal in ((1 << 16, False), (1 << 17, True)):
+        names = b"h\x01" * (images - 1)
+        path = stored(tmp_path, beginning + names + b"e](" + b"\x88\x89" * (images // 4) + b"e\x86.")
+        if refusal:
+            with pytest.raises(DataError, match=r"names 131072 images in \d+ bytes: the same ones again and again"):
+                read_bin(path)
+        else:
+            assert len(read_bin(path).images) == images
 
 
 def test_another_size_may_be_asked_for() -> None:
