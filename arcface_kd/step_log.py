@@ -33,6 +33,10 @@ class StepLog:
         self.writes = writes
         self._writer: SummaryWriter | None = None
 
+    def __deepcopy__(self, memo: dict[int, object]) -> "StepLog":
+        """The same log: there is one file."""
+        return self
+
     def due(self, step: int) -> bool:
         """Whether a step, counted from 1, is written."""
         return step % self.every == 0

@@ -183,8 +183,9 @@ def test_any_network_may_be_given_as_the_teacher() -> None:
 
 
 @pytest.mark.parametrize("kd", ["adadistill", "embedding+rkd"])
-def test_a_copied_run_goes_on_by_itself_with_the_same_teacher(kd: str) -> None:
-    run = make(kd)
+def test_a_copied_run_goes_on_by_itself_with_the_same_teacher(kd: str, tmp_path: Path) -> None:
+    run = make(kd, log=StepLog(tmp_path, 1, True))
+    run.head(run.student(images()), LABELS)
     student, head = copy.deepcopy((run.student, run.head))
     run.calls.clear()
     run.student(images(seed=1))
