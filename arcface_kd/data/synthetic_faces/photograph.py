@@ -54,7 +54,7 @@ def visible_points(height: Floats, face_landmarks: Floats, shot: Shot) -> tuple[
     """
     rotation = shot.rotation
     x, y = face_landmarks[:, 0], face_landmarks[:, 1]
-    points = np.stack([x, y, sample(height, x, y)[:, 0]], 1)
+    points = np.stack([x, y, sample(height, x[:, None], y[:, None])[:, 0]], 1)
     posed = (points[:, None] * rotation[:2]).sum(2)
     fit = alignment(posed, shot)
     # Crop pixels to the frontal face as if it were flat: the inverse of an affine map.
