@@ -18,10 +18,19 @@ from torch import distributed
 from arcface_kd.atomic import replace_file
 from arcface_kd.errors import CheckpointError, ResourceError
 from arcface_kd.sharding import RankGroup
-from arcface_kd.tensor_file import archive_fault, save_tensors
+from arcface_kd.tensor_file import archive_fault, save_tensors, tensor_fault
 
 HEAD = "state_dict_softmax_fc"
 OPTIMIZER = "state_optimizer"
+
+# What the entries of a checkpoint are, of those that it has.
+_KINDS: Mapping[str, type] = {
+    "epoch": int,
+    "global_step": int,
+    "state_dict_backbone": Mapping,
+    OPTIMIZER: Mapping,
+    "state_lr_scheduler": Mapping,
+}
 
 _NAME, _SUFFIX, _WAITING = "checkpoint_gpu_", ".pt", ".pt.next"
 
@@ -62,6 +71,16 @@ def read_checkpoint(path: Path) -> Mapping[str, Any]:
         raise CheckpointError(f"{path} cannot be read as a checkpoint: {reason}") from error
     if not isinstance(loaded, dict) or not isinstance(loaded.get(HEAD), Mapping):
         raise CheckpointError(f"{path} holds no {HEAD}: it is not a checkpoint of arcface_torch or of this package")
+    unlike = next(
+        (name for name, kind in _KINDS.items() if name in loaded and not isinstance(loaded[name], kind)), None
+    )
+    if unlike is not None:
+        raise CheckpointError(f"{path} holds a {type(loaded[unlike]).__name__} as {unlike}: it is damaged")
+    if not all(isinstance(name, str) for name in loaded[HEAD]):
+        raise CheckpointError(f"{path} holds a {HEAD} whose entries are not named by text: it is damaged")
+    fault = tensor_fault(loaded)
+    if fault is not None:
+        raise CheckpointError(f"{path} cannot be read as a checkpoint: {fault}")
     return loaded
 
 

@@ -63,7 +63,14 @@ class RunShards:
         Raises:
             CheckpointError: the run has none, or its checkpoints do not belong together.
         """
-        return self.rows(start, stop, HEAD, _classifier_entry(self.checkpoints[0][HEAD]))
+        name = _classifier_entry(self.checkpoints[0][HEAD])
+        centers = self.rows(start, stop, HEAD, name)
+        if centers.ndim != 2 or not centers.is_floating_point():
+            raise CheckpointError(
+                f"{self.folder} holds {tuple(centers.shape)} of {centers.dtype} as {name}; wanted class centers "
+                "(classes, dimension) in floating point"
+            )
+        return centers
 
     def rows(self, start: int, stop: int, *keys: Any) -> Tensor:
         """Rows of a tensor that is split over the ranks.
@@ -135,12 +142,12 @@ def open_shards(folder: str | os.PathLike[str]) -> RunShards:
 
 def _own_shards(folder: Path, files: Mapping[int, Path], first: Mapping[str, Any]) -> RunShards:
     checkpoints, edges = [first], [0]
-    num_classes = int(first[HEAD]["class_range"][2])
+    num_classes = _class_range(first[HEAD], checkpoint_file(folder, 0))[2]
     while True:
         rank = len(checkpoints) - 1
         path, checkpoint = checkpoint_file(folder, rank), checkpoints[-1]
         met = checkpoint[HEAD].get("class_range")
-        start, stop, total = (-1, -1, -1) if met is None else met.tolist()
+        start, stop, total = (-1, -1, -1) if met is None else _class_range(checkpoint[HEAD], path)
         if total != num_classes or start != edges[-1] or not start < stop <= num_classes:
             says = "no class_range" if met is None else f"classes {start} to {stop - 1} of {total}"
             raise CheckpointError(
@@ -152,6 +159,14 @@ def _own_shards(folder: Path, files: Mapping[int, Path], first: Mapping[str, Any
         if stop == num_classes:
             return RunShards(folder, tuple(checkpoints), tuple(edges))
         checkpoints.append(read_checkpoint(files.get(rank + 1, checkpoint_file(folder, rank + 1))))
+
+
+def _class_range(head: Mapping[str, Any], where: object) -> list[int]:
+    """A shard's first class, the one behind its last, and the number of all."""
+    met = head["class_range"]
+    if not isinstance(met, Tensor) or met.shape != (3,) or met.dtype != torch.int64:
+        raise CheckpointError(f"{where} holds a class_range that is not three whole numbers: it is damaged")
+    return [int(number) for number in met.tolist()]
 
 
 def _host_shards(folder: Path, files: Mapping[int, Path], first: Mapping[str, Any]) -> RunShards:
@@ -208,7 +223,7 @@ def fit_head_state(
             "package, so the run began without --kd; begin anew, in another output folder"
         )
     wanted = [shard.start, shard.start + shard.size, shard.num_classes]
-    given = state["class_range"].tolist()
+    given = _class_range(state, "the checkpoint's head")
     if given[2] != shard.num_classes:
         raise CheckpointError(f"the checkpoint's head has {given[2]} classes, the run {shard.num_classes}")
     if folder is None or not checkpoint_file(folder, 0).is_file():

@@ -2,9 +2,11 @@
 
 import os
 import zipfile
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from arcface_kd.atomic import atomic_write
 from arcface_kd.errors import ResourceError
@@ -62,3 +64,31 @@ def archive_fault(path: Path) -> str | None:
         f"checksum of record {damaged!r} is wrong; the file is damaged, get it again (or it was saved with "
         "torch.serialization.set_crc32_options(False): save it without)"
     )
+
+
+def tensor_fault(content: object) -> str | None:
+    """What makes a tensor one that no trainer saves: a few bytes can stand for any number of others.
+
+    Args:
+        content: what ``torch.load`` has returned.
+
+    Returns:
+        The first tensor that is sparse, quantised, nested or without numbers, or that names more numbers than the file
+        holds for it; None where there is none.
+    """
+    pending: list[tuple[object, object]] = [("", content)]
+    seen: set[int] = set()
+    while pending:
+        name, value = pending.pop()
+        if isinstance(value, Tensor):
+            called = f"tensor {str(name)[:100]!r}"
+            if value.layout != torch.strided or value.is_quantized or value.is_nested or value.is_meta:
+                return f"{called} is not a plain dense tensor"
+            stored = value.untyped_storage().nbytes()
+            if value.numel() * value.element_size() > stored:
+                return f"{called} of shape {tuple(value.shape)} has only {stored} bytes in the file"
+        # A pickle may name one list again and again.
+        elif isinstance(value, Mapping | list | tuple | set) and id(value) not in seen:
+            seen.add(id(value))
+            pending.extend(value.items() if isinstance(value, Mapping) else ((name, each) for each in value))
+    return None

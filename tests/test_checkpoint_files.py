@@ -134,3 +134,35 @@ def test_a_compressed_file_is_refused_before_it_is_unpacked(tmp_path: Path) -> N
             bomb.writestr(record.filename, content)
     with pytest.raises(CheckpointError, match=r"is compressed, which torch\.save never does"):
         read_checkpoint(path)
+
+
+@pytest.mark.parametrize(
+    ("entry", "value", "message"),
+    [
+        ("global_step", torch.tensor([1, 2]), "holds a Tensor as global_step"),
+        ("global_step", [1], "holds a list as global_step"),
+        ("epoch", "3", "holds a str as epoch"),
+        ("state_dict_backbone", [1], "holds a list as state_dict_backbone"),
+        ("state_optimizer", None, "holds a NoneType as state_optimizer"),
+        ("state_lr_scheduler", 5, "holds a int as state_lr_scheduler"),
+        (HEAD, {1: torch.zeros(1)}, f"holds a {HEAD} whose entries are not named by text"),
+        (HEAD, {"weight": torch.zeros(2, device="meta")}, "tensor 'weight' is not a plain dense tensor"),
+        (HEAD, {"weight": torch.eye(2).to_sparse()}, "tensor 'weight' is not a plain dense tensor"),
+        (HEAD, {"weight": torch.ones(1).expand(1 << 40)}, "has only 4 bytes in the file"),
+        ("more", [({"deep": (torch.ones(1).expand(9),)},)], r"of shape \(9,\) has only 4 bytes in the file"),
+    ],
+    ids=str,
+)
+def test_entries_that_are_something_else_are_named(tmp_path: Path, entry: str, value: object, message: str) -> None:
+    path = checkpoint_file(tmp_path, 0)
+    torch.save({**state(0, 5, 1), entry: value}, path)
+    with pytest.raises(CheckpointError, match=message) as caught:
+        read_checkpoint(path)
+    assert str(caught.value).startswith(str(path))
+
+
+def test_a_list_that_holds_itself_is_looked_at_once(tmp_path: Path) -> None:
+    own: list[object] = []
+    own.extend([own, own])
+    torch.save({**state(0, 5, 1), "more": own}, checkpoint_file(tmp_path, 0))
+    assert read_checkpoint(checkpoint_file(tmp_path, 0))["global_step"] == 5

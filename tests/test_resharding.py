@@ -210,6 +210,48 @@ def test_a_torch_file_that_is_no_checkpoint_is_named(tmp_path: Path, content: ob
         open_shards(tmp_path)
 
 
+@pytest.mark.parametrize(
+    "met",
+    [
+        [0, 5, 5],
+        None,
+        "abc",
+        torch.tensor(5),
+        torch.tensor([0, 5]),
+        torch.tensor([0, 5, 5, 5]),
+        torch.tensor([[0, 5, 5]]),
+        torch.tensor([0.0, 5.0, 5.0]),
+        torch.tensor([0j, 5, 5]),
+        torch.tensor([False, True, True]),
+    ],
+    ids=str,
+)
+def test_a_class_range_that_is_none_is_named(tmp_path: Path, met: object) -> None:
+    save_run(tmp_path, 5, 1)
+    path = tmp_path / "checkpoint_gpu_0.pt"
+    content = torch.load(path, weights_only=True)
+    content["state_dict_softmax_fc"]["class_range"] = met
+    torch.save(content, path)
+    with pytest.raises(
+        CheckpointError, match=r"checkpoint_gpu_0\.pt holds a class_range that is not three whole numbers"
+    ):
+        open_shards(tmp_path)
+    with pytest.raises(CheckpointError, match="head holds a class_range that is not three whole numbers"):
+        fit(None, content["state_dict_softmax_fc"], ClassShard(5, 0, 1))
+
+
+@pytest.mark.parametrize("centers", [torch.ones(5), torch.ones(5, 4, 1), torch.ones(5, 4).int()], ids=str)
+def test_what_are_no_class_centers_is_not_joined(tmp_path: Path, centers: Tensor) -> None:
+    save_run(tmp_path, 5, 1)
+    path = tmp_path / "checkpoint_gpu_0.pt"
+    content = torch.load(path, weights_only=True)
+    content["state_dict_softmax_fc"][ENTRY] = centers
+    torch.save(content, path)
+    with pytest.raises(CheckpointError, match=r"wanted class centers \(classes, dimension\) in floating point"):
+        merge_head(tmp_path, tmp_path / "head.pt")
+    assert not (tmp_path / "head.pt").exists()
+
+
 def test_a_shard_with_fewer_rows_than_classes_is_named(tmp_path: Path) -> None:
     save_run(tmp_path, 12, 2)
     broken = torch.load(checkpoint_file(tmp_path, 1))

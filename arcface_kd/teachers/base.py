@@ -19,6 +19,7 @@ from arcface_kd.teachers.options import Precision, Preprocessing, TeacherOptions
 from arcface_kd.teachers.signature import describe
 
 __all__ = [
+    "LARGEST_FILE",
     "Preprocessing",
     "Teacher",
     "TeacherOptions",
@@ -35,8 +36,8 @@ __all__ = [
 logger = logging.getLogger(__name__)
 
 _AUTOCAST: dict[Precision, torch.dtype] = {"bf16": torch.bfloat16, "fp16": torch.float16}
-# What one protobuf message, and so an ONNX file, can hold; MXNet's largest face networks have a tenth of it.
-_LARGEST_FILE = 1 << 31
+LARGEST_FILE = 1 << 31
+"""What one protobuf message, and so an ONNX file, can hold; MXNet's largest face networks have a tenth of it."""
 _SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9_+.-]+:")
 
 
@@ -94,19 +95,20 @@ def existing_file(path: Path) -> Path:
     return path
 
 
-def read_bytes(path: Path) -> bytes:
+def read_bytes(path: Path, most: int = LARGEST_FILE) -> bytes:
     """A whole file.
 
     Args:
         path: a regular file.
+        most: bytes that such a file of a face network has at most.
 
     Raises:
         TeacherError: it is missing, not a regular file, not readable or larger than any face network.
     """
     try:
         size = existing_file(path).stat().st_size
-        if size > _LARGEST_FILE:
-            raise TeacherError(f"teacher {path} has {size} bytes; no face network has more than {_LARGEST_FILE}")
+        if size > most:
+            raise TeacherError(f"teacher {path} has {size} bytes; no face network has more than {most}")
         return path.read_bytes()
     except OSError as error:
         raise TeacherError(f"teacher {path}: cannot be read: {error.strerror or first_line(error)}") from error

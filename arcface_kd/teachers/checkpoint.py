@@ -18,12 +18,13 @@ from arcface_kd.errors import ConfigError, TeacherError
 from arcface_kd.teachers.base import Teacher, TeacherOptions, existing_file, first_line, local_path, tensors_digest
 from arcface_kd.teachers.options import Preprocessing
 from arcface_kd.teachers.signature import describe, signature
-from arcface_kd.tensor_file import archive_fault
+from arcface_kd.tensor_file import archive_fault, tensor_fault
 
 # Where trainers put the backbone's tensors: arcface_torch's save_all_states first, then what others are used to.
 _CONTAINERS = ("state_dict_backbone", "backbone", "state_dict", "model_state_dict", "model")
 _STUDENT = "model.pt"
 _HALF = {"bf16": torch.bfloat16, "fp16": torch.float16}
+_WEIGHTS = frozenset((torch.float16, torch.bfloat16, torch.float32, torch.float64))
 _T = TypeVar("_T")
 _KNOWN = {**NETWORKS, **VITS}
 _PREFIXES = ("module.", "_orig_mod.", "backbone.", "model.")
@@ -87,7 +88,7 @@ def read_content(path: str | os.PathLike[str]) -> object:
         raise TeacherError(f"teacher {place} is {describe(place)}; wanted a PyTorch checkpoint")
     try:
         # Mapped: a checkpoint with optimiser state and head shards is read only where the backbone lies.
-        return torch.load(place, map_location="cpu", weights_only=True, mmap=kind == "zip")
+        content: object = torch.load(place, map_location="cpu", weights_only=True, mmap=kind == "zip")
     # torch.load raises whatever its unpickler, its zip reader or a tensor constructor stumbles over.
     except Exception as error:
         if "weights_only" in str(error) or "Unsupported" in str(error):
@@ -96,6 +97,10 @@ def read_content(path: str | os.PathLike[str]) -> object:
                 f"name that file ({first_line(error)})"
             ) from error
         raise TeacherError(f"teacher {place} is damaged or not a PyTorch checkpoint: {first_line(error)}") from error
+    fault = tensor_fault(content)
+    if fault is not None:
+        raise TeacherError(f"teacher {place}: {fault}")
+    return content
 
 
 def read_state(path: str | os.PathLike[str]) -> dict[str, Tensor]:
@@ -125,16 +130,21 @@ def _named_tensors(content: object, path: Path) -> dict[str, Tensor]:
     for name, value in content.items():
         if not isinstance(name, str) or not isinstance(value, Tensor):
             raise TeacherError(
-                f"teacher {path}: entry {name!r} is a {type(value).__name__}; wanted a state dict: tensors by name"
+                f"teacher {path}: entry {_short(name)} is a {type(value).__name__}; wanted a state dict: tensors by "
+                "name"
             )
-        if value.layout != torch.strided or value.is_quantized or value.is_nested or value.is_meta:
-            raise TeacherError(f"teacher {path}: tensor {name!r} is not a plain dense tensor")
         state[name] = value
     while True:
         prefix = next((prefix for prefix in _PREFIXES if all(name.startswith(prefix) for name in state)), None)
         if prefix is None:
             return state
         state = {name.removeprefix(prefix): value for name, value in state.items()}
+
+
+def _short(name: object) -> str:
+    """A name of a file's choosing, fit for a message of one line."""
+    text = repr(name)
+    return text if len(text) <= 100 else text[:97] + "..."
 
 
 def _shapes(network: nn.Module) -> dict[str, tuple[int, ...]]:
@@ -173,9 +183,9 @@ def _misfit(path: Path, name: str, state: dict[str, tuple[int, ...]]) -> str:
     foreign = sorted(state.keys() - outline.keys())
     words = []
     if missing:
-        words.append(f"{len(missing)} tensors missing, such as {missing[0]!r}")
+        words.append(f"{len(missing)} tensors missing, such as {_short(missing[0])}")
     if foreign:
-        words.append(f"{len(foreign)} foreign, such as {foreign[0]!r}")
+        words.append(f"{len(foreign)} foreign, such as {_short(foreign[0])}")
     if not words:
         other = _outline(name, 513)
         wrong = next((key for key in outline if outline[key] == other[key] != state[key]), next(iter(outline)))
@@ -212,13 +222,17 @@ def load_network(path: str | os.PathLike[str], name: str | None = None) -> Netwo
     if not fitting:
         key, shape = next(iter(shapes.items()), ("none", ()))
         raise TeacherError(
-            f"teacher {place}: its {len(state)} tensors (the first: {key!r} {shape}) are those of none of the networks "
-            f"{', '.join(_KNOWN)}; load a network of your own with load_teacher(module)"
+            f"teacher {place}: its {len(state)} tensors (the first: {_short(key)} {shape}) are those of none of the "
+            f"networks {', '.join(_KNOWN)}; load a network of your own with load_teacher(module)"
         )
     if len(fitting) > 1:
         raise TeacherError(f"teacher {place} fits several networks: {', '.join(fitting)}; name one as teacher.network")
     ((network_name, num_features),) = fitting.items()
     for key, tensor in state.items():
+        if key in shapes and tensor.dtype not in _WEIGHTS:
+            raise TeacherError(
+                f"teacher {place}: tensor {key!r} is of {tensor.dtype}; wanted float16, bfloat16, float32 or float64"
+            )
         if tensor.is_floating_point() and not torch.isfinite(tensor).all():
             raise TeacherError(f"teacher {place}: tensor {key!r} holds NaN or inf")
     network = _KNOWN[network_name](num_features=num_features)

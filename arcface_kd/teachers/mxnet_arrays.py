@@ -22,6 +22,8 @@ _DENSE = 0
 # mshadow's numbers of element types.
 _ELEMENTS: dict[int, str] = {0: "<f4", 1: "<f8", 2: "<f2", 3: "|u1", 4: "<i4", 5: "|i1", 6: "<i8"}
 _MOST_DIMENSIONS = 8
+# r100 has a thousand. One without elements takes four bytes of a file and a hundred of memory.
+_MOST_ARRAYS = 100_000
 
 
 class _Cursor:
@@ -57,7 +59,9 @@ def _dimensions(cursor: _Cursor, count: int, kind: str) -> tuple[int, ...]:
     if count > _MOST_DIMENSIONS:
         raise cursor.damaged(f"an array of {count} dimensions")
     shape = tuple(cursor.number(kind, "a dimension") for _ in range(count))
-    if any(size < 0 for size in shape):
+    # numpy takes no empty array whose other sizes multiply to more than it can count.
+    empty_and_vast = 0 in shape and math.prod(size or 1 for size in shape) > len(cursor.content)
+    if empty_and_vast or any(size < 0 for size in shape):
         raise cursor.damaged(f"an array of shape {shape}")
     return shape
 
@@ -101,7 +105,7 @@ def read_arrays(path: Path) -> dict[str, np.ndarray]:
         raise cursor.damaged("another magic number")
     cursor.number("Q", "the header")
     count = cursor.number("Q", "the number of arrays")
-    if count > len(cursor.content) // 4:
+    if count > min(_MOST_ARRAYS, len(cursor.content) // 4):
         raise cursor.damaged(f"{count} arrays in {len(cursor.content)} bytes")
     arrays = [_array(cursor) for _ in range(count)]
     named = cursor.number("Q", "the number of names")

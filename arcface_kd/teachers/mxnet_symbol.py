@@ -20,6 +20,8 @@ from arcface_kd.teachers.base import first_line, read_bytes
 Operation = Callable[..., Tensor]
 
 _MOST_NODES = 20_000
+# Of JSON, which takes up to forty times its size in memory; r100's has half a megabyte.
+_LARGEST_SYMBOL = 1 << 24
 # Elements in one activation of one image: 2^25 float32 are 128 MB, forty times the largest of r100 at 112x112.
 _MOST_ELEMENTS = 1 << 25
 _LOSSES = frozenset(("SoftmaxOutput", "Softmax", "softmax", "LinearRegressionOutput", "MakeLoss"))
@@ -316,7 +318,7 @@ class SymbolGraph(nn.Module):
             TeacherError: damaged, an operator that is not known here (named), or an array that is missing.
         """
         super().__init__()
-        nodes, head = _nodes(read_bytes(path), path)
+        nodes, head = _nodes(read_bytes(path, _LARGEST_SYMBOL), path)
         self._path = path
         self._output = _embedding_node(nodes, head)
         self._nodes = nodes
@@ -395,8 +397,8 @@ class SymbolGraph(nn.Module):
                 output = operation(*inputs)
             except TeacherError as error:
                 raise TeacherError(f"teacher {self._path}: {error}") from error
-            # torch reports shapes that do not fit in any of these; TypeError is a wrong number of inputs.
-            except (RuntimeError, ValueError, TypeError, IndexError) as error:
+            # torch reports shapes that do not fit, and strides of 0, in any of these; TypeError: wrongly many inputs.
+            except (RuntimeError, ValueError, TypeError, IndexError, ArithmeticError) as error:
                 shapes = ", ".join(str(tuple(tensor.shape)) for tensor in inputs)
                 raise TeacherError(
                     f"teacher {self._path}: node {node.name!r} ({node.operator}) cannot take {shapes}: "

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from arcface_kd.errors import TeacherError
 from arcface_kd.teachers.base import Teacher, TeacherOptions, first_line, local_path
 from arcface_kd.teachers.checkpoint import is_run_folder
-from arcface_kd.teachers.onnx_graph import OnnxGraph, free_batch, read_graph
+from arcface_kd.teachers.onnx_graph import MOST_ELEMENTS, OnnxGraph, free_batch, read_graph
 from arcface_kd.teachers.options import Preprocessing
 from arcface_kd.teachers.signature import signature
 
@@ -162,7 +162,7 @@ def _agrees(network: OnnxNetwork, size: int) -> bool:
     # A graph that does not take a batch says so in any of onnxruntime's exceptions.
     except Exception:
         return False
-    if not torch.isfinite(alone).all():
+    if not alone.numel() or not torch.isfinite(alone).all():
         # No matter of batches; what tries the teacher says so.
         return together.shape == alone.shape
     scale = float(alone.abs().max())
@@ -191,6 +191,8 @@ def any_batch(graph: OnnxGraph, size: int) -> OnnxNetwork:
     except TeacherError:
         if freed is graph:
             raise
+    if (graph.fixed_batch or 1) * 3 * size * size > MOST_ELEMENTS:
+        raise TeacherError(f"the graph takes {graph.fixed_batch} images at a time and no others; wanted any number")
     logger.warning("the ONNX teacher's batch size cannot be freed; images are embedded in portions of it, more slowly")
     return OnnxNetwork(OnnxGraph(**{**vars(graph), "fixed_batch": graph.fixed_batch or 1}))
 

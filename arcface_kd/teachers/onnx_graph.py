@@ -4,6 +4,7 @@ import contextlib
 import hashlib
 import math
 import os
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -12,14 +13,17 @@ from typing import Any
 import numpy as np
 
 from arcface_kd.errors import TeacherError
-from arcface_kd.teachers.base import first_line, read_bytes
+from arcface_kd.teachers.base import LARGEST_FILE, first_line, read_bytes
 
 # Weights below this change no output of a network in float32, and below 1.2e-38 they make CPUs crawl.
 _NEGLIGIBLE = 1e-20
 # Control flow could run for ever, and EPContext names files of its own; no face network needs either.
 _REFUSED_OPERATORS = frozenset(("Loop", "Scan", "SequenceMap", "EPContext"))
-# Elements in one activation of one image: 2^27 float32 are 512 MB. ViT-L at 112x112 stays below 2^23.
-_MOST_ELEMENTS = 1 << 27
+MOST_ELEMENTS = 1 << 27
+"""Elements in one activation of one image: 2^27 float32 are 512 MB. ViT-L at 112x112 stays below 2^23."""
+# ViT-L has two thousand; functions count as often as they are called, for onnxruntime puts their nodes in place.
+_MOST_NODES = 100_000
+_DEEPEST_CALL = 64
 # InsightFace looks at so many nodes for a normalisation inside the graph.
 _LEADING_NODES = 8
 
@@ -92,6 +96,7 @@ def _take_in_external_data(model: Any, path: Path) -> bytes:
 
     folder = path.parent.resolve()
     digest = hashlib.sha256()
+    taken = 0
     for tensor in _messages(model, onnx.TensorProto):
         if tensor.data_location != onnx.TensorProto.EXTERNAL:
             continue
@@ -100,20 +105,31 @@ def _take_in_external_data(model: Any, path: Path) -> bytes:
         where = f"teacher {path}: tensor {tensor.name!r} keeps its data in {location!r}"
         if not location or "\0" in location or "\\" in location:
             raise TeacherError(f"{where}, which names no file")
-        place = (folder / location).resolve()
-        if os.path.isabs(location) or not place.is_relative_to(folder):
-            raise TeacherError(f"{where}, outside the model's folder; such files are not opened")
-        if not place.is_file():
-            raise TeacherError(f"{where}, which is not there; keep it beside the model")
+        try:
+            place = (folder / location).resolve()
+            if os.path.isabs(location) or not place.is_relative_to(folder):
+                raise TeacherError(f"{where}, outside the model's folder; such files are not opened")
+            if not place.is_file():
+                raise TeacherError(f"{where}, which is not there; keep it beside the model")
+            size = place.stat().st_size
+        # Before Python 3.13 a loop of links is a RuntimeError.
+        except (OSError, RuntimeError) as error:
+            raise TeacherError(f"{where[:400]}, which cannot be read: {first_line(error)}") from error
         try:
             offset = int(entries.get("offset", "0"))
-            length = int(entries.get("length", place.stat().st_size - offset))
+            length = int(entries.get("length", size - offset))
         except ValueError:
             raise TeacherError(
                 f"{where} at offset {entries.get('offset')!r}, length {entries.get('length')!r}"
             ) from None
-        if offset < 0 or length < 0 or offset + length > place.stat().st_size:
-            raise TeacherError(f"{where}, {length} bytes from {offset}, but it has {place.stat().st_size}")
+        if offset < 0 or length < 0 or offset + length > size:
+            raise TeacherError(f"{where}, {length} bytes from {offset}, but it has {size}")
+        # Several tensors may name one file.
+        taken += length
+        if taken > LARGEST_FILE:
+            raise TeacherError(
+                f"{where}: tensors of {taken} bytes in all; no face network has more than {LARGEST_FILE}"
+            )
         with place.open("rb") as stream:
             stream.seek(offset)
             content = stream.read(length)
@@ -181,6 +197,27 @@ def _drop_weights_from_inputs(model: Any) -> None:
         model.ir_version = max(model.ir_version, 4)
 
 
+def _nodes_in_place(model: Any) -> int:
+    """Nodes of the graph once its functions are put in place; more than allowed where a function calls itself."""
+    import onnx
+
+    def calls(message: Any) -> Counter[tuple[str, str]]:
+        return Counter((node.domain, node.op_type) for node in _messages(message, onnx.NodeProto))
+
+    functions = {(function.domain, function.name): calls(function) for function in model.functions}
+    sizes = dict.fromkeys(functions, 1)
+    for _ in range(_DEEPEST_CALL):
+        before = sizes
+        # A call counts too, so that one that leads back to itself never settles; capped, since sizes may double.
+        sizes = {
+            name: min(_MOST_NODES, 1 + sum(times * before.get(each, 1) for each, times in called.items()))
+            for name, called in functions.items()
+        }
+        if sizes == before:
+            return 1 + sum(times * sizes.get(each, 1) for each, times in calls(model.graph).items())
+    return _MOST_NODES + 1
+
+
 def _refuse_hostile(model: Any, path: Path) -> None:
     """Stop before anything runs: operators that may not end, activations that no face network has."""
     import onnx
@@ -188,6 +225,8 @@ def _refuse_hostile(model: Any, path: Path) -> None:
     for node in _messages(model, onnx.NodeProto):
         if node.op_type in _REFUSED_OPERATORS:
             raise TeacherError(f"teacher {path} uses the operator {node.op_type}, which is not run from a file")
+    if _nodes_in_place(model) > _MOST_NODES:
+        raise TeacherError(f"teacher {path} comes to more than {_MOST_NODES} nodes, more than any face network has")
     single = onnx.ModelProto()
     single.CopyFrom(model)
     for value in (*single.graph.input, *single.graph.output):
@@ -201,7 +240,7 @@ def _refuse_hostile(model: Any, path: Path) -> None:
         return
     for value in _messages(inferred.graph, onnx.ValueInfoProto):
         shape = [size for size in _dimensions(value) if size is not None]
-        if math.prod(shape) > _MOST_ELEMENTS:
+        if math.prod(shape) > MOST_ELEMENTS:
             words = "x".join(map(str, shape))
             raise TeacherError(f"teacher {path}: {value.name!r} would be {words}, larger than any face network needs")
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from arcface_kd.backbones import NETWORKS, get_backbone
 from arcface_kd.backbones.vit import VITS
 from arcface_kd.errors import ConfigError, TeacherError
-from arcface_kd.teachers import Preprocessing, load_teacher
+from arcface_kd.teachers import Preprocessing, checkpoint, load_teacher
 from arcface_kd.teachers.checkpoint import CheckpointSource, is_run_folder, load_network, read_state
 
 SMALL = "thin_r18"
@@ -192,6 +192,34 @@ def test_what_is_no_state_dict_is_named(tmp_path: Path, content: object) -> None
 def test_tensors_that_are_not_dense_are_refused(tmp_path: Path) -> None:
     with pytest.raises(TeacherError, match="not a plain dense tensor"):
         read_state(saved(tmp_path, {"a": torch.eye(3).to_sparse()}))
+
+
+@pytest.mark.parametrize("name", ["complex64", "int8", "uint8", "bool", "int64", "float8_e4m3fn", "float8_e5m2"])
+def test_weights_of_a_kind_that_nobody_trains_are_refused(tmp_path: Path, network: nn.Module, name: str) -> None:
+    """torch would round or cut them to float32 without a word."""
+    state = dict(network.state_dict())
+    first = next(iter(state))
+    state[first] = state[first].to(getattr(torch, name))
+    with pytest.raises(TeacherError, match=rf"tensor '{first}' is of torch\.{name}; wanted float16, bfloat16"):
+        load_teacher(saved(tmp_path, state))
+
+
+def test_a_few_bytes_cannot_stand_for_a_large_network(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Strides of zero make any number of weights of one; r18 of 65,536 dimensions takes 6.6 GB."""
+    with torch.device("meta"):
+        shapes = {name: tensor.shape for name, tensor in get_backbone("mbf", num_features=65536).state_dict().items()}
+    monkeypatch.setitem(checkpoint._KNOWN, "mbf", lambda **_: pytest.fail("built"))
+    path = saved(tmp_path, {name: torch.ones(1).expand(shape) for name, shape in shapes.items() if len(shape)})
+    assert path.stat().st_size < 1 << 20
+    with pytest.raises(TeacherError, match=r"tensor '.*' of shape \(.*\) has only 4 bytes in the file"):
+        load_teacher(path)
+
+
+def test_a_long_name_is_cut(tmp_path: Path) -> None:
+    for content in ({"a" * 10_000: torch.zeros(1)}, {"a" * 10_000: 5}):
+        with pytest.raises(TeacherError, match=r"'a+\.\.\.") as caught:
+            load_teacher(saved(tmp_path, content))
+        assert len(str(caught.value)) < 600
 
 
 def test_nan_among_the_weights_is_named(tmp_path: Path, network: nn.Module) -> None:

@@ -94,6 +94,11 @@ def _list_of(array: bytes) -> bytes:
             _list_of(struct.pack("<IiIqqiii", 0xF993FAC9, 0, 2, 1 << 40, 1 << 40, 1, 0, 0)),
             "needs 4835703278458516698824704",
         ),
+        (
+            _list_of(struct.pack("<IiIqqiii", 0xF993FAC9, 0, 2, 0, 1 << 62, 1, 0, 0)),
+            r"an array of shape \(0, 4611686018427387904\)",
+        ),
+        (struct.pack("<QQQ", 0x112, 0, 100_001) + bytes(400_004), "100001 arrays in 400028 bytes"),
         (_list_of(struct.pack("<IiIqiii", 0xF993FAC9, 0, 1, 1, 1, 0, 99)), "an unknown element type 99"),
         (_list_of(array_bytes(np.zeros(1, np.float32)))[:-1] + b"\xff", "a name that is not text"),
         (params_bytes({"a": np.zeros(1), "b": np.zeros(1)})[:-1] + b"a", "a second array named 'a'"),

@@ -323,6 +323,10 @@ def test_what_cannot_be_built_is_named(tmp_path: Path, nodes: Any, message: str)
             [("Convolution", "c", {"kernel": "(1, 1)", "num_filter": 2, "num_group": 2}, ["data", "w"])],
             "'c' .* cannot take",
         ),
+        (
+            [("Convolution", "c", {"kernel": "(1, 1)", "num_filter": 2, "stride": "(0, 0)"}, ["data", "w"])],
+            "'c' .* cannot take",
+        ),
         ([("FullyConnected", "f", {"num_hidden": 2}, ["data", "w"])], "'f' .* cannot take"),
         ([("BatchNorm", "b", {}, ["data", "w"])], "'b' .* cannot take"),
         ([("Pooling", "p", {"kernel": "(900, 900)"}, ["data"])], "'p' .* cannot take"),
@@ -375,6 +379,13 @@ def test_what_is_no_symbol_ends_in_one_line(tmp_path: Path, content: object) -> 
     with pytest.raises(TeacherError, match=r"damaged or no MXNet symbol|an empty file") as caught:
         graph_of(tmp_path, content)
     assert "\n" not in str(caught.value)
+
+
+def test_a_symbol_of_many_lists_is_refused_before_it_is_parsed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A hundred megabytes of empty lists would be 2.5 GB of objects."""
+    monkeypatch.setattr(json, "loads", lambda *_: pytest.fail("parsed"))
+    with pytest.raises(TeacherError, match="bytes; no face network has more than 16777216"):
+        graph_of(tmp_path, '{"nodes": [' + "[]," * (1 << 23) + "[]]}")
 
 
 def test_nan_among_the_arrays_is_named(tmp_path: Path) -> None:

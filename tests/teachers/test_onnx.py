@@ -140,6 +140,20 @@ def test_a_graph_that_onnxruntime_cannot_run_ends_in_one_line(
     assert capfd.readouterr().out == ""
 
 
+def test_embeddings_without_a_number_are_refused(tmp_path: Path) -> None:
+    nothing = {**weights(), "matrix": np.zeros((64, 0), np.float32)}
+    model = face_network(arrays=nothing)
+    model.graph.output[0].type.tensor_type.shape.dim[1].dim_value = 0
+    with pytest.raises(TeacherError, match=r"returns \(2, 0\) for 2 images"):
+        load_teacher(saved(tmp_path, model))
+
+
+def test_a_batch_size_that_nobody_can_fill_is_refused(tmp_path: Path) -> None:
+    """One image would be embedded among a million copies of itself: 150 GB."""
+    with pytest.raises(TeacherError, match="takes 1000000 images at a time and no others; wanted any number"):
+        load_teacher(saved(tmp_path, face_network(batch=1_000_000, tail="merged")))
+
+
 def test_weights_that_embed_as_nan_are_named(tmp_path: Path) -> None:
     arrays = weights()
     arrays["matrix"][0] = np.nan

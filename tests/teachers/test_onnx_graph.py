@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from onnx import TensorProto, helper, numpy_helper
 
 from arcface_kd.errors import TeacherError
+from arcface_kd.teachers import onnx_graph
 from arcface_kd.teachers.onnx_graph import free_batch, read_graph
 from tests.teachers.onnx_models import (
     embed_one_by_one,
@@ -175,6 +176,8 @@ def test_external_data_inside_the_folder_is_taken_in(tmp_path: Path) -> None:
         ("..\\secret.bin", {}, "names no file"),
         ("", {}, "names no file"),
         ("missing.bin", {}, "not there"),
+        ("loop.bin", {}, "which cannot be read: "),
+        ("name" * 1000, {}, "which cannot be read: "),
         (".", {}, "not there"),
         ("weights.bin", {"offset": "4", "length": "99999"}, "99999 bytes from 4, but it has"),
         ("weights.bin", {"offset": "-4"}, "bytes from -4"),
@@ -188,10 +191,57 @@ def test_external_data_elsewhere_is_never_opened(
     folder = tmp_path / "model"
     folder.mkdir()
     (folder / "link.bin").symlink_to(tmp_path / "secret.bin")
+    (folder / "loop.bin").symlink_to(folder / "loop.bin")
     path = _external(folder, location, **entries)
     with pytest.raises(TeacherError, match=message) as caught:
         read_graph(path)
     assert "\n" not in str(caught.value)
+
+
+def test_one_file_cannot_be_taken_in_again_and_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A gigabyte of nothing takes no room on a disk, and ten thousand tensors could name it."""
+    model = face_network()
+    for number in range(8):
+        tensor = model.graph.initializer.add(name=f"w{number}", data_type=TensorProto.FLOAT, dims=[1 << 8])
+        tensor.data_location = TensorProto.EXTERNAL
+        tensor.external_data.add(key="location", value="hole.bin")
+    (tmp_path / "hole.bin").write_bytes(bytes(1 << 10))
+    path = saved(tmp_path, model)
+    monkeypatch.setattr(onnx_graph, "LARGEST_FILE", 1 << 13)
+    assert read_graph(path).parameter_count > 8 << 8
+    monkeypatch.setattr(onnx_graph, "LARGEST_FILE", (1 << 13) - 1)
+    with pytest.raises(
+        TeacherError, match=r"'w0' keeps its data in 'hole\.bin': tensors of 8192 bytes in all; no face"
+    ):
+        read_graph(path)
+
+
+def _calling(functions: dict[str, list[str]]) -> Any:
+    """A network that ends in a call of the first function; each is a chain of calls of others."""
+    model = face_network()
+    model.graph.node[-1].output[0] = "before"
+    first = next(iter(functions))
+    model.graph.node.append(helper.make_node(first, ["before"], ["embedding"], domain="ours"))
+    opsets = [helper.make_opsetid("", 13), helper.make_opsetid("ours", 1)]
+    model.opset_import.append(opsets[1])
+    for name, called in functions.items():
+        nodes = [
+            helper.make_node(each, [f"v{place}"], [f"v{place + 1}"], domain="" if each == "Identity" else "ours")
+            for place, each in enumerate(called)
+        ]
+        model.functions.append(helper.make_function("ours", name, ["v0"], [f"v{len(called)}"], nodes, opsets))
+    return model
+
+
+def test_functions_are_counted_as_often_as_they_are_called(tmp_path: Path) -> None:
+    """Forty functions that each call the next one twice are 10^12 nodes, which onnxruntime would put in place."""
+    halves = {f"f{depth}": [f"f{depth + 1}"] * 2 for depth in range(40)}
+    for functions in ({**halves, "f40": ["Identity"]}, {"f": ["g"], "g": ["f"]}, {"f": ["f"]}):
+        with pytest.raises(TeacherError, match="comes to more than 100000 nodes"):
+            read_graph(saved(tmp_path, _calling(functions)))
+    model = _calling({"f": ["g", "Identity", "g"], "g": ["Identity"] * 3})
+    rows = embed_one_by_one(parsed(read_graph(saved(tmp_path, model)).model), images())
+    np.testing.assert_array_equal(rows, embed_one_by_one(face_network(), images()))
 
 
 def test_external_data_in_a_nodes_attribute_is_not_opened_either(tmp_path: Path) -> None:
