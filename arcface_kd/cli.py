@@ -1,6 +1,7 @@
 """The command line: ``arcface-kd COMMAND``. Bad input ends in one line and exit code 2."""
 
 import argparse
+import contextlib
 import os
 import shlex
 import sys
@@ -9,8 +10,12 @@ from pathlib import Path
 from typing import Any
 
 from arcface_kd.errors import ArcfaceKDError, ConfigError, RankError
+from arcface_kd.standard_streams import flush_or_stop, open_closed_streams, stop_printing
 
 Command = Callable[[argparse.Namespace], None]
+
+# What a shell says of a command that SIGPIPE has ended.
+_NOBODY_READS = 141
 
 # Modules of the packages that an installation of this one brings along, itself or through insightface.
 _BROUGHT_ALONG = frozenset(
@@ -424,7 +429,8 @@ def _complain(error: BaseException, message: str) -> None:
     """One line to stderr; of several ranks, it names the one that it comes from."""
     several = int(os.environ.get("WORLD_SIZE", "1")) > 1 and not isinstance(error, RankError)
     rank = f"rank {os.environ.get('RANK', '?')}: " if several else ""
-    print(f"arcface-kd: {rank}{' '.join(message.split())}", file=sys.stderr)
+    with contextlib.suppress(OSError):
+        print(f"arcface-kd: {rank}{' '.join(message.split())}", file=sys.stderr)
 
 
 def _flags_first(words: Sequence[str]) -> Sequence[str]:
@@ -441,13 +447,21 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: its words; None takes those of the process.
 
     Returns:
-        The exit code: 0, 2 for input that cannot be run, 130 when interrupted.
+        The exit code: 0, 2 for input that cannot be run, 130 when interrupted, 141 when nobody reads what it prints.
     """
+    open_closed_streams()
     try:
         arguments = build_parser().parse_args(_flags_first(sys.argv[1:] if argv is None else argv))
         arguments.run(arguments)
+        # What waits to be written would fail behind this function, with a traceback.
+        sys.stdout.flush()
+    except BrokenPipeError:
+        stop_printing()
+        return _NOBODY_READS
     except (ArcfaceKDError, OSError) as error:
         _complain(error, str(error))
+        # What still waits to be printed may be what has failed.
+        flush_or_stop()
         return 2
     except (MemoryError, RuntimeError) as error:
         from arcface_kd.shortages import shortage

@@ -9,7 +9,7 @@ import logging
 import weakref
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -30,6 +30,7 @@ from arcface_kd.methods.base import Batch, MapsWanted, Method, Requirement, RunC
 from arcface_kd.methods.classifier import LearnedClassifier
 from arcface_kd.number_watch import BatchRows, NumberWatch
 from arcface_kd.resharding import bring_momentum, fit_head_state
+from arcface_kd.run_settings import as_tensor, from_tensor, outline, require_agreement, require_same_run
 from arcface_kd.sharding import ClassShard, RankGroup, for_ddp, on_first_rank_first
 from arcface_kd.step_log import StepLog
 from arcface_kd.teacher_classifier import CLASS_MEANS, check_order, class_means, read_classifier
@@ -37,6 +38,9 @@ from arcface_kd.teachers.base import Teacher, load_teacher
 from arcface_kd.teachers.embedding_cache import EmbeddingCache, how_to_fill, identity_in, identity_of
 
 logger = logging.getLogger(__name__)
+
+# Where torch puts what `get_extra_state` gives.
+_SETTINGS = "_extra_state"
 
 _NO_CACHE = (
     "{} takes the teacher's embeddings from a cache by the records that a batch shows, and the loader does not say "
@@ -170,6 +174,14 @@ class Distiller:
         if self.teacher is not None:
             return self.teacher.embedding_size
         return self.cache.embedding_size if self.from_cache_alone and self.cache is not None else None
+
+    @property
+    def sources(self) -> dict[str, str | None]:
+        """Digests of the run's teacher and images, None where there are none: what makes it this run and no other."""
+        teacher = None if self.teacher is None else self.teacher.fingerprint
+        if self.from_cache_alone and self.cache is not None:
+            teacher = str(self.cache.identity["teacher"])
+        return {"teacher": teacher, "data": None if self.faces is None else outline(self.faces)}
 
     @property
     def compares_embeddings(self) -> bool:
@@ -350,7 +362,9 @@ class Distiller:
         if self.cache is not None:
             rows, known = self.cache.look_up(index, plain)
         device = "cuda" if torch.cuda.is_available() else "cpu"
-        for places in (~known).nonzero().flatten().split(32):
+        unknown = (~known).nonzero().flatten()
+        # Nothing at all would be one part, of no images.
+        for places in unknown.split(32) if len(unknown) else ():
             images = torch.stack([faces[int(index[place])].image for place in places.tolist()])
             rows[places] = teacher(images.to(device).float() / 127.5 - 1).cpu()
         return rows
@@ -400,7 +414,8 @@ class DistillationHead(nn.Module):
         last_terms: the last step's loss terms by name, scalars without gradient.
 
     Raises:
-        ConfigError: a teacher of another dimension without a projection; fewer classes than ranks.
+        ConfigError: a teacher of another dimension without a projection; fewer classes than ranks; ranks that were
+            started with different teachers, images or options.
     """
 
     step: Tensor
@@ -440,6 +455,12 @@ class DistillationHead(nn.Module):
         self.num_classes = num_classes
         self.embedding_size = embedding_size
         self.shard = shard = self.ranks.shard(num_classes)
+        options = {
+            f"{name}.{key}": value for name, own in distiller.method_configs.items() for key, value in vars(own).items()
+        }
+        self._settings = {**distiller.sources, **asdict(margin), "sample_rate": sample_rate, "seed": seed, **options}
+        sizes = {"num_classes": num_classes, "embedding_size": embedding_size, "steps_per_epoch": steps_per_epoch}
+        require_agreement({"kd": "+".join(distiller.kd.methods), **self._settings, **sizes}, self.ranks)
         if distiller.from_cache_alone and distiller.cache is None:
             raise TeacherError(_NO_CACHE.format("+".join(distiller.kd.methods)))
         classifier = distiller.teacher_classifier(shard)
@@ -568,20 +589,32 @@ class DistillationHead(nn.Module):
             As in torch.
 
         Raises:
-            CheckpointError: a state of other methods, or checkpoints that are missing or do not belong together.
+            CheckpointError: a state of other methods, of another teacher, other images, another seed or other options,
+                or checkpoints that are missing or do not belong together.
         """
         self._steps_done = None
-        fitted = fit_head_state(state_dict, self.shard, self.sharded_entries(), self.run_folder)
+        known = {**state_dict, _SETTINGS: as_tensor(self._settings)}
+        fitted = fit_head_state(known, self.shard, self.sharded_entries(), self.run_folder)
         has, wants = set(fitted), set(self.state_dict())
         if strict and has != wants:
             raise CheckpointError(
                 f"the checkpoint's head lacks {', '.join(sorted(wants - has)) or 'nothing'} and has "
                 f"{', '.join(sorted(has - wants)) or 'nothing'} beside: go on with the kd* keys that the run began with"
             )
+        # A run that this package began before it kept them does not say.
+        if _SETTINGS in state_dict:
+            require_same_run(from_tensor(state_dict[_SETTINGS]), self._settings)
         result = super().load_state_dict(fitted, strict, assign)
-        if fitted is not state_dict and self.run_folder is not None:
+        if fitted is not known and self.run_folder is not None:
             bring_momentum(list(self.parameters()), self.sharded_parameters(), self.shard, self.run_folder)
         return result
+
+    def get_extra_state(self) -> Tensor:
+        """What the run was begun with; part of the state, so that it goes on as the same run."""
+        return as_tensor(self._settings)
+
+    def set_extra_state(self, state: Any) -> None:
+        """Nothing: the settings were compared before anything was loaded."""
 
     def look_at_gradients(self, optimizer: torch.optim.Optimizer) -> None:
         """Look for NaN and inf in the gradients that an optimiser is about to apply to the student.

@@ -8,6 +8,7 @@ one line that names it. ``torchrun`` ends them sooner, and names the rank itself
 import contextlib
 import os
 import socket
+import threading
 import time
 from collections.abc import Iterator
 from datetime import timedelta
@@ -23,6 +24,7 @@ TIMEOUT = "ARCFACE_KD_TIMEOUT"
 # How long a rank that finds a collective broken looks for the cause: others may be about to tell it.
 _SECONDS_OF_SEARCH = 5.0
 _SECONDS_BETWEEN_LOOKS = 0.1
+_SECONDS_FOR_THE_STORE = 5.0
 _LONGEST_CAUSE = 500
 
 
@@ -101,6 +103,16 @@ class _Board:
         Returns:
             A message that names the rank and the cause, or None where this rank's own error is the cause.
         """
+        found: list[str | None] = []
+        # A store whose process is stopped, or whose machine is out of reach, may never answer.
+        asking = threading.Thread(target=lambda: found.append(self._ask(error)), daemon=True)
+        asking.start()
+        asking.join(_SECONDS_OF_SEARCH + _SECONDS_FOR_THE_STORE)
+        if found:
+            return found[0]
+        return self._without_store(error, "did not answer in time") if _is_collective(error) else None
+
+    def _ask(self, error: BaseException) -> str | None:
         try:
             # Collectives fail with errors of many kinds, all of them RuntimeErrors; ours are about this rank itself.
             if not isinstance(error, RuntimeError) or (
@@ -111,10 +123,13 @@ class _Board:
             return self._find(error)
         # The store goes with the process that holds it.
         except (RuntimeError, OSError):
-            own = f"rank {self._rank} of {self._world_size}"
-            if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
-                return f"{own} has lost the others: {_first_line(error)}"
-            return f"{own} stopped because rank 0 is gone, whose own lines say why ({_first_line(error)})"
+            return self._without_store(error, "is gone, whose own lines say why")
+
+    def _without_store(self, error: BaseException, what: str) -> str:
+        own = f"rank {self._rank} of {self._world_size}"
+        if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+            return f"{own} has lost the others: {_first_line(error)}"
+        return f"{own} stopped because rank 0 {what} ({_first_line(error)})"
 
     def _tell(self, error: BaseException) -> None:
         self._store.compare_set("failed", "", f"{self._rank} {type(error).__name__}: {_first_line(error)}")

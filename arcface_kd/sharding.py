@@ -105,6 +105,14 @@ class RankGroup:
         _all_gather(gathered, torch.tensor([size]), group=self._host_group)
         return [int(value) for value in gathered.tolist()]
 
+    def gather_objects(self, value: T) -> list[T]:
+        """Every rank's plain value, in the order of the ranks."""
+        if self.world_size == 1:
+            return [value]
+        gathered: list[Any] = [None] * self.world_size
+        distributed.all_gather_object(gathered, value, group=self._host_group)
+        return gathered
+
     def gather(self, rows: Tensor, sizes: list[int]) -> Tensor:
         """All ranks' rows, one rank after the other, without gradient.
 

@@ -40,11 +40,15 @@ from arcface_kd.losses.margin import Margin
 from arcface_kd.near_names import suggestion
 from arcface_kd.process_group import process_group
 from arcface_kd.resharding import open_shards
+from arcface_kd.run_lock import run_lock
+from arcface_kd.run_settings import changes, require_agreement, require_same_run
 from arcface_kd.schedule import linear_with_warmup
-from arcface_kd.sharding import on_first_rank_first
+from arcface_kd.sharding import RankGroup, on_first_rank_first
 from arcface_kd.shortages import named_shortages
+from arcface_kd.standard_streams import stop_printing
 from arcface_kd.tensor_file import save_tensors
 
+_LOG = "training.log"
 LOGIT_SCALE = 64.0  # the host's, which no key of its configs changes
 CLIP_NORM = 5.0  # on the backbone's gradients, as the host
 _LEAST_LOSS_SCALE = 2.0**-10
@@ -61,6 +65,13 @@ _AT_LEAST_ONE = (
 )
 # What seeds are multiplied by, to make one of each step and rank, must leave them in 64 bits.
 _LARGEST_SEED = 2**31 - 1
+
+# What the state of an optimiser and of a schedule brings along, whatever the config says by then.
+_KEPT = ("lr", "momentum", "weight_decay")
+# What may change on the way; the log says so.
+_TOLD = ("batch_size", "gradient_acc", "fp16", "num_image", "num_epoch", "warmup_epoch")
+# What may differ from rank to rank, as the machines do, if all of them have it or none has.
+_OF_MACHINES = ("rec", "num_workers", "kd_teacher", "kd_classifier", "kd_cache")
 
 # Keys that only the host's own surroundings can honour, with the values at which they ask for nothing.
 _HOST_ONLY = {"dali": (False,), "dali_aug": (False,), "using_wandb": (False,)}
@@ -168,6 +179,17 @@ class _LogFile(logging.FileHandler):
         raise
 
 
+class _Screen(logging.StreamHandler[Any]):
+    """What the log repeats for somebody who may be gone: the run does not end with him."""
+
+    def handleError(self, record: logging.LogRecord) -> None:
+        """Print nothing more, where ``logging`` would add a traceback for each line."""
+        if isinstance(sys.exc_info()[1], OSError):
+            stop_printing()
+        else:
+            super().handleError(record)
+
+
 @contextlib.contextmanager
 def _log_files(folder: Path, rank: int) -> Iterator[None]:
     """Send what the package logs to ``training.log`` in the host's format, and to stdout where nobody watches a bar.
@@ -181,9 +203,9 @@ def _log_files(folder: Path, rank: int) -> Iterator[None]:
     form = "Training: %(asctime)s-%(message)s"
     handlers: list[logging.Handler] = []
     if rank == 0:
-        handlers.append(_LogFile(folder / "training.log"))
+        handlers.append(_LogFile(folder / _LOG))
     if rank == 0 and not sys.stderr.isatty():
-        handlers.append(logging.StreamHandler(sys.stdout))
+        handlers.append(_Screen(sys.stdout))
         handlers[-1].setLevel(logging.INFO)
     else:
         handlers.append(logging.StreamHandler(sys.stderr))
@@ -303,6 +325,8 @@ class _Run:
             path = checkpoint_file(self.folder, self.rank)
         state = torch.load(path, map_location=self.device, weights_only=True)
         self._check_state(path, state)
+        began = state.get("settings", {})
+        require_same_run(began, {key: self.config[key] for key in _KEPT})
         self.epoch, self.step = state["epoch"], state["global_step"]
         self.student.load_state_dict(state["state_dict_backbone"])
         self.head.load_state_dict(state["state_dict_softmax_fc"])
@@ -319,6 +343,8 @@ class _Run:
                 parameter.grad = gradient
         self.first_step = self.step
         self.notes.append(f"resumed after epoch {self.epoch}, step {self.step}")
+        now = {key: self.config[key] for key in _TOLD}
+        self.notes += changes({**began, "ranks": saved_by}, {**now, "ranks": self.world_size})
 
     def _check_state(self, path: Path, state: Mapping[str, Any]) -> None:
         """Refuse a checkpoint that another network or optimiser has left, before anything of it is loaded."""
@@ -363,6 +389,7 @@ class _Run:
             "state_lr_scheduler": self.schedule.state_dict(),
             "state_scaler": self.scaler.state_dict(),
             "state_random": torch.get_rng_state(),
+            "settings": {key: self.config[key] for key in (*_KEPT, *_TOLD)},
         }
         if self.step % self.config.gradient_acc:
             # An epoch may end between two steps of the optimizer.
@@ -479,20 +506,39 @@ def train(
         if torch.cuda.is_available():
             torch.cuda.set_device(local_rank)
         torch.manual_seed(config.seed)
+        shared = {key: value is not None if key in _OF_MACHINES else value for key, value in config.items()}
+        require_agreement({**shared, "torch": torch.__version__}, RankGroup())
         # Whatever can be wrong is found before the first file is written.
         run = _Run(config, drop_ins(lambda: config, distiller=distiller), rank, local_rank, world_size)
-        if config.resume:
-            run.resume()
-        try:
-            run.folder.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise ResourceError(
-                f"the folder output={config.output!r} cannot be made: {error.strerror}; name another"
-            ) from error
-        if rank == 0 and not config.resume:
-            finish_saving(run.folder, keep=False)
-        with _log_files(run.folder, rank), _shortages(run.folder, lambda: run.step):
-            return _train(run, title or run.folder.name, on_epoch)
+        with _claimed(run.folder, rank, config.resume):
+            if config.resume:
+                run.resume()
+            elif rank == 0:
+                finish_saving(run.folder, keep=False)
+            with _log_files(run.folder, rank), _shortages(run.folder, lambda: run.step):
+                return _train(run, title or run.folder.name, on_epoch)
+
+
+@contextlib.contextmanager
+def _claimed(folder: Path, rank: int, resume: bool) -> Iterator[None]:
+    """Make the output folder this run's own."""
+    if resume and not folder.is_dir():
+        # What there is to say of it the run itself says.
+        yield
+        return
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ResourceError(
+            f"the folder output={str(folder)!r} cannot be made: {error.strerror}; name another"
+        ) from error
+    with contextlib.ExitStack() as stack:
+        if rank == 0:
+            try:
+                stack.enter_context(run_lock(folder / _LOG))
+            except OSError as error:
+                raise ResourceError(f"cannot write to {folder}: {error.strerror}") from error
+        yield
 
 
 def _train(run: _Run, title: str, on_epoch: Callable[[int], None] | None) -> TrainResult:

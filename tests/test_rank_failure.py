@@ -55,6 +55,8 @@ def fail(how: str) -> None:
             raise torch.cuda.OutOfMemoryError("tried to allocate 7.00 GiB")
         case "hang":
             time.sleep(1000)
+        case "stop":
+            os.kill(os.getpid(), signal.SIGSTOP)
 
 
 def train_and_fail(config: str, bad_rank: int, how: str) -> int:
@@ -112,6 +114,8 @@ def last_lines(log: Path) -> str:
         ("hang", 1, "because rank 1 did not answer in time"),
         # The store goes with rank 0, where no torchrun holds it.
         ("kill", 0, "because rank 0 is gone"),
+        # And where it is stopped, or out of reach, the store does not answer.
+        ("stop", 0, "because rank 0 did not answer in time"),
     ],
 )
 def test_the_others_end_and_say_why(faces: Faces, tmp_path: Path, how: str, bad_rank: int, cause: str) -> None:
@@ -127,7 +131,7 @@ def test_the_others_end_and_say_why(faces: Faces, tmp_path: Path, how: str, bad_
     ]
     good = ranks[1 - bad_rank]
     code = wait([good], PATIENCE)[0]
-    wait(ranks, 0.0 if how == "hang" else PATIENCE)
+    wait(ranks, 0.0 if how in ("hang", "stop") else PATIENCE)
     said = (tmp_path / f"rank{1 - bad_rank}.log").read_text()
     assert code == 2, last_lines(tmp_path / f"rank{1 - bad_rank}.log")
     (line,) = [line for line in said.splitlines() if line.startswith("arcface-kd: ")]

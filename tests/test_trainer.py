@@ -23,6 +23,7 @@ from arcface_kd.evaluation.scalars import read_scalars
 from arcface_kd.resharding import merge_head
 from arcface_kd.teachers.base import load_teacher
 from arcface_kd.trainer import TrainResult, check_keys, train
+from tests.test_run_lock import held_by_another
 from tests.trainer.faces import Faces, draw_faces
 
 
@@ -121,6 +122,8 @@ def test_a_resumed_run_gives_the_same_bits(faces: Faces, teacher_file: Path, tmp
 
 
 def test_only_a_run_of_the_same_settings_is_gone_on_with(faces: Faces, tmp_path: Path) -> None:
+    (tmp_path / "others").mkdir()
+    others = draw_faces(tmp_path / "others", identities=faces.num_classes, images=8, seed=9)
     keys: dict[str, Any] = {"num_epoch": 1, "save_all_states": True, "val_targets": []}
     train(config_for(faces, tmp_path, **keys))
     keys |= {"resume": True, "num_epoch": 2}
@@ -129,6 +132,14 @@ def test_only_a_run_of_the_same_settings_is_gone_on_with(faces: Faces, tmp_path:
         ({"embedding_size": 16}, "of another student than thin_r18 of 16 dimensions"),
         ({"optimizer": "adamw"}, "left by another optimizer than adamw"),
         ({"kd": "nosuch"}, "no method named 'nosuch'"),
+        # What the optimiser's state brings along, so that the config's would have no effect.
+        (
+            {"lr": 0.5, "weight_decay": 0.1},
+            r"was begun: lr was \S+ and is now 0.5; weight_decay was 0.0005 and is now 0.1",
+        ),
+        ({"seed": 7}, "was begun: seed was 2048 and is now 7; set it back, or give another output"),
+        ({"margin_list": (1.0, 0.25, 0.0)}, "m2 was 0.5 and is now 0.25"),
+        ({"rec": str(others.folder)}, r"data was \w{8}... and is now \w{8}..."),
     ):
         with pytest.raises(ArcfaceKDError, match=said) as error:
             train(config_for(faces, tmp_path, **keys, **change))
@@ -139,6 +150,15 @@ def test_only_a_run_of_the_same_settings_is_gone_on_with(faces: Faces, tmp_path:
         train(config_for(faces, tmp_path, **keys))
 
 
+def test_a_second_run_in_the_folder_changes_nothing(faces: Faces, tmp_path: Path) -> None:
+    (tmp_path / "training.log").write_text("the first's\n")
+    (tmp_path / "checkpoint_gpu_0.pt.next").write_bytes(b"the first's")
+    with held_by_another(tmp_path / "training.log"), pytest.raises(ConfigError, match="another run is writing to"):
+        train(config_for(faces, tmp_path, val_targets=[]))
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint_gpu_0.pt.next", "training.log"]
+    assert (tmp_path / "training.log").read_text() == "the first's\n"
+
+
 def test_a_first_saving_that_was_cut_short_is_gone_on_with(faces: Faces, tmp_path: Path) -> None:
     """Killed between two ranks' renames: rank 1's file is in place, rank 0's own waits."""
     keys: dict[str, Any] = {"num_epoch": 1, "save_all_states": True, "val_targets": []}
@@ -147,7 +167,10 @@ def test_a_first_saving_that_was_cut_short_is_gone_on_with(faces: Faces, tmp_pat
     shutil.copy(own, tmp_path / "checkpoint_gpu_1.pt")
     own.rename(own.with_suffix(".pt.next"))
     keys |= {"resume": True, "num_epoch": 2}
-    assert train(config_for(faces, tmp_path, **keys)).steps == 2 * (faces.num_image // 16)
+    assert train(config_for(faces, tmp_path, **keys, gradient_acc=2)).steps == 2 * (faces.num_image // 16)
+    told = (tmp_path / "training.log").read_text()
+    assert "-gradient_acc was 1 and is now 2\n" in told
+    assert "-num_epoch was 1 and is now 2\n" in told
 
 
 def test_a_run_begun_without_a_loss_scale_goes_on_with_one(
@@ -383,7 +406,7 @@ def test_two_ranks_agree_and_resume(faces: Faces, teacher_file: Path, tmp_path: 
     # One rank takes up what two have left, and their shards make its centers.
     assert merge_head(tmp_path / "parts", tmp_path / "head.pt") == (10, 32)
     keys = {"kd": "adadistill", "kd_teacher": str(teacher_file), "save_all_states": True, "resume": True}
-    train(config_for(faces, tmp_path / "parts", num_epoch=2, lr=1e-9, **keys))
+    train(config_for(faces, tmp_path / "parts", num_epoch=2, **keys))
     alone = saved(tmp_path / "parts", "checkpoint_gpu_0.pt")
     assert alone["state_dict_softmax_fc"]["class_range"].tolist() == [0, 10, 10]
     assert alone["state_dict_softmax_fc"]["step"] == 40 // 8 + 80 // 16
