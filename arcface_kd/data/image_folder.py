@@ -26,6 +26,14 @@ def _scan(folder: str) -> list[os.DirEntry[str]]:
         raise DataError(f"cannot list {folder}: {error.strerror}") from None
 
 
+def _is_folder(entry: os.DirEntry[str]) -> bool:
+    try:
+        return entry.is_dir()
+    except OSError:
+        # A link that leads back to itself, which is refused as any other.
+        return True
+
+
 def _refuse_link(entry: os.DirEntry[str]) -> None:
     # An unpacked archive may hold links to anywhere on this machine.
     if entry.is_symlink():
@@ -39,7 +47,7 @@ def _images(folder: str) -> list[tuple[str, str]]:
     while pending:
         current = pending.pop()
         for entry in _scan(current):
-            if entry.is_dir():
+            if _is_folder(entry):
                 _refuse_link(entry)
                 pending.append(entry.path)
             elif entry.name.lower().endswith(IMAGE_SUFFIXES):
@@ -65,7 +73,7 @@ def list_identities(root: str | os.PathLike[str]) -> list[Identity]:
     """
     identities: list[Identity] = []
     for entry in sorted(_scan(os.fspath(root)), key=lambda entry: entry.name):
-        if not entry.is_dir():
+        if not _is_folder(entry):
             continue
         _refuse_link(entry)
         images = [os.path.join(folder, name) for folder, name in sorted(_images(entry.path))]

@@ -13,6 +13,7 @@ from arcface_kd.atomic import atomic_write
 from arcface_kd.data.dataset import RecordDataset
 from arcface_kd.data.pack import refuse_records, write_identities
 from arcface_kd.errors import ConfigError, DataError
+from arcface_kd.regular_file import open_regular
 
 
 class SubsetCounts(NamedTuple):
@@ -83,6 +84,10 @@ def write_subset(
         raise ConfigError(f"seed is {seed}; it must be in 0 .. {(1 << 32) - 1}")
     source, target = Path(folder), Path(out)
     refuse_records(target)
+    verification_sets = sorted(source.glob("*.bin"))
+    odd = next((path for path in verification_sets if not path.is_file()), None)
+    if odd is not None:
+        raise DataError(f"{odd} is no file, or a link to none; remove it, or put the verification set there")
     faces = RecordDataset(source)
     labels = faces.labels()
     chosen = choose_images(labels, images_per_identity, seed)
@@ -96,7 +101,7 @@ def write_subset(
             yield faces.image_bytes(index)
 
     write_identities(target, sizes.tolist(), images())
-    for verification_set in source.glob("*.bin"):
+    for verification_set in verification_sets:
         _bring_along(verification_set, target / verification_set.name)
     there = np.bincount(labels[labels >= 0], minlength=classes)
     return SubsetCounts(classes, len(chosen), int((there < images_per_identity).sum()))
@@ -107,9 +112,10 @@ def _bring_along(file: Path, to: Path) -> None:
         return
     try:
         with suppress(OSError):
-            os.link(file, to)
+            # A relative link would lead elsewhere from there.
+            os.link(file.resolve(), to)
         if not to.exists():
-            with open(file, "rb") as stored, atomic_write(to) as stream:
+            with open_regular(file) as stored, atomic_write(to) as stream:
                 shutil.copyfileobj(stored, stream)
     except OSError as error:
         raise DataError(f"cannot copy {file} to {to}: {error.strerror}") from None

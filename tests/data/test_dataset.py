@@ -420,6 +420,13 @@ def test_links_out_of_the_folder_are_refused(tmp_path: Path, place: str) -> None
     assert f"{root / place} is a symbolic link" in refused(root)
 
 
+@pytest.mark.parametrize("place", ["a/link.jpg", "a/link", "link"])
+def test_links_to_themselves_are_refused(tmp_path: Path, place: str) -> None:
+    write_image(tmp_path / "a" / "1.jpg", 0)
+    (tmp_path / place).symlink_to(tmp_path / place)
+    assert f"{tmp_path / place} is a symbolic link" in refused(tmp_path)
+
+
 def test_the_synthetic_set() -> None:
     faces = open_dataset("synthetic", 2)
     assert isinstance(faces, SyntheticDataset)

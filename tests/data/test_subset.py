@@ -83,6 +83,31 @@ def test_pairs_of_another_disk_are_copied_whole_or_not_at_all(tmp_path: Path, mo
     assert sorted(os.listdir(tmp_path / "none")) == ["property", "train.idx", "train.rec"]
 
 
+def test_a_link_to_pairs_is_followed(tmp_path: Path) -> None:
+    source = write_records(tmp_path / "all", insightface_records([2]))
+    (tmp_path / "lfw").write_bytes(b"pairs")
+    (source / "lfw.bin").symlink_to("../lfw")
+    write_subset(source, tmp_path / "deep" / "few", images_per_identity=1)
+    assert not (tmp_path / "deep" / "few" / "lfw.bin").is_symlink()
+    assert (tmp_path / "deep" / "few" / "lfw.bin").read_bytes() == b"pairs"
+
+
+@pytest.mark.parametrize("kind", ["pipe", "folder", "device", "nothing"])
+def test_pairs_that_are_no_file_are_refused_before_anything_is_written(tmp_path: Path, kind: str) -> None:
+    """A pipe would be waited for, and a device without an end copied until the disk is full."""
+    source = write_records(tmp_path / "all", insightface_records([2]))
+    pairs = source / "lfw.bin"
+    if kind == "pipe":
+        os.mkfifo(pairs)
+    elif kind == "folder":
+        pairs.mkdir()
+    else:
+        pairs.symlink_to("/dev/zero" if kind == "device" else "gone.bin")
+    with pytest.raises(DataError, match=r"lfw\.bin is no file, or a link to none"):
+        write_subset(source, tmp_path / "few", images_per_identity=1)
+    assert not (tmp_path / "few").exists()
+
+
 def test_the_other_layout_and_images_of_nobody(tmp_path: Path) -> None:
     source = write_records(tmp_path / "all", plain_records([2, -1, 0, 2, 2, -1]))
     assert write_subset(source, tmp_path / "few", images_per_identity=1) == (3, 2, 1)
