@@ -257,7 +257,7 @@ def test_every_pixel_shows_the_point_that_projects_to_it() -> None:
     for yaw, pitch in ((0, 0), (0.3, 0), (-0.3, 0.1), (0.1, -0.25)):
         shot = replace(FRONTAL, yaw=yaw, pitch=pitch)
         x, y = visible_points(height, points, shot)
-        marks = np.stack([*points.T, sample(height, points[:, 0], points[:, 1])[:, 0]], 1)
+        marks = np.stack([*points.T, sample(height, points[:, :1], points[:, 1:2])[:, 0]], 1)
         fit = alignment((marks @ shot.rotation.T)[:, :2], shot)
         seen = np.stack([x, y, sample(height, x, y)], -1) @ shot.rotation.T
         pixels = seen[..., :2] @ fit[:, :2].T + fit[:, 2]
