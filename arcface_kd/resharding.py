@@ -305,7 +305,11 @@ def _classifier_entry(head: Mapping[str, Any]) -> str:
         kind = LearnedClassifier if name == "classifier" else registry.load(registry.METHODS, name)
         if isinstance(kind, type) and issubclass(kind, Method) and kind.classifies and kind.sharded:
             return f"methods.{name}.{kind.sharded[0]}"
-    raise CheckpointError(f"the head of {', '.join(names) or 'no method'} holds no class centers that could be joined")
+    whose = f"the head of {', '.join(names)}" if names else "the run's head"
+    raise CheckpointError(
+        f"{whose} holds no class centers that could be joined: a frozen classifier stays in the file or folder that "
+        "kd_classifier named, and a run without labels has none"
+    )
 
 
 def merge_head(run_folder: str | os.PathLike[str], out_file: str | os.PathLike[str]) -> tuple[int, int]:

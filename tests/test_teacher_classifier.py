@@ -292,6 +292,25 @@ def test_class_means_in_a_run_ask_the_teacher_nothing(faces: Faces, teacher: Tea
     assert network.calls == 0
 
 
+@pytest.mark.parametrize("filled", [IDENTITIES * 8, 40, 0], ids=["all", "some", "none"])
+def test_the_order_of_classes_is_checked_from_the_cache_as_far_as_it_goes(
+    faces: Faces, teacher: Teacher, tmp_path: Path, filled: int
+) -> None:
+    dataset = RecordDataset(faces.folder)
+    torch.save(made_by(teacher, faces), tmp_path / "head.pt")
+    kd = KDConfig(("margindistillation",), cache=str(tmp_path / "rows"), classifier=str(tmp_path / "head.pt"))
+    distiller = Distiller(kd, teacher)
+    distiller.read_through_cache(FaceLoader(dataset, batch_size=8, num_workers=0))
+    assert distiller.cache is not None
+    if filled:
+        images = torch.stack([dataset[index].image for index in range(filled)]).float() / 127.5 - 1
+        distiller.cache.store(torch.arange(filled), torch.zeros(filled, dtype=torch.bool), teacher(images))
+    network: Any = teacher.network
+    network.calls = 0
+    DistillationHead(distiller, ARCFACE, 108, IDENTITIES, ranks=RankGroup(alone=True))
+    assert network.calls == -(-(len(dataset) - filled) // 32)
+
+
 def test_class_means_want_a_filled_cache(faces: Faces, teacher: Teacher, tmp_path: Path) -> None:
     with pytest.raises(TeacherError, match="with --kd-teacher and --kd-cache"):
         head_of(faces, teacher, CLASS_MEANS)
