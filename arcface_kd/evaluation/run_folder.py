@@ -18,7 +18,7 @@ from arcface_kd.teachers.checkpoint import load_network
 
 # Both trainers write each key of their config as `: key` and spaces up to the value.
 _SETTING = re.compile(r"^Training: [-0-9]+ [:0-9,]+-: (\w+) +(.*)$")
-_SPEED = re.compile(r"Speed ([0-9.]+) samples/sec")
+_SPEED = re.compile(r"Speed ([0-9]+(?:\.[0-9]+)?) samples/sec")
 _NETWORKS = dict.fromkeys((*NETWORKS, *VITS, *HOST_NAMES))
 _TERM = "kd/gradient_norm/"
 

@@ -32,7 +32,7 @@ def read_scalars(folder: str | os.PathLike[str]) -> dict[str, Curve]:
         Curves over steps by tag.
 
     Raises:
-        DataError: the folder holds no event files.
+        DataError: the folder holds no event files, or a damaged one.
     """
     from tensorboard.backend.event_processing import event_accumulator
 
@@ -41,10 +41,19 @@ def read_scalars(folder: str | os.PathLike[str]) -> dict[str, Curve]:
         raise DataError(f"{folder} holds no TensorBoard event files; a run writes them to OUTPUT/tensorboard")
     newest: dict[str, dict[int, tuple[float, float]]] = {}
     for file in files:
+        if not file.is_file():
+            raise DataError(f"{file} is no regular file; remove it")
         # One file at a time: given a folder with several writers, tensorboard's own reader keeps to the last file.
         events = event_accumulator.EventAccumulator(
             str(file), size_guidance=event_accumulator.STORE_EVERYTHING_SIZE_GUIDANCE
-        ).Reload()
+        )
+        try:
+            events.Reload()
+        # It reads up to what is cut short, but takes a record's length and content for right: protobuf's DecodeError,
+        # or the MemoryError of a length.
+        except Exception as error:
+            reason = " ".join(str(error).split()) or type(error).__name__
+            raise DataError(f"{file} is damaged ({reason[:200]}); remove it, or get it again") from error
         for tag in events.Tags()["scalars"]:
             points = newest.setdefault(tag, {})
             for event in events.Scalars(tag):

@@ -1,9 +1,13 @@
 """Runs read back from their files."""
 
+import os
+import re
+import struct
 from pathlib import Path
 
 import pytest
 import torch
+from tensorboard.compat.tensorflow_stub.pywrap_tensorflow import masked_crc32c
 
 from arcface_kd.backbones import get_backbone
 from arcface_kd.errors import ConfigError, DataError, TeacherError
@@ -71,6 +75,37 @@ def test_the_student_is_as_it_was_saved(tmp_path: Path, fp16: bool) -> None:
     assert run.half == fp16
     with torch.no_grad():
         torch.testing.assert_close(student(images), wanted(images), rtol=0.1 if fp16 else 1e-4, atol=0.05)
+
+
+def test_a_damaged_log_tells_no_speed(tmp_path: Path) -> None:
+    folder = write_run(tmp_path / "run", {})
+    (folder / "training.log").write_bytes(b"Speed . samples/sec\nSpeed 1.2.3 samples/sec\n\xff\0\xfe\n")
+    assert read_run(folder).training_speed is None
+
+
+@pytest.mark.parametrize(
+    ("length", "content", "reason"),
+    [(1 << 60, b"", r"MemoryError|cannot fit|length|size"), (20, b"\xff" * 20, "protobuf|parsing|Wire")],
+    ids=["a record without end", "no message"],
+)
+def test_damaged_curves_are_refused_by_the_name_of_their_file(
+    tmp_path: Path, length: int, content: bytes, reason: str
+) -> None:
+    """Both checksums are right: what damages a file on purpose sees to that."""
+    folder = write_run(tmp_path / "run", {}, SCALARS)
+    (events,) = (folder / "tensorboard").glob("events.out.tfevents.*")
+    head = struct.pack("<Q", length)
+    with events.open("ab") as stream:
+        stream.write(
+            head + struct.pack("<I", masked_crc32c(head)) + content + struct.pack("<I", masked_crc32c(content))
+        )
+    with pytest.raises(DataError, match=rf"{re.escape(str(events))} is damaged \(.*({reason})") as caught:
+        read_run(folder)
+    assert "\n" not in str(caught.value)
+    events.unlink()
+    os.mkfifo(events)
+    with pytest.raises(DataError, match="is no regular file; remove it"):
+        read_run(folder)
 
 
 def test_what_is_no_run_is_refused(tmp_path: Path) -> None:
