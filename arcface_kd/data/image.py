@@ -16,7 +16,7 @@ MAX_PIXELS = 1 << 26
 
 # A progressive JPEG goes over all of its pixels once a scan: ten times as a rule, and this often at the largest size.
 _MAX_SCANNED = 16 * MAX_PIXELS
-_START_OF_SCAN = b"\xff\xda"
+_START_OF_JPEG, _START_OF_SCAN = b"\xff\xd8", b"\xff\xda"
 
 # Enough for every camera's metadata; a file that has more is built to be slow.
 _MAX_JPEG_SEGMENTS = 512
@@ -75,7 +75,7 @@ def is_webp(data: bytes) -> bool:
 
 
 def _size_reader(head: bytes) -> Callable[[bytes], tuple[int, int] | None] | None:
-    if head[:2] == b"\xff\xd8":
+    if head.startswith(_START_OF_JPEG):
         return _jpeg_size
     if head[:8] == b"\x89PNG\r\n\x1a\n":
         return _png_size
@@ -138,14 +138,15 @@ def decode_rgb(data: "Buffer", size: tuple[int, int] | None = None) -> np.ndarra
         raise DataError(f"the image is {height}x{width} pixels, wanted {size[0]}x{size[1]}")
     if not 0 < height * width <= MAX_PIXELS:
         raise DataError(f"the image claims {height}x{width} pixels, more than {MAX_PIXELS} or none")
-    scans = bytes(data).count(_START_OF_SCAN)
+    encoded = bytes(data)
+    # In other formats these two bytes are pixels like any others.
+    scans = encoded.count(_START_OF_SCAN) if encoded.startswith(_START_OF_JPEG) else 0
     if scans * height * width > _MAX_SCANNED:
         raise DataError(f"the image of {height}x{width} pixels is drawn in {scans} scans, built to be slow")
-    encoded = np.frombuffer(data, dtype=np.uint8)
     # OpenCV before 4.10 cannot decode to RGB at once.
     flag = getattr(cv2, "IMREAD_COLOR_RGB", None)
     try:
-        pixels = cv2.imdecode(encoded, cv2.IMREAD_COLOR if flag is None else flag)
+        pixels = cv2.imdecode(np.frombuffer(encoded, dtype=np.uint8), cv2.IMREAD_COLOR if flag is None else flag)
     except cv2.error as error:
         reason = " ".join(str(error).split())
         raise DataError(f"OpenCV cannot decode the image: {reason}") from None

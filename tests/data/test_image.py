@@ -142,6 +142,13 @@ def test_a_large_image_that_is_drawn_again_and_again_is_refused_before_it_is_dec
     assert len(decoded) == 1
 
 
+def test_a_bitmap_may_hold_what_begins_a_scan_in_a_jpeg() -> None:
+    pixels = np.tile(np.array([0xFF, 0xDA], np.uint8), 300 * 300 * 3 // 2).reshape(300, 300, 3)
+    written, file = cv2.imencode(".bmp", pixels)
+    assert written
+    assert np.array_equal(decode_rgb(file.tobytes()), pixels[..., ::-1])
+
+
 def test_another_size_is_refused_before_it_is_decoded(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cv2, "imdecode", lambda *_: pytest.fail("decoded"))
     with pytest.raises(DataError, match="the image is 96x112 pixels, wanted 112x112"):
