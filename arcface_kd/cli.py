@@ -2,6 +2,7 @@
 
 import argparse
 import contextlib
+import faulthandler
 import os
 import shlex
 import sys
@@ -17,6 +18,7 @@ Command = Callable[[argparse.Namespace], None]
 # What a shell says of a command that SIGPIPE has ended.
 _NOBODY_READS = 141
 
+_LONGEST_MESSAGE = 4000
 # Modules of the packages that an installation of this one brings along, itself or through insightface.
 _BROUGHT_ALONG = frozenset(
     ("cv2", "easydict", "insightface", "numpy", "onnx", "onnxruntime", "tensorboard", "torch", "tqdm", "unidiff")
@@ -425,12 +427,19 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _printable(message: str) -> str:
+    """A message on one line; names of files and what stands in them could otherwise write to the terminal at will."""
+    text = " ".join(message.split())
+    text = text if len(text) <= _LONGEST_MESSAGE else f"{text[:_LONGEST_MESSAGE]}..."
+    return "".join(each if each.isprintable() else each.encode("unicode_escape").decode() for each in text)
+
+
 def _complain(error: BaseException, message: str) -> None:
     """One line to stderr; of several ranks, it names the one that it comes from."""
     several = int(os.environ.get("WORLD_SIZE", "1")) > 1 and not isinstance(error, RankError)
     rank = f"rank {os.environ.get('RANK', '?')}: " if several else ""
     with contextlib.suppress(OSError):
-        print(f"arcface-kd: {rank}{' '.join(message.split())}", file=sys.stderr)
+        print(f"arcface-kd: {rank}{_printable(message)}", file=sys.stderr)
 
 
 def _flags_first(words: Sequence[str]) -> Sequence[str]:
@@ -450,6 +459,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         The exit code: 0, 2 for input that cannot be run, 130 when interrupted, 141 when nobody reads what it prints.
     """
     open_closed_streams()
+    if not faulthandler.is_enabled():
+        # A mapped file that is cut short while it is read, or whose disk fails, ends the process: this says where.
+        with contextlib.suppress(OSError, ValueError, AttributeError):
+            faulthandler.enable()
     try:
         arguments = build_parser().parse_args(_flags_first(sys.argv[1:] if argv is None else argv))
         arguments.run(arguments)

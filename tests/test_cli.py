@@ -185,6 +185,18 @@ def test_a_config_that_is_none(tmp_path: Path, capsys: pytest.CaptureFixture[str
     assert message in capsys.readouterr().err
 
 
+def test_names_of_files_do_not_write_to_the_terminal(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    person = tmp_path / "faces" / "a\x1b[31m\udcff\nb"
+    person.mkdir(parents=True)
+    (person / "1.jpg").write_bytes(b"no image")
+    assert main(["data", "pack", str(tmp_path / "faces"), str(tmp_path / "out")]) == 2
+    said = capsys.readouterr().err
+    assert f"{tmp_path}/faces/a\\x1b[31m\\udcff b/1.jpg: not a JPEG" in said
+    assert said.removesuffix("\n").isprintable()
+    assert main(["compare", "x" * 200 + "/y" * 100_000, "--out", str(tmp_path / "out")]) == 2
+    assert len(capsys.readouterr().err) < 5000
+
+
 @pytest.mark.parametrize("words", [("check",), ("compare", "run")])
 def test_only_options_of_a_teacher_are_taken_where_there_is_no_run(
     teacher: Path, capsys: pytest.CaptureFixture[str], words: tuple[str, ...]

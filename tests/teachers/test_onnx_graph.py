@@ -253,11 +253,20 @@ def test_external_data_in_a_nodes_attribute_is_not_opened_either(tmp_path: Path)
         read_graph(saved(tmp_path, model))
 
 
-def test_a_loop_is_not_run(tmp_path: Path) -> None:
+@pytest.mark.parametrize("operator", ["Loop", "Scan", "SequenceMap", "EPContext"])
+@pytest.mark.parametrize("place", ["graph", "branch", "function"])
+def test_what_may_not_end_or_names_files_of_its_own_is_not_run(tmp_path: Path, operator: str, place: str) -> None:
     model = face_network()
     body = helper.make_graph([], "body", [], [])
-    model.graph.node.append(helper.make_node("Loop", ["", ""], ["embedding2"], body=body))
-    with pytest.raises(TeacherError, match="uses the operator Loop"):
+    node = helper.make_node(operator, ["", ""], ["embedding2"], body=body)
+    if place == "branch":
+        branch = helper.make_graph([node], "branch", [], [])
+        node = helper.make_node("If", ["image"], [], then_branch=branch, else_branch=branch)
+    if place == "function":
+        model.functions.append(helper.make_function("ours", "hidden", [], [], [node], []))
+    else:
+        model.graph.node.append(node)
+    with pytest.raises(TeacherError, match=f"uses the operator {operator}, which is not run from a file"):
         read_graph(saved(tmp_path, model))
 
 
@@ -272,6 +281,8 @@ def test_a_giant_activation_is_refused_before_anything_runs(tmp_path: Path) -> N
     model.graph.node.append(helper.make_node("ConstantOfShape", ["many"], ["bomb"]))
     with pytest.raises(TeacherError, match="'bomb' would be 1099511627776"):
         read_graph(saved(tmp_path, model))
+    # What counts is one image: as many as the graph declares are freed.
+    assert read_graph(saved(tmp_path, face_network(batch=200_000))).fixed_batch == 200_000
 
 
 @pytest.mark.parametrize(
