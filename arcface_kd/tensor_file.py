@@ -28,6 +28,8 @@ def save_tensors(path: str | os.PathLike[str], content: object) -> None:
     except (OSError, RuntimeError) as error:
         # What goes wrong while torch writes comes out as its own complaint about the position in the file.
         reason = error if isinstance(error, OSError) else error.__context__
+        if isinstance(reason, KeyboardInterrupt):
+            raise reason from None
         if not isinstance(reason, OSError):
             raise
         raise ResourceError(

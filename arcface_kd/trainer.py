@@ -7,7 +7,9 @@ import contextlib
 import errno
 import inspect
 import logging
+import os
 import sys
+import threading
 import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping
@@ -44,15 +46,18 @@ from arcface_kd.run_lock import run_lock
 from arcface_kd.run_settings import changes, require_agreement, require_same_run
 from arcface_kd.schedule import linear_with_warmup
 from arcface_kd.sharding import RankGroup, on_first_rank_first
-from arcface_kd.shortages import named_shortages
+from arcface_kd.shortages import named_shortages, shortage
 from arcface_kd.standard_streams import stop_printing
 from arcface_kd.tensor_file import save_tensors
+from arcface_kd.teachers.base import first_line
 
 _LOG = "training.log"
 LOGIT_SCALE = 64.0  # the host's, which no key of its configs changes
 CLIP_NORM = 5.0  # on the backbone's gradients, as the host
 _LEAST_LOSS_SCALE = 2.0**-10
 _CANNOT_WRITE = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG, errno.EIO, errno.EACCES, errno.EPERM)
+# Of files that the run itself has made: somebody has taken their folder away.
+_IS_GONE = (errno.ENOENT, errno.ENOTDIR, errno.ESTALE)
 
 # Each rank's batch norms keep their own statistics while it trains, as in the host. torch 2.13 gave the argument a new
 # name and warns about the old one.
@@ -164,7 +169,8 @@ def _shortages(folder: Path, step: Callable[[], int]) -> Iterator[None]:
     except ArcfaceKDError:
         raise
     except OSError as error:
-        if error.errno not in _CANNOT_WRITE:
+        gone = error.errno in _IS_GONE and os.fsdecode(error.filename or "").startswith(str(folder))
+        if not gone and error.errno not in _CANNOT_WRITE:
             raise
         raise ResourceError(
             f"step {step()}: cannot write to {folder}: {error.strerror}; what was saved before is untouched"
@@ -224,6 +230,39 @@ def _log_files(folder: Path, rank: int) -> Iterator[None]:
         logger.propagate = before[1]
 
 
+@contextlib.contextmanager
+def _quiet_writers() -> Iterator[None]:
+    """Leave out the traceback of TensorBoard's thread that cannot write: the step that hands it more ends with it."""
+    before = threading.excepthook
+
+    def hook(ended: Any) -> None:
+        if not (isinstance(ended.exc_value, OSError) and type(ended.thread).__module__.startswith("tensorboard.")):
+            before(ended)
+
+    threading.excepthook = hook
+    try:
+        yield
+    finally:
+        threading.excepthook = before
+
+
+@contextlib.contextmanager
+def _named_damage(path: Path) -> Iterator[None]:
+    """Name a checkpoint whose entries are not what a run can be set to."""
+    try:
+        yield
+    except (ArcfaceKDError, torch.OutOfMemoryError):
+        raise
+    # Whatever torch's optimisers, schedules and generators stumble over.
+    except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:
+        if shortage(error, "") is not None:
+            raise
+        raise CheckpointError(
+            f"{path} is no checkpoint to go on from: {type(error).__name__} {first_line(error)}; it is damaged, or of "
+            "another trainer"
+        ) from error
+
+
 def check_loss_scale(scaler: torch.amp.GradScaler, step: int) -> None:
     """Refuse to go on when no loss scale keeps the gradients from overflowing; one that falls now and then is in order.
 
@@ -262,6 +301,10 @@ class _Run:
         if config.fp16 and not narrow:
             self.notes.append("fp16 is on but this processor has no bf16 units: training in fp32")
         student = made.get_model(config.network, dropout=0.0, fp16=narrow, num_features=config.embedding_size)
+        if config.batch_size == 1 and any(isinstance(part, nn.BatchNorm1d) for part in student.modules()):
+            raise ConfigError(
+                f"batch_size is 1, and {config.network} normalises its embeddings over the batch: set at least 2"
+            )
         # Convolutions run several times faster on a CPU with the channels innermost; on a GPU with fp16 as well.
         self.student = student.to(self.device)
         self.student.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
@@ -324,27 +367,34 @@ class _Run:
         if self.rank < saved_by:
             path = checkpoint_file(self.folder, self.rank)
         state = torch.load(path, map_location=self.device, weights_only=True)
-        self._check_state(path, state)
-        began = state.get("settings", {})
-        require_same_run(began, {key: self.config[key] for key in _KEPT})
-        self.epoch, self.step = state["epoch"], state["global_step"]
-        self.student.load_state_dict(state["state_dict_backbone"])
-        self.head.load_state_dict(state["state_dict_softmax_fc"])
-        self.optimizer.load_state_dict(state["state_optimizer"])
-        self.schedule.load_state_dict(state["state_lr_scheduler"])
-        # One that was off, as on a CPU, has left nothing.
-        if state.get("state_scaler"):
-            self.scaler.load_state_dict(state["state_scaler"])
-        if "state_random" in state:
-            torch.set_rng_state(state["state_random"].cpu())
-        if saved_by == self.world_size:
-            parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
-            for parameter, gradient in zip(parameters, state.get("state_gradients", ()), strict=False):
-                parameter.grad = gradient
+        with _named_damage(path):
+            self._check_state(path, state)
+            began = state.get("settings", {})
+            require_same_run(began, self._kept())
+            self.epoch, self.step = state["epoch"], state["global_step"]
+            self.student.load_state_dict(state["state_dict_backbone"])
+            self.head.load_state_dict(state["state_dict_softmax_fc"])
+            self.optimizer.load_state_dict(state["state_optimizer"])
+            self.schedule.load_state_dict(state["state_lr_scheduler"])
+            # One that was off, as on a CPU, has left nothing.
+            if state.get("state_scaler"):
+                self.scaler.load_state_dict(state["state_scaler"])
+            if "state_random" in state:
+                torch.set_rng_state(state["state_random"].cpu())
+            if saved_by == self.world_size:
+                parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
+                for parameter, gradient in zip(parameters, state.get("state_gradients", ()), strict=False):
+                    parameter.grad = gradient
         self.first_step = self.step
         self.notes.append(f"resumed after epoch {self.epoch}, step {self.step}")
         now = {key: self.config[key] for key in _TOLD}
         self.notes += changes({**began, "ranks": saved_by}, {**now, "ranks": self.world_size})
+
+    def _kept(self) -> dict[str, Any]:
+        """What the run goes on with as it began."""
+        # Steps, and with them the schedule's, are of so many images.
+        batch = {"batch_size x ranks": self.config.batch_size * self.world_size}
+        return {**{key: self.config[key] for key in _KEPT}, **batch}
 
     def _check_state(self, path: Path, state: Mapping[str, Any]) -> None:
         """Refuse a checkpoint that another network or optimiser has left, before anything of it is loaded."""
@@ -389,7 +439,7 @@ class _Run:
             "state_lr_scheduler": self.schedule.state_dict(),
             "state_scaler": self.scaler.state_dict(),
             "state_random": torch.get_rng_state(),
-            "settings": {key: self.config[key] for key in (*_KEPT, *_TOLD)},
+            "settings": {**self._kept(), **{key: self.config[key] for key in _TOLD}},
         }
         if self.step % self.config.gradient_acc:
             # An epoch may end between two steps of the optimizer.
@@ -515,7 +565,7 @@ def train(
                 run.resume()
             elif rank == 0:
                 finish_saving(run.folder, keep=False)
-            with _log_files(run.folder, rank), _shortages(run.folder, lambda: run.step):
+            with _log_files(run.folder, rank), _quiet_writers(), _shortages(run.folder, lambda: run.step):
                 return _train(run, title or run.folder.name, on_epoch)
 
 

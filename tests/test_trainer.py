@@ -128,6 +128,7 @@ def test_only_a_run_of_the_same_settings_is_gone_on_with(faces: Faces, tmp_path:
     train(config_for(faces, tmp_path, **keys))
     keys |= {"resume": True, "num_epoch": 2}
     for change, said in (
+        ({"batch_size": 1}, "batch_size is 1, and thin_r18 normalises"),
         ({"network": "mbf"}, "of another student than mbf of 32 dimensions"),
         ({"embedding_size": 16}, "of another student than thin_r18 of 16 dimensions"),
         ({"optimizer": "adamw"}, "left by another optimizer than adamw"),
@@ -137,6 +138,7 @@ def test_only_a_run_of_the_same_settings_is_gone_on_with(faces: Faces, tmp_path:
             {"lr": 0.5, "weight_decay": 0.1},
             r"was begun: lr was \S+ and is now 0.5; weight_decay was 0.0005 and is now 0.1",
         ),
+        ({"batch_size": 8}, r"was begun: batch_size x ranks was 16 and is now 8"),
         ({"seed": 7}, "was begun: seed was 2048 and is now 7; set it back, or give another output"),
         ({"margin_list": (1.0, 0.25, 0.0)}, "m2 was 0.5 and is now 0.25"),
         ({"rec": str(others.folder)}, r"data was \w{8}... and is now \w{8}..."),
@@ -159,6 +161,20 @@ def test_a_second_run_in_the_folder_changes_nothing(faces: Faces, tmp_path: Path
     assert (tmp_path / "training.log").read_text() == "the first's\n"
 
 
+@pytest.mark.parametrize("kd", [None, "adadistill"])
+def test_a_folder_that_is_taken_away_ends_the_run_in_one_line(
+    kd: str | None, faces: Faces, teacher_file: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    def take_away(epoch: int) -> None:
+        shutil.rmtree(tmp_path / "run")
+
+    keys = {"val_targets": [], "frequent": 1, "kd": kd, "kd_teacher": str(teacher_file) if kd else None}
+    with pytest.raises(ResourceError, match=r"step \d+: cannot write to .*run: No such file or directory") as error:
+        train(config_for(faces, tmp_path / "run", **keys), on_epoch=take_away)
+    assert "\n" not in str(error.value)
+    assert "Traceback" not in capfd.readouterr().err
+
+
 def test_a_first_saving_that_was_cut_short_is_gone_on_with(faces: Faces, tmp_path: Path) -> None:
     """Killed between two ranks' renames: rank 1's file is in place, rank 0's own waits."""
     keys: dict[str, Any] = {"num_epoch": 1, "save_all_states": True, "val_targets": []}
@@ -171,6 +187,27 @@ def test_a_first_saving_that_was_cut_short_is_gone_on_with(faces: Faces, tmp_pat
     told = (tmp_path / "training.log").read_text()
     assert "-gradient_acc was 1 and is now 2\n" in told
     assert "-num_epoch was 1 and is now 2\n" in told
+
+
+def test_a_checkpoint_whose_entries_are_something_else_is_named(faces: Faces, tmp_path: Path) -> None:
+    keys: dict[str, Any] = {"num_epoch": 1, "save_all_states": True, "val_targets": []}
+    train(config_for(faces, tmp_path, **keys))
+    good = saved(tmp_path, "checkpoint_gpu_0.pt")
+    optimizer = good["state_optimizer"]
+    for entries in (
+        {"state_optimizer": {}},
+        {"state_optimizer": {**optimizer, "param_groups": []}},
+        {"state_optimizer": {**optimizer, "param_groups": optimizer["param_groups"][:1]}},
+        {"state_optimizer": {**optimizer, "state": []}},
+        {"state_random": [1]},
+        {"state_random": torch.zeros(3, dtype=torch.uint8)},
+        {"settings": [1]},
+        {"state_dict_backbone": {name: 1 for name in good["state_dict_backbone"]}},
+    ):
+        torch.save({**good, **entries}, tmp_path / "checkpoint_gpu_0.pt")
+        with pytest.raises(CheckpointError, match=r"checkpoint_gpu_0\.pt is no checkpoint to go on from: ") as caught:
+            train(config_for(faces, tmp_path, **keys | {"resume": True, "num_epoch": 2}))
+        assert "\n" not in str(caught.value)
 
 
 def test_a_run_begun_without_a_loss_scale_goes_on_with_one(
