@@ -48,8 +48,8 @@ from arcface_kd.schedule import linear_with_warmup
 from arcface_kd.sharding import RankGroup, on_first_rank_first
 from arcface_kd.shortages import named_shortages, shortage
 from arcface_kd.standard_streams import stop_printing
-from arcface_kd.tensor_file import save_tensors
 from arcface_kd.teachers.base import first_line
+from arcface_kd.tensor_file import save_tensors
 
 _LOG = "training.log"
 LOGIT_SCALE = 64.0  # the host's, which no key of its configs changes
