@@ -194,7 +194,7 @@ def test_a_checkpoint_whose_entries_are_something_else_is_named(faces: Faces, tm
     train(config_for(faces, tmp_path, **keys))
     good = saved(tmp_path, "checkpoint_gpu_0.pt")
     optimizer = good["state_optimizer"]
-    for entries in (
+    damages: list[dict[str, Any]] = [
         {"state_optimizer": {}},
         {"state_optimizer": {**optimizer, "param_groups": []}},
         {"state_optimizer": {**optimizer, "param_groups": optimizer["param_groups"][:1]}},
@@ -202,8 +202,9 @@ def test_a_checkpoint_whose_entries_are_something_else_is_named(faces: Faces, tm
         {"state_random": [1]},
         {"state_random": torch.zeros(3, dtype=torch.uint8)},
         {"settings": [1]},
-        {"state_dict_backbone": {name: 1 for name in good["state_dict_backbone"]}},
-    ):
+        {"state_dict_backbone": dict.fromkeys(good["state_dict_backbone"], 1)},
+    ]
+    for entries in damages:
         torch.save({**good, **entries}, tmp_path / "checkpoint_gpu_0.pt")
         with pytest.raises(CheckpointError, match=r"checkpoint_gpu_0\.pt is no checkpoint to go on from: ") as caught:
             train(config_for(faces, tmp_path, **keys | {"resume": True, "num_epoch": 2}))
