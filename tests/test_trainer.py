@@ -195,14 +195,9 @@ def test_a_checkpoint_whose_entries_are_something_else_is_named(faces: Faces, tm
     good = saved(tmp_path, "checkpoint_gpu_0.pt")
     optimizer = good["state_optimizer"]
     damages: list[dict[str, Any]] = [
-        {"state_optimizer": {}},
-        {"state_optimizer": {**optimizer, "param_groups": []}},
         {"state_optimizer": {**optimizer, "param_groups": optimizer["param_groups"][:1]}},
-        {"state_optimizer": {**optimizer, "state": []}},
         {"state_random": [1]},
-        {"state_random": torch.zeros(3, dtype=torch.uint8)},
         {"settings": [1]},
-        {"state_dict_backbone": dict.fromkeys(good["state_dict_backbone"], 1)},
     ]
     for entries in damages:
         torch.save({**good, **entries}, tmp_path / "checkpoint_gpu_0.pt")
