@@ -180,6 +180,8 @@ def _read_faces(path: Path) -> tuple[list[str], np.ndarray, np.ndarray]:
                 f"{path}: line {row + 1} is {' '.join(words)[:80]!r}; wanted a file, x and y of five landmarks and the "
                 "detector's score"
             ) from None
+        if os.path.isabs(words[0]) or ".." in words[0].replace("\\", "/").split("/"):
+            raise DataError(f"{path}: line {row + 1} names {words[0][:80]!r}, outside loose_crop; wanted a file in it")
     return [words[0] for words in lines], numbers[:, :-1].reshape(-1, _LANDMARKS, 2), numbers[:, -1]
 
 
@@ -204,11 +206,11 @@ def _read_grouping(path: Path, files: list[str]) -> tuple[np.ndarray, np.ndarray
 def _integers(path: Path, columns: int, *, delimiter: str | None = None, header: int = 0) -> np.ndarray:
     """The first columns of a table; numpy's parser, for 1:1 lists have millions of lines."""
     try:
-        with warnings.catch_warnings():
+        with io.TextIOWrapper(open_regular(path), encoding="utf-8") as stream, warnings.catch_warnings():
             # Of an empty list, which whoever asks for it refuses.
             warnings.simplefilter("ignore", UserWarning)
             return np.loadtxt(
-                path, np.int64, comments=None, delimiter=delimiter, skiprows=header, usecols=range(columns), ndmin=2
+                stream, np.int64, comments=None, delimiter=delimiter, skiprows=header, usecols=range(columns), ndmin=2
             )
     except OSError as error:
         raise DataError(f"cannot read {path}: {error.strerror or error}") from None

@@ -1,5 +1,6 @@
 """IJB's lists: what is read, and every way in which they can be at odds."""
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -82,6 +83,16 @@ def content(file: str, data: bytes) -> Callable[[Path], None]:
     return change
 
 
+def pipe(file: str) -> Callable[[Path], None]:
+    """Whoever opens it for reading waits for somebody to write."""
+
+    def change(folder: Path) -> None:
+        without(file)(folder)
+        os.mkfifo(folder / "meta" / file)
+
+    return change
+
+
 def nothing_to_tell_apart(folder: Path) -> None:
     for file in ("ijbt_template_pair_label.txt", "ijbt_1N_gallery_G1.csv", "ijbt_1N_gallery_G2.csv"):
         without(file)(folder)
@@ -104,6 +115,10 @@ PROBES, GALLERY = "ijbt_1N_probe_mixed.csv", "ijbt_1N_gallery_G1.csv"
         (line(NAMES, 0, "1.png" + " 7" * 11), [NAMES, "line 1", "one point"]),
         (line(NAMES, 0, "1.png 1 2 3 4 5 6 7 8 9 nan 1"), [NAMES, "line 1", "not finite"]),
         (line(NAMES, 0, "1.png 1 2 3 4 5 6 7 8 9 10 inf"), [NAMES, "line 1", "not finite"]),
+        (line(NAMES, 1, "/etc/hostname" + " 7" * 11), [NAMES, "line 2", "'/etc/hostname', outside loose_crop"]),
+        (line(NAMES, 1, "../meta/x.png" + " 7" * 11), [NAMES, "line 2", "outside loose_crop"]),
+        (line(NAMES, 1, "a/../../x.png" + " 7" * 11), [NAMES, "line 2", "outside loose_crop"]),
+        *((pipe(file), [file, "it is no regular file"]) for file in (NAMES, GROUPS, PAIRS, PROBES, GALLERY)),
         (line(GROUPS, 0, None), [GROUPS, "the same"]),
         (line(GROUPS, 0, "1.png 1001"), [GROUPS, "line 1", "its template and its medium"]),
         (line(GROUPS, 0, "1.png one two"), [GROUPS, "line 1"]),
