@@ -10,7 +10,7 @@ import torch
 from arcface_kd import demo
 from arcface_kd.backbones import get_backbone
 from arcface_kd.cli import main
-from arcface_kd.demo import DemoSettings, Row, run_demo, table, verdict
+from arcface_kd.demo import DemoSettings, Row, _config_for, run_demo, table, verdict
 from arcface_kd.errors import ConfigError, DataError, TeacherError
 from tests.trainer.faces import draw_faces
 
@@ -53,6 +53,13 @@ def test_runs_on_given_data_with_a_given_teacher(tmp_path: Path, capsys: pytest.
     assert table(rows) in printed
     assert "points of accuracy" in printed
     assert "[5/5] student adadistill, seed 1" in printed
+
+
+def test_fewer_faces_than_a_batch_are_one_batch(tmp_path: Path) -> None:
+    faces = draw_faces(tmp_path, identities=4, images=4)
+    config = _config_for(faces.folder, DemoSettings(out=tmp_path / "out", data=faces.folder, teacher="none.pt"))
+    assert config.batch_size == 16
+    assert config.frequent == 1
 
 
 @pytest.mark.slow
