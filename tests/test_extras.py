@@ -37,6 +37,7 @@ def run_without(missing: str, *words: str) -> subprocess.CompletedProcess[str]:
     ],
 )
 def test_what_is_missing_is_named_with_how_to_get_it(missing: str, words: tuple[str, ...], tmp_path: Path) -> None:
+    pytest.importorskip("onnx", reason="the model is made with onnx")
     from tests.teachers.onnx_models import face_network
 
     (tmp_path / "model.onnx").write_bytes(face_network().SerializeToString())

@@ -176,7 +176,8 @@ def test_external_data_inside_the_folder_is_taken_in(tmp_path: Path) -> None:
         ("..\\secret.bin", {}, "names no file"),
         ("", {}, "names no file"),
         ("missing.bin", {}, "not there"),
-        ("loop.bin", {}, "which cannot be read: "),
+        # Python 3.13 follows a loop of links to nowhere.
+        ("loop.bin", {}, "which (cannot be read: |is not there)"),
         ("name" * 1000, {}, "which cannot be read: "),
         (".", {}, "not there"),
         ("weights.bin", {"offset": "4", "length": "99999"}, "99999 bytes from 4, but it has"),

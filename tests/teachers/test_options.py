@@ -39,7 +39,7 @@ def test_given_options_replace_the_sources_one_by_one() -> None:
 
 def test_an_unknown_option_lists_the_known_ones() -> None:
     with pytest.raises(
-        ConfigError, match=r"no teacher option named 'chanels'.*teacher\.mean.*mean teacher\.channels\?"
+        ConfigError, match=r"no teacher option named 'chanels'.*teacher\.mean.*mean 'teacher\.channels'\?"
     ):
         TeacherOptions.of({"chanels": "bgr"})
 
