@@ -185,7 +185,8 @@ class _LogFile(logging.FileHandler):
         raise
 
 
-class _Screen(logging.StreamHandler[Any]):
+# Before Python 3.11 a handler takes no type in brackets.
+class _Screen(logging.StreamHandler):
     """What the log repeats for somebody who may be gone: the run does not end with him."""
 
     def handleError(self, record: logging.LogRecord) -> None:
