@@ -18,9 +18,10 @@ FUZZED := "records train.rec" "records train.idx" "records property" "pairs pair
 demo: $(VENV)/ready
 	$(BIN)/arcface-kd demo --out demo $(ARGS)
 
-# A file's tests stay on one worker, and a worker on one core: most tests wait for processes that they have started.
+# A file's tests stay on one worker, and a worker on one core. Four, also on two cores: most tests wait for processes that
+# they have started.
 test: $(VENV)/ready-test
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 4 --dist loadfile $(ARGS)
 
 bench: $(VENV)/ready-test
 	$(BIN)/python -m benchmarks $(ONLY)

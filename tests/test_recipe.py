@@ -17,10 +17,12 @@ print("there", flush=True)
 time.sleep(60)
 """
 _RECIPE = """
-import sys
+import signal, sys
 from pathlib import Path
 from arcface_kd import recipe
 
+# What a shell starts in the background ignores interruptions.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 recipe._SECONDS_TO_END = 0.2
 recipe._ended([sys.executable, "-c", sys.argv[1]], Path.cwd())
 """
