@@ -147,7 +147,12 @@ def test_a_compressed_file_is_refused_before_it_is_unpacked(tmp_path: Path) -> N
         ("state_lr_scheduler", 5, "holds a int as state_lr_scheduler"),
         (HEAD, {1: torch.zeros(1)}, f"holds a {HEAD} whose entries are not named by text"),
         (HEAD, {"weight": torch.zeros(2, device="meta")}, "tensor 'weight' is not a plain dense tensor"),
-        (HEAD, {"weight": torch.eye(2).to_sparse()}, "tensor 'weight' is not a plain dense tensor"),
+        # torch 2.14 refuses some sparse tensors itself.
+        (
+            HEAD,
+            {"weight": torch.eye(2).to_sparse()},
+            "tensor 'weight' is not a plain dense tensor|[Ss]parse tensor inv",
+        ),
         (HEAD, {"weight": torch.ones(1).expand(1 << 40)}, "has only 4 bytes in the file"),
         ("more", [({"deep": (torch.ones(1).expand(9),)},)], r"of shape \(9,\) has only 4 bytes in the file"),
     ],
