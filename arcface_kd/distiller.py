@@ -21,7 +21,7 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 from arcface_kd import registry
 from arcface_kd.config import KDConfig, build
 from arcface_kd.data.dataset import IMAGE_SIZE, FaceDataset
-from arcface_kd.data.fingerprint import fingerprint, shows_two_views
+from arcface_kd.data.fingerprint import fingerprint, outline, shows_two_views
 from arcface_kd.data.loader import BatchViews, FaceLoader
 from arcface_kd.errors import CheckpointError, ConfigError, TeacherError
 from arcface_kd.feature_maps import FeatureMaps
@@ -30,7 +30,7 @@ from arcface_kd.methods.base import Batch, MapsWanted, Method, Requirement, RunC
 from arcface_kd.methods.classifier import LearnedClassifier
 from arcface_kd.number_watch import BatchRows, NumberWatch
 from arcface_kd.resharding import bring_momentum, fit_head_state
-from arcface_kd.run_settings import as_tensor, from_tensor, outline, require_agreement, require_same_run
+from arcface_kd.run_settings import as_tensor, from_tensor, require_agreement, require_same_run
 from arcface_kd.sharding import ClassShard, RankGroup, for_ddp, on_first_rank_first
 from arcface_kd.step_log import StepLog
 from arcface_kd.teacher_classifier import CLASS_MEANS, check_order, class_means, read_classifier

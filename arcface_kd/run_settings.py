@@ -5,7 +5,6 @@ the middle of a library. A run that goes on with another teacher, other images o
 uninterrupted run has.
 """
 
-import hashlib
 import json
 from collections.abc import Mapping
 from typing import Any
@@ -13,27 +12,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from arcface_kd.data.dataset import FaceDataset, FolderDataset, RecordDataset
 from arcface_kd.errors import CheckpointError, ConfigError
 from arcface_kd.sharding import RankGroup
 
 _LONGEST_VALUE = 80
 _ABSENT = "none"
-
-
-def outline(faces: FaceDataset) -> str:
-    """A digest of a data set's records and their order, found without reading any of them.
-
-    Args:
-        faces: records, whose keys and places count, or a folder, whose identities' names count; of others their number.
-    """
-    digest = hashlib.sha256(f"{type(faces).__name__} {len(faces)}".encode())
-    if isinstance(faces, RecordDataset):
-        digest.update(faces.keys.tobytes())
-        digest.update(faces.reader.offsets[faces.reader.find(faces.keys)].tobytes())
-    elif isinstance(faces, FolderDataset):
-        digest.update("\0".join(faces.names).encode(errors="surrogateescape"))
-    return digest.hexdigest()
 
 
 def require_agreement(settings: Mapping[str, Any], ranks: RankGroup) -> None:

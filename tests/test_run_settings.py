@@ -6,8 +6,9 @@ import pytest
 import torch
 
 from arcface_kd.data.dataset import open_dataset
+from arcface_kd.data.fingerprint import outline
 from arcface_kd.errors import CheckpointError
-from arcface_kd.run_settings import as_tensor, changes, from_tensor, outline, require_same_run
+from arcface_kd.run_settings import as_tensor, changes, from_tensor, require_same_run
 from tests.data.record_sets import insightface_records, write_records
 
 BEGUN = {"seed": 1, "margin": (1.0, 0.5, 0.0), "teacher": "a" * 64, "data": None, "kd": "adadistill"}

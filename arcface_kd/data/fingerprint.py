@@ -46,11 +46,8 @@ def fingerprint(dataset: FaceDataset) -> str:
             f"{type(dataset).__name__} does not keep images that are shown plain or mirrored and in no other way, so "
             "embeddings of them cannot be cached: leave kd_cache unset"
         )
-    digest = hashlib.sha256(f"{type(dataset).__name__} {len(dataset)}".encode())
-    if isinstance(dataset, RecordDataset):
-        digest.update(dataset.keys.tobytes())
-        digest.update(dataset.reader.offsets[dataset.reader.find(dataset.keys)].tobytes())
-    elif isinstance(dataset, FolderDataset):
+    digest = _outlined(dataset)
+    if isinstance(dataset, FolderDataset):
         _add_files(digest, dataset)
     for index in np.unique(np.linspace(0, len(dataset) - 1, _SAMPLES, dtype=np.int64)).tolist():
         try:
@@ -64,10 +61,29 @@ def fingerprint(dataset: FaceDataset) -> str:
     return digest.hexdigest()
 
 
+def outline(dataset: FaceDataset) -> str:
+    """A digest of a data set's images and their order, found without reading any of them.
+
+    Args:
+        dataset: records, whose keys and places count, or a folder, whose identities' names count; of others their
+            number.
+    """
+    return _outlined(dataset).hexdigest()
+
+
+def _outlined(dataset: FaceDataset) -> "hashlib._Hash":
+    digest = hashlib.sha256(f"{type(dataset).__name__} {len(dataset)}".encode())
+    if isinstance(dataset, RecordDataset):
+        digest.update(dataset.keys.tobytes())
+        digest.update(dataset.reader.offsets[dataset.reader.find(dataset.keys)].tobytes())
+    elif isinstance(dataset, FolderDataset):
+        digest.update("\0".join(dataset.names).encode(errors="surrogateescape"))
+    return digest
+
+
 def _add_files(digest: "hashlib._Hash", dataset: FolderDataset) -> None:
     # Relative to what the first and the last have in common: a folder may be moved.
     top = os.path.commonpath([os.path.dirname(dataset.where(index)) for index in (0, len(dataset) - 1)])
-    digest.update("\0".join(dataset.names).encode(errors="surrogateescape"))
     for index in range(len(dataset)):
         path = dataset.where(index)
         try:

@@ -138,15 +138,16 @@ def decode_rgb(data: "Buffer", size: tuple[int, int] | None = None) -> np.ndarra
         raise DataError(f"the image is {height}x{width} pixels, wanted {size[0]}x{size[1]}")
     if not 0 < height * width <= MAX_PIXELS:
         raise DataError(f"the image claims {height}x{width} pixels, more than {MAX_PIXELS} or none")
-    encoded = bytes(data)
-    # In other formats these two bytes are pixels like any others.
-    scans = encoded.count(_START_OF_SCAN) if encoded.startswith(_START_OF_JPEG) else 0
-    if scans * height * width > _MAX_SCANNED:
-        raise DataError(f"the image of {height}x{width} pixels is drawn in {scans} scans, built to be slow")
+    encoded = np.frombuffer(data, dtype=np.uint8)
+    # In other formats these two bytes are pixels like any others; an aligned face's file has no room for so many.
+    if encoded.size // len(_START_OF_SCAN) * height * width > _MAX_SCANNED and encoded[:2].tobytes() == _START_OF_JPEG:
+        scans = encoded.tobytes().count(_START_OF_SCAN)
+        if scans * height * width > _MAX_SCANNED:
+            raise DataError(f"the image of {height}x{width} pixels is drawn in {scans} scans, built to be slow")
     # OpenCV before 4.10 cannot decode to RGB at once.
     flag = getattr(cv2, "IMREAD_COLOR_RGB", None)
     try:
-        pixels = cv2.imdecode(np.frombuffer(encoded, dtype=np.uint8), cv2.IMREAD_COLOR if flag is None else flag)
+        pixels = cv2.imdecode(encoded, cv2.IMREAD_COLOR if flag is None else flag)
     except cv2.error as error:
         reason = " ".join(str(error).split())
         raise DataError(f"OpenCV cannot decode the image: {reason}") from None
