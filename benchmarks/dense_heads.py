@@ -79,8 +79,8 @@ class DenseGKD(nn.Module):
     """A step of Grouped KD as the published code does it (Zhao et al., arXiv 2304.04462).
 
     All B x C logits of both sides carry CosFace's margin as a dense one-hot matrix. Rows of the student's softmax are
-    sorted as a whole, the group is a dense mask, 1000 is taken from the logits outside it, and autograd keeps whatever
-    it needs.
+    sorted as a whole with the target in front, the group is a dense mask, 1000 is taken from the logits outside it, and
+    autograd keeps whatever it needs.
 
     Args:
         weight: (C, D) the student's class centers to start from; copied.
@@ -122,13 +122,12 @@ class DenseGKD(nn.Module):
         logits = self.scale * (linear(normalize(student), normalize(self.weight)) - self.margin * own)
         with torch.no_grad():
             wanted = self.scale * (linear(normalize(teacher), normalize(self.teacher)) - self.margin * own)
-            ordered, order = logits.softmax(1).sort(dim=1, descending=True)
+            order = (logits + 1e6 * own).sort(dim=1, descending=True).indices
             size = self.size
             if size is None:
-                mass = ordered.cumsum(1).mean(0)
-                steps = int((mass[99::100] < self.mass).sum()) + 1
-                size = min(100 * steps, logits.shape[1])
-            primary = torch.zeros_like(logits).scatter_(1, order[:, :size], 1.0).maximum(own)
+                mass = logits.softmax(1).mean(0).sort(descending=True).values.cumsum(0)
+                size = 1 + 100 * int((mass[::100] < self.mass).sum())
+            primary = torch.zeros_like(logits).scatter_(1, order[:, :size], 1.0)
         soft, soft_wanted = logits / self.temperature, wanted / self.temperature
         inside = kl_div(
             (soft - 1000 * (1 - primary)).log_softmax(1),

@@ -317,7 +317,7 @@ class _LogitDistillation(torch.autograd.Function):
                 passes.ranked,
                 teacher_target if by_teacher else student_target,
                 valid,
-                classes.position >= 0,
+                classes,
                 factor,
                 temperature,
                 teacher_shift if by_teacher else student_shift,

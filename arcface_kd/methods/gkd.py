@@ -7,13 +7,14 @@ long rest, in which the teacher's probabilities are mostly noise. With p = softm
            + r (l1 T^2 KL(p_t in P || p_s in P) + l2 T^2 KL([p_t(P), p_t(S)] || [p_s(P), p_s(S)])
                 + l3 T^2 KL(p_t in S || p_s in S))
 
-as means over the batch. l3 is 0 in GKD and there for the ablation. The ground truth is always in P. The ramp r is
-``min(epoch / ramp_epochs, 1)`` in whole epochs done, so that the first epoch trains without a teacher, as published.
+as means over the batch. l3 is 0 in GKD and there for the ablation. The ground truth is always in P and counts as one of
+its classes. The ramp r is ``min(epoch / ramp_epochs, 1)`` in whole epochs done, so that the first epoch trains without a
+teacher, as published.
 
 Published settings: l1 = 8 with a fixed K = 10,000, or l1 = 4 with a cumulative probability of 0.93; l2 = 1, T = 4,
 logits with CosFace's margin (m = 0.4, s = 64, the trainer's own margin here) on both sides, a ramp of 10 epochs of 20.
-The published code takes one K for a whole batch (``group=batch``, the default); the paper's abstract can be read as a
-cut for each sample (``group=sample``).
+The published code takes one K for a whole batch (``group=batch``, the default), on each GPU for itself; here the batch
+is that of all ranks. The paper's abstract can be read as a cut for each sample (``group=sample``).
 """
 
 from dataclasses import dataclass
@@ -36,10 +37,10 @@ class GKDConfig:
     """GKD's knobs.
 
     Attributes:
-        group: how large P is. ``batch`` (default): one number of classes a batch, the smallest multiple of ``step``
-            whose most likely classes hold a mean share of ``mass`` of the probability at temperature 1. ``sample``: for
-            each row the fewest classes that hold ``mass`` of its probability at the KD temperature. ``fixed``: ``size``
-            classes.
+        group: how large P is, the target included. ``batch`` (default): one number of classes a batch, the first of 1,
+            1 + ``step``, ... for which the largest entries of the batch's mean softmax (temperature 1) hold ``mass``.
+            ``sample``: for each row the target and the fewest others that make up ``mass`` of its probability at the KD
+            temperature. ``fixed``: ``size`` classes.
         mass: the cumulative probability, in (0, 1].
         step: of the number of classes, at least 1.
         size: K, at least 1; of the classes that the step has drawn, where the sample rate is below 1.

@@ -8,15 +8,17 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.nn.functional import cross_entropy, normalize, one_hot
 
 from arcface_kd.config import KDConfig, build
 from arcface_kd.distiller import DistillationHead, Distiller
 from arcface_kd.errors import ConfigError
 from arcface_kd.losses.class_groups import BatchMass, FixedSize, SampleMass
 from arcface_kd.losses.logit_distillation import Grouping
-from arcface_kd.methods.gkd import GKD, GKDConfig
+from arcface_kd.methods.gkd import GKD, GKDConfig, Group
 from arcface_kd.sharding import RankGroup
 from arcface_kd.teachers.base import load_teacher
+from tests.reference.grouped_kd import batch_group_size, grouped_kd
 from tests.reference.logit_distillation import dense_distillation
 from tests.reference.problems import COSFACE
 from tests.reference.two_classifiers import TwoSides, two_sides
@@ -83,6 +85,29 @@ def test_a_step_equals_the_twin(name: str) -> None:
     torch.testing.assert_close(method.classifier.weight.grad, in_centers, rtol=1e-9, atol=1e-8)
 
 
+@pytest.mark.parametrize("group", ["fixed", "batch"])
+def test_a_step_equals_the_published_arithmetic(group: Group) -> None:
+    """2,000 classes: the target counts as one of K, and K comes from the batch's mean probability."""
+    given = two_sides(7, batch=16, classes=2000, dimension=24, teacher_dimension=20)
+    given = given._replace(labels=torch.arange(16) * 11)
+    config = GKDConfig(group=group, size=500, mass=0.93, secondary_weight=0.5, ramp_epochs=0)
+    method, batch = make(given, config), given.batch()
+    torch.stack(list(method(batch).values())).sum().backward()
+
+    student, centers = given.student.clone().requires_grad_(), given.weight.clone().requires_grad_()
+    own = 0.4 * one_hot(given.labels, 2000)
+    logits = 64 * (normalize(student) @ normalize(centers).T - own)
+    teacher = 64 * (normalize(given.teacher) @ normalize(given.classifier).T - own)
+    size = 500 if group == "fixed" else batch_group_size(logits.detach(), 0.93, 100)
+    assert 100 < size < 1900
+    primary, binary, secondary = grouped_kd(logits, teacher, given.labels, size, 4.0)
+    l1 = 8 if group == "fixed" else 4
+    (cross_entropy(logits, given.labels) + l1 * primary + binary + 0.5 * secondary).backward()
+    assert method.observations()["group_size"] == pytest.approx(size)
+    torch.testing.assert_close(batch.embeddings.grad, student.grad, rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(method.classifier.weight.grad, centers.grad, rtol=1e-9, atol=1e-9)
+
+
 def test_published_weights_follow_the_group() -> None:
     assert GKDConfig().rule() == BatchMass(0.93, 100)
     assert GKDConfig(group="sample").rule() == SampleMass(0.93)
@@ -111,7 +136,7 @@ def test_what_it_observes() -> None:
     assert method.observations() == {}
     method(given.batch())
     seen = method.observations()
-    assert 4 <= seen["group_size"] <= 5 + 1e-9
+    assert seen["group_size"] == pytest.approx(4)
     assert 0 < seen["student_mass"] < 1
     assert 0 < seen["teacher_mass"] < 1
     assert not any(value.requires_grad for value in seen.values())

@@ -28,29 +28,24 @@ def dense_logits(
 
 
 def sorted_groups(logits: Tensor, labels: Tensor, rule: GroupRule, temperature: float) -> Tensor:
-    """(B, C) bool, the primary classes: rows are sorted, classes taken from the top, the target put in."""
-    order = logits.argsort(dim=1, descending=True)
-    ranked = logits.gather(1, order)
-    classes = logits.shape[1]
+    """(B, C) bool, the primary classes: rows are sorted with the target in front, classes taken from the top."""
+    labelled, classes = labels >= 0, logits.shape[1]
+    first = logits.clone()
+    first[labelled, labels[labelled]] = torch.inf
+    order = first.argsort(dim=1, descending=True)
     if isinstance(rule, FixedSize):
         sizes = torch.full(labels.shape, rule.size)
     elif isinstance(rule, SampleMass):
-        mass = (ranked / temperature).softmax(1).cumsum(1)
+        mass = (logits / temperature).softmax(1).gather(1, order).cumsum(1)
         sizes = (mass < rule.mass).sum(1) + 1
     else:
         assert isinstance(rule, BatchMass)
-        mass = ranked.softmax(1)[labels >= 0].cumsum(1).mean(0)
-        count = next(
-            size
-            for size in range(rule.step, classes + rule.step, rule.step)
-            if mass[min(size, classes) - 1] >= rule.mass
-        )
-        sizes = torch.full(labels.shape, count)
+        mass = logits.softmax(1)[labelled].mean(0).sort(descending=True).values.cumsum(0)
+        reaching = (size for size in range(1, classes + 1, rule.step) if mass[size - 1] >= rule.mass)
+        sizes = torch.full(labels.shape, next(reaching, classes))
     primary = torch.zeros_like(logits, dtype=torch.bool)
     primary.scatter_(1, order, torch.arange(classes) < sizes.unsqueeze(1))
-    primary &= logits > -torch.inf
-    primary[labels >= 0, labels[labels >= 0]] = True
-    return primary
+    return primary & (logits > -torch.inf)
 
 
 def mean_divergence(teacher: Tensor, student: Tensor) -> Tensor:
