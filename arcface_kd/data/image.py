@@ -1,22 +1,27 @@
-"""One image file in memory: its size from the header, its pixels through OpenCV."""
+"""One image file in memory: its size from the header, and its pixels as mxnet and Pillow read them."""
 
+import io
 import struct
-from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from arcface_kd.errors import DataError
+from arcface_kd.system.downloads import found_instead
 
 if TYPE_CHECKING:
+    from PIL import Image
+
     Buffer = bytes | bytearray | memoryview
 
 # Far above any aligned face, far below what exhausts a machine: 64 M pixels are 192 MB decoded.
 MAX_PIXELS = 1 << 26
 
-# A progressive JPEG goes over all of its pixels once a scan: ten times as a rule, and this often at the largest size.
-_MAX_SCANNED = 16 * MAX_PIXELS
-_START_OF_JPEG, _START_OF_SCAN = b"\xff\xd8", b"\xff\xda"
+# What faces come in. Each format is named, so that a file cannot choose one of Pillow's rarer readers.
+_FORMATS = ("JPEG", "PNG", "BMP", "DIB", "WEBP", "TIFF", "PPM", "GIF", "JPEG2000")
+_READ_BY_OPENCV = (b"\xff\xd8", b"\x89PNG\r\n\x1a\n", b"BM", b"RIFF")
+# mxnet decodes these and no others on every machine.
+_READ_BY_MXNET = _READ_BY_OPENCV[:3]
 
 # Enough for every camera's metadata; a file that has more is built to be slow.
 _MAX_JPEG_SEGMENTS = 512
@@ -42,73 +47,49 @@ def _jpeg_size(data: bytes) -> tuple[int, int] | None:
     return None
 
 
-def _png_size(data: bytes) -> tuple[int, int]:
-    width, height = struct.unpack_from(">II", data, 16)
-    return height, width
+def _open(data: bytes) -> "Image.Image":
+    """The file as Pillow opens it: header read, no pixel decoded."""
+    from PIL import Image, UnidentifiedImageError
+
+    try:
+        return Image.open(io.BytesIO(data), formats=_FORMATS)
+    except UnidentifiedImageError:
+        if data.startswith(_READ_BY_OPENCV):
+            raise DataError("the image header is damaged or cut short") from None
+        what = found_instead(data) or (f"it starts with {data[:8]!r}" if data else "it holds no bytes")
+        raise DataError(f"no image that can be read: {what}") from None
+    except Image.DecompressionBombError:
+        raise DataError(f"the image claims more than {MAX_PIXELS} pixels") from None
+    # Pillow's readers throw whatever their parsing of a damaged header runs into.
+    except Exception as error:
+        raise DataError(f"the image header is damaged: {error}") from None
 
 
-def _bmp_size(data: bytes) -> tuple[int, int]:
-    if struct.unpack_from("<I", data, 14)[0] == 12:
-        width, height = struct.unpack_from("<HH", data, 18)
-    else:
-        width, height = struct.unpack_from("<ii", data, 18)
-    # A negative height says that the rows run downwards.
-    return abs(height), abs(width)
-
-
-def _webp_size(data: bytes) -> tuple[int, int] | None:
-    kind = data[12:16]
-    if kind == b"VP8 ":
-        width, height = struct.unpack_from("<HH", data, 26)
-        return height & 0x3FFF, width & 0x3FFF
-    if kind == b"VP8L":
-        (bits,) = struct.unpack_from("<I", data, 21)
-        return (bits >> 14 & 0x3FFF) + 1, (bits & 0x3FFF) + 1
-    if kind == b"VP8X":
-        return int.from_bytes(data[27:30], "little") + 1, int.from_bytes(data[24:27], "little") + 1
-    return None
-
-
-def is_webp(data: bytes) -> bool:
-    """Whether a file is WebP, which OpenCV decodes and mxnet does not."""
-    return data[:4] == b"RIFF" and data[8:12] == b"WEBP"
-
-
-def _size_reader(head: bytes) -> Callable[[bytes], tuple[int, int] | None] | None:
-    if head.startswith(_START_OF_JPEG):
-        return _jpeg_size
-    if head[:8] == b"\x89PNG\r\n\x1a\n":
-        return _png_size
-    if head[:2] == b"BM":
-        return _bmp_size
-    if is_webp(head):
-        return _webp_size
-    return None
+def is_read_by_mxnet(data: bytes) -> bool:
+    """Whether mxnet, and so the host, decodes a file of this format from a record."""
+    return data.startswith(_READ_BY_MXNET)
 
 
 def image_size(data: "Buffer") -> tuple[int, int]:
     """Read the size of an image from its header, without decoding it.
 
-    Only these four formats are let through to OpenCV: they are what face data sets hold, and their size is known
-    before a byte of pixels is allocated.
-
     Args:
-        data: a JPEG, PNG, BMP or WebP file.
+        data: an image file.
 
     Returns:
         Height and width in pixels, as they are stored (an EXIF rotation is not applied).
 
     Raises:
-        DataError: the bytes are none of these formats, or the header is cut short.
+        DataError: the bytes are no image, or the header is cut short.
     """
     head = bytes(data)
-    reader = _size_reader(head)
-    if reader is None:
-        what = f"starts with {head[:8]!r}" if head else "holds no bytes"
-        raise DataError(f"not a JPEG, PNG, BMP or WebP image ({what})")
+    if not head.startswith(b"\xff\xd8"):
+        width, height = _open(head).size
+        return height, width
+    # Every training image comes this way: Pillow takes forty times as long, nearly as long as decoding.
     try:
-        size = reader(head)
-    except (struct.error, IndexError):
+        size = _jpeg_size(head)
+    except struct.error:
         size = None
     if size is None:
         raise DataError("the image header is damaged or cut short")
@@ -118,10 +99,11 @@ def image_size(data: "Buffer") -> tuple[int, int]:
 def decode_rgb(data: "Buffer", size: tuple[int, int] | None = None) -> np.ndarray:
     """Decode an image file.
 
-    Grey and transparent images come out with three channels, 16-bit ones with eight bits.
+    Grey and transparent images come out with three channels, 16-bit ones with eight bits. Nothing is turned: where EXIF
+    says how the camera was held, the host's readers, mxnet and Pillow, do not look at it.
 
     Args:
-        data: a JPEG, PNG, BMP or WebP file.
+        data: an image file: JPEG, PNG, BMP, WebP, TIFF, PPM, GIF (its first picture) or JPEG 2000.
         size: the only height and width that are accepted; any size up to ``MAX_PIXELS`` when None.
 
     Returns:
@@ -131,26 +113,34 @@ def decode_rgb(data: "Buffer", size: tuple[int, int] | None = None) -> np.ndarra
         DataError: not an image, a damaged one, or one of another size; the message says which and names no file, since
             only the caller knows it.
     """
-    import cv2
-
     height, width = image_size(data)
     if size is not None and (height, width) != size:
         raise DataError(f"the image is {height}x{width} pixels, wanted {size[0]}x{size[1]}")
     if not 0 < height * width <= MAX_PIXELS:
         raise DataError(f"the image claims {height}x{width} pixels, more than {MAX_PIXELS} or none")
-    encoded = np.frombuffer(data, dtype=np.uint8)
-    # In other formats these two bytes are pixels like any others; an aligned face's file has no room for so many.
-    if encoded.size // len(_START_OF_SCAN) * height * width > _MAX_SCANNED and encoded[:2].tobytes() == _START_OF_JPEG:
-        scans = encoded.tobytes().count(_START_OF_SCAN)
-        if scans * height * width > _MAX_SCANNED:
-            raise DataError(f"the image of {height}x{width} pixels is drawn in {scans} scans, built to be slow")
+    if not bytes(data[:8]).startswith(_READ_BY_OPENCV):
+        return _decode_with_pillow(bytes(data))
+    return _decode_with_opencv(np.frombuffer(data, dtype=np.uint8), (height, width))
+
+
+def _decode_with_opencv(encoded: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+    import cv2
+
     # OpenCV before 4.10 cannot decode to RGB at once.
     flag = getattr(cv2, "IMREAD_COLOR_RGB", None)
     try:
-        pixels = cv2.imdecode(encoded, cv2.IMREAD_COLOR if flag is None else flag)
+        pixels = cv2.imdecode(encoded, (cv2.IMREAD_COLOR if flag is None else flag) | cv2.IMREAD_IGNORE_ORIENTATION)
     except cv2.error as error:
         reason = " ".join(str(error).split())
         raise DataError(f"OpenCV cannot decode the image: {reason}") from None
-    if pixels is None or pixels.ndim != 3 or pixels.size != height * width * 3:
+    if pixels is None or pixels.shape != (*size, 3):
         raise DataError("OpenCV cannot decode the image: it is damaged or cut short")
     return cv2.cvtColor(pixels, cv2.COLOR_BGR2RGB) if flag is None else pixels
+
+
+def _decode_with_pillow(data: bytes) -> np.ndarray:
+    image = _open(data)
+    try:
+        return np.array(image.convert("RGB"))
+    except Exception as error:
+        raise DataError(f"Pillow cannot decode the image: {' '.join(str(error).split())}") from None

@@ -10,7 +10,7 @@ import numpy as np
 
 from arcface_kd.atomic import atomic_write
 from arcface_kd.data.dataset import IMAGE_SIZE
-from arcface_kd.data.image import decode_rgb, is_webp
+from arcface_kd.data.image import decode_rgb, is_read_by_mxnet
 from arcface_kd.data.image_folder import list_identities, read_image_file
 from arcface_kd.data.recordio import RecordHeader, RecordWriter, pack
 from arcface_kd.errors import DataError
@@ -53,7 +53,7 @@ def _as_stored(path: str) -> tuple[bytes, bool]:
         way = cv2.INTER_AREA if height * width > IMAGE_SIZE[0] * IMAGE_SIZE[1] else cv2.INTER_LINEAR
         scaled = cv2.resize(bgr, IMAGE_SIZE[::-1], interpolation=way)
         return cv2.imencode(".jpg", scaled, [cv2.IMWRITE_JPEG_QUALITY, _JPEG_QUALITY])[1].tobytes(), True
-    if is_webp(data):
+    if not is_read_by_mxnet(data):
         return cv2.imencode(".png", bgr)[1].tobytes(), False
     return data, False
 
@@ -132,9 +132,9 @@ def pack_folder(folder: str | os.PathLike[str], out: str | os.PathLike[str]) -> 
 
     The layout is that of :func:`write_identities`. Labels number the identities' folders in the order of their names.
 
-    An image of 112x112 pixels is stored as it is, byte for byte, except that WebP, which mxnet cannot decode, becomes
-    PNG with the same pixels. Any other is scaled to 112x112 (area averaging down, bilinear up; the aspect ratio is not
-    kept) and stored as JPEG of quality 95. Faces are expected to be aligned.
+    An image of 112x112 pixels is stored as it is, byte for byte, except that WebP, TIFF and others that mxnet cannot
+    decode become PNG with the same pixels. Any other is scaled to 112x112 (area averaging down, bilinear up; the
+    aspect ratio is not kept) and stored as JPEG of quality 95. Faces are expected to be aligned.
 
     Args:
         folder: one sub-folder of images per identity.

@@ -1,14 +1,18 @@
+import io
+import struct
+import zlib
 from types import ModuleType
 
 import cv2
 import numpy as np
 import pytest
+from PIL import ExifTags, Image
 
 from arcface_kd.data.image import MAX_PIXELS, decode_rgb, image_size
 from arcface_kd.errors import DataError
 from tests.data.record_sets import encoded, pixels
 
-FORMATS = (".jpg", ".png", ".bmp", ".webp")
+FORMATS = (".jpg", ".png", ".bmp", ".webp", ".tiff", ".ppm")
 
 
 @pytest.mark.parametrize("suffix", FORMATS)
@@ -25,17 +29,10 @@ def test_webp_with_and_without_loss(quality: int) -> None:
     assert image_size(data) == (33, 57)
 
 
-def test_extended_webp() -> None:
-    canvas = b"VP8X" + (10).to_bytes(4, "little") + bytes(4) + (56).to_bytes(3, "little") + (32).to_bytes(3, "little")
-    assert image_size(b"RIFF" + (30).to_bytes(4, "little") + b"WEBP" + canvas) == (33, 57)
-
-
-def test_old_and_upside_down_bmp() -> None:
+def test_upside_down_bmp() -> None:
     data = bytearray(encoded(0, ".bmp", 20, 30))
     data[22:26] = (-20).to_bytes(4, "little", signed=True)
     assert image_size(bytes(data)) == (20, 30)
-    os2 = b"BM" + bytes(12) + (12).to_bytes(4, "little") + (30).to_bytes(2, "little") + (20).to_bytes(2, "little")
-    assert image_size(os2) == (20, 30)
 
 
 @pytest.mark.parametrize("suffix", FORMATS)
@@ -76,23 +73,39 @@ def test_jpeg_headers_with_metadata_fill_and_stray_bytes() -> None:
 
 
 @pytest.mark.parametrize(
-    ("data", "message"),
+    "data",
     [
-        (b"", "holds no bytes"),
-        (b"GIF89a" + bytes(40), "not a JPEG, PNG, BMP or WebP"),
-        (b"\x00" * 40, "not a JPEG, PNG, BMP or WebP"),
-        (b"\xff\xd8", "damaged or cut short"),
-        (b"\xff\xd8" + b"\xff" * 5000, "damaged or cut short"),
-        (b"\xff\xd8" + b"\xff\x01" * 5000, "damaged or cut short"),
-        (b"\xff\xd8" + b"\x00" * 5000, "damaged or cut short"),
-        (b"\x89PNG\r\n\x1a\n", "damaged or cut short"),
-        (b"BM", "damaged or cut short"),
-        (b"RIFF\x00\x00\x00\x00WEBP", "damaged or cut short"),
-        (b"RIFF\x00\x00\x00\x00WEBPVP8 ", "damaged or cut short"),
+        b"",
+        b"GIF89a" + bytes(40),
+        bytes(40),
+        b"\xff\xd8",
+        b"\xff\xd8" + b"\xff" * 5000,
+        b"\xff\xd8" + b"\xff\x01" * 5000,
+        b"\xff\xd8" + bytes(5000),
+        b"\x89PNG\r\n\x1a\n",
+        b"BM",
+        b"RIFF\x00\x00\x00\x00WEBP",
+        b"RIFF\x00\x00\x00\x00WEBPVP8 ",
+        b"II*\x00" + bytes(40),
+        b"P6\n112 ",
     ],
 )
-def test_what_is_no_image_is_named(data: bytes, message: str) -> None:
-    with pytest.raises(DataError, match=message):
+def test_what_is_no_image_is_refused(data: bytes) -> None:
+    with pytest.raises(DataError) as caught:
+        decode_rgb(data)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("data", "kind"),
+    [
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n", "Git LFS"),
+        (b"\r\n<!DOCTYPE html><html>Quota exceeded</html>", "HTML"),
+        (b"PK\x03\x04" + bytes(40), "zip"),
+    ],
+)
+def test_what_stands_in_place_of_an_image_is_named(data: bytes, kind: str) -> None:
+    with pytest.raises(DataError, match=kind):
         decode_rgb(data)
 
 
@@ -110,43 +123,15 @@ def test_cut_images_are_refused(suffix: str) -> None:
             decode_rgb(data[:length])
 
 
-def test_an_image_that_claims_to_be_huge_is_refused_before_it_is_decoded(monkeypatch: pytest.MonkeyPatch) -> None:
-    data = bytearray(encoded(6, ".png"))
-    data[16:24] = (30000).to_bytes(4, "big") * 2
-    monkeypatch.setattr(cv2, "imdecode", lambda *_: pytest.fail("decoded"))
-    with pytest.raises(DataError, match=f"30000x30000 pixels, more than {MAX_PIXELS}"):
-        decode_rgb(bytes(data))
-    data[16:24] = bytes(8)
-    with pytest.raises(DataError, match="0x0 pixels"):
-        decode_rgb(bytes(data))
-
-
-def test_a_large_image_that_is_drawn_again_and_again_is_refused_before_it_is_decoded(
-    monkeypatch: pytest.MonkeyPatch,
+@pytest.mark.parametrize("side", [9000, 30_000])
+def test_an_image_that_claims_to_be_huge_is_refused_before_it_is_decoded(
+    monkeypatch: pytest.MonkeyPatch, side: int
 ) -> None:
-    """Each scan of a progressive JPEG takes some bytes of the file and a pass over all of the pixels."""
-    small = cv2.imencode(".jpg", pixels(6), [cv2.IMWRITE_JPEG_PROGRESSIVE, 1])[1].tobytes()
-    scan, end = small.rindex(b"\xff\xda"), small.rindex(b"\xff\xd9")
-    frame = small.index(b"\xff\xc2") + 5
-    large = small[:frame] + (8192).to_bytes(2, "big") * 2 + small[frame + 4 :]
-    scans = small.count(b"\xff\xda")
-    assert scans == 10
-    assert decode_rgb(small[:end] + small[scan:end] * 500 + small[end:]).shape == (112, 112, 3)
-    decoded: list[object] = []
-    monkeypatch.setattr(cv2, "imdecode", lambda *_: decoded.append(_))
-    for more in (16 - scans, 17 - scans):
-        with pytest.raises(
-            DataError, match="cut short" if more == 16 - scans else "8192x8192 pixels is drawn in 17 scans"
-        ):
-            decode_rgb(large[:end] + large[scan:end] * more + large[end:])
-    assert len(decoded) == 1
-
-
-def test_a_bitmap_may_hold_what_begins_a_scan_in_a_jpeg() -> None:
-    pixels = np.tile(np.array([0xFF, 0xDA], np.uint8), 300 * 300 * 3 // 2).reshape(300, 300, 3)
-    written, file = cv2.imencode(".bmp", pixels)
-    assert written
-    assert np.array_equal(decode_rgb(file.tobytes()), pixels[..., ::-1])
+    header = b"IHDR" + struct.pack(">IIBBBBB", side, side, 8, 2, 0, 0, 0)
+    data = b"\x89PNG\r\n\x1a\n" + struct.pack(">I", 13) + header + struct.pack(">I", zlib.crc32(header))
+    monkeypatch.setattr(cv2, "imdecode", lambda *_: pytest.fail("decoded"))
+    with pytest.raises(DataError, match=f"more than {MAX_PIXELS}"):
+        decode_rgb(data + encoded(6, ".png")[33:])
 
 
 def test_another_size_is_refused_before_it_is_decoded(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -164,8 +149,38 @@ def test_what_opencv_throws_becomes_one_line(monkeypatch: pytest.MonkeyPatch) ->
         decode_rgb(encoded(0))
 
 
-@pytest.mark.parametrize("suffix", [".jpg", ".png", ".bmp"])
-def test_mxnet_decodes_the_same_pixels(mxnet: ModuleType, suffix: str) -> None:
-    for seed in range(3):
-        data = encoded(seed, suffix)
+def saved(image: Image.Image, kind: str, **options: object) -> bytes:
+    stream = io.BytesIO()
+    image.save(stream, kind, **options)
+    return stream.getvalue()
+
+
+def variants(kind: str) -> list[bytes]:
+    """One picture in every mode that a format has, and turned by EXIF in every way that it can say."""
+    rgb = Image.fromarray(pixels(3, 96, 112)[..., ::-1])
+    modes = {"JPEG": "L CMYK", "PNG": "L LA RGBA P 1", "BMP": "L P 1", "WEBP": "RGBA", "TIFF": "L P"}
+    options = {"lossless": True} if kind == "WEBP" else {}
+    found = [saved(rgb.convert(mode), kind, **options) for mode in ["RGB", *modes.get(kind, "").split()]]
+    for orientation in range(1, 9) if kind in ("JPEG", "PNG", "WEBP", "TIFF") else []:
+        exif = Image.Exif()
+        exif[ExifTags.Base.Orientation] = orientation
+        found.append(saved(rgb, kind, exif=exif, **options))
+        if kind == "JPEG":
+            found.append(saved(rgb.convert("L"), kind, exif=exif))
+    return found
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "BMP"])
+def test_mxnet_decodes_the_same_pixels(mxnet: ModuleType, kind: str) -> None:
+    """A record that a camera held sideways is read as it is stored, as by the host."""
+    for data in variants(kind):
         np.testing.assert_array_equal(decode_rgb(data), mxnet.image.imdecode(data).asnumpy())
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "BMP", "WEBP", "TIFF", "PPM", "GIF", "JPEG2000"])
+def test_pillow_decodes_the_same_pixels(kind: str) -> None:
+    """torchvision's ImageFolder, the host's reader of folders, decodes with Pillow."""
+    for data in variants(kind):
+        theirs = np.array(Image.open(io.BytesIO(data)).convert("RGB"))
+        # CMYK is the one that OpenCV rounds otherwise.
+        np.testing.assert_allclose(decode_rgb(data).astype(int), theirs.astype(int), atol=1)

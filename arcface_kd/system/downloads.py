@@ -1,0 +1,32 @@
+"""What people find in place of a file: Git LFS pointers, pages of a refused download, archives not yet unpacked."""
+
+_ARCHIVES = {
+    b"PK\x03\x04": "a zip archive",
+    b"\x1f\x8b": "a gzip archive",
+    b"BZh": "a bzip2 archive",
+    b"\xfd7zXZ\x00": "an xz archive",
+    b"7z\xbc\xaf\x27\x1c": "a 7z archive",
+    b"Rar!\x1a\x07": "a rar archive",
+    b"\x28\xb5\x2f\xfd": "a Zstandard archive",
+}
+_TAR_MAGIC = slice(257, 262)
+
+
+def found_instead(head: bytes) -> str | None:
+    """Recognise what is no file of anybody's own, but stands where one was expected.
+
+    Args:
+        head: the first bytes of the file, 512 of them tell all kinds.
+
+    Returns:
+        Its name and what to do, such as "a Git LFS pointer: run `git lfs pull`"; None for anything else.
+    """
+    if head.startswith(b"version https://git-lfs"):
+        return "it is a Git LFS pointer, not the file itself: run `git lfs pull`"
+    text = head.removeprefix(b"\xef\xbb\xbf").lstrip().lower()
+    if text.startswith((b"<!doctype html", b"<html", b"<head", b"<?xml")):
+        return "it is an HTML page, as a refused download leaves it: download the file again"
+    archive = next((name for start, name in _ARCHIVES.items() if head.startswith(start)), None)
+    if archive is None and head[_TAR_MAGIC] == b"ustar":
+        archive = "a tar archive"
+    return None if archive is None else f"it is {archive}: unpack it"
