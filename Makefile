@@ -32,7 +32,7 @@ docs: $(VENV)/ready-test
 fuzz: $(VENV)/ready-test
 	$(PIP) atheris
 	for file in $(FUZZED); do \
-		$(BIN)/python -m tests.coverage_fuzz $$file -max_total_time=$(SECONDS) -timeout=30 -rss_limit_mb=4096 || exit 1; \
+		$(BIN)/python -m tests.campaigns.coverage_fuzz $$file -max_total_time=$(SECONDS) -timeout=30 -rss_limit_mb=4096 || exit 1; \
 	done
 
 # In an environment of its own: the auditor has its own dependencies.

@@ -4,63 +4,74 @@ The public names are loaded when they are first used, so that ``import arcface_k
 """
 
 import importlib
-from typing import TYPE_CHECKING, Any
+import importlib.abc
+import importlib.machinery
+import sys
+import types
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, ClassVar
 
 if TYPE_CHECKING:
     from arcface_kd.backbones import get_backbone
-    from arcface_kd.centers import DistilledCenters
-    from arcface_kd.config import KDConfig, load_config
+    from arcface_kd.config.arcface_torch import load_config
+    from arcface_kd.config.flags import add_arguments
+    from arcface_kd.config.kd import KDConfig
     from arcface_kd.data.dataset import RecordDataset
+    from arcface_kd.data.formats.recordio import RecordReader, RecordWriter
+    from arcface_kd.data.formats.verification_bin import read_bin, write_bin
     from arcface_kd.data.loader import FaceLoader, get_dataloader
-    from arcface_kd.data.recordio import RecordReader, RecordWriter
-    from arcface_kd.data.verification_bin import read_bin, write_bin
-    from arcface_kd.distiller import DistillationHead, Distiller
+    from arcface_kd.distillation.distiller import Distiller
+    from arcface_kd.distillation.drop_ins import drop_ins
+    from arcface_kd.distillation.head import DistillationHead
+    from arcface_kd.distributed.class_shard import ClassShard
+    from arcface_kd.distributed.ranks import RankGroup
     from arcface_kd.errors import ArcfaceKDError, ConfigError, DataError, TeacherError
     from arcface_kd.evaluation.verification import evaluate, verify
-    from arcface_kd.hook import attach, drop_ins
+    from arcface_kd.host.attach import attach
     from arcface_kd.losses.margin import Margin
     from arcface_kd.losses.margin_softmax import margin_softmax
     from arcface_kd.methods.adadistill import AdaDistill, AdaDistillConfig
     from arcface_kd.methods.base import Batch, Method, Requirement, RunContext
-    from arcface_kd.sharding import ClassShard, RankGroup
+    from arcface_kd.methods.class_centers import DistilledCenters
     from arcface_kd.teachers.base import Teacher, load_teacher
-    from arcface_kd.trainer import train
+    from arcface_kd.training.trainer import train
 
 _MODULES = {
     "AdaDistill": "methods.adadistill",
     "AdaDistillConfig": "methods.adadistill",
     "ArcfaceKDError": "errors",
     "Batch": "methods.base",
-    "ClassShard": "sharding",
+    "ClassShard": "distributed.class_shard",
     "ConfigError": "errors",
     "DataError": "errors",
-    "DistillationHead": "distiller",
-    "DistilledCenters": "centers",
-    "Distiller": "distiller",
+    "DistillationHead": "distillation.head",
+    "DistilledCenters": "methods.class_centers",
+    "Distiller": "distillation.distiller",
     "FaceLoader": "data.loader",
-    "KDConfig": "config",
+    "KDConfig": "config.kd",
     "Margin": "losses.margin",
     "Method": "methods.base",
-    "RankGroup": "sharding",
+    "RankGroup": "distributed.ranks",
     "RecordDataset": "data.dataset",
-    "RecordReader": "data.recordio",
-    "RecordWriter": "data.recordio",
+    "RecordReader": "data.formats.recordio",
+    "RecordWriter": "data.formats.recordio",
     "Requirement": "methods.base",
     "RunContext": "methods.base",
     "Teacher": "teachers.base",
     "TeacherError": "errors",
-    "attach": "hook",
-    "drop_ins": "hook",
+    "add_arguments": "config.flags",
+    "attach": "host.attach",
+    "drop_ins": "distillation.drop_ins",
     "evaluate": "evaluation.verification",
     "get_backbone": "backbones",
     "get_dataloader": "data.loader",
-    "load_config": "config",
+    "load_config": "config.arcface_torch",
     "load_teacher": "teachers.base",
     "margin_softmax": "losses.margin_softmax",
-    "read_bin": "data.verification_bin",
-    "train": "trainer",
+    "read_bin": "data.formats.verification_bin",
+    "train": "training.trainer",
     "verify": "evaluation.verification",
-    "write_bin": "data.verification_bin",
+    "write_bin": "data.formats.verification_bin",
 }
 
 __all__ = [
@@ -86,6 +97,7 @@ __all__ = [
     "RunContext",
     "Teacher",
     "TeacherError",
+    "add_arguments",
     "attach",
     "drop_ins",
     "evaluate",
@@ -109,3 +121,27 @@ def __getattr__(name: str) -> Any:
 
 def __dir__() -> list[str]:
     return sorted([*globals(), *_MODULES])
+
+
+class _MovedModules(importlib.abc.MetaPathFinder, importlib.abc.Loader):
+    """Find the modules that trainers import which an earlier version has patched."""
+
+    now: ClassVar[dict[str, str]] = {
+        "arcface_kd.hook": "arcface_kd.host.attach",
+        "arcface_kd.data.recordio": "arcface_kd.data.formats.recordio",
+        "arcface_kd.data.verification_bin": "arcface_kd.data.formats.verification_bin",
+    }
+
+    def find_spec(
+        self, fullname: str, path: Sequence[str] | None, target: types.ModuleType | None = None
+    ) -> importlib.machinery.ModuleSpec | None:
+        return importlib.machinery.ModuleSpec(fullname, self) if fullname in self.now else None
+
+    def create_module(self, spec: importlib.machinery.ModuleSpec) -> types.ModuleType:
+        return importlib.import_module(self.now[spec.name])
+
+    def exec_module(self, module: types.ModuleType) -> None:
+        pass
+
+
+sys.meta_path.append(_MovedModules())

@@ -2,6 +2,6 @@
 
 import sys
 
-from arcface_kd.cli import main
+from arcface_kd.cli.main import main
 
 sys.exit(main())

@@ -12,21 +12,21 @@ from typing import Any
 
 from easydict import EasyDict
 
-from arcface_kd.atomic import atomic_write
 from arcface_kd.backbones import get_backbone
-from arcface_kd.cache_filling import fill_cache
-from arcface_kd.config import BASE, KDConfig
-from arcface_kd.data.dataset import OnBadRecord, RecordDataset
-from arcface_kd.distiller import Distiller
-from arcface_kd.errors import ConfigError, DataError
-from arcface_kd.evaluation.plots import plot_alpha, plot_roc, plot_training
-from arcface_kd.evaluation.report_pictures import require_matplotlib
-from arcface_kd.evaluation.scalars import Curve, read_scalars
+from arcface_kd.config.arcface_torch import BASE
+from arcface_kd.config.kd import CLASS_MEANS, KDConfig
+from arcface_kd.data.dataset import RecordDataset
+from arcface_kd.distillation.distiller import Distiller
+from arcface_kd.errors import ConfigError, DataError, OnBadRecord
+from arcface_kd.evaluation.report.pictures import require_matplotlib
+from arcface_kd.evaluation.report.plots import plot_alpha, plot_roc, plot_training
+from arcface_kd.evaluation.report.scalars import Curve, read_scalars
 from arcface_kd.evaluation.verification import VerificationResult, evaluate
-from arcface_kd.shkd_stages import wants_stages
-from arcface_kd.teacher_classifier import CLASS_MEANS
+from arcface_kd.methods.shkd.stages import wants_stages
+from arcface_kd.system.files import atomic_write
 from arcface_kd.teachers.base import Teacher, load_teacher
-from arcface_kd.trainer import TrainResult, train
+from arcface_kd.teachers.cache.fill import fill_cache
+from arcface_kd.training.trainer import TrainResult, train
 
 NETWORK = "thin_r18"
 FAR_LEVELS = (1e-2, 1e-3)
@@ -288,7 +288,7 @@ def _config_for(data: Path, settings: DemoSettings) -> EasyDict:
 def _verify_teacher(
     teacher: Teacher, data: Path, names: Sequence[str], stages: _Stages
 ) -> dict[str, VerificationResult]:
-    from arcface_kd.data.verification_bin import read_bin
+    from arcface_kd.data.formats.verification_bin import read_bin
 
     stages.next("verifying the teacher")
     return {name: evaluate(teacher, read_bin(data / f"{name}.bin")) for name in names}

@@ -3,6 +3,10 @@
 The command line prints them as one line and ends with exit code 2; anything else that escapes is a fault of ours.
 """
 
+import difflib
+from collections.abc import Iterable
+from typing import Literal
+
 
 class ArcfaceKDError(Exception):
     """Base of every error that this package raises on purpose."""
@@ -38,3 +42,31 @@ class ResourceError(ArcfaceKDError, OSError):
 
 class TeacherError(ArcfaceKDError, ValueError):
     """A teacher that is missing, cannot be read or does not fit the run."""
+
+
+def suggestion(name: str, known: Iterable[str], prefix: str = "") -> str:
+    """The end of a message about an unknown name.
+
+    Args:
+        name: what was met.
+        known: what there is.
+        prefix: what a known name is written behind, such as ``teacher.``.
+
+    Returns:
+        ``; did you mean 'x'?`` where a known name is close, an empty string elsewhere.
+    """
+    close = difflib.get_close_matches(name, list(known), n=1)
+    return f"; did you mean {prefix + close[0]!r}?" if close else ""
+
+
+OnBadRecord = Literal["stop", "skip"]
+
+
+def first_line(error: BaseException) -> str:
+    """A foreign exception's message on one line, cut to a readable length.
+
+    Args:
+        error: what was raised.
+    """
+    text = " ".join(str(error).split()) or type(error).__name__
+    return text if len(text) <= 240 else text[:237] + "..."

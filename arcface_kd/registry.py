@@ -6,8 +6,7 @@ others add. Entry points are loaded when their name is asked for, not before.
 
 from importlib import metadata
 
-from arcface_kd.errors import ConfigError
-from arcface_kd.near_names import suggestion
+from arcface_kd.errors import ConfigError, suggestion
 
 METHODS = "arcface_kd.methods"
 TEACHERS = "arcface_kd.teachers"

@@ -1,6 +1,6 @@
 """Training with the teacher's embeddings in a cache, against the same student alone and against the online teacher.
 
-All three run in one process, in turns, through the drop-ins of :mod:`arcface_kd.hook`: loader, student and head.
+All three run in one process, in turns, through the drop-ins of :mod:`arcface_kd.host.attach`: loader, student and head.
 
 Providers, each with the names of teacher and student behind it:
     alone: the student with its learned classifier, no distillation.
@@ -21,14 +21,15 @@ from easydict import EasyDict
 from torch import nn
 
 from arcface_kd.backbones import get_backbone
-from arcface_kd.cache_filling import fill_cache
-from arcface_kd.config import BASE, KDConfig
-from arcface_kd.device import narrow_format
-from arcface_kd.distiller import Distiller
-from arcface_kd.hook import drop_ins
+from arcface_kd.config.arcface_torch import BASE
+from arcface_kd.config.kd import KDConfig
+from arcface_kd.distillation.distiller import Distiller
+from arcface_kd.distillation.drop_ins import drop_ins
 from arcface_kd.losses.margin import Margin
+from arcface_kd.system.device import narrow_format
 from arcface_kd.teachers.base import Teacher, load_teacher
-from arcface_kd.teachers.embedding_cache import readable_size
+from arcface_kd.teachers.cache.embedding_cache import readable_size
+from arcface_kd.teachers.cache.fill import fill_cache
 from benchmarks.drawn_records import draw_records
 from benchmarks.record import Recorder, Row, print_table, print_verdict, size
 from benchmarks.timing import interleaved_seconds

@@ -18,10 +18,10 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
+from arcface_kd.distributed.ranks import RankGroup
 from arcface_kd.losses.margin import Margin
 from arcface_kd.methods.base import Batch, RunContext
 from arcface_kd.methods.gkd import GKD, GKDConfig, Group
-from arcface_kd.sharding import RankGroup
 from benchmarks.dense_heads import DenseGKD
 from benchmarks.peak_memory import can_measure, peak_mb
 from benchmarks.record import Recorder, Row, print_table, print_verdict, size

@@ -19,11 +19,11 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from arcface_kd.device import narrow_format
+from arcface_kd.distributed.ranks import RankGroup
 from arcface_kd.losses.margin import Margin
 from arcface_kd.methods.adadistill import AdaDistill, AdaDistillConfig
 from arcface_kd.methods.base import Batch, RunContext
-from arcface_kd.sharding import RankGroup
+from arcface_kd.system.device import narrow_format
 from benchmarks.dense_heads import DenseAdaDistill
 from benchmarks.peak_memory import can_measure, peak_mb
 from benchmarks.record import Recorder, Row, print_table, print_verdict, size

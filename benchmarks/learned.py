@@ -1,7 +1,7 @@
 """The learned classifier against arcface_torch's own head, or against a dense twin of it.
 
 Providers:
-    arcface_kd: :class:`arcface_kd.methods.classifier.LearnedClassifier`, forward and backward.
+    arcface_kd: :class:`arcface_kd.methods.learned_classifier.LearnedClassifier`, forward and backward.
     arcface_torch: ``PartialFC_V2`` at sample_rate 1 under ``CombinedMarginLoss``, when ``ARCFACE_TORCH`` names a
         checkout of ``insightface/recognition/arcface_torch``; one process on gloo, its ``.cuda()`` calls without effect
         where there is no GPU.
@@ -23,10 +23,10 @@ import torch
 from torch import Tensor, distributed
 from torch.nn.functional import normalize
 
+from arcface_kd.distributed.ranks import RankGroup
 from arcface_kd.losses.margin import Margin
 from arcface_kd.methods.base import Batch, RunContext
-from arcface_kd.methods.classifier import LearnedClassifier
-from arcface_kd.sharding import RankGroup
+from arcface_kd.methods.learned_classifier import LearnedClassifier
 from benchmarks.dense_heads import DenseClassifier
 from benchmarks.peak_memory import can_measure, peak_mb
 from benchmarks.record import Recorder, Row, print_table, print_verdict, size

@@ -1,7 +1,7 @@
 """The RecordIO loader against mxnet's: images/s of one worker, opening a large index, the memory that it takes.
 
 Providers:
-    arcface_kd: :class:`arcface_kd.data.dataset.RecordDataset` and :class:`arcface_kd.data.recordio.RecordReader`.
+    arcface_kd: ``RecordDataset`` and ``RecordReader``.
     mxnet: ``MXIndexedRecordIO`` with ``recordio.unpack`` and ``image.imdecode``, as arcface_torch's data set calls
         them; left out where mxnet is not installed.
 """
@@ -24,7 +24,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from arcface_kd.data.dataset import RecordDataset, View
-from arcface_kd.data.recordio import RecordReader
+from arcface_kd.data.formats.recordio import RecordReader
 from benchmarks.drawn_records import draw_records
 from benchmarks.record import Recorder, Row, print_table, print_verdict
 from benchmarks.timing import interleaved_seconds

@@ -1,6 +1,6 @@
 """A training step of each method against the same student alone: what distilling costs once the teacher is cached.
 
-All students train in one process, in turns, through the drop-ins of :mod:`arcface_kd.hook`, as in
+All students train in one process, in turns, through the drop-ins of :mod:`arcface_kd.host.attach`, as in
 :mod:`benchmarks.cache`. Methods that compare embeddings read the teacher's from a filled cache; those that want a
 classifier get the class means.
 
@@ -19,11 +19,10 @@ import torch
 from easydict import EasyDict
 
 from arcface_kd import registry
-from arcface_kd.cache_filling import fill_cache
-from arcface_kd.config import KDConfig
-from arcface_kd.distiller import Distiller
-from arcface_kd.shkd_stages import NAME as THREE_RUNS
-from arcface_kd.teacher_classifier import CLASS_MEANS
+from arcface_kd.config.kd import CLASS_MEANS, KDConfig
+from arcface_kd.distillation.distiller import Distiller
+from arcface_kd.methods.shkd.stages import NAME as THREE_RUNS
+from arcface_kd.teachers.cache.fill import fill_cache
 from benchmarks.cache import DIMENSION, Pair, config_of, epoch_of, teacher_of
 from benchmarks.drawn_records import draw_records
 from benchmarks.record import Recorder, Row, print_table, size

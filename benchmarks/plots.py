@@ -5,7 +5,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from arcface_kd.atomic import atomic_write
+from arcface_kd.system.files import atomic_write
 from benchmarks.record import ROOT, Row, classes_of, latest
 
 if TYPE_CHECKING:

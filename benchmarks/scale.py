@@ -36,11 +36,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from arcface_kd.distributed.ranks import RankGroup, for_ddp
 from arcface_kd.losses.margin import Margin
 from arcface_kd.losses.margin_softmax import chunk_size
 from arcface_kd.methods.adadistill import AdaDistill, AdaDistillConfig
 from arcface_kd.methods.base import Batch, RunContext
-from arcface_kd.sharding import RankGroup, for_ddp
 from benchmarks.peak_memory import can_measure, peak_mb
 from benchmarks.record import Recorder, Row, print_table, print_verdict, size
 from benchmarks.timing import interleaved_seconds

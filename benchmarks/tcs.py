@@ -1,7 +1,7 @@
 """Training with TCS against the same student alone and against embedding distillation with the teacher in every step.
 
-All three go through the drop-ins of :mod:`arcface_kd.hook`: speed in one process, in turns; memory each in a process of
-its own, from before the first network is made, so that the teacher's weights count.
+All three go through :func:`arcface_kd.drop_ins`: speed in one process, in turns; memory each in a process of its own,
+from before the first network is made, so that the teacher's weights count.
 
 Providers, each with the names of teacher and student behind it:
     alone: the student with its learned classifier, no distillation.
@@ -18,9 +18,9 @@ from typing import Any
 import torch
 from easydict import EasyDict
 
-from arcface_kd.cache_filling import fill_cache
-from arcface_kd.config import KDConfig
-from arcface_kd.distiller import Distiller
+from arcface_kd.config.kd import KDConfig
+from arcface_kd.distillation.distiller import Distiller
+from arcface_kd.teachers.cache.fill import fill_cache
 from benchmarks.cache import Pair, config_of, epoch_of, teacher_of
 from benchmarks.drawn_records import draw_records
 from benchmarks.peak_memory import can_measure, peak_mb

@@ -20,9 +20,9 @@ _CONTEXT.set_forkserver_preload(
         "tests.forked",
         "torch.utils.tensorboard",
         "cv2",
-        "arcface_kd.cli",
-        "arcface_kd.trainer",
-        "arcface_kd.cache_filling",
+        "arcface_kd.cli.main",
+        "arcface_kd.training.trainer",
+        "arcface_kd.teachers.cache.fill",
     ]
 )
 

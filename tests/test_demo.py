@@ -9,10 +9,10 @@ import torch
 
 from arcface_kd import demo
 from arcface_kd.backbones import get_backbone
-from arcface_kd.cli import main
+from arcface_kd.cli.main import main
 from arcface_kd.demo import DemoSettings, Row, _config_for, run_demo, table, verdict
 from arcface_kd.errors import ConfigError, DataError, TeacherError
-from tests.trainer.faces import draw_faces
+from tests.host.trainer.faces import draw_faces
 
 
 def row(model: str, accuracy: float, overhead: float | None = None) -> Row:

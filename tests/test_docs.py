@@ -15,9 +15,10 @@ import pytest
 import torch
 
 from arcface_kd import registry
-from arcface_kd.cli import build_parser, main
-from arcface_kd.config import KDConfig, build
-from arcface_kd.hook import add_arguments
+from arcface_kd.cli.main import build_parser, main
+from arcface_kd.config.flags import add_arguments
+from arcface_kd.config.kd import KDConfig
+from arcface_kd.config.options import build
 from arcface_kd.methods.base import Method, Requirement
 from benchmarks.scale import Share, arcface_kd_share, partial_fc_share, published_share
 

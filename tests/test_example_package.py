@@ -11,8 +11,8 @@ import pytest
 import torch
 
 from arcface_kd.backbones import get_backbone
-from arcface_kd.evaluation.scalars import read_scalars
-from tests.trainer.faces import draw_faces
+from arcface_kd.evaluation.report.scalars import read_scalars
+from tests.host.trainer.faces import draw_faces
 
 EXAMPLE = Path(__file__).resolve().parent.parent / "examples" / "similarity_method"
 

@@ -7,9 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from arcface_kd import cli
+from arcface_kd.cli import main as cli
 from arcface_kd.errors import ConfigError
-from arcface_kd.evaluation import report, report_pictures
+from arcface_kd.evaluation.report import page as report
+from arcface_kd.evaluation.report import pictures as report_pictures
 from tests.data.record_sets import encoded
 
 # Each command in an interpreter of its own that cannot import these.

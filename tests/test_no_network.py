@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from arcface_kd.backbones import get_backbone
-from tests.trainer.faces import Faces, draw_faces
+from tests.host.trainer.faces import Faces, draw_faces
 
 # A connection to another machine, and the question for its address, end the process before they are made. Ranks meet in
 # C++, which Python's audit does not see: they go where torchrun's MASTER_ADDR says.
@@ -93,7 +93,7 @@ def test_a_whole_job_opens_none(faces: Faces, tmp_path: Path) -> None:
         ["export", "run", "student.onnx"],
         ["methods"],
     ]
-    code = "from arcface_kd.cli import main\n" + "".join(
+    code = "from arcface_kd.cli.main import main\n" + "".join(
         f"assert main({words!r}) == 0, {words!r}\n" for words in commands
     )
     done = watched(code, cwd=tmp_path)
@@ -102,7 +102,7 @@ def test_a_whole_job_opens_none(faces: Faces, tmp_path: Path) -> None:
 
 def test_a_pack_by_name_says_that_it_is_downloaded(tmp_path: Path) -> None:
     """The one way to the network, which the teacher's own name asks for."""
-    code = "import os\nos.environ['HOME'] = os.getcwd()\nfrom arcface_kd.cli import main\n"
+    code = "import os\nos.environ['HOME'] = os.getcwd()\nfrom arcface_kd.cli.main import main\n"
     code += "main(['check', '--kd-teacher', 'insightface:buffalo_l'])\n"
     done = watched(code, cwd=tmp_path)
     assert done.returncode == 99

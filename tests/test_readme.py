@@ -12,9 +12,9 @@ import pytest
 import torch
 
 from arcface_kd.backbones import get_backbone
-from arcface_kd.cli import build_parser, main
-from arcface_kd.hook import add_arguments
-from tests.trainer.faces import draw_faces
+from arcface_kd.cli.main import build_parser, main
+from arcface_kd.config.flags import add_arguments
+from tests.host.trainer.faces import draw_faces
 
 ROOT = Path(__file__).resolve().parent.parent
 _TEXT = (ROOT / "README.md").read_text(encoding="utf-8")

@@ -3,21 +3,21 @@
 import os
 from abc import ABC, abstractmethod
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch.utils.data import Dataset
 
-from arcface_kd.data.image import decode_rgb
-from arcface_kd.data.image_folder import list_identities, read_image_file
-from arcface_kd.data.recordio import RecordHeader, RecordReader, unpack, unpack_label
-from arcface_kd.errors import BadRecordError, DataError
-from arcface_kd.regular_file import open_regular
+from arcface_kd.data.bad_records import BadRecord
+from arcface_kd.data.formats.image import decode_rgb
+from arcface_kd.data.formats.image_folder import list_identities, read_image_file
+from arcface_kd.data.formats.recordio import RecordHeader, RecordReader, unpack, unpack_label
+from arcface_kd.errors import BadRecordError, DataError, OnBadRecord
+from arcface_kd.system.files import open_regular
 
 IMAGE_SIZE = (112, 112)
 
-OnBadRecord = Literal["stop", "skip"]
 
 # A damaged disk block takes some hundred records with it; more than this in a row is no accident to pass over.
 MOST_BAD_IN_A_ROW = 1000
@@ -49,18 +49,6 @@ class Sample(NamedTuple):
     label: int
     index: int  # type: ignore[assignment]
     flipped: bool
-
-
-class BadRecord(NamedTuple):
-    """A record that was passed over.
-
-    Attributes:
-        index: the image's index in its data set.
-        message: which record it is, where it stands and what is wrong with it.
-    """
-
-    index: int  # type: ignore[assignment]
-    message: str
 
 
 class FaceDataset(Dataset[Sample], ABC):

@@ -8,12 +8,12 @@ from typing import NamedTuple
 
 import numpy as np
 
-from arcface_kd.atomic import atomic_write
 from arcface_kd.data.dataset import IMAGE_SIZE
-from arcface_kd.data.image import decode_rgb, is_read_by_mxnet
-from arcface_kd.data.image_folder import list_identities, read_image_file
-from arcface_kd.data.recordio import RecordHeader, RecordWriter, pack
+from arcface_kd.data.formats.image import decode_rgb, is_read_by_mxnet
+from arcface_kd.data.formats.image_folder import list_identities, read_image_file
+from arcface_kd.data.formats.recordio import RecordHeader, RecordWriter, pack
 from arcface_kd.errors import DataError
+from arcface_kd.system.files import atomic_write
 
 _MAX_IDENTITIES = 1 << 24
 _JPEG_QUALITY = 95

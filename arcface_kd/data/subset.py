@@ -9,11 +9,10 @@ from typing import NamedTuple
 
 import numpy as np
 
-from arcface_kd.atomic import atomic_write
 from arcface_kd.data.dataset import RecordDataset
 from arcface_kd.data.pack import refuse_records, write_identities
 from arcface_kd.errors import ConfigError, DataError
-from arcface_kd.regular_file import open_regular
+from arcface_kd.system.files import atomic_write, open_regular
 
 
 class SubsetCounts(NamedTuple):

@@ -10,8 +10,8 @@ from numpy.typing import DTypeLike
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from arcface_kd.bar_size import bar_size
 from arcface_kd.errors import DataError
+from arcface_kd.system.console import bar_size
 
 
 def normalize(embeddings: np.ndarray) -> np.ndarray:

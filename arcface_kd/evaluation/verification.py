@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from arcface_kd.data.verification_bin import VerificationSet, decode, read_bin
+from arcface_kd.data.formats.verification_bin import VerificationSet, decode, read_bin
 from arcface_kd.errors import DataError
 from arcface_kd.evaluation.embedding import embed, normalize
 from arcface_kd.evaluation.roc import area_under_curve, equal_error_rate, roc_curve, tar_at_far

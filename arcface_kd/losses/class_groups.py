@@ -15,9 +15,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from arcface_kd.distributed.ranks import RankGroup
 from arcface_kd.losses.margin_softmax import VisitedClasses
 from arcface_kd.losses.sharded_logits import slices
-from arcface_kd.sharding import RankGroup
 
 _BINS = 2048
 # Histograms that lead from the range of logits to what the format can tell apart.

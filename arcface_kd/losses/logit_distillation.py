@@ -29,17 +29,11 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn.functional import logsigmoid
 
+from arcface_kd.distributed.ranks import RankGroup
 from arcface_kd.losses.class_groups import GroupRule, RankedLogits
 from arcface_kd.losses.margin import Margin
 from arcface_kd.losses.margin_softmax import chunk_size, inverse_norm, through_normalisation, visited_classes
-from arcface_kd.losses.sharded_logits import (
-    ShardedLogits,
-    gradients_through_cosines,
-    pass_size,
-    sharded_logits,
-    slices,
-)
-from arcface_kd.sharding import RankGroup
+from arcface_kd.losses.sharded_logits import ShardedLogits, gradients_through_cosines, pass_size, sharded_logits, slices
 
 RankedBy = Literal["student", "teacher"]
 Logits = Literal["margin", "plain"]

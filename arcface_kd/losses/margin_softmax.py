@@ -19,8 +19,9 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from arcface_kd.distributed.class_shard import positions_in_shard
+from arcface_kd.distributed.ranks import RankGroup
 from arcface_kd.losses.margin import Margin
-from arcface_kd.sharding import RankGroup, positions_in_shard
 
 # A chunk's logits should stay in the processor's cache on a CPU, and fill the device on a GPU.
 _CHUNK_ELEMENTS = {"cpu": 1 << 20, "cuda": 1 << 24}
@@ -394,8 +395,8 @@ def margin_softmax(
     """Margin softmax of a gathered batch against this rank's shard of the class centers.
 
     Every rank calls it with the same batch and gets the same loss; the gradient in ``embeddings`` is this shard's part,
-    to be summed over ranks (:meth:`~arcface_kd.sharding.RankGroup.gather_with_gradient` does). Class centers receive a
-    gradient only where they ask for one.
+    to be summed over ranks (``RankGroup.gather_with_gradient`` does). Class centers receive a gradient only where they
+    ask for one.
 
     Memory: O(batch x chunk) beside the inputs, whatever the number of classes. Products: two of size batch x classes x
     dimension for frozen centers, four for learned ones.

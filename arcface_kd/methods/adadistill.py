@@ -21,10 +21,10 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from arcface_kd.centers import DistilledCenters, Repeated
 from arcface_kd.losses.margin_softmax import margin_softmax
 from arcface_kd.methods.base import Batch, Method, Requirement, RunContext
-from arcface_kd.methods.sampling import sample_classes
+from arcface_kd.methods.class_centers import DistilledCenters, Repeated
+from arcface_kd.methods.class_sampling import sample_classes
 
 Alpha = Literal["weighted", "plain"]
 

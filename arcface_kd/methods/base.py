@@ -8,9 +8,9 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from arcface_kd.distributed.ranks import RankGroup
 from arcface_kd.losses.margin import Margin
-from arcface_kd.sharding import RankGroup
-from arcface_kd.teachers.embedding_cache import EmbeddingCache
+from arcface_kd.teachers.cache.embedding_cache import EmbeddingCache
 
 
 class Requirement(enum.Enum):

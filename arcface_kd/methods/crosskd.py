@@ -29,13 +29,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import adaptive_avg_pool2d
 
-from arcface_kd.losses.alignment import align_scale
-from arcface_kd.losses.embedding import squared_distance
+from arcface_kd.distributed.ranks import for_ddp
+from arcface_kd.losses.embedding_losses import squared_distance
 from arcface_kd.losses.logit_distillation import logit_distillation, teacher_logits
+from arcface_kd.losses.map_alignment import align_scale
 from arcface_kd.losses.margin_softmax import inverse_norm
 from arcface_kd.methods.base import Batch, MapsWanted, Method, Requirement, RunContext
-from arcface_kd.methods.sampling import sample_classes
-from arcface_kd.sharding import for_ddp
+from arcface_kd.methods.class_sampling import sample_classes
 
 Mimic = Literal["embedding", "logits", "both"]
 Statistics = Literal["rank", "all"]

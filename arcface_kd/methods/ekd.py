@@ -31,8 +31,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from arcface_kd.losses.pair_rank import impostor_thresholds, rank_loss, soft_rank
-from arcface_kd.losses.relation import inner_products
+from arcface_kd.losses.embedding_losses import impostor_thresholds, inner_products, rank_loss, soft_rank
 from arcface_kd.methods.base import Batch, Method, Requirement, RunContext
 
 # One over each false positive rate.

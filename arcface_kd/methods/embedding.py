@@ -21,7 +21,7 @@ from typing import Any, ClassVar, Literal, get_args
 
 from torch import Tensor
 
-from arcface_kd.losses.embedding import squared_distance
+from arcface_kd.losses.embedding_losses import squared_distance
 from arcface_kd.methods.base import Batch, Method, Requirement, RunContext
 
 Distance = Literal["l2", "cosine"]

@@ -25,7 +25,7 @@ from torch import Tensor
 from arcface_kd.losses.class_groups import BatchMass, FixedSize, GroupRule, SampleMass
 from arcface_kd.losses.logit_distillation import Distillation, Grouping, Logits, RankedBy
 from arcface_kd.methods.base import Batch, RunContext
-from arcface_kd.methods.two_classifiers import TwoClassifiers, check_temperature, check_weights
+from arcface_kd.methods.logit_method import TwoClassifiers, check_temperature, check_weights
 
 Group = Literal["batch", "sample", "fixed"]
 

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from arcface_kd.losses.logit_distillation import Logits
 from arcface_kd.methods.base import Batch
-from arcface_kd.methods.two_classifiers import TwoClassifiers, check_temperature, check_weights
+from arcface_kd.methods.logit_method import TwoClassifiers, check_temperature, check_weights
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,7 @@ from torch import Tensor
 from arcface_kd.losses.margin import Margin
 from arcface_kd.losses.margin_softmax import inverse_norm, margin_softmax
 from arcface_kd.methods.base import Batch, Method, Requirement, RunContext
-from arcface_kd.methods.sampling import sample_classes
+from arcface_kd.methods.class_sampling import sample_classes
 
 
 @dataclass(frozen=True)

@@ -24,7 +24,7 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from arcface_kd.losses.relation import angle_loss, distance_loss
+from arcface_kd.losses.embedding_losses import angle_loss, distance_loss
 from arcface_kd.methods.base import Batch, Method, Requirement
 
 

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from arcface_kd.losses.logit_distillation import Logits, logit_distillation
 from arcface_kd.methods.base import Batch
-from arcface_kd.methods.two_classifiers import TwoClassifiers, check_temperature, check_weights
+from arcface_kd.methods.logit_method import TwoClassifiers, check_temperature, check_weights
 
 Form = Literal["mixed", "additive"]
 

@@ -1,5 +1,6 @@
 """Teachers of every kind: PyTorch checkpoints, ONNX files and packs, MXNet checkpoints, modules, timm models."""
 
-from arcface_kd.teachers.base import Preprocessing, Teacher, TeacherOptions, TeacherSource, load_teacher
+from arcface_kd.teachers.base import Teacher, TeacherSource, load_teacher
+from arcface_kd.teachers.options import Preprocessing, TeacherOptions
 
 __all__ = ["Preprocessing", "Teacher", "TeacherOptions", "TeacherSource", "load_teacher"]

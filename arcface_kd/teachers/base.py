@@ -14,9 +14,9 @@ import torch
 from torch import Tensor, nn
 
 from arcface_kd import registry
-from arcface_kd.errors import TeacherError
+from arcface_kd.errors import TeacherError, first_line
+from arcface_kd.teachers.file_type import describe
 from arcface_kd.teachers.options import Precision, Preprocessing, TeacherOptions
-from arcface_kd.teachers.signature import describe
 
 __all__ = [
     "LARGEST_FILE",
@@ -39,16 +39,6 @@ _AUTOCAST: dict[Precision, torch.dtype] = {"bf16": torch.bfloat16, "fp16": torch
 LARGEST_FILE = 1 << 31
 """What one protobuf message, and so an ONNX file, can hold; MXNet's largest face networks have a tenth of it."""
 _SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9_+.-]+:")
-
-
-def first_line(error: BaseException) -> str:
-    """A foreign exception's message on one line, cut to a readable length.
-
-    Args:
-        error: what was raised.
-    """
-    text = " ".join(str(error).split()) or type(error).__name__
-    return text if len(text) <= 240 else text[:237] + "..."
 
 
 def local_path(source: object) -> Path | None:

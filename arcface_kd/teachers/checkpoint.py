@@ -14,11 +14,11 @@ from torch import Tensor, nn
 
 from arcface_kd.backbones import NETWORKS, FaceBackbone
 from arcface_kd.backbones.vit import HOST_NAMES, VITS
-from arcface_kd.errors import ConfigError, TeacherError
-from arcface_kd.teachers.base import Teacher, TeacherOptions, existing_file, first_line, local_path, tensors_digest
-from arcface_kd.teachers.options import Preprocessing
-from arcface_kd.teachers.signature import describe, signature
-from arcface_kd.tensor_file import archive_fault, tensor_fault
+from arcface_kd.checkpoints.tensor_file import archive_fault, tensor_fault
+from arcface_kd.errors import ConfigError, TeacherError, first_line
+from arcface_kd.teachers.base import Teacher, existing_file, local_path, tensors_digest
+from arcface_kd.teachers.file_type import describe, signature
+from arcface_kd.teachers.options import Preprocessing, TeacherOptions
 
 # Where trainers put the backbone's tensors: arcface_torch's save_all_states first, then what others are used to.
 _CONTAINERS = ("state_dict_backbone", "backbone", "state_dict", "model_state_dict", "model")

@@ -7,9 +7,9 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from arcface_kd.errors import TeacherError
-from arcface_kd.teachers.base import Teacher, TeacherOptions, first_line, tensors_digest
-from arcface_kd.teachers.options import Preprocessing
+from arcface_kd.errors import TeacherError, first_line
+from arcface_kd.teachers.base import Teacher, tensors_digest
+from arcface_kd.teachers.options import Preprocessing, TeacherOptions
 
 _TIMM = "timm:"
 # Models on Hugging Face's hub, which timm keeps no list of: their weights are there, or loading them fails.

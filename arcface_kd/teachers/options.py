@@ -6,8 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Literal, get_args
 
-from arcface_kd.errors import ConfigError
-from arcface_kd.near_names import suggestion
+from arcface_kd.errors import ConfigError, suggestion
 
 Channels = Literal["rgb", "bgr"]
 Precision = Literal["fp32", "bf16", "fp16"]

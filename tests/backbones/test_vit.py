@@ -12,12 +12,12 @@ import torch
 from torch import Tensor, nn
 
 from arcface_kd.backbones import FaceBackbone, get_backbone
-from arcface_kd.backbones.feature_map import find_map
+from arcface_kd.backbones.feature_taps import find_map
 from arcface_kd.backbones.vit import HOST_NAMES, VITS, VisionTransformer
 from arcface_kd.errors import ConfigError
 from arcface_kd.teachers import load_teacher
 from arcface_kd.teachers.checkpoint import load_network
-from arcface_kd.teachers.feature_map import cut_teacher
+from arcface_kd.teachers.trunk_and_tail import cut_teacher
 from tests.backbones.layout import layout_digest, parameter_count
 
 

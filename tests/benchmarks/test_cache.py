@@ -6,12 +6,12 @@ import pytest
 import torch
 from easydict import EasyDict
 
-from arcface_kd.config import KDConfig
-from arcface_kd.distiller import Distiller
+from arcface_kd.config.kd import KDConfig
+from arcface_kd.distillation.distiller import Distiller
 from benchmarks import cache
 from benchmarks.cache import TINY, epoch_of
 from benchmarks.record import Row
-from tests.trainer.faces import draw_faces
+from tests.host.trainer.faces import draw_faces
 
 CPU = torch.device("cpu")
 

@@ -2,10 +2,10 @@
 
 import torch
 
+from arcface_kd.distributed.ranks import RankGroup
 from arcface_kd.losses.margin import Margin
 from arcface_kd.methods.adadistill import AdaDistill, AdaDistillConfig
 from arcface_kd.methods.base import Batch, RunContext
-from arcface_kd.sharding import RankGroup
 from benchmarks.dense_heads import DenseAdaDistill, DenseClassifier
 from tests.reference.adadistill import adadistill_step
 from tests.reference.margin_softmax import dense_margin_softmax

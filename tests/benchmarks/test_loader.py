@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from arcface_kd.data.recordio import RecordReader
+from arcface_kd.data.formats.recordio import RecordReader
 from benchmarks import loader
 from benchmarks.loader import TINY, index_mb, write_index
 from tests.mxnet_oracle import silently

@@ -6,7 +6,7 @@ from pathlib import Path
 import cv2
 import numpy as np
 
-from arcface_kd.data.alignment import TEMPLATE
+from arcface_kd.data.formats.face_alignment import TEMPLATE
 
 Face = Callable[[int, int], np.ndarray]
 """Identity and number of an image to uint8 (112, 112, 3), RGB, aligned."""

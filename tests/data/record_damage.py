@@ -5,7 +5,7 @@ from pathlib import Path
 
 import numpy as np
 
-from arcface_kd.data.recordio import RecordReader
+from arcface_kd.data.formats.recordio import RecordReader
 
 
 def offset_of(folder: Path, key: int) -> int:

@@ -9,11 +9,12 @@ import pytest
 import torch
 
 from arcface_kd.data import dataset as dataset_module
-from arcface_kd.data.dataset import BadRecord, FaceDataset, RecordDataset, View, open_dataset
+from arcface_kd.data.bad_records import BadRecord, SkippedRecords
+from arcface_kd.data.dataset import FaceDataset, RecordDataset, View, open_dataset
 from arcface_kd.data.fingerprint import fingerprint
-from arcface_kd.data.image import decode_rgb
-from arcface_kd.data.loader import BatchViews, FaceLoader, ViewSampler, get_dataloader
-from arcface_kd.data.skipped_records import SkippedRecords
+from arcface_kd.data.formats.image import decode_rgb
+from arcface_kd.data.loader import BatchViews, FaceLoader, get_dataloader
+from arcface_kd.data.sampler import ViewSampler
 from arcface_kd.errors import BadRecordError, DataError
 from tests.data.record_damage import no_image, no_magic, no_number, offset_of, too_many_labels
 from tests.data.record_sets import encoded, insightface_records, plain_records, record, write_records

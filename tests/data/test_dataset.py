@@ -12,14 +12,8 @@ from hypothesis import strategies as st
 from torch.utils.data import DataLoader
 
 from arcface_kd.data import dataset as dataset_module
-from arcface_kd.data.dataset import (
-    FolderDataset,
-    RecordDataset,
-    SyntheticDataset,
-    View,
-    open_dataset,
-)
-from arcface_kd.data.image import decode_rgb
+from arcface_kd.data.dataset import FolderDataset, RecordDataset, SyntheticDataset, View, open_dataset
+from arcface_kd.data.formats.image import decode_rgb
 from arcface_kd.errors import DataError
 from tests.data.record_sets import encoded, insightface_records, pixels, plain_records, record, write_records
 

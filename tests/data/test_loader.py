@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 from torch import distributed
 
 from arcface_kd.data.dataset import RecordDataset, SyntheticDataset, View
-from arcface_kd.data.loader import BatchViews, FaceLoader, ViewSampler, _normalise, flips, get_dataloader
+from arcface_kd.data.loader import BatchViews, FaceLoader, _normalise, get_dataloader
+from arcface_kd.data.sampler import ViewSampler, flips
 from arcface_kd.errors import ConfigError, DataError
 from tests.data.record_sets import encoded, insightface_records, plain_records, record, write_records
 

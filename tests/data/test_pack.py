@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 
 from arcface_kd.data.dataset import RecordDataset, View
-from arcface_kd.data.image import decode_rgb
+from arcface_kd.data.formats.image import decode_rgb
+from arcface_kd.data.formats.recordio import RecordReader, RecordWriter, unpack
 from arcface_kd.data.pack import PackCounts, pack_folder, write_identities
-from arcface_kd.data.recordio import RecordReader, RecordWriter, unpack
 from arcface_kd.errors import DataError
 from tests.data.record_sets import encoded, pixels
 

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from arcface_kd.cli import main
+from arcface_kd.cli.main import main
 from arcface_kd.data.dataset import RecordDataset
 from arcface_kd.data.subset import choose_images, write_subset
 from arcface_kd.errors import ConfigError, DataError

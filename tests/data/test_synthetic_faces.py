@@ -13,7 +13,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from arcface_kd.data.dataset import RecordDataset
-from arcface_kd.data.pair_identities import pair_identities
+from arcface_kd.data.formats.face_alignment import TEMPLATE
+from arcface_kd.data.formats.pair_identities import pair_identities
+from arcface_kd.data.formats.verification_bin import read_bin
 from arcface_kd.data.synthetic_faces import SyntheticFaces, write_dataset
 from arcface_kd.data.synthetic_faces.canvas import (
     FIELD_LEFT,
@@ -34,12 +36,11 @@ from arcface_kd.data.synthetic_faces.canvas import (
 )
 from arcface_kd.data.synthetic_faces.face_dataset import draw_pairs
 from arcface_kd.data.synthetic_faces.features import Expression, Eyewear, landmarks
-from arcface_kd.data.synthetic_faces.photograph import TEMPLATE, alignment, visible_points
+from arcface_kd.data.synthetic_faces.photograph import alignment, visible_points
 from arcface_kd.data.synthetic_faces.portrait import Portrait
 from arcface_kd.data.synthetic_faces.relief import Surface
 from arcface_kd.data.synthetic_faces.shot import Camera, Light, Shot, draw_shot
 from arcface_kd.data.synthetic_faces.traits import Identity, about, draw_identity
-from arcface_kd.data.verification_bin import read_bin
 from arcface_kd.errors import ConfigError, DataError
 
 AT_REST = Expression(0.0, 0.0, 0.0, 1.0, (0.0, 0.0), Eyewear.NONE, None)

@@ -17,7 +17,7 @@ from typing import Any, Concatenate, ParamSpec, TypeVar
 import torch
 from torch import distributed
 
-from arcface_kd.sharding import RankGroup
+from arcface_kd.distributed.ranks import RankGroup
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -94,7 +94,7 @@ class RankPool:
         context: Any = multiprocessing.get_context(method)
         if method == "forkserver":
             # The last is what DistributedDataParallel loads when it is first used.
-            context.set_forkserver_preload(["tests.distributed.pool", "arcface_kd.distiller", "torch._dynamo"])
+            context.set_forkserver_preload(["tests.distributed.pool", "arcface_kd.distillation.head", "torch._dynamo"])
         with tempfile.TemporaryDirectory() as folder:
             for rank in range(LARGEST_WORLD):
                 ours, theirs = context.Pipe()

@@ -8,11 +8,13 @@ from torch import Tensor, nn
 from torch.nn.functional import normalize
 from torch.nn.parallel import DistributedDataParallel
 
-from arcface_kd.centers import DistilledCenters
-from arcface_kd.config import KDConfig
-from arcface_kd.distiller import DistillationHead, Distiller
-from arcface_kd.sharding import RankGroup
-from arcface_kd.teachers.base import TeacherOptions, load_teacher
+from arcface_kd.config.kd import KDConfig
+from arcface_kd.distillation.distiller import Distiller
+from arcface_kd.distillation.head import DistillationHead
+from arcface_kd.distributed.ranks import RankGroup
+from arcface_kd.methods.class_centers import DistilledCenters
+from arcface_kd.teachers.base import load_teacher
+from arcface_kd.teachers.options import TeacherOptions
 from tests.distributed.pool import RankPool
 from tests.reference.adadistill import adadistill_step
 from tests.reference.problems import MARGINS

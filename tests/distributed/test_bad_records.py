@@ -3,8 +3,9 @@
 import logging
 from pathlib import Path
 
-from arcface_kd.data.loader import ViewSampler, get_dataloader
-from arcface_kd.sharding import RankGroup
+from arcface_kd.data.loader import get_dataloader
+from arcface_kd.data.sampler import ViewSampler
+from arcface_kd.distributed.ranks import RankGroup
 from tests.data.record_damage import no_image, offset_of
 from tests.data.record_sets import insightface_records, write_records
 from tests.distributed.pool import RankPool
@@ -20,14 +21,14 @@ def _skip_on_ranks(ranks: RankGroup, folder: str) -> tuple[list[int], int, list[
             told.append(entry.getMessage())
 
     listener = Listener()
-    logging.getLogger("arcface_kd.data.skipped_records").addHandler(listener)
+    logging.getLogger("arcface_kd.data.bad_records").addHandler(listener)
     try:
         loader = get_dataloader(folder, 0, 2, num_workers=0, on_bad_record="skip", drop_last=False)
         seen: list[int] = []
         loader.on_batch = lambda views: seen.extend(views.index.tolist())
         batches = sum(1 for _ in loader)
     finally:
-        logging.getLogger("arcface_kd.data.skipped_records").removeHandler(listener)
+        logging.getLogger("arcface_kd.data.bad_records").removeHandler(listener)
     return seen, batches, told
 
 

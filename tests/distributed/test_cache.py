@@ -9,18 +9,20 @@ import torch
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
-from arcface_kd.cache_filling import fill_cache
-from arcface_kd.config import KDConfig
+from arcface_kd.config.kd import KDConfig
 from arcface_kd.data.dataset import RecordDataset
 from arcface_kd.data.fingerprint import fingerprint
-from arcface_kd.data.loader import FaceLoader, ViewSampler
-from arcface_kd.distiller import DistillationHead, Distiller
-from arcface_kd.sharding import RankGroup
-from arcface_kd.teachers.embedding_cache import EmbeddingCache, identity_of
+from arcface_kd.data.loader import FaceLoader
+from arcface_kd.data.sampler import ViewSampler
+from arcface_kd.distillation.distiller import Distiller
+from arcface_kd.distillation.head import DistillationHead
+from arcface_kd.distributed.ranks import RankGroup
+from arcface_kd.teachers.cache.embedding_cache import EmbeddingCache, identity_of
+from arcface_kd.teachers.cache.fill import fill_cache
+from tests.distillation.test_cached_distillation import DIMENSION, Network, teacher_of
 from tests.distributed.pool import LARGEST_WORLD, RankPool
+from tests.host.trainer.faces import Faces, draw_faces
 from tests.reference.problems import ARCFACE
-from tests.test_cached_distillation import DIMENSION, Network, teacher_of
-from tests.trainer.faces import Faces, draw_faces
 
 
 class Trace(NamedTuple):

@@ -9,11 +9,12 @@ from torch import Tensor, nn
 from torch.nn.functional import normalize
 from torch.nn.parallel import DistributedDataParallel
 
-from arcface_kd.config import KDConfig
-from arcface_kd.distiller import DistillationHead, Distiller
+from arcface_kd.config.kd import KDConfig
+from arcface_kd.distillation.distiller import Distiller
+from arcface_kd.distillation.head import DistillationHead
+from arcface_kd.distributed.ranks import RankGroup
 from arcface_kd.methods.base import Batch, RunContext
 from arcface_kd.methods.crosskd import CrossKD, CrossKDConfig
-from arcface_kd.sharding import RankGroup
 from arcface_kd.teachers.base import load_teacher
 from tests.distributed.pool import RankPool
 from tests.reference.crosskd import crosskd_terms

@@ -7,13 +7,15 @@ import pytest
 import torch
 from torch import Tensor
 
-from arcface_kd.centers import initial_centers
-from arcface_kd.config import KDConfig
-from arcface_kd.distiller import DistillationHead, Distiller
+from arcface_kd.config.kd import KDConfig
+from arcface_kd.distillation.distiller import Distiller
+from arcface_kd.distillation.head import DistillationHead
+from arcface_kd.distillation.tensorboard_log import StepLog
+from arcface_kd.distributed.class_shard import ClassShard
+from arcface_kd.distributed.ranks import RankGroup
 from arcface_kd.methods.base import RunContext
-from arcface_kd.methods.sampling import sample_classes
-from arcface_kd.sharding import ClassShard, RankGroup
-from arcface_kd.step_log import StepLog
+from arcface_kd.methods.class_centers import initial_centers
+from arcface_kd.methods.class_sampling import sample_classes
 from tests.distributed.pool import RankPool
 from tests.reference.margin_softmax import dense_margin_softmax
 from tests.reference.problems import ARCFACE, random_problem

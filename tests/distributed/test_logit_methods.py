@@ -6,13 +6,14 @@ import pytest
 import torch
 from torch import Tensor
 
+from arcface_kd.distributed.class_shard import ClassShard
+from arcface_kd.distributed.ranks import RankGroup
 from arcface_kd.losses.logit_distillation import Grouping
 from arcface_kd.methods.base import Batch, Method
+from arcface_kd.methods.class_sampling import sample_classes
 from arcface_kd.methods.gkd import GKD, GKDConfig
 from arcface_kd.methods.kd import LogitKD, LogitKDConfig
-from arcface_kd.methods.sampling import sample_classes
 from arcface_kd.methods.thkd import THKD, THKDConfig
-from arcface_kd.sharding import ClassShard, RankGroup
 from tests.distributed.pool import RankPool
 from tests.reference.logit_distillation import dense_distillation
 from tests.reference.problems import COSFACE

@@ -7,9 +7,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from arcface_kd.distributed.ranks import RankGroup
 from arcface_kd.losses.margin import Margin
 from arcface_kd.losses.margin_softmax import margin_softmax
-from arcface_kd.sharding import RankGroup
 from tests.distributed.pool import RankPool
 from tests.reference.margin_softmax import dense_margin_softmax
 from tests.reference.problems import MARGINS, random_problem

@@ -5,13 +5,15 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from arcface_kd.config import KDConfig
+from arcface_kd.config.kd import KDConfig
 from arcface_kd.data.dataset import open_dataset
 from arcface_kd.data.loader import BatchViews
-from arcface_kd.distiller import DistillationHead, Distiller
+from arcface_kd.distillation.distiller import Distiller
+from arcface_kd.distillation.head import DistillationHead
+from arcface_kd.distributed.ranks import RankGroup
 from arcface_kd.errors import NumberError
-from arcface_kd.sharding import RankGroup
-from arcface_kd.teachers.base import TeacherOptions, load_teacher
+from arcface_kd.teachers.base import load_teacher
+from arcface_kd.teachers.options import TeacherOptions
 from tests.data.record_sets import insightface_records, write_records
 from tests.distributed.pool import RankPool
 from tests.reference.problems import ARCFACE

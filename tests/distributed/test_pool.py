@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import distributed
 
-from arcface_kd.sharding import RankGroup
+from arcface_kd.distributed.ranks import RankGroup
 from tests.distributed.pool import RankError, RankPool
 
 

@@ -7,10 +7,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from arcface_kd.config import KDConfig
-from arcface_kd.distiller import DistillationHead, Distiller
+from arcface_kd.config.kd import KDConfig
+from arcface_kd.distillation.distiller import Distiller
+from arcface_kd.distillation.head import DistillationHead
+from arcface_kd.distributed.ranks import RankGroup
 from arcface_kd.methods.proxylesskd import ProxylessKD
-from arcface_kd.sharding import RankGroup
 from tests.distributed.pool import RankPool
 from tests.reference.problems import ARCFACE, random_problem
 from tests.reference.proxylesskd import proxylesskd_loss

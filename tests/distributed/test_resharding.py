@@ -8,12 +8,15 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from arcface_kd.centers import DistilledCenters
-from arcface_kd.config import KDConfig
-from arcface_kd.distiller import DistillationHead, Distiller
-from arcface_kd.resharding import checkpoint_file, merge_head
-from arcface_kd.sharding import RankGroup
-from arcface_kd.teachers.base import TeacherOptions, load_teacher
+from arcface_kd.checkpoints.files import checkpoint_file
+from arcface_kd.checkpoints.shards import merge_head
+from arcface_kd.config.kd import KDConfig
+from arcface_kd.distillation.distiller import Distiller
+from arcface_kd.distillation.head import DistillationHead
+from arcface_kd.distributed.ranks import RankGroup
+from arcface_kd.methods.class_centers import DistilledCenters
+from arcface_kd.teachers.base import load_teacher
+from arcface_kd.teachers.options import TeacherOptions
 from tests.distributed.pool import RankPool
 from tests.distributed.test_adadistill import Linear
 from tests.reference.problems import ARCFACE

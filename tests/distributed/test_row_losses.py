@@ -7,13 +7,15 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from arcface_kd.config import KDConfig
-from arcface_kd.distiller import DistillationHead, Distiller
-from arcface_kd.evaluation.scalars import read_scalars
-from arcface_kd.losses.embedding import squared_distance
-from arcface_kd.sharding import RankGroup
-from arcface_kd.step_log import StepLog
-from arcface_kd.teachers.base import Teacher, TeacherOptions, load_teacher
+from arcface_kd.config.kd import KDConfig
+from arcface_kd.distillation.distiller import Distiller
+from arcface_kd.distillation.head import DistillationHead
+from arcface_kd.distillation.tensorboard_log import StepLog
+from arcface_kd.distributed.ranks import RankGroup
+from arcface_kd.evaluation.report.scalars import read_scalars
+from arcface_kd.losses.embedding_losses import squared_distance
+from arcface_kd.teachers.base import Teacher, load_teacher
+from arcface_kd.teachers.options import TeacherOptions
 from tests.distributed.pool import RankPool
 from tests.reference.ekd import ekd_step
 from tests.reference.margin_softmax import dense_margin_softmax

@@ -1,8 +1,8 @@
 """Ranks that were started differently."""
 
+from arcface_kd.checkpoints.run_settings import require_agreement
+from arcface_kd.distributed.ranks import RankGroup
 from arcface_kd.errors import ConfigError
-from arcface_kd.run_settings import require_agreement
-from arcface_kd.sharding import RankGroup
 from tests.distributed.pool import RankPool
 
 

@@ -4,8 +4,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from arcface_kd.distributed.ranks import RankGroup, for_ddp, on_first_rank_first
 from arcface_kd.losses.margin_softmax import margin_softmax
-from arcface_kd.sharding import RankGroup, for_ddp, on_first_rank_first
 from tests.distributed.pool import RankPool
 from tests.reference.problems import ARCFACE, random_problem
 

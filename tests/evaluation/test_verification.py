@@ -13,14 +13,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from arcface_kd.data.verification_bin import VerificationSet, decode, read_bin
+from arcface_kd.data.formats.verification_bin import VerificationSet, decode, read_bin
 from arcface_kd.errors import ConfigError, DataError
+from arcface_kd.evaluation.embedding import embed, normalize
 from arcface_kd.evaluation.verification import (
     FAR_LEVELS,
     VerificationResult,
-    embed,
     evaluate,
-    normalize,
     pair_distances,
     ten_fold_accuracy,
     ten_fold_val,

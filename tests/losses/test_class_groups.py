@@ -8,10 +8,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from arcface_kd.distributed.ranks import RankGroup
 from arcface_kd.losses.class_groups import BatchMass, FixedSize, GroupRule, RankedLogits, SampleMass
 from arcface_kd.losses.margin_softmax import visited_classes
 from arcface_kd.losses.sharded_logits import HIDDEN
-from arcface_kd.sharding import RankGroup
 from tests.reference.logit_distillation import sorted_groups
 
 LIMIT, TEMPERATURE = 16.0, 4.0

@@ -11,16 +11,16 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 
+from arcface_kd.distributed.ranks import RankGroup
 from arcface_kd.losses.margin import Margin
 from arcface_kd.losses.margin_softmax import margin_softmax
 from arcface_kd.methods.adadistill import AdaDistill, AdaDistillConfig
 from arcface_kd.methods.base import Batch, Method, RunContext
-from arcface_kd.methods.classifier import LearnedClassifier
 from arcface_kd.methods.ekd import EKD, EKDConfig
 from arcface_kd.methods.embedding import EmbeddingConfig, EmbeddingDistillation
+from arcface_kd.methods.learned_classifier import LearnedClassifier
 from arcface_kd.methods.margindistillation import MarginDistillation, MarginDistillationConfig
 from arcface_kd.methods.rkd import RKD, RKDConfig
-from arcface_kd.sharding import RankGroup
 from tests.reference.problems import ARCFACE, MARGINS, random_problem
 
 METHODS: dict[str, Callable[[RunContext], Method]] = {

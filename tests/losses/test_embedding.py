@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from arcface_kd.losses.embedding import squared_distance
+from arcface_kd.losses.embedding_losses import squared_distance
 
 
 def _rows(seed: int, batch: int = 7, dimension: int = 5) -> torch.Tensor:

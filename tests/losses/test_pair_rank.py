@@ -2,7 +2,7 @@
 
 import torch
 
-from arcface_kd.losses.pair_rank import impostor_thresholds, rank_loss, soft_rank
+from arcface_kd.losses.embedding_losses import impostor_thresholds, rank_loss, soft_rank
 
 RATES = (10, 100, 1000)
 

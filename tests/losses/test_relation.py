@@ -7,8 +7,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from arcface_kd.losses import relation
-from arcface_kd.losses.relation import angle_loss, distance_loss, inner_products
+from arcface_kd.losses import embedding_losses as relation
+from arcface_kd.losses.embedding_losses import angle_loss, distance_loss, inner_products
 from tests.reference.rkd import rkd_angle, rkd_distance
 
 LOSSES = {"distance": (distance_loss, rkd_distance), "angle": (angle_loss, rkd_angle)}

@@ -11,14 +11,17 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from arcface_kd.centers import DistilledCenters
-from arcface_kd.config import KDConfig, build
-from arcface_kd.distiller import DistillationHead, Distiller
+from arcface_kd.config.kd import KDConfig
+from arcface_kd.config.options import build
+from arcface_kd.distillation.distiller import Distiller
+from arcface_kd.distillation.head import DistillationHead
+from arcface_kd.distributed.class_shard import ClassShard
+from arcface_kd.distributed.ranks import RankGroup
 from arcface_kd.errors import ConfigError, TeacherError
 from arcface_kd.losses.margin import Margin
 from arcface_kd.methods.adadistill import AdaDistill, AdaDistillConfig, adaptive_alpha
 from arcface_kd.methods.base import Batch, RunContext
-from arcface_kd.sharding import ClassShard, RankGroup
+from arcface_kd.methods.class_centers import DistilledCenters
 from arcface_kd.teachers.base import load_teacher
 from tests.reference.adadistill import adadistill_step
 from tests.reference.problems import ARCFACE, COSFACE, MARGINS

@@ -11,19 +11,22 @@ from torch import Tensor, nn
 from torch.nn.functional import normalize
 
 from arcface_kd.backbones import get_backbone
-from arcface_kd.config import KDConfig, build
+from arcface_kd.config.kd import KDConfig
+from arcface_kd.config.options import build
 from arcface_kd.data.dataset import RecordDataset
-from arcface_kd.data.loader import FaceLoader, ViewSampler
-from arcface_kd.distiller import DistillationHead, Distiller
+from arcface_kd.data.loader import FaceLoader
+from arcface_kd.data.sampler import ViewSampler
+from arcface_kd.distillation.distiller import Distiller
+from arcface_kd.distillation.head import DistillationHead
+from arcface_kd.distributed.ranks import RankGroup
 from arcface_kd.errors import ConfigError, TeacherError
 from arcface_kd.methods.base import Batch, Method, RunContext
 from arcface_kd.methods.crosskd import Adapter, CrossKD, CrossKDConfig
-from arcface_kd.sharding import RankGroup
 from arcface_kd.teachers.base import load_teacher
+from tests.host.trainer.faces import draw_faces
 from tests.reference.crosskd import crosskd_terms
 from tests.reference.problems import ARCFACE
 from tests.teachers.feature_networks import Iresnet, Plain, Vit, seeded
-from tests.trainer.faces import draw_faces
 
 CLASSES, DIMENSION = 7, 5
 STUDENT, TEACHER = (4, 3, 3), (6, 2, 2)

@@ -6,13 +6,15 @@ import pytest
 import torch
 from torch import Tensor
 
-from arcface_kd.config import KDConfig, build
-from arcface_kd.distiller import DistillationHead, Distiller
+from arcface_kd.config.kd import KDConfig
+from arcface_kd.config.options import build
+from arcface_kd.distillation.distiller import Distiller
+from arcface_kd.distillation.head import DistillationHead
+from arcface_kd.distributed.ranks import RankGroup
 from arcface_kd.errors import ConfigError, TeacherError
 from arcface_kd.losses.margin import Margin
 from arcface_kd.methods.base import Batch, RunContext
 from arcface_kd.methods.embedding import EmbeddingConfig, EmbeddingDistillation
-from arcface_kd.sharding import RankGroup
 
 
 def context() -> RunContext:
@@ -66,7 +68,8 @@ def test_it_observes_the_mean_cosine() -> None:
 
 
 def _head(methods: str, **options: object) -> DistillationHead:
-    from arcface_kd.teachers.base import TeacherOptions, load_teacher
+    from arcface_kd.teachers.base import load_teacher
+    from arcface_kd.teachers.options import TeacherOptions
 
     teacher = load_teacher(torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(192, 5)), TeacherOptions(size=8))
     distiller = Distiller(KDConfig(tuple(methods.split("+")), options={"embedding": options}), teacher)

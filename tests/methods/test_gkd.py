@@ -10,13 +10,15 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy, normalize, one_hot
 
-from arcface_kd.config import KDConfig, build
-from arcface_kd.distiller import DistillationHead, Distiller
+from arcface_kd.config.kd import KDConfig
+from arcface_kd.config.options import build
+from arcface_kd.distillation.distiller import Distiller
+from arcface_kd.distillation.head import DistillationHead
+from arcface_kd.distributed.ranks import RankGroup
 from arcface_kd.errors import ConfigError
 from arcface_kd.losses.class_groups import BatchMass, FixedSize, SampleMass
 from arcface_kd.losses.logit_distillation import Grouping
 from arcface_kd.methods.gkd import GKD, GKDConfig, Group
-from arcface_kd.sharding import RankGroup
 from arcface_kd.teachers.base import load_teacher
 from tests.reference.grouped_kd import batch_group_size, grouped_kd
 from tests.reference.logit_distillation import dense_distillation

@@ -5,12 +5,13 @@ from typing import Any
 import pytest
 import torch
 
-from arcface_kd.config import KDConfig, build
-from arcface_kd.distiller import Distiller
+from arcface_kd.config.kd import KDConfig
+from arcface_kd.config.options import build
+from arcface_kd.distillation.distiller import Distiller
+from arcface_kd.distributed.ranks import RankGroup
 from arcface_kd.errors import ConfigError, TeacherError
 from arcface_kd.losses.logit_distillation import Logits
 from arcface_kd.methods.kd import LogitKD, LogitKDConfig
-from arcface_kd.sharding import RankGroup
 from tests.reference.logit_distillation import dense_distillation
 from tests.reference.problems import ARCFACE, COSFACE
 from tests.reference.two_classifiers import TwoSides, two_sides

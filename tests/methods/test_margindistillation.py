@@ -5,14 +5,15 @@ from typing import Any
 import pytest
 import torch
 
-from arcface_kd.config import KDConfig, build
-from arcface_kd.distiller import Distiller
+from arcface_kd.config.kd import KDConfig
+from arcface_kd.config.options import build
+from arcface_kd.distillation.distiller import Distiller
+from arcface_kd.distributed.ranks import RankGroup
 from arcface_kd.errors import ConfigError, TeacherError
 from arcface_kd.losses.margin import Margin
 from arcface_kd.methods.base import Batch, RunContext
 from arcface_kd.methods.margindistillation import MarginDistillation, MarginDistillationConfig, distilled_margins
 from arcface_kd.methods.proxylesskd import ArcDistill, ArcDistillConfig
-from arcface_kd.sharding import RankGroup
 from tests.reference.margindistillation import margindistillation_loss, margins_of
 from tests.reference.problems import random_problem
 

@@ -7,8 +7,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from arcface_kd.config import KDConfig, build
-from arcface_kd.distiller import DistillationHead, Distiller
+from arcface_kd.config.kd import KDConfig
+from arcface_kd.config.options import build
+from arcface_kd.distillation.distiller import Distiller
+from arcface_kd.distillation.head import DistillationHead
+from arcface_kd.distributed.ranks import RankGroup
 from arcface_kd.errors import ConfigError, TeacherError
 from arcface_kd.losses.margin import Margin
 from arcface_kd.methods.base import Batch, RunContext
@@ -20,7 +23,6 @@ from arcface_kd.methods.proxylesskd import (
     ProxylessKD,
     ProxylessKDConfig,
 )
-from arcface_kd.sharding import RankGroup
 from tests.reference.problems import ARCFACE, COSFACE, random_problem
 from tests.reference.proxylesskd import proxylesskd_loss
 

@@ -3,12 +3,12 @@
 import pytest
 import torch
 
-from arcface_kd.config import build
+from arcface_kd.config.options import build
+from arcface_kd.distributed.ranks import RankGroup
 from arcface_kd.errors import ConfigError
 from arcface_kd.losses.margin import Margin
 from arcface_kd.methods.base import Batch, RunContext
 from arcface_kd.methods.rkd import RKD, RKDConfig
-from arcface_kd.sharding import RankGroup
 from tests.reference.rkd import rkd_angle, rkd_distance
 
 CONTEXT = RunContext(9, 4, Margin(), RankGroup(alone=True), teacher_embedding_size=6)

@@ -6,10 +6,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from arcface_kd.config import build
+from arcface_kd.config.options import build
+from arcface_kd.distributed.ranks import RankGroup
 from arcface_kd.errors import ConfigError
 from arcface_kd.methods.thkd import THKD, THKDConfig
-from arcface_kd.sharding import RankGroup
 from tests.reference.logit_distillation import dense_distillation
 from tests.reference.problems import ARCFACE
 from tests.reference.two_classifiers import TwoSides, two_sides

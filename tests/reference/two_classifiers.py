@@ -5,10 +5,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from arcface_kd.centers import initial_centers
+from arcface_kd.distributed.class_shard import ClassShard
+from arcface_kd.distributed.ranks import RankGroup
 from arcface_kd.losses.margin import Margin
 from arcface_kd.methods.base import Batch, RunContext
-from arcface_kd.sharding import ClassShard, RankGroup
+from arcface_kd.methods.class_centers import initial_centers
 from tests.reference.problems import random_problem
 
 SEED = 5

@@ -3,7 +3,7 @@ from types import ModuleType
 
 import pytest
 
-from arcface_kd.data.verification_bin import VerificationSet, read_bin
+from arcface_kd.data.formats.verification_bin import VerificationSet, read_bin
 from tests.mxnet_oracle import import_mxnet
 
 

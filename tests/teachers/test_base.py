@@ -13,9 +13,9 @@ import torch
 from torch import Tensor, nn
 
 from arcface_kd import registry
-from arcface_kd.errors import ConfigError, TeacherError
+from arcface_kd.errors import ConfigError, TeacherError, first_line
 from arcface_kd.teachers import Preprocessing, Teacher, TeacherOptions, load_teacher
-from arcface_kd.teachers.base import first_line, local_path, read_bytes, tensors_digest
+from arcface_kd.teachers.base import local_path, read_bytes, tensors_digest
 
 
 class Pooled(nn.Module):

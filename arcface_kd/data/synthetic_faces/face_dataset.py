@@ -11,10 +11,10 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
+from arcface_kd.data.formats.pair_identities import write_pair_identities
+from arcface_kd.data.formats.verification_bin import write_bin
 from arcface_kd.data.pack import write_identities
-from arcface_kd.data.pair_identities import write_pair_identities
 from arcface_kd.data.synthetic_faces.faces import SyntheticFaces
-from arcface_kd.data.verification_bin import write_bin
 from arcface_kd.errors import ConfigError
 
 FOLDS = 10

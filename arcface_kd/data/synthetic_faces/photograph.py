@@ -9,7 +9,7 @@ import cmath
 import cv2
 import numpy as np
 
-from arcface_kd.data.alignment import CROP, TEMPLATE
+from arcface_kd.data.formats.face_alignment import CROP, TEMPLATE
 from arcface_kd.data.synthetic_faces.canvas import Bytes, Floats, sample
 from arcface_kd.data.synthetic_faces.features import landmarks
 from arcface_kd.data.synthetic_faces.portrait import Portrait

@@ -1,0 +1,1 @@
+"""Checkpoints: whole files, shards of a head, and what a run was started with."""

@@ -1,0 +1,111 @@
+"""Fit a head's saved state to a run's ranks and classes."""
+
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim.optimizer import register_optimizer_step_pre_hook
+
+from arcface_kd.checkpoints.files import HEAD, OPTIMIZER, checkpoint_file
+from arcface_kd.checkpoints.shards import class_range, open_shards
+from arcface_kd.distributed.class_shard import ClassShard
+from arcface_kd.errors import CheckpointError
+
+
+def fit_head_state(
+    state: Mapping[str, Any], shard: ClassShard, sharded: Iterable[str], folder: Path | None
+) -> Mapping[str, Any]:
+    """Turn the state of whichever rank into that of this one.
+
+    Args:
+        state: a rank's head state, as its checkpoint has it.
+        shard: the classes of this rank.
+        sharded: names of entries whose rows are classes.
+        folder: of the run whose checkpoints hold the other shards; None if it is not known.
+
+    Returns:
+        ``state`` itself if it is this rank's, else a copy with this rank's classes.
+
+    Raises:
+        CheckpointError: a head of another trainer or number of classes, or checkpoints that are missing or do not
+            belong together.
+    """
+    if "class_range" not in state:
+        raise CheckpointError(
+            f"the checkpoint's head has {', '.join(state) or 'nothing'} and no class_range: it is not one of this "
+            "package, so the run began without --kd; begin anew, in another output folder"
+        )
+    wanted = [shard.start, shard.start + shard.size, shard.num_classes]
+    given = class_range(state, "the checkpoint's head")
+    if given[2] != shard.num_classes:
+        raise CheckpointError(f"the checkpoint's head has {given[2]} classes, the run {shard.num_classes}")
+    if folder is None or not checkpoint_file(folder, 0).is_file():
+        if given == wanted:
+            return state
+        raise CheckpointError(
+            f"the checkpoint's head holds classes {given[0]} to {given[1] - 1}, this rank takes {wanted[0]} to "
+            f"{wanted[1] - 1}, and the other ranks' checkpoints are not there: {folder or 'no run folder is known'}"
+        )
+    shards = open_shards(folder)
+    met, known = state.get("step"), shards.checkpoints[0][HEAD].get("step")
+    if met is not None and known is not None and int(met) != int(known):
+        raise CheckpointError(
+            f"the head's state is of step {int(met)}, those in {folder} of step {int(known)}: remove the "
+            f"checkpoint_gpu_*.pt of ranks from {shards.world_size} on, which an earlier run has left"
+        )
+    if given == wanted and shards.world_size == shard.world_size:
+        return state
+    own = {name: shards.rows(wanted[0], wanted[1], HEAD, name) for name in sharded}
+    return {**state, **own, "class_range": torch.tensor(wanted)}
+
+
+def bring_momentum(
+    parameters: Sequence[nn.Parameter], sharded: Sequence[nn.Parameter], shard: ClassShard, folder: Path
+) -> None:
+    """Let the momentum of a run that was saved by another number of ranks follow its classes to this one.
+
+    A trainer loads the optimiser's state after the head's, into an optimiser that the head never sees. So the rows are
+    read now, while the run's checkpoints are what they were, and put in place of those that were loaded when the
+    optimiser of these parameters takes its first step.
+
+    Args:
+        parameters: those of the head, in order; the last ones of the optimiser that was saved.
+        sharded: those among them whose rows are this rank's classes.
+        shard: the classes of this rank.
+        folder: of the run.
+
+    Raises:
+        CheckpointError: checkpoints that are missing or do not belong together.
+    """
+    if not parameters:
+        return
+    shards = open_shards(folder)
+    saved = shards.checkpoints[0].get(OPTIMIZER)
+    if not isinstance(saved, Mapping):
+        return
+    places = [place for group in saved["param_groups"] for place in group["params"]][-len(parameters) :]
+    waiting: dict[nn.Parameter, dict[str, Tensor]] = {}
+    for parameter, place in zip(parameters, places, strict=True):
+        if any(parameter is one for one in sharded):
+            # An optimiser keeps nothing for a parameter that has had no gradient yet.
+            entries = saved["state"].get(place, {})
+            waiting[parameter] = {
+                name: shards.rows(shard.start, shard.start + shard.size, OPTIMIZER, "state", place, name)
+                for name, value in entries.items()
+                if isinstance(value, Tensor) and value.ndim == parameter.ndim
+            }
+
+    def replace(optimizer: torch.optim.Optimizer, arguments: Any, keywords: Any) -> None:
+        if not waiting:
+            return
+        for group in optimizer.param_groups:
+            for parameter in group["params"]:
+                loaded = optimizer.state.get(parameter, {})
+                for name, rows in waiting.pop(parameter, {}).items():
+                    if isinstance(loaded.get(name), Tensor):
+                        loaded[name] = rows.to(loaded[name])
+
+    # It stays, with nothing left to do: a hook cannot take itself out of the round that has called it.
+    register_optimizer_step_pre_hook(replace)

@@ -1,0 +1,121 @@
+"""What decides how a run comes out: the same on every rank, and the same when it goes on.
+
+Ranks of different settings wait for each other in collectives of different sizes and end with a time-out or a crash in
+the middle of a library. A run that goes on with another teacher, other images or another seed ends with numbers that no
+uninterrupted run has.
+"""
+
+import json
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from arcface_kd.distributed.ranks import RankGroup
+from arcface_kd.errors import CheckpointError, ConfigError
+
+_LONGEST_VALUE = 80
+_ABSENT = "none"
+
+
+def require_agreement(settings: Mapping[str, Any], ranks: RankGroup) -> None:
+    """Refuse ranks that were started differently. All ranks call.
+
+    Args:
+        settings: this rank's, by name; None of a value and no value are the same.
+        ranks: the ranks of the run.
+
+    Raises:
+        ConfigError: a rank's differ from rank 0's; the message is the same on every rank and names the first.
+    """
+    of_ranks = ranks.gather_objects(_plain(settings))
+    for rank, found in enumerate(of_ranks):
+        if differing := _differences(of_ranks[0], found):
+            told = "; ".join(f"{name} is {first} on rank 0 and {own} on rank {rank}" for name, first, own in differing)
+            raise ConfigError(f"the ranks were started differently: {told}; start all of them alike")
+
+
+def require_same_run(before: Mapping[str, Any], settings: Mapping[str, Any]) -> None:
+    """Refuse to go on with a run under settings that would make another one of it.
+
+    Args:
+        before: what the run was begun with.
+        settings: what it is to go on with.
+
+    Raises:
+        CheckpointError: what both know differs; the message names all that does.
+    """
+    if told := changes(before, settings):
+        raise CheckpointError(
+            f"resume would make another run of the one that was begun: {'; '.join(told)}; set it back, or give another "
+            "output"
+        )
+
+
+def changes(before: Mapping[str, Any], settings: Mapping[str, Any]) -> list[str]:
+    """What a run goes on with that is not what it was begun with.
+
+    Args:
+        before: the latter; what is missing or None there, or in ``settings``, is not known and not compared.
+        settings: the former.
+    """
+    now = {name: value for name, value in _plain(settings).items() if value is not None}
+    then = {name: value for name, value in _plain(before).items() if value is not None and name in now}
+    found = _differences(then, {name: now[name] for name in then})
+    return [f"{name} was {first} and is now {second}" for name, first, second in found]
+
+
+def as_tensor(settings: Mapping[str, Any]) -> Tensor:
+    """Settings as a module's state keeps them, which holds tensors only.
+
+    Args:
+        settings: plain values by name.
+
+    Returns:
+        (N,) uint8, on the CPU: their JSON.
+    """
+    return torch.frombuffer(bytearray(json.dumps(_plain(settings)).encode()), dtype=torch.uint8)
+
+
+def from_tensor(state: object) -> dict[str, Any]:
+    """What :func:`as_tensor` has kept.
+
+    Args:
+        state: its result, on any device.
+
+    Raises:
+        CheckpointError: it is something else.
+    """
+    try:
+        if not isinstance(state, Tensor):
+            raise TypeError(type(state).__name__)
+        found = json.loads(bytes(state.flatten().to(torch.uint8).tolist()))
+        if not isinstance(found, dict):
+            raise TypeError(type(found).__name__)
+    # The JSON reader answers deep nesting with a RecursionError.
+    except (TypeError, ValueError, RecursionError, RuntimeError) as error:
+        raise CheckpointError(
+            f"the checkpoint's head does not say what the run was begun with ({type(error).__name__}): it is damaged"
+        ) from None
+    return found
+
+
+def _plain(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """As JSON gives it back: tuples become lists."""
+    plain: dict[str, Any] = json.loads(json.dumps(dict(settings), default=str))
+    return plain
+
+
+def _differences(one: Mapping[str, Any], other: Mapping[str, Any]) -> list[tuple[str, str, str]]:
+    names = [name for name in dict.fromkeys([*one, *other]) if one.get(name) != other.get(name)]
+    return [(name, _shown(one.get(name)), _shown(other.get(name))) for name in names]
+
+
+def _shown(value: Any) -> str:
+    if value is None:
+        return _ABSENT
+    text = value if isinstance(value, str) else json.dumps(value)
+    if len(text) == 64 and set(text) <= set("0123456789abcdef"):
+        return f"{text[:8]}..."
+    return text if len(text) <= _LONGEST_VALUE else text[: _LONGEST_VALUE - 3] + "..."

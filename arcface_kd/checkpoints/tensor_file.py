@@ -1,0 +1,96 @@
+"""Files of ``torch.save``: written whole or not at all, and held against their own checksums before they are read."""
+
+import os
+import zipfile
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from arcface_kd.errors import ResourceError
+from arcface_kd.system.files import atomic_write
+
+
+def save_tensors(path: str | os.PathLike[str], content: object) -> None:
+    """Write what ``torch.save`` writes; the file is replaced in one step.
+
+    Args:
+        path: the file; its folder must exist.
+        content: tensors and plain values.
+
+    Raises:
+        ResourceError: the folder is missing, read-only or full; what was there before is untouched.
+    """
+    try:
+        with atomic_write(path) as stream:
+            torch.save(content, stream)
+    except (OSError, RuntimeError) as error:
+        # What goes wrong while torch writes comes out as its own complaint about the position in the file.
+        reason = error if isinstance(error, OSError) else error.__context__
+        if isinstance(reason, KeyboardInterrupt):
+            raise reason from None
+        if not isinstance(reason, OSError):
+            raise
+        raise ResourceError(
+            f"cannot write {path}: {reason.strerror or reason}; what was there before is untouched"
+        ) from error
+
+
+def archive_fault(path: Path) -> str | None:
+    """What torch would read over without a word: damaged records, and records that unpack to more than the file.
+
+    Args:
+        path: a zip archive, as ``torch.save`` writes it since torch 1.6.
+
+    Returns:
+        What is wrong with it, or None where nothing is.
+    """
+    try:
+        with zipfile.ZipFile(path) as archive:
+            records = archive.infolist()
+            if not any(record.filename.endswith("/data.pkl") for record in records):
+                return "it is a zip archive, but not a PyTorch checkpoint: no data.pkl in it"
+            for record in records:
+                if record.compress_type != zipfile.ZIP_STORED:
+                    return f"record {record.filename!r} is compressed, which torch.save never does"
+            if sum(record.file_size for record in records) > path.stat().st_size:
+                return "its records claim more bytes than the file has"
+            damaged = archive.testzip()
+    # zipfile raises struct.error, NotImplementedError, UnicodeDecodeError and more besides BadZipFile on mangled files.
+    except Exception as error:
+        return f"damaged or cut short: {' '.join(str(error).split())[:200] or type(error).__name__}"
+    if damaged is None:
+        return None
+    return (
+        f"checksum of record {damaged!r} is wrong; the file is damaged, get it again (or it was saved with "
+        "torch.serialization.set_crc32_options(False): save it without)"
+    )
+
+
+def tensor_fault(content: object) -> str | None:
+    """What makes a tensor one that no trainer saves: a few bytes can stand for any number of others.
+
+    Args:
+        content: what ``torch.load`` has returned.
+
+    Returns:
+        The first tensor that is sparse, quantised, nested or without numbers, or that names more numbers than the file
+        holds for it; None where there is none.
+    """
+    pending: list[tuple[object, object]] = [("", content)]
+    seen: set[int] = set()
+    while pending:
+        name, value = pending.pop()
+        if isinstance(value, Tensor):
+            called = f"tensor {str(name)[:100]!r}"
+            if value.layout != torch.strided or value.is_quantized or value.is_nested or value.is_meta:
+                return f"{called} is not a plain dense tensor"
+            stored = value.untyped_storage().nbytes()
+            if value.numel() * value.element_size() > stored:
+                return f"{called} of shape {tuple(value.shape)} has only {stored} bytes in the file"
+        # A pickle may name one list again and again.
+        elif isinstance(value, Mapping | list | tuple | set) and id(value) not in seen:
+            seen.add(id(value))
+            pending.extend(value.items() if isinstance(value, Mapping) else ((name, each) for each in value))
+    return None

@@ -1,0 +1,1 @@
+"""Configs: arcface_torch's keys, the ``kd*`` keys, options and flags."""

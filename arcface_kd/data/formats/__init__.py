@@ -1,0 +1,1 @@
+"""File formats of face data: RecordIO, images, folders, verification sets, IJB."""

@@ -1,0 +1,165 @@
+"""Objects with the signatures of arcface_torch's own model, loader and head."""
+
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from torch import nn
+
+from arcface_kd.backbones import get_backbone
+from arcface_kd.config.kd import KDConfig
+from arcface_kd.data.loader import get_dataloader as open_loader
+from arcface_kd.distillation.distiller import Distiller
+from arcface_kd.distillation.head import DistillationHead
+from arcface_kd.distillation.tensorboard_log import StepLog
+from arcface_kd.distributed.ranks import RankGroup
+from arcface_kd.errors import ConfigError
+from arcface_kd.losses.margin import Margin
+from arcface_kd.system.device import narrow_format, training_device
+from arcface_kd.teachers.student_init import prepare_images, start_from
+
+logger = logging.getLogger(__name__)
+
+
+def margin_of(margin_loss: object) -> Margin:
+    """Read the margin out of arcface_torch's ``CombinedMarginLoss`` (or any object with its attributes).
+
+    Args:
+        margin_loss: an object with ``s``, ``m1``, ``m2``, ``m3`` and ``interclass_filtering_threshold``; a
+            :class:`~arcface_kd.losses.margin.Margin` is returned as it is.
+
+    Returns:
+        The margin.
+
+    Raises:
+        ConfigError: an attribute is missing or a value out of range.
+    """
+    if isinstance(margin_loss, Margin):
+        return margin_loss
+    names: Sequence[str] = ("s", "m1", "m2", "m3")
+    missing = [name for name in names if not hasattr(margin_loss, name)]
+    if missing:
+        raise ConfigError(
+            f"the margin loss {type(margin_loss).__name__} has no {', '.join(missing)}; a CombinedMarginLoss is wanted"
+        )
+    scale, m1, m2, m3 = (float(getattr(margin_loss, name)) for name in names)
+    try:
+        return Margin(scale, m1, m2, m3, float(getattr(margin_loss, "interclass_filtering_threshold", 0.0)))
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
+
+
+class DropIns(NamedTuple):
+    """Objects with the signatures of the trainer's own, which share one run's :class:`Distiller`.
+
+    Attributes:
+        get_model: ``(name, **kwargs) -> nn.Module``, the student with the hook.
+        get_dataloader: ``(root_dir, local_rank, batch_size, dali, dali_aug, seed, num_workers) -> loader``.
+        PartialFC_V2: ``(margin_loss, embedding_size, num_classes, sample_rate, fp16) -> nn.Module``, the head.
+        distiller: what they share.
+    """
+
+    get_model: Callable[..., nn.Module]
+    get_dataloader: Callable[..., Any]
+    PartialFC_V2: Callable[..., DistillationHead]
+    distiller: Distiller
+
+
+def drop_ins(
+    config: Callable[[], Mapping[str, Any]],
+    *,
+    distiller: Distiller | None = None,
+    host_model: Callable[..., nn.Module] | None = None,
+    host_loader: Callable[..., Any] | None = None,
+) -> DropIns:
+    """Make the drop-ins of one run.
+
+    Args:
+        config: gives the run's merged config; asked when a drop-in is called, since the host completes it late.
+        distiller: None reads the ``kd*`` keys of the config now and loads the teacher.
+        host_model: the trainer's own ``get_model``; None takes this package's backbones.
+        host_loader: the trainer's own ``get_dataloader``, which still serves DALI; None has no DALI.
+
+    Returns:
+        The drop-ins.
+
+    Raises:
+        ConfigError: a bad ``kd*`` key.
+        TeacherError: no teacher where one is needed.
+    """
+    shared = distiller if distiller is not None else Distiller(KDConfig.from_config(config()))
+
+    def get_model(name: str, **kwargs: Any) -> nn.Module:
+        def build() -> nn.Module:
+            return get_backbone(name, **kwargs) if host_model is None else host_model(name, **kwargs)
+
+        init = shared.kd.student.init
+        if init is None:
+            return shared.watch(build())
+        student, preprocessing = start_from(
+            init,
+            shared.kd.options.get("teacher"),
+            build,
+            kwargs.get("num_features", 512),
+            fp16=bool(kwargs.get("fp16", False)),
+        )
+        # Behind the teacher's hook, which wants the images as the loader brings them.
+        prepare_images(shared.watch(student), preprocessing)
+        return student
+
+    def get_dataloader(
+        root_dir: str,
+        local_rank: int,
+        batch_size: int,
+        dali: bool = False,
+        dali_aug: bool = False,
+        seed: int = 2048,
+        num_workers: int = 2,
+    ) -> Any:
+        if dali and host_loader is not None:
+            if shared.kd.cache is not None and not shared.from_cache_alone:
+                logger.warning(
+                    "kd_cache is off: DALI does not say which records a batch shows, nor how; the teacher runs each "
+                    "step"
+                )
+            if shared.kd.on_bad_record == "skip":
+                logger.warning("kd_on_bad_record=skip is off: DALI decides itself what becomes of a bad record")
+            return host_loader(root_dir, local_rank, batch_size, dali, dali_aug, seed, num_workers)
+        num_classes = config().get("num_classes")
+        loader = open_loader(
+            *(root_dir, local_rank, batch_size, dali, dali_aug, seed, num_workers),
+            num_classes=num_classes,
+            on_bad_record=shared.kd.on_bad_record,
+        )
+        shared.read_through_cache(loader)
+        return loader
+
+    def partial_fc(
+        margin_loss: object,
+        embedding_size: int,
+        num_classes: int,
+        sample_rate: float = 1.0,
+        fp16: bool = False,
+    ) -> DistillationHead:
+        settings, ranks = config(), RankGroup()
+        total_batch = settings["batch_size"] * ranks.world_size
+        steps_per_epoch = max(1, settings["num_image"] // total_batch)
+        epochs = settings.get("num_epoch")
+        return DistillationHead(
+            shared,
+            margin_of(margin_loss),
+            embedding_size,
+            num_classes,
+            float(sample_rate),
+            narrow_format(training_device()) if fp16 else None,
+            seed=int(settings["seed"]),
+            steps_per_epoch=steps_per_epoch,
+            loss_is_scaled=bool(settings.get("fp16")) and training_device().type == "cuda",
+            total_steps=None if epochs is None else max(1, steps_per_epoch * int(epochs)),
+            ranks=ranks,
+            log=StepLog(Path(settings["output"]) / "tensorboard", int(settings["frequent"]), ranks.rank == 0),
+            run_folder=Path(settings["output"]),
+        )
+
+    return DropIns(get_model, get_dataloader, partial_fc, shared)

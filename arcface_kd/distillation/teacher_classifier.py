@@ -1,0 +1,257 @@
+"""The teacher's classifier: read from whatever a training run has left, or made anew from cached embeddings.
+
+Published packs come without it. Class y of the classifier must be identity y of the records, so both the number of
+classes and their order are checked.
+"""
+
+import logging
+import os
+import re
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn.functional import normalize
+
+from arcface_kd.checkpoints.files import checkpoint_file
+from arcface_kd.checkpoints.shards import open_shards
+from arcface_kd.config.kd import CLASS_MEANS
+from arcface_kd.data.dataset import FaceDataset, View
+from arcface_kd.distributed.class_shard import ClassShard
+from arcface_kd.errors import BadRecordError, CheckpointError, TeacherError
+from arcface_kd.teachers.cache.embedding_cache import EmbeddingCache
+from arcface_kd.teachers.checkpoint import read_content
+
+logger = logging.getLogger(__name__)
+
+
+_OF_A_RUN = re.compile(r"checkpoint_gpu_\d+\.pt")
+# One file a rank, as arcface_torch left them until 2021: a bare matrix, or a state dict of PartialFC.
+_OLDER_SHARDS = ("rank_{}_softmax_weight.pt", "softmax_fc_gpu_{}.pt")
+_IMAGES_AT_ONCE = 1 << 14
+# Of this many records, those of a rank's own classes are looked at, though no more than the second number.
+_LABELS_LOOKED_AT, _EMBEDDINGS_LOOKED_AT = 2048, 256
+_PARTS = 8
+# A trained teacher finds the own class of nearly all its training images; in another order it finds next to none.
+_LEAST_AGREEMENT = 0.25
+
+
+def read_classifier(source: str | os.PathLike[str], shard: ClassShard) -> Tensor:
+    """Read this rank's rows of a classifier, whatever number of ranks has trained it.
+
+    Args:
+        source: the folder of a run of arcface_torch or of this package (``checkpoint_gpu_*.pt``), or one of its files;
+            the same with the files of arcface_torch's first years (``softmax_fc_gpu_*.pt``,
+            ``rank_*_softmax_weight.pt``); AdaDistill's ``header.pth`` (``kernel``, (D, C)); or one file with
+            ``{"weight": (C, D)}``, as ``arcface-kd merge-head`` writes it, or a bare (C, D) tensor.
+        shard: the classes that are wanted.
+
+    Returns:
+        (shard.size, D) fp32, as it was trained, not normalised.
+
+    Raises:
+        TeacherError: nothing of these, a file that is damaged, another number of classes than the records have, or a
+            class without a direction.
+        CheckpointError: files of a run that do not belong together.
+    """
+    path = Path(source).expanduser()
+    if not path.exists():
+        raise TeacherError(f"the teacher's classifier {path} does not exist (looked from {Path.cwd()})")
+    if path.is_dir():
+        rows = _rows_of_folder(path, shard)
+    elif _OF_A_RUN.fullmatch(path.name):
+        rows = _rows_of_run(path.parent, shard)
+    elif _older_shards(path.parent, path.name):
+        rows = _rows_of_files(_older_shards(path.parent, path.name), shard)
+    else:
+        rows = _rows_of_files([path], shard)
+    return _sound(rows, shard, path)
+
+
+def _rows_of_folder(folder: Path, shard: ClassShard) -> Tensor:
+    if checkpoint_file(folder, 0).exists():
+        return _rows_of_run(folder, shard)
+    for pattern in _OLDER_SHARDS:
+        if files := _older_shards(folder, pattern.format(0)):
+            return _rows_of_files(files, shard)
+    raise TeacherError(
+        f"no classifier in the folder {folder}; wanted checkpoint_gpu_0.pt, which a run leaves with "
+        f"save_all_states=True, or {' or '.join(pattern.format(0) for pattern in _OLDER_SHARDS)}"
+    )
+
+
+def _rows_of_run(folder: Path, shard: ClassShard) -> Tensor:
+    run = open_shards(folder)
+    _check_count(run.num_classes, shard, folder)
+    return run.class_centers(shard.start, shard.start + shard.size)
+
+
+def _older_shards(folder: Path, name: str) -> list[Path]:
+    """All ranks' files of the run that a file of this name belongs to, in order; none if it is called otherwise."""
+    for pattern in _OLDER_SHARDS:
+        before, after = pattern.split("{}")
+        found = [re.fullmatch(re.escape(before) + r"(\d+)" + re.escape(after), each) for each in os.listdir(folder)]
+        ranks = sorted(int(match[1]) for match in found if match)
+        if name in {pattern.format(rank) for rank in ranks}:
+            if ranks != list(range(len(ranks))):
+                raise CheckpointError(f"{folder} holds {pattern.format('*')} of ranks {ranks}: some are missing")
+            return [folder / pattern.format(rank) for rank in ranks]
+    return []
+
+
+def _rows_of_files(files: list[Path], shard: ClassShard) -> Tensor:
+    matrices = [_matrix(read_content(path), path) for path in files]
+    count = sum(matrix.shape[0] for matrix in matrices)
+    _check_count(count, shard, files[0], matrices[0])
+    parts, first = [], 0
+    for rank, (path, matrix) in enumerate(zip(files, matrices, strict=True)):
+        whole = ClassShard(count, rank, len(files))
+        if matrix.shape != (whole.size, matrices[0].shape[1]):
+            raise CheckpointError(
+                f"{path} holds {tuple(matrix.shape)} where rank {rank} of {len(files)} has {whole.size} of {count} "
+                f"classes of {matrices[0].shape[1]} dimensions: files of several runs are mixed"
+            )
+        begin, end = max(shard.start, first), min(shard.start + shard.size, first + len(matrix))
+        parts.append(matrix[begin - first : max(begin, end) - first])
+        first += len(matrix)
+    return torch.cat(parts)
+
+
+def _matrix(content: object, path: Path) -> Tensor:
+    """The (C, D) matrix of a file."""
+    found = content
+    if isinstance(content, Mapping):
+        named = {str(name).rpartition(".")[2]: value for name, value in content.items()}
+        if "kernel" in named:
+            found = named["kernel"].T if isinstance(named["kernel"], Tensor) else None
+        else:
+            found = named.get("weight")
+    if not isinstance(found, Tensor) or found.ndim != 2 or not found.is_floating_point():
+        holds = f"{', '.join(map(str, list(content)[:5]))}" if isinstance(content, Mapping) else type(content).__name__
+        raise TeacherError(
+            f"{path} holds no classifier but {holds}; wanted a matrix (classes, dimension), alone or as 'weight', or "
+            "AdaDistill's 'kernel'"
+        )
+    return found
+
+
+def _check_count(count: int, shard: ClassShard, path: Path, matrix: Tensor | None = None) -> None:
+    if count == shard.num_classes:
+        return
+    turned = matrix is not None and matrix.shape[1] == shard.num_classes
+    hint = "it lies on its side: save its transpose" if turned else "the teacher was trained on other records"
+    raise TeacherError(
+        f"the teacher's classifier {path} has {count} classes, the run has num_classes={shard.num_classes}: {hint}"
+    )
+
+
+def _sound(rows: Tensor, shard: ClassShard, path: Path) -> Tensor:
+    rows = rows.to(torch.float32, copy=True).contiguous()
+    norms = rows.norm(dim=1)
+    bad = (~norms.isfinite() | (norms == 0)).nonzero().flatten()
+    if len(bad):
+        raise TeacherError(
+            f"the teacher's classifier {path}: class {shard.start + int(bad[0])} is zero, NaN or inf; it is damaged"
+        )
+    return rows
+
+
+def class_means(cache: EmbeddingCache, faces: FaceDataset, shard: ClassShard) -> Tensor:
+    """A classifier made anew: each class's center is the mean direction of its images, plain and mirrored.
+
+    What margin softmax pulls the embeddings of a class towards is close to their mean; where nobody has kept the
+    teacher's classifier, this is the nearest to it that can be had.
+
+    Args:
+        cache: the teacher's embeddings, full for the classes that are wanted.
+        faces: the records that it belongs to.
+        shard: the classes that are wanted.
+
+    Returns:
+        (shard.size, D) fp32 unit vectors.
+
+    Raises:
+        TeacherError: embeddings are missing, or a class has no image or no direction.
+        DataError: records that cannot be read.
+    """
+    position = faces.labels() - shard.start
+    own = np.flatnonzero((position >= 0) & (position < shard.size))
+    sums = torch.zeros(shard.size, cache.embedding_size, dtype=torch.float64)
+    missing: list[int] = []
+    for first in range(0, len(own), _IMAGES_AT_ONCE):
+        chunk = torch.from_numpy(own[first : first + _IMAGES_AT_ONCE])
+        for flipped in (False, True):
+            rows, known = cache.look_up(chunk, torch.full((len(chunk),), flipped))
+            missing += chunk[~known].tolist()
+            sums.index_add_(0, torch.from_numpy(position[chunk.numpy()])[known], rows[known].double())
+    if missing and not _are_skipped(missing, faces):
+        raise TeacherError(
+            f"{CLASS_MEANS} needs a full cache, and {cache.path} lacks {len(missing)} of {2 * len(own)} embeddings of "
+            f"this rank's classes: fill it first with `arcface-kd cache CONFIG --kd-teacher FILE --out {cache.path}`"
+        )
+    norms = sums.norm(dim=1)
+    bad = (norms < 1e-6).nonzero().flatten()
+    if len(bad):
+        raise TeacherError(
+            f"{CLASS_MEANS}: class {shard.start + int(bad[0])} has no images in the records, or they cancel out: set "
+            "num_classes to the classes that are there, numbered without gaps"
+        )
+    return (sums / norms.unsqueeze(1)).float()
+
+
+def _are_skipped(images: list[int], faces: FaceDataset) -> bool:
+    """Whether these are all images that cannot be read, and the run skips such."""
+    if faces.on_bad_record == "stop":
+        return False
+    for index in sorted(set(images)):
+        try:
+            faces.pixels(View(index, False))
+        except BadRecordError:
+            continue
+        return False
+    return True
+
+
+def check_order(
+    classifier: Tensor, shard: ClassShard, faces: FaceDataset, embed: Callable[[Tensor], Tensor], name: str
+) -> None:
+    """Hold the order of the classes against the records: the teacher must find its own training images' classes.
+
+    Some images of this rank's classes, spread over the records, are embedded and compared with the classes of all of
+    them. They are judged in eight parts of the range of classes, so that an order which is right at the beginning and
+    shifted behind an identity that was taken out is noticed too.
+
+    Args:
+        classifier: (shard.size, D) this rank's rows.
+        shard: the classes of this rank.
+        faces: the records.
+        embed: from (N,) positions in the data set to the teacher's (N, D) embeddings.
+        name: of the classifier, for the message.
+
+    Raises:
+        TeacherError: fewer than a quarter of a part's images are nearest to their own class.
+        DataError: records that cannot be read.
+    """
+    spread = np.unique(np.linspace(0, len(faces) - 1, _LABELS_LOOKED_AT, dtype=np.int64))
+    labels = np.array([faces.label(int(index)) for index in spread])
+    own = np.flatnonzero((labels >= shard.start) & (labels < shard.start + shard.size))
+    own = own[np.argsort(labels[own], kind="stable")]
+    own = own[np.unique(np.linspace(0, len(own) - 1, _EMBEDDINGS_LOOKED_AT, dtype=np.int64))] if len(own) else own
+    wanted = torch.from_numpy(labels[own])
+    classes = wanted.unique()
+    if len(classes) < 2:
+        return
+    embeddings = normalize(embed(torch.from_numpy(spread[own])).cpu().float())
+    nearest = classes[(embeddings @ normalize(classifier[classes - shard.start]).T).argmax(1)]
+    right = nearest == wanted
+    parts = _PARTS if len(own) >= 8 * _PARTS else 1
+    for found, of in zip(right.tensor_split(parts), wanted.tensor_split(parts), strict=True):
+        if found.float().mean() < _LEAST_AGREEMENT:
+            raise TeacherError(
+                f"the teacher's classifier {name} does not fit the records: of {len(of)} images of classes "
+                f"{int(of[0])} to {int(of[-1])} it gives {int(found.sum())} their own class; it was trained on other "
+                "records or another order of identities, or with another teacher"
+            )
+    logger.info("the teacher's classifier %s gives %d of %d images their own class", name, int(right.sum()), len(right))

@@ -1,0 +1,1 @@
+"""Ranks, their process group and the classes that each holds."""

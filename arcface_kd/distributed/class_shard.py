@@ -1,0 +1,58 @@
+"""Which classes a rank holds, and where a label stands among them."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+def positions_in_shard(labels: Tensor, start: int, size: int) -> tuple[Tensor, Tensor]:
+    """Positions of labels inside the range of classes [start, start + size).
+
+    Args:
+        labels: (B,) int64 labels of the whole data set; negative ones belong to nobody.
+        start: first class of the range.
+        size: number of classes.
+
+    Returns:
+        ``(position, owned)``: (B,) int64 positions in [0, size), 0 where the label is not in the range, and (B,) bool,
+        whether it is.
+    """
+    position = labels - start
+    owned = (labels >= 0) & (position >= 0) & (position < size)
+    return torch.where(owned, position, torch.zeros_like(position)), owned
+
+
+@dataclass(frozen=True)
+class ClassShard:
+    """The contiguous range of classes that one rank holds.
+
+    Attributes:
+        num_classes: classes of the whole data set, at least 1.
+        rank: this rank, in [0, world_size).
+        world_size: number of ranks, at least 1.
+    """
+
+    num_classes: int
+    rank: int = 0
+    world_size: int = 1
+
+    def __post_init__(self) -> None:
+        if self.num_classes < 1:
+            raise ValueError(f"num_classes is {self.num_classes}; it must be at least 1")
+        if not 0 <= self.rank < self.world_size:
+            raise ValueError(f"rank is {self.rank}; it must be in [0, {self.world_size})")
+
+    @property
+    def size(self) -> int:
+        """Classes on this rank."""
+        return self.num_classes // self.world_size + int(self.rank < self.num_classes % self.world_size)
+
+    @property
+    def start(self) -> int:
+        """The first class of this rank."""
+        return self.num_classes // self.world_size * self.rank + min(self.rank, self.num_classes % self.world_size)
+
+    def local(self, labels: Tensor) -> tuple[Tensor, Tensor]:
+        """Positions of labels inside this shard, as :func:`positions_in_shard` gives them."""
+        return positions_in_shard(labels, self.start, self.size)

@@ -1,0 +1,296 @@
+"""Several models on the same verification sets: scores with intervals, who is best, hardest pairs, cost."""
+
+import os
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import nn
+
+from arcface_kd.data.formats.pair_identities import PairIdentities, pair_identities
+from arcface_kd.data.formats.verification_bin import VerificationSet, decode
+from arcface_kd.errors import DataError
+from arcface_kd.evaluation.embedding import embed
+from arcface_kd.evaluation.report.bootstrap import REPLICATES, Interval, bootstrap, interval, tar_name
+from arcface_kd.evaluation.report.cost import Cost, costs, machine
+from arcface_kd.evaluation.report.run_folder import RunFolder, read_run
+from arcface_kd.evaluation.verification import FAR_LEVELS, FOLDS, VerificationResult, pair_distances, read_pairs, verify
+
+HARDEST = 5
+# The statistics of which less is more.
+_ERRORS = ("eer",)
+
+
+@dataclass(frozen=True)
+class Contestant:
+    """A model to compare.
+
+    Attributes:
+        name: what to call it.
+        load: gives (B, 3, 112, 112) images in [-1, 1] to (B, D) embeddings, in evaluation mode, on the device.
+        method: the ``kd`` key of its run; what it is elsewhere.
+        network: its architecture, as far as known.
+        run: its run; None for a teacher's file.
+        parameters: number of weights where torch does not see them; None counts them.
+    """
+
+    name: str
+    load: Callable[[], nn.Module]
+    method: str
+    network: str
+    run: RunFolder | None = None
+    parameters: int | None = None
+
+
+@dataclass(frozen=True)
+class Score:
+    """One number of a model on a set.
+
+    Attributes:
+        value: the number; None where the set has too few pairs for it.
+        interval: its 95 % interval; None with ``value``.
+        best: no other model's is better.
+        close: not the best, but the interval of the difference to the best one, on the same draws, holds 0.
+    """
+
+    value: float | None
+    interval: Interval | None
+    best: bool = False
+    close: bool = False
+
+
+@dataclass(frozen=True, eq=False)
+class Judgement:
+    """One model on one verification set.
+
+    Attributes:
+        result: the verification scores.
+        similarities: (P,) cosines of the pairs.
+        scores: ``accuracy``, ``tar@far=...``, ``auc`` and ``eer``, each with its interval.
+    """
+
+    result: VerificationResult
+    similarities: NDArray[np.float64]
+    scores: Mapping[str, Score]
+
+    def hardest(self, is_same: NDArray[np.bool_], genuine: bool, count: int = HARDEST) -> list[int]:
+        """The genuine pairs that look least alike, or the impostor pairs that look most alike, worst first.
+
+        Args:
+            is_same: (P,) whether a pair is genuine.
+            genuine: which kind.
+            count: at most so many.
+
+        Returns:
+            Numbers of pairs.
+        """
+        pairs = np.flatnonzero(is_same == genuine)
+        order = np.argsort(self.similarities[pairs] * (1 if genuine else -1), kind="stable")
+        return [int(pair) for pair in pairs[order][:count]]
+
+
+@dataclass(frozen=True, eq=False)
+class ComparedSet:
+    """All models on one verification set.
+
+    Attributes:
+        pairs: the set.
+        identities: the persons of its pairs.
+        judgements: by model, in the order given.
+    """
+
+    pairs: VerificationSet
+    identities: PairIdentities
+    judgements: Mapping[str, Judgement]
+
+    @property
+    def resampled(self) -> str:
+        """What the bootstrap draws, in words for the reader of an interval."""
+        persons = len(np.unique(self.identities.numbers))
+        if self.identities.source == "stated":
+            return f"{persons:,} identities, as the file beside the set names them"
+        if self.identities.source == "shared images":
+            return (
+                f"identities as far as the set tells: it names none, but images that occur in several pairs tie these "
+                f"together, {persons:,} persons at most; one who is not recognised again makes the intervals too narrow"
+            )
+        return (
+            "pairs: the set names no identities and no image occurs twice, so the pairs are taken as independent; the "
+            "intervals are too narrow where persons recur"
+        )
+
+    @property
+    def columns(self) -> list[str]:
+        """The statistics that the set has pairs for."""
+        first = next(iter(self.judgements.values()))
+        return [name for name, score in first.scores.items() if score.value is not None]
+
+
+@dataclass(frozen=True, eq=False)
+class Comparison:
+    """Everything that a report shows.
+
+    Attributes:
+        contestants: the models.
+        sets: the verification sets.
+        costs: by model.
+        machine: where the speed was measured.
+        replicates: of the bootstrap.
+    """
+
+    contestants: Sequence[Contestant]
+    sets: Sequence[ComparedSet]
+    costs: Mapping[str, Cost]
+    machine: str
+    replicates: int
+
+
+def read_runs(folders: Sequence[str | os.PathLike[str]]) -> list[RunFolder]:
+    """Read several runs and call each by its folder's name, with that of the folder above where two have the same.
+
+    Args:
+        folders: their output folders.
+
+    Raises:
+        DataError: a folder that is no run, or one given twice.
+    """
+    paths = [Path(folder).resolve() for folder in folders]
+    names = [path.name for path in paths]
+    if len(set(paths)) < len(paths):
+        twice = next(path for place, path in enumerate(paths) if path in paths[:place])
+        raise DataError(f"{twice} is given twice; wanted different runs")
+    return [
+        read_run(folder, name if names.count(name) == 1 else f"{path.parent.name}/{name}")
+        for folder, path, name in zip(folders, paths, names, strict=True)
+    ]
+
+
+def run_contestant(run: RunFolder, device: torch.device | str = "cpu") -> Contestant:
+    """A run's student as a model to compare.
+
+    Args:
+        run: the run.
+        device: where the student goes.
+    """
+    return Contestant(run.name, lambda: run.load(device), run.method, run.network, run)
+
+
+def verification_files(data: str | os.PathLike[str]) -> list[Path]:
+    """All verification sets of a folder, by name.
+
+    Args:
+        data: the folder.
+
+    Raises:
+        DataError: no such folder, or none in it.
+    """
+    folder = Path(data)
+    if not folder.is_dir():
+        raise DataError(f"{folder} is no folder; give the one with the verification sets (*.bin) with --data")
+    files = sorted(folder.glob("*.bin"))
+    if not files:
+        raise DataError(f"{folder} holds no verification set (*.bin); give the folder that does with --data")
+    return files
+
+
+def data_of(runs: Sequence[RunFolder]) -> Path:
+    """The folder of the records that all runs were trained on.
+
+    Raises:
+        DataError: they differ, are unknown or not there.
+    """
+    folders = {run.settings.get("rec") for run in runs}
+    (only,) = folders if len(folders) == 1 else (None,)
+    if only is None or not Path(only).is_dir():
+        names = ", ".join(sorted(folder or "one does not say" for folder in folders))
+        raise DataError(f"the runs name no one folder of data that is here ({names}); say with --data where to judge")
+    return Path(only)
+
+
+def compare(
+    contestants: Sequence[Contestant],
+    files: Sequence[Path],
+    device: torch.device | str = "cpu",
+    *,
+    replicates: int = REPLICATES,
+    progress: bool = False,
+) -> Comparison:
+    """Judge models on verification sets.
+
+    Args:
+        contestants: the models, of different names.
+        files: the ``.bin`` files.
+        device: where they are embedded.
+        replicates: of the bootstrap.
+        progress: show bars, on a terminal only.
+
+    Returns:
+        The comparison.
+
+    Raises:
+        DataError: a set that cannot be read or has not ten pairs of both kinds, or a model that embeds NaN.
+    """
+    sets = [read_pairs(file) for file in files]
+    identities = [pair_identities(file, pairs) for file, pairs in zip(files, sets, strict=True)]
+    models = {contestant.name: contestant.load() for contestant in contestants}
+    found = costs(models, device, parameters={contestant.name: contestant.parameters for contestant in contestants})
+    compared = []
+    for pairs, known in zip(sets, identities, strict=True):
+        # Decoded, a set takes half a gigabyte: one at a time.
+        faces = decode(pairs)
+        rows = {
+            name: embed(model, faces, device=device, dtype=np.float64, progress=progress)
+            for name, model in models.items()
+        }
+        compared.append(_compared(pairs, known, rows, replicates))
+    return Comparison(contestants, compared, found, machine(torch.device(device)), replicates)
+
+
+def _compared(
+    pairs: VerificationSet, known: PairIdentities, embeddings: Mapping[str, np.ndarray], replicates: int
+) -> ComparedSet:
+    results = {name: verify(rows, pairs.is_same) for name, rows in embeddings.items()}
+    levels = [level for level in FAR_LEVELS if all(result.tar[level] is not None for result in results.values())]
+    folds = np.repeat(np.arange(FOLDS), [len(part) for part in np.array_split(np.arange(len(pairs.is_same)), FOLDS)])
+    similarities: dict[str, NDArray[np.float64]] = {}
+    draws: dict[str, dict[str, NDArray[np.float64]]] = {}
+    for name, rows in embeddings.items():
+        distances = pair_distances(rows)
+        correct = (distances < results[name].fold_thresholds[folds]) == pairs.is_same
+        similarities[name] = 1 - distances / 2
+        draws[name] = bootstrap(-distances, pairs.is_same, correct, known.numbers, levels, replicates=replicates)
+    values = {name: _values(result) for name, result in results.items()}
+    scores: dict[str, dict[str, Score]] = {name: {} for name in results}
+    for column in next(iter(values.values())):
+        column_draws = {name: drawn.get(column) for name, drawn in draws.items()}
+        column_values = {name: found[column] for name, found in values.items()}
+        for name, score in _ranked(column, column_values, column_draws).items():
+            scores[name][column] = score
+    return ComparedSet(
+        pairs, known, {name: Judgement(results[name], similarities[name], scores[name]) for name in results}
+    )
+
+
+def _values(result: VerificationResult) -> dict[str, float | None]:
+    tar: dict[str, float | None] = {tar_name(level): value for level, value in result.tar.items()}
+    return {"accuracy": result.accuracy, **tar, "auc": result.auc, "eer": result.eer}
+
+
+def _ranked(column: str, values: Mapping[str, float | None], draws: Mapping[str, Any]) -> dict[str, Score]:
+    """Mark the best of a column and those that the draws cannot tell from it."""
+    known = {name: value for name, value in values.items() if value is not None and draws[name] is not None}
+    if len(known) < len(values):
+        return {name: Score(None, None) for name in values}
+    sign = -1 if column in _ERRORS else 1
+    best = max(sign * value for value in known.values())
+    winner = next(name for name, value in known.items() if sign * value == best)
+    ranked = {}
+    for name, value in known.items():
+        low, high = interval(draws[name] - draws[winner])
+        is_best = sign * value == best
+        ranked[name] = Score(value, interval(draws[name]), is_best, not is_best and low <= 0 <= high)
+    return ranked

@@ -1,0 +1,405 @@
+"""The comparison as one page: ``report.html``, which holds everything it shows, and ``report.md`` with its tables."""
+
+import base64
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import cache
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from arcface_kd.data.formats.image import decode_rgb
+from arcface_kd.errors import ConfigError
+from arcface_kd.evaluation.report.comparison import ComparedSet, Comparison, Contestant, Score
+from arcface_kd.evaluation.report.cost import BATCH_SIZE
+from arcface_kd.evaluation.report.pictures import Picture, draw_band, draw_curves, draw_histograms, draw_roc
+from arcface_kd.evaluation.report.run_folder import RunFolder
+from arcface_kd.evaluation.report.scalars import Curve
+from arcface_kd.system.files import atomic_write
+
+if TYPE_CHECKING:
+    from jinja2 import Template
+
+_SIDE = 112
+_JPEG_QUALITY = 90
+_ALPHA = "kd/alpha_"
+_DRIFT = "kd/center_drift"
+_SHARES = "kd/gradient_share/"
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One field of a table.
+
+    Attributes:
+        text: the number.
+        detail: what stands below it.
+        best: whether it is marked.
+    """
+
+    text: str
+    detail: str = ""
+    best: bool = False
+
+
+@dataclass(frozen=True)
+class Table:
+    """A table.
+
+    Attributes:
+        heads: of its columns.
+        rows: as many cells each.
+    """
+
+    heads: Sequence[str]
+    rows: Sequence[Sequence[Cell]]
+
+
+@dataclass(frozen=True)
+class InlinePicture:
+    """A picture as the page holds it.
+
+    Attributes:
+        title: its caption.
+        description: for those who do not see it.
+        light: data URI for a light page.
+        dark: data URI for a dark page.
+        width: in CSS pixels.
+        height: in CSS pixels.
+    """
+
+    title: str
+    description: str
+    light: str
+    dark: str
+    width: int
+    height: int
+
+
+@dataclass(frozen=True)
+class FacePair:
+    """One pair of the hardest.
+
+    Attributes:
+        image: data URI, both faces beside each other.
+        caption: number and cosine.
+        description: for those who do not see it.
+    """
+
+    image: str
+    caption: str
+    description: str
+
+
+@dataclass(frozen=True)
+class Part:
+    """Something under a heading.
+
+    Attributes:
+        title: the heading; empty for none.
+        table: a table.
+        notes: sentences below it.
+        pictures: drawings.
+        faces: pairs of faces.
+    """
+
+    title: str = ""
+    table: Table | None = None
+    notes: Sequence[str] = ()
+    pictures: Sequence[InlinePicture] = ()
+    faces: Sequence[FacePair] = ()
+
+
+@dataclass(frozen=True)
+class Section:
+    """A section of the page.
+
+    Attributes:
+        title: its heading.
+        parts: what stands in it.
+    """
+
+    title: str
+    parts: list[Part] = field(default_factory=list)
+
+
+def write_report(comparison: Comparison, out: Path, *, faces: bool = True) -> tuple[Path, Path]:
+    """Write ``report.html`` and ``report.md``.
+
+    Args:
+        comparison: what to show.
+        out: their folder; made when missing.
+        faces: show the hardest pairs as images; without, by number only.
+
+    Returns:
+        The two files.
+
+    Raises:
+        ConfigError: matplotlib or jinja2 is not installed.
+        OSError: they cannot be written.
+    """
+    sections = _sections(comparison, faces)
+    title = f"{len(comparison.contestants)} models compared"
+    subtitle = (
+        f"{', '.join(contestant.name for contestant in comparison.contestants)}. Verification sets: "
+        f"{', '.join(compared.pairs.name for compared in comparison.sets)}. Percent everywhere; below a number, its "
+        f"95 % interval from {comparison.replicates:,} bootstrap replicates. The best of a column is marked; ≈ stands "
+        "where the interval of the difference to the best holds 0, so that these pairs do not tell the two apart."
+    )
+    page = _template().render(title=title, subtitle=subtitle, sections=sections)
+    out.mkdir(parents=True, exist_ok=True)
+    written = out / "report.html", out / "report.md"
+    for path, text in zip(written, (page + "\n", _markdown(title, subtitle, sections)), strict=True):
+        with atomic_write(path) as stream:
+            stream.write(text.encode())
+    return written
+
+
+@cache
+def _template() -> "Template":
+    try:
+        from jinja2 import Environment, FileSystemLoader, StrictUndefined
+    except ImportError:
+        raise ConfigError('the report needs jinja2: pip install "arcface_kd[report]"') from None
+    loader = FileSystemLoader(Path(__file__).parent)
+    return Environment(loader=loader, autoescape=True, undefined=StrictUndefined).get_template("report.html")
+
+
+def _sections(comparison: Comparison, faces: bool) -> list[Section]:
+    sections = [Section("Verification", [_accuracy_overview(comparison)] if len(comparison.sets) > 1 else [])]
+    sections[0].parts.extend(_set_part(compared) for compared in comparison.sets)
+    sections.append(Section("Cost", [_cost_part(comparison)]))
+    sections.append(Section("ROC and similarities", [Part(pictures=_score_pictures(comparison))]))
+    training = _training_parts(comparison.contestants)
+    if training:
+        sections.append(Section("Training", training))
+    sections.append(Section("Hardest pairs", _hardest_parts(comparison, faces)))
+    return sections
+
+
+def _percent(value: float) -> str:
+    return f"{100 * value:.2f}"
+
+
+def _cell(score: Score) -> Cell:
+    if score.value is None or score.interval is None:
+        return Cell("-")
+    low, high = score.interval
+    detail = f"{_percent(low)} to {_percent(high)}" if low == low else ""
+    return Cell(_percent(score.value) + (" ≈" if score.close else ""), detail, score.best)
+
+
+def _accuracy_overview(comparison: Comparison) -> Part:
+    names = [contestant.name for contestant in comparison.contestants]
+    means = {
+        name: float(np.mean([compared.judgements[name].result.accuracy for compared in comparison.sets]))
+        for name in names
+    }
+    rows = []
+    for name in names:
+        cells = [_cell(compared.judgements[name].scores["accuracy"]) for compared in comparison.sets]
+        rows.append([Cell(name), Cell(_percent(means[name]), best=means[name] == max(means.values())), *cells])
+    heads = ["model", "mean", *(compared.pairs.name for compared in comparison.sets)]
+    return Part("Accuracy on all sets", Table(heads, rows))
+
+
+def _head(column: str) -> str:
+    names = {"accuracy": "accuracy", "auc": "AUC", "eer": "EER (less is better)"}
+    return names.get(column) or column.replace("tar@far=", "TAR@FAR=")
+
+
+def _set_part(compared: ComparedSet) -> Part:
+    columns = compared.columns
+    rows = []
+    for name, judgement in compared.judgements.items():
+        cells = [_cell(judgement.scores[column]) for column in columns]
+        rows.append([Cell(name), *cells, Cell(_percent(judgement.result.accuracy_std))])
+    first = next(iter(compared.judgements.values())).result
+    left_out = [_head(name) for name in first.as_row() if name.startswith("tar@") and name not in columns]
+    notes = [
+        f"{first.genuine_pairs:,} genuine, {first.impostor_pairs:,} impostor pairs. Resampled: {compared.resampled}.",
+        "Accuracy is that of InsightFace's ten folds, whose thresholds stay as they are in each replicate.",
+    ]
+    if left_out:
+        notes.append(f"Too few impostor pairs for {', '.join(left_out)}.")
+    return Part(compared.pairs.name, Table(["model", *map(_head, columns), "std over folds"], rows), notes)
+
+
+def _large(number: int | None) -> str:
+    if number is None:
+        return "-"
+    for size, letter in ((10**9, "G"), (10**6, "M")):
+        if number >= size:
+            return f"{number / size:.2f} {letter}"
+    return f"{number:,}"
+
+
+def _speed(images_per_second: float | None) -> str:
+    if images_per_second is None:
+        return "-"
+    return f"{images_per_second:,.0f}" if images_per_second >= 10 else f"{images_per_second:.1f}"
+
+
+def _cost_part(comparison: Comparison) -> Part:
+    rows = []
+    for contestant in comparison.contestants:
+        found = comparison.costs[contestant.name]
+        speed = contestant.run.training_speed if contestant.run is not None else None
+        rows.append(
+            [
+                Cell(contestant.name),
+                Cell(contestant.method),
+                Cell(contestant.network),
+                Cell("-" if found.parameters is None else f"{found.parameters:,}"),
+                Cell(_large(found.multiply_adds)),
+                Cell(_speed(found.images_per_second)),
+                Cell(_speed(speed)),
+            ]
+        )
+    heads = ["model", "method", "network", "parameters", "multiply-adds", "images/s", "images/s in training"]
+    notes = [
+        f"images/s: one view of an image, batches of {BATCH_SIZE}, each model in its own number format, on "
+        f"{comparison.machine}; the fastest of some passes, the models in turns. In training: as the run's own log has "
+        "it, on the machine of the run. Multiply-adds: convolutions and matrix products of one image."
+    ]
+    return Part(table=Table(heads, rows), notes=notes)
+
+
+def _score_pictures(comparison: Comparison) -> list[InlinePicture]:
+    pictures = []
+    for compared in comparison.sets:
+        name = compared.pairs.name
+        results = {model: judgement.result for model, judgement in compared.judgements.items()}
+        pictures.append(draw_roc(name, {model: Curve(found.fpr, found.tpr) for model, found in results.items()}))
+        similarities = {model: judgement.similarities for model, judgement in compared.judgements.items()}
+        pictures.append(draw_histograms(name, similarities, compared.pairs.is_same))
+    return [_inline(picture) for picture in pictures]
+
+
+def _training_parts(contestants: Sequence[Contestant]) -> list[Part]:
+    runs = [contestant.run for contestant in contestants if contestant.run is not None]
+    parts = []
+    found = {run.name: run.loss_terms() for run in runs}
+    among = [contestant.name for contestant in contestants]
+    names = dict.fromkeys(term for terms in found.values() for term in terms)
+    losses = []
+    for term in names:
+        curves = {run: terms[term] for run, terms in found.items() if term in terms}
+        losses.append(draw_curves(f"loss term {term}", curves, y=term, among=among))
+    total = {run.name: run.curves["loss"] for run in runs if "loss" in run.curves}
+    if total and losses:
+        losses.insert(0, draw_curves("loss, all terms together", total, y="loss", among=among))
+    if losses:
+        parts.append(Part("Loss terms", pictures=[_inline(picture) for picture in losses]))
+    shares = [
+        draw_curves(f"gradient shares, {run.name}", family, y="share of the gradient norms", limits=(0, 1))
+        for run in runs
+        if len(family := run.family(_SHARES)) > 1
+    ]
+    if shares:
+        note = "The share of each term in the gradient that reaches the embeddings: one near 0 has no say."
+        parts.append(Part("Gradient shares", notes=[note], pictures=[_inline(picture) for picture in shares]))
+    adaptation = [_alpha_picture(run) for run in runs if f"{_ALPHA}mean" in run.curves]
+    drifts = {run.name: run.curves[_DRIFT] for run in runs if _DRIFT in run.curves}
+    if drifts:
+        adaptation.append(draw_curves("center drift", drifts, y="1 - cosine of old and new", among=among))
+    if adaptation:
+        note = (
+            "Alpha is the share of an old class center that stays; the drift is how far the centers of a batch turn in "
+            "one step."
+        )
+        parts.append(Part("Class centers", notes=[note], pictures=[_inline(picture) for picture in adaptation]))
+    silent = [run.name for run in runs if not run.curves]
+    if silent:
+        parts.append(Part(notes=[f"No curves: {', '.join(silent)} left no TensorBoard scalars."]))
+    return parts
+
+
+def _alpha_picture(run: RunFolder) -> Picture:
+    found = run.family(_ALPHA)
+    title = f"alpha, {run.name}"
+    if {"q10", "q90"} <= found.keys():
+        lines = [(name, found[key]) for key, name in (("mean", "mean"), ("q50", "median")) if key in found]
+        return draw_band(title, lines, (found["q10"], found["q90"]), y="alpha")
+    return draw_curves(title, found, y="alpha", limits=(0, 1))
+
+
+def _hardest_parts(comparison: Comparison, faces: bool) -> list[Part]:
+    parts = []
+    for compared in comparison.sets:
+        for model, judgement in compared.judgements.items():
+            for genuine in (True, False):
+                pairs = judgement.hardest(compared.pairs.is_same, genuine)
+                kind = "genuine pairs that look least alike" if genuine else "impostor pairs that look most alike"
+                title = f"{compared.pairs.name}, {model}: {kind}"
+                captions = [f"pair {pair}, cosine {judgement.similarities[pair]:.3f}" for pair in pairs]
+                if not faces:
+                    parts.append(Part(title, notes=["; ".join(captions) + "."]))
+                    continue
+                shown = [
+                    FacePair(_side_by_side(compared, pair), caption, f"{compared.pairs.name} {caption}, {kind[:-1]}")
+                    for pair, caption in zip(pairs, captions, strict=True)
+                ]
+                parts.append(Part(title, faces=shown))
+    return parts
+
+
+def _side_by_side(compared: ComparedSet, pair: int) -> str:
+    """The two faces of a pair as one JPEG."""
+    import cv2
+
+    sides = [decode_rgb(image) for image in compared.pairs.images[2 * pair : 2 * pair + 2]]
+    sides = [cv2.resize(side, (_SIDE, _SIDE), interpolation=cv2.INTER_AREA) for side in sides]
+    both = np.hstack(sides)[:, :, ::-1]
+    _, encoded = cv2.imencode(".jpg", both, [cv2.IMWRITE_JPEG_QUALITY, _JPEG_QUALITY])
+    return _data_uri(encoded.tobytes(), "image/jpeg")
+
+
+def _data_uri(content: bytes, kind: str) -> str:
+    return f"data:{kind};base64,{base64.b64encode(content).decode()}"
+
+
+def _inline(picture: Picture) -> InlinePicture:
+    light, dark = (_data_uri(content, "image/svg+xml") for content in (picture.light, picture.dark))
+    return InlinePicture(picture.title, picture.description, light, dark, picture.width, picture.height)
+
+
+def _markdown(title: str, subtitle: str, sections: Sequence[Section]) -> str:
+    lines = [f"# {title}", "", _literal(subtitle), ""]
+    for section in sections:
+        # The sentences below a picture say nothing without it.
+        shown = [part for part in section.parts if part.table is not None or part.faces or not part.pictures]
+        if not shown:
+            continue
+        lines += [f"## {section.title}", ""]
+        for part in shown:
+            if part.title:
+                lines += [f"### {_literal(part.title)}", ""]
+            if part.table is not None:
+                lines += _markdown_table(part.table)
+            for note in part.notes:
+                lines += [_literal(note), ""]
+            if part.faces:
+                lines += ["; ".join(face.caption for face in part.faces) + ".", ""]
+    return "\n".join([*lines, "Curves and pictures: report.html.", ""])
+
+
+def _markdown_table(table: Table) -> list[str]:
+    lines = ["| " + " | ".join(map(_literal, table.heads)) + " |"]
+    lines.append("|" + "|".join(["---"] + ["---:"] * (len(table.heads) - 1)) + "|")
+    for row in table.rows:
+        lines.append("| " + " | ".join(_markdown_cell(cell) for cell in row) + " |")
+    return [*lines, ""]
+
+
+def _markdown_cell(cell: Cell) -> str:
+    text = _literal(cell.text)
+    number = f"**{text}**" if cell.best else text
+    return f"{number} ({cell.detail})" if cell.detail else number
+
+
+def _literal(text: str) -> str:
+    """Text whose signs mean nothing to Markdown."""
+    return re.sub(r"([\\`*_{}\[\]<>|&])", r"\\\1", text)

@@ -1,0 +1,315 @@
+"""IJB-B and IJB-C: faces pooled into templates, 1:1 verification of templates, 1:N identification.
+
+As InsightFace does it: the embeddings of a face and of its mirror image are added and weighted with the detector's
+score; their own lengths stay, since a network embeds a blurred face short. Faces of one medium are averaged, so that a
+video counts as much as a picture; the media of a template are added, and the sum is L2-normalised. A template's faces
+pass by once, in batches; nothing is kept that grows with their number.
+"""
+
+import os
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from arcface_kd.data.formats.ijb import IJBSet
+from arcface_kd.errors import DataError
+from arcface_kd.evaluation.embedding import evaluating, normalize, sum_of_views
+from arcface_kd.evaluation.identification import FPIR_LEVELS, IdentificationResult, identification, search
+from arcface_kd.evaluation.roc import area_under_curve, equal_error_rate, roc_curve, tar_at_far
+from arcface_kd.evaluation.verification import FAR_LEVELS, far_name
+from arcface_kd.system.console import bar_size
+
+_PAIRS_IN_CACHE = 4096
+_MOST_READERS = 8
+
+
+@dataclass(frozen=True)
+class Weighting:
+    """How much a face has to say in its template.
+
+    Attributes:
+        flip: add the embedding of the mirrored face.
+        norm: let the embedding's own length weigh; else it is L2-normalised first.
+        detector_score: weigh with the detector's score.
+    """
+
+    flip: bool = True
+    norm: bool = True
+    detector_score: bool = True
+
+
+AS_INSIGHTFACE = Weighting()
+
+
+class TemplatePooling:
+    """Templates as sums over their faces, taken in as they come.
+
+    Attributes:
+        numbers: int64 (T,), the templates, rising.
+    """
+
+    def __init__(self, templates: np.ndarray, media: np.ndarray, weights: np.ndarray | None = None) -> None:
+        """Say which face belongs where.
+
+        Args:
+            templates: int64 (N,), the template of each face.
+            media: int64 (N,), the medium of each face.
+            weights: float64 (N,), 1 when None.
+
+        Raises:
+            DataError: arrays of different lengths, or empty ones.
+        """
+        if not len(templates) or len({len(templates), len(media), len(templates if weights is None else weights)}) > 1:
+            raise DataError(
+                f"{len(templates)} templates, {len(media)} media and "
+                f"{'no' if weights is None else len(weights)} weights: wanted one of each for every face"
+            )
+        self.numbers, self._rows = np.unique(templates, return_inverse=True)
+        _, medium = np.unique(media, return_inverse=True)
+        _, group, sizes = np.unique(self._rows * (medium.max() + 1) + medium, return_inverse=True, return_counts=True)
+        self._weights = (1.0 if weights is None else weights) / sizes[group]
+        self._sums: np.ndarray | None = None
+        self._taken = 0
+
+    def add(self, embeddings: np.ndarray) -> None:
+        """Take in the next faces, in the order of ``templates``.
+
+        Args:
+            embeddings: (B, D) float64.
+
+        Raises:
+            DataError: more faces than there are, or an embedding that is not finite.
+        """
+        faces = slice(self._taken, self._taken + len(embeddings))
+        if faces.stop > len(self._rows):
+            raise DataError(f"{faces.stop} embeddings for {len(self._rows)} faces")
+        bad = np.flatnonzero(~np.isfinite(embeddings).all(axis=1))
+        if len(bad):
+            raise DataError(
+                f"face {self._taken + bad[0]} is embedded as NaN or infinite: look for a diverged training or an "
+                "overflow in half precision"
+            )
+        if self._sums is None:
+            self._sums = np.zeros((len(self.numbers), embeddings.shape[1]))
+        np.add.at(self._sums, self._rows[faces], embeddings * self._weights[faces, None])
+        self._taken = faces.stop
+
+    def templates(self) -> np.ndarray:
+        """The pooled templates.
+
+        Returns:
+            (T, D) float64, L2-normalised, in the order of ``numbers``.
+
+        Raises:
+            DataError: faces are missing.
+        """
+        if self._sums is None or self._taken < len(self._rows):
+            raise DataError(f"{self._taken} embeddings for {len(self._rows)} faces")
+        return normalize(self._sums)
+
+
+def pair_scores(templates: np.ndarray, numbers: np.ndarray, pairs: np.ndarray) -> np.ndarray:
+    """Cosines of pairs of templates.
+
+    Args:
+        templates: (T, D) float64, L2-normalised.
+        numbers: int64 (T,), the number of each, rising.
+        pairs: int64 (P, 2), numbers.
+
+    Returns:
+        (P,) float64.
+    """
+    rows = np.searchsorted(numbers, pairs)
+    scores = np.empty(len(pairs))
+    for start in range(0, len(pairs), _PAIRS_IN_CACHE):
+        block = slice(start, start + _PAIRS_IN_CACHE)
+        scores[block] = np.einsum("ij,ij->i", templates[rows[block, 0]], templates[rows[block, 1]])
+    return scores
+
+
+@dataclass(frozen=True)
+class TemplateVerification:
+    """1:1 verification of templates.
+
+    Attributes:
+        genuine_pairs: pairs of one person.
+        impostor_pairs: pairs of two persons.
+        tar: TAR at the loosest threshold whose FAR does not exceed the level; ``None`` with fewer than 1 / level
+            impostor pairs. InsightFace takes the point of the curve whose FAR is nearest to the level, above it or
+            below.
+        auc: area under the ROC curve, in [0, 1].
+        eer: equal error rate, in [0, 1].
+        fpr: (K,) float64, FAR of the ROC curve, rising.
+        tpr: (K,) float64, its TAR.
+    """
+
+    genuine_pairs: int
+    impostor_pairs: int
+    tar: dict[float, float | None]
+    auc: float
+    eer: float
+    fpr: np.ndarray
+    tpr: np.ndarray
+
+
+@dataclass(frozen=True)
+class IJBResult:
+    """A model on an IJB set.
+
+    Attributes:
+        templates: how many.
+        faces: how many.
+        verification: 1:1, ``None`` where the set lists no pairs.
+        identification: 1:N, ``None`` where the set has no galleries.
+    """
+
+    templates: int
+    faces: int
+    verification: TemplateVerification | None
+    identification: IdentificationResult | None
+
+    def as_rows(self) -> dict[str, dict[str, int | float | None]]:
+        """The numbers without the curves, a row by protocol (``1:1``, ``1:N``), for ``json.dumps`` and tables."""
+        rows: dict[str, dict[str, int | float | None]] = {}
+        if self.verification is not None:
+            one = self.verification
+            rows["1:1"] = {
+                "genuine_pairs": one.genuine_pairs,
+                "impostor_pairs": one.impostor_pairs,
+                "auc": one.auc,
+                "eer": one.eer,
+                **{f"tar@far={far_name(level)}": tar for level, tar in one.tar.items()},
+            }
+        if self.identification is not None:
+            many = self.identification
+            rows["1:N"] = {
+                "mated_searches": many.mated,
+                "stranger_searches": many.strangers,
+                **{f"rank-{rank}": rate for rank, rate in many.rank.items()},
+                **{f"tpir@fpir={far_name(level)}": rate for level, rate in many.tpir.items()},
+            }
+        return rows
+
+
+def _batches(faces: IJBSet, batch_size: int) -> Iterator[Tensor]:
+    """All faces in their order, uint8 (B, 3, 112, 112); the next batch is read while one is in use."""
+    with ThreadPoolExecutor(min(_MOST_READERS, os.cpu_count() or 1)) as readers:
+
+        def read(start: int) -> list[Future[np.ndarray]]:
+            numbers = range(start, min(start + batch_size, len(faces.files)))
+            return [readers.submit(faces.face, number) for number in numbers]
+
+        ahead = read(0)
+        for start in range(0, len(faces.files), batch_size):
+            now, ahead = ahead, read(start + batch_size)
+            yield torch.from_numpy(np.stack([face.result() for face in now]))
+
+
+def embed_templates(
+    model: nn.Module,
+    faces: IJBSet,
+    *,
+    weighting: Weighting = AS_INSIGHTFACE,
+    batch_size: int = 128,
+    device: torch.device | str | None = None,
+    progress: bool = False,
+) -> tuple[np.ndarray, np.ndarray]:
+    """Embed all faces of a set and pool them.
+
+    Args:
+        model: (B, 3, 112, 112) float32 RGB images in [-1, 1] to (B, D) embeddings.
+        faces: the set.
+        weighting: of the faces; InsightFace's by default.
+        batch_size: faces a forward pass, at least 1.
+        device: where the batches go, ``None`` for where the model's parameters are.
+        progress: show a bar, on a terminal only.
+
+    Returns:
+        (T, D) float64 L2-normalised templates, and their numbers (T,), rising.
+
+    Raises:
+        DataError: a face that cannot be read, an embedding that is not finite, a batch size below 1.
+    """
+    if batch_size < 1:
+        raise DataError(f"batch size {batch_size}: wanted at least 1")
+    pooling = TemplatePooling(faces.templates, faces.media, faces.detector_scores if weighting.detector_score else None)
+    where = None if device is None else torch.device(device)
+    with (
+        evaluating(model),
+        tqdm(
+            total=len(faces.files), unit="face", desc=faces.name, disable=None if progress else True, **bar_size()
+        ) as bar,
+    ):
+        for batch in _batches(faces, batch_size):
+            embeddings = sum_of_views(model, batch, flip=weighting.flip, device=where).numpy()
+            pooling.add(embeddings if weighting.norm else normalize(embeddings))
+            bar.update(len(batch))
+    return pooling.templates(), pooling.numbers
+
+
+def evaluate_ijb(
+    model: nn.Module,
+    faces: IJBSet,
+    *,
+    weighting: Weighting = AS_INSIGHTFACE,
+    batch_size: int = 128,
+    device: torch.device | str | None = None,
+    far_levels: Sequence[float] = FAR_LEVELS,
+    fpir_levels: Sequence[float] = FPIR_LEVELS,
+    progress: bool = False,
+) -> IJBResult:
+    """Embed an IJB set and score what it lists.
+
+    Args:
+        model: (B, 3, 112, 112) float32 RGB images in [-1, 1] to (B, D) embeddings.
+        faces: the set.
+        weighting: of the faces in their templates.
+        batch_size: faces a forward pass, at least 1.
+        device: where the batches go, ``None`` for where the model's parameters are.
+        far_levels: FAR levels of 1:1, in (0, 1].
+        fpir_levels: FPIR levels of 1:N, in (0, 1].
+        progress: show a bar, on a terminal only.
+
+    Returns:
+        The scores.
+
+    Raises:
+        DataError: see :func:`embed_templates`.
+        ConfigError: a level out of range.
+    """
+    templates, numbers = embed_templates(
+        model, faces, weighting=weighting, batch_size=batch_size, device=device, progress=progress
+    )
+    verification = None
+    if len(faces.pairs):
+        scores = pair_scores(templates, numbers, faces.pairs)
+        genuine, impostor = scores[faces.is_same], scores[~faces.is_same]
+        fpr, tpr = roc_curve(genuine, impostor)
+        verification = TemplateVerification(
+            genuine_pairs=len(genuine),
+            impostor_pairs=len(impostor),
+            tar=tar_at_far(genuine, impostor, far_levels),
+            auc=area_under_curve(genuine, impostor),
+            eer=equal_error_rate(genuine, impostor),
+            fpr=fpr,
+            tpr=tpr,
+        )
+    identified = None
+    if faces.probes is not None:
+        probes = templates[np.searchsorted(numbers, faces.probes.templates)]
+        searches = [
+            search(
+                probes,
+                faces.probes.subjects,
+                templates[np.searchsorted(numbers, gallery.templates)],
+                gallery.subjects,
+            )
+            for gallery in faces.galleries.values()
+        ]
+        identified = identification(searches, levels=fpir_levels)
+    return IJBResult(len(numbers), len(faces.files), verification, identified)

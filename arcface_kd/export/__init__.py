@@ -1,0 +1,1 @@
+"""Export students to ONNX, float32 and int8."""

@@ -1,0 +1,1 @@
+"""arcface_torch itself: attach to it, patch it, run it."""

@@ -1,0 +1,196 @@
+r"""Relations between the rows of a batch: how far they are from each other and at which angles they see each other.
+
+Student and teacher are each compared with themselves, so their dimensions may differ. Everything follows from the
+matrix of inner products G of unit embeddings:
+
+    || f_i - f_j ||^2 = G_ii - 2 G_ij + G_jj
+    cos(angle at j between i and k) = (G_ik - G_ij - G_kj + G_jj) / (|| f_i - f_j || || f_k - f_j ||)
+
+so that nothing of size (batch, batch, dimension) is ever made. There are batch^3 angles: they are visited in chunks of
+vertices j, and the gradient in G is found with the loss, so that no chunk outlives the next.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+from torch.nn.functional import normalize, smooth_l1_loss
+
+# Angles of one chunk: they should stay in the processor's cache on a CPU, and fill the device on a GPU.
+_CHUNK_ELEMENTS = {"cpu": 1 << 20, "cuda": 1 << 25}
+
+
+def inner_products(embeddings: Tensor) -> Tensor:
+    """The matrix of inner products of unit embeddings.
+
+    Args:
+        embeddings: (B, D), any norm. fp64 is computed in fp64, all else in fp32.
+
+    Returns:
+        (B, B) cosines.
+    """
+    dtype = torch.float64 if embeddings.dtype == torch.float64 else torch.float32
+    with torch.autocast(embeddings.device.type, enabled=False):
+        unit = normalize(embeddings.to(dtype))
+        return unit @ unit.T
+
+
+def _distances(gram: Tensor, rows: slice) -> tuple[Tensor, Tensor]:
+    """Distances (R, B) of some rows to all, 0 where two are the same point, and bool (R, B), where they are not."""
+    own = gram.diagonal()
+    squared = own[rows].unsqueeze(1) + own - 2 * gram[rows]
+    # What inner products of unit vectors lose by rounding is no distance.
+    apart = squared > 16 * torch.finfo(gram.dtype).eps
+    # The square root has no derivative at 0.
+    return torch.where(apart, squared, 1).sqrt() * apart, apart
+
+
+def _relative_distances(gram: Tensor) -> Tensor:
+    distance, apart = _distances(gram, slice(None))
+    return distance / (distance.sum() / apart.sum().clamp_min(1)).clamp_min(torch.finfo(gram.dtype).tiny)
+
+
+def distance_loss(student: Tensor, teacher: Tensor, rows: slice) -> Tensor:
+    """Some rows' part of the mean difference of relative distances (Park et al., CVPR 2019, equations 5 to 8).
+
+    A distance is taken relative to the mean distance in the batch, over pairs that are apart. Differences are Huber's
+    (quadratic below 1, then linear), and their mean is over all ``B * B`` ordered pairs, a row with itself included, as
+    in the published code.
+
+    Args:
+        student: (B, D) embeddings, any norm.
+        teacher: (B, Dt) embeddings, any norm; they get no gradient.
+        rows: whose pairs are summed; parts of disjoint slices add up to the loss.
+
+    Returns:
+        A scalar.
+    """
+    of_student = _relative_distances(inner_products(student))
+    of_teacher = _relative_distances(inner_products(teacher.detach())).to(of_student.dtype)
+    return smooth_l1_loss(of_student[rows], of_teacher[rows], reduction="sum") / max(student.shape[0], 1) ** 2
+
+
+def angle_loss(student: Tensor, teacher: Tensor, rows: slice, chunk: int | None = None) -> Tensor:
+    """Some rows' part of the mean difference of angles (Park et al., CVPR 2019, equations 9 to 11).
+
+    What is compared is the cosine at a row between every two rows, by Huber's difference. The mean is over all
+    ``B * B * B`` ordered triples, degenerate ones included, as in the published code; the direction between two rows at
+    one point counts as 0.
+
+    Memory: O(chunk x B x B). Time: O(rows x B x B).
+
+    Args:
+        student: (B, D) embeddings, any norm.
+        teacher: (B, Dt) embeddings, any norm; they get no gradient.
+        rows: vertices whose angles are summed; parts of disjoint slices add up to the loss.
+        chunk: vertices at a time; None chooses by device.
+
+    Returns:
+        A scalar.
+    """
+    of_student, of_teacher = inner_products(student), inner_products(teacher.detach())
+    batch = max(student.shape[0], 1)
+    at_once = chunk or max(1, _CHUNK_ELEMENTS.get(student.device.type, _CHUNK_ELEMENTS["cuda"]) // batch**2)
+    total: Tensor = _SumOverAngles.apply(of_student, of_teacher.to(of_student.dtype), rows, at_once)
+    return total / batch**3
+
+
+def _angles(gram: Tensor, vertices: slice) -> Tensor:
+    """Cosines (V, B, B) of the angles at some rows between all pairs of rows."""
+    distance, apart = _distances(gram, vertices)
+    inverse = apart / torch.where(apart, distance, 1)
+    near = gram[vertices]
+    own = gram.diagonal()[vertices]
+    along = gram - near.unsqueeze(2) - near.unsqueeze(1) + own[:, None, None]
+    return along * inverse.unsqueeze(2) * inverse.unsqueeze(1)
+
+
+class _SumOverAngles(torch.autograd.Function):
+    """The sum of Huber's differences; its backward pass hands out what the forward pass has found already."""
+
+    @staticmethod
+    def forward(ctx: Any, student: Tensor, teacher: Tensor, rows: slice, chunk: int) -> Tensor:
+        total, gradient = student.new_zeros(()), torch.zeros_like(student)
+        first, last, _ = rows.indices(student.shape[0])
+        for begin in range(first, last, chunk):
+            vertices = slice(begin, min(begin + chunk, last))
+            wanted = _angles(teacher, vertices)
+            with torch.enable_grad():
+                gram = student.detach().requires_grad_()
+                part = smooth_l1_loss(_angles(gram, vertices), wanted, reduction="sum")
+            total += part.detach()
+            gradient += torch.autograd.grad(part, gram)[0]
+        ctx.save_for_backward(gradient)
+        return total
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None, None]:
+        (gradient,) = ctx.saved_tensors
+        return gradient * gradients[0], None, None, None
+
+
+def squared_distance(student: Tensor, teacher: Tensor) -> Tensor:
+    r"""Squared L2 distance of unit embeddings, summed over the dimension and averaged over the batch.
+
+    For unit vectors ``||f_s - f_t||^2 = 2 (1 - cos(f_s, f_t))``; the difference is taken first, so that nothing cancels
+    where the two are near.
+
+    Args:
+        student: (B, D) embeddings, any norm. fp64 is computed in fp64, all else in fp32.
+        teacher: (B, D) embeddings, any norm; they get no gradient.
+
+    Returns:
+        A scalar in [0, 4]; 0 for an empty batch.
+    """
+    dtype = torch.float64 if student.dtype == torch.float64 else torch.float32
+    difference = normalize(student.to(dtype)) - normalize(teacher.detach().to(dtype))
+    return difference.square().sum() / max(student.shape[0], 1)
+
+
+def soft_rank(cosine: Tensor, thresholds: Tensor, temperature: float) -> Tensor:
+    """How many thresholds a pair passes.
+
+    Args:
+        cosine: cosines of pairs, any shape.
+        thresholds: (K,).
+        temperature: how soft the counting is, positive, in units of the cosine.
+
+    Returns:
+        In [0, K], of the shape of ``cosine``.
+    """
+    return ((cosine.unsqueeze(-1) - thresholds) / temperature).sigmoid().sum(-1)
+
+
+def impostor_thresholds(cosine: Tensor, impostor: Tensor, pairs_per_acceptance: tuple[int, ...]) -> Tensor:
+    """The cosines that one in so many impostor pairs exceeds.
+
+    Args:
+        cosine: (P,) cosines of pairs.
+        impostor: (P,) bool, whether a pair is of two identities.
+        pairs_per_acceptance: one over each false positive rate, rising, at least 2.
+
+    Returns:
+        (K,) cosines, from the largest rate to the smallest. Rates below one over the number of impostor pairs all have
+        the largest cosine. -inf where there is no impostor pair.
+    """
+    # As many as the largest rate can ask for; how many there are stays on the device.
+    kept = cosine.shape[0] // pairs_per_acceptance[0] + 1
+    ranked = cosine.masked_fill(~impostor, -torch.inf).topk(min(kept, cosine.shape[0])).values
+    count = impostor.sum()
+    return ranked[torch.stack([count // pairs for pairs in pairs_per_acceptance])]
+
+
+def rank_loss(student: Tensor, teacher: Tensor, chosen: Tensor) -> Tensor:
+    """Mean squared difference of ranks.
+
+    Args:
+        student: (P,) ranks of pairs.
+        teacher: (P,) ranks of the same pairs.
+        chosen: (P,) bool, the pairs that count.
+
+    Returns:
+        A scalar; 0 where none is chosen.
+    """
+    return ((student - teacher).square() * chosen).sum() / chosen.sum().clamp_min(1)

@@ -1,0 +1,58 @@
+"""The trainer's own classification: a learned classifier under margin softmax, sharded as PartialFC does."""
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from torch import Tensor, nn
+
+from arcface_kd.losses.margin_softmax import margin_softmax
+from arcface_kd.methods.base import Batch, Method, RunContext
+from arcface_kd.methods.class_centers import initial_centers
+from arcface_kd.methods.class_sampling import sample_classes
+
+
+@dataclass(frozen=True)
+class ClassifierConfig:
+    """No knobs: margin, sample rate and filter are the trainer's own keys."""
+
+
+class LearnedClassifier(Method):
+    """Margin softmax over class centers that the optimiser learns (An et al., CVPR 2022, arXiv 2203.15565).
+
+    Terms: ``ce``, the margin softmax. It stands beside every method that does not bring a classification of its own,
+        and alone when distillation is off.
+
+    Args:
+        context: the run.
+    """
+
+    Config = ClassifierConfig
+    classifies: ClassVar[bool] = True
+    sharded: ClassVar[tuple[str, ...]] = ("weight",)
+
+    def __init__(self, context: RunContext) -> None:
+        super().__init__(ClassifierConfig(), context)
+        self.shard = context.ranks.shard(context.num_classes)
+        self.weight = nn.Parameter(initial_centers(self.shard, context.embedding_size, context.seed))
+
+    def forward(self, batch: Batch) -> dict[str, Tensor]:
+        """Score the student against the learned class centers.
+
+        Args:
+            batch: the gathered batch; a teacher is not looked at.
+
+        Returns:
+            ``{"ce": scalar}``.
+        """
+        index = sample_classes(self.shard, batch.labels, self.context, batch.step, self.weight.device)
+        loss = margin_softmax(
+            batch.embeddings,
+            batch.labels,
+            self.weight,
+            self.context.margin,
+            class_start=self.shard.start,
+            index=index,
+            ranks=self.context.ranks,
+            product_dtype=self.context.product_dtype,
+        )
+        return {"ce": loss}

@@ -1,0 +1,135 @@
+"""What methods over logits have in common: the student's learned classifier beside the teacher's frozen one."""
+
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from arcface_kd.losses.logit_distillation import (
+    Distillation,
+    Grouping,
+    Logits,
+    TeacherLogits,
+    logit_distillation,
+    teacher_logits,
+)
+from arcface_kd.losses.margin_softmax import inverse_norm
+from arcface_kd.methods.base import Batch, Method, Requirement, RunContext
+from arcface_kd.methods.class_sampling import sample_classes
+from arcface_kd.methods.learned_classifier import LearnedClassifier
+
+
+def check_temperature(temperature: float) -> None:
+    """Refuse a temperature below 1, or one at which nothing is left of the logits.
+
+    Raises:
+        ValueError: it is below 1 or infinite.
+    """
+    if not 1 <= temperature < float("inf"):
+        raise ValueError(f"the temperature is {temperature}; it must be finite and at least 1")
+
+
+def check_weights(**weights: float | None) -> None:
+    """Refuse negative and infinite weights of loss terms.
+
+    Args:
+        weights: by the knob's name; None for one that is left to the method.
+
+    Raises:
+        ValueError: one of them is negative or infinite.
+    """
+    for name, weight in weights.items():
+        if weight is not None and not 0 <= weight < float("inf"):
+            raise ValueError(f"{name} is {weight}; it must be finite and at least 0")
+
+
+class TwoClassifiers(Method):
+    """Base of the methods that compare the logits of two classifiers, each on its own embedding.
+
+    The student's classifier is the trainer's own learned one, with its margin and class sampling. The teacher's stands,
+    frozen, on the teacher's embedding; both share the logit scale. The embeddings may differ in dimension. At a sample
+    rate below 1 all terms are over the classes that the step has drawn, and a KL over a sample is biased: both sides'
+    probabilities are renormalised over it.
+
+    The teacher's classifier is not saved with the run: it is read again from where it came.
+
+    Args:
+        config: the knobs.
+        context: the run, with the teacher's classifier.
+    """
+
+    requires: ClassVar[frozenset[Requirement]] = frozenset(
+        {Requirement.TEACHER_EMBEDDINGS, Requirement.TEACHER_CLASSIFIER}
+    )
+    classifies: ClassVar[bool] = True
+    projects: ClassVar[bool] = False
+    sharded: ClassVar[tuple[str, ...]] = ("classifier.weight",)
+
+    teacher_weight: Tensor
+    teacher_inverse_norms: Tensor
+
+    def __init__(self, config: Any, context: RunContext) -> None:
+        super().__init__(config, context)
+        # Without a classifier the run was stopped before it came here, see `requires`.
+        assert context.teacher_classifier is not None
+        self.classifier = LearnedClassifier(context)
+        self.register_buffer("teacher_weight", context.teacher_classifier, persistent=False)
+        self.register_buffer("teacher_inverse_norms", inverse_norm(context.teacher_classifier), persistent=False)
+
+    def drawn_classes(self, batch: Batch) -> Tensor | None:
+        """The classes of this shard that take part in the step, None for all."""
+        classifier = self.classifier
+        return sample_classes(classifier.shard, batch.labels, self.context, batch.step, classifier.weight.device)
+
+    def teacher_logits(self, batch: Batch, index: Tensor | None, temperature: float) -> TeacherLogits:
+        """The teacher's own logits of the batch.
+
+        Args:
+            batch: the gathered batch, with teacher embeddings.
+            index: what :meth:`drawn_classes` returned.
+            temperature: T.
+        """
+        assert batch.teacher is not None
+        in_double = batch.embeddings.dtype == torch.float64
+        return teacher_logits(
+            batch.teacher.double() if in_double else batch.teacher,
+            batch.labels,
+            self.teacher_weight,
+            self.context.margin.scale,
+            temperature,
+            inverse_norms=self.teacher_inverse_norms,
+            class_start=self.classifier.shard.start,
+            index=index,
+            product_dtype=self.context.product_dtype,
+        )
+
+    def distil(
+        self,
+        batch: Batch,
+        index: Tensor | None,
+        teacher: TeacherLogits,
+        logits: Logits,
+        grouping: Grouping | None = None,
+    ) -> Distillation:
+        """Score the student's embedding against its own classifier and compare the logits with the teacher's.
+
+        Args:
+            batch: the gathered batch.
+            index: what :meth:`drawn_classes` returned.
+            teacher: the teacher's logits.
+            logits: whether the targets' are distilled with the margin.
+            grouping: Grouped KD's groups, None for none.
+        """
+        return logit_distillation(
+            batch.embeddings,
+            batch.labels,
+            self.classifier.weight,
+            teacher,
+            self.context.margin,
+            grouping=grouping,
+            logits=logits,
+            class_start=self.classifier.shard.start,
+            index=index,
+            ranks=self.context.ranks,
+            product_dtype=self.context.product_dtype,
+        )

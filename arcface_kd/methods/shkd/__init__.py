@@ -1,0 +1,1 @@
+"""SH-KD: a teacher trained for its student, in three runs."""

@@ -1,0 +1,1 @@
+"""TCS: the student in the coordinates of the teacher's principal components."""

@@ -1,0 +1,190 @@
+"""Files that are either old or new, never torn."""
+
+import contextlib
+import errno
+import glob
+import os
+import stat
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO
+
+from arcface_kd.errors import ConfigError
+
+
+def _sync_folder(folder: Path) -> None:
+    """Make a rename inside ``folder`` durable, where the platform can open a folder."""
+    if os.name == "nt":
+        return
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _lock(descriptor: int) -> bool:
+    """Take a file for this process, where the system and the file system can lock; False if another one has it."""
+    try:
+        import fcntl
+    except ImportError:
+        return False
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        return False
+    return True
+
+
+def _remove_remains(target: Path) -> None:
+    """Remove temporary files of ``target`` whose writers were killed: nobody holds their locks any more."""
+    # The pattern's own dot finds hidden files.
+    for name in glob.glob(f".{glob.escape(target.name)}.*.part", root_dir=target.parent):
+        with contextlib.suppress(OSError):
+            descriptor = os.open(target.parent / name, os.O_RDWR)
+            try:
+                if _lock(descriptor):
+                    os.unlink(target.parent / name)
+            finally:
+                os.close(descriptor)
+
+
+def _make_temporary(target: Path) -> tuple[int, Path]:
+    while True:
+        descriptor, name = tempfile.mkstemp(prefix=f".{target.name}.", suffix=".part", dir=target.parent)
+        _lock(descriptor)
+        # Between its making and its lock another process may have taken it for a remain.
+        if os.path.exists(name):
+            return descriptor, Path(name)
+        os.close(descriptor)
+
+
+def _name(error: BaseException, target: Path, temporary: Path | None = None) -> None:
+    """Let an error of the system say which file it is about, where it names none or one that nobody has heard of."""
+    unknown = isinstance(error, OSError) and (temporary is None or error.filename in (None, os.fspath(temporary)))
+    if unknown and isinstance(error, OSError) and error.errno is not None:
+        error.filename = os.fspath(target)
+
+
+def replace_file(source: Path, target: Path) -> None:
+    """Move a whole file over another one in the same folder, in one step that a failure of power does not undo.
+
+    Args:
+        source: the file that moves; its bytes must be on the disk.
+        target: the file that it replaces, or a new name.
+
+    Raises:
+        OSError: the folder cannot be written.
+    """
+    source.replace(target)
+    _sync_folder(target.parent)
+
+
+def require_folder_of(path: Path) -> None:
+    """Refuse a file whose folder is not there, before anything is done that the file is for.
+
+    Args:
+        path: of the file.
+
+    Raises:
+        ConfigError: there is no such folder.
+    """
+    if not path.absolute().parent.is_dir():
+        raise ConfigError(f"{path}: there is no folder {path.parent}; make it first")
+
+
+@contextmanager
+def atomic_write(path: str | os.PathLike[str]) -> Iterator[IO[bytes]]:
+    """Open a binary file that replaces ``path`` in one step when the block ends without an error.
+
+    The bytes go to a temporary file in the same folder, are synced to disk and renamed over ``path``. If the block
+    raises, ``path`` stays as it was and the temporary file is removed; that of a killed process is removed by the next
+    one that writes ``path``.
+
+    Args:
+        path: the file to write; its folder must exist.
+
+    Yields:
+        The open temporary file.
+
+    Raises:
+        OSError: the folder is missing, read-only or full; ``path`` is untouched.
+    """
+    target = Path(path)
+    try:
+        _remove_remains(target)
+        descriptor, temporary = _make_temporary(target)
+    except OSError as error:
+        _name(error, target)
+        raise
+    try:
+        with os.fdopen(descriptor, "wb") as stream:
+            yield stream
+            stream.flush()
+            os.fsync(stream.fileno())
+        # mkstemp makes files private; a model or a data set is read by colleagues like any other file.
+        umask = os.umask(0)
+        os.umask(umask)
+        temporary.chmod(0o666 & ~umask)
+        replace_file(temporary, target)
+    except BaseException as error:
+        temporary.unlink(missing_ok=True)
+        _name(error, target, temporary)
+        raise
+
+
+def open_regular(path: str | os.PathLike[str]) -> IO[bytes]:
+    """Open a file for reading if it is one; symbolic links are followed.
+
+    Args:
+        path: the file.
+
+    Returns:
+        The open file, binary.
+
+    Raises:
+        OSError: it is missing, may not be read, or is a folder, a pipe, a socket or a device.
+    """
+    # Without O_NONBLOCK the very opening of a pipe waits for somebody to write to it; regular files do not mind it.
+    descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
+    mode = os.fstat(descriptor).st_mode
+    if stat.S_ISREG(mode):
+        return os.fdopen(descriptor, "rb")
+    os.close(descriptor)
+    if stat.S_ISDIR(mode):
+        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), os.fspath(path))
+    raise OSError(errno.EINVAL, "it is no regular file", os.fspath(path))
+
+
+_HELD = (errno.EACCES, errno.EAGAIN)
+
+
+@contextmanager
+def run_lock(file: Path) -> Iterator[None]:
+    """Keep other processes from a run's folder, such as a second start, or ranks that a killed ``torchrun`` has left.
+
+    The lock is the process's own: it ends with it, however that ends, and what it forks does not hold it. Where the
+    system or the file system cannot lock, there is none.
+
+    Args:
+        file: in the folder; made if it is missing. Nobody else in this process may close it meanwhile.
+
+    Raises:
+        ConfigError: another process holds the lock.
+        OSError: the file cannot be made.
+    """
+    with open(file, "ab") as stream:
+        try:
+            import fcntl
+
+            fcntl.lockf(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except ImportError:
+            pass
+        except OSError as error:
+            if error.errno in _HELD:
+                raise ConfigError(
+                    f"another run is writing to {file.parent}: wait for it or end its processes, or give another output"
+                ) from error
+        yield

@@ -1,0 +1,1 @@
+"""The teacher's embeddings of each image, kept in a file."""

@@ -1,0 +1,437 @@
+"""The teacher's embeddings of every image, plain and mirrored, in a file: after one epoch the teacher is free.
+
+Training shows the teacher each image plain or mirrored and nothing else, so two embeddings an image replace it. A cache
+is two files: FILE, fp16 numbers (images, 2, D) that readers map, and FILE.json, the header, which says whose embeddings
+these are. They are unit vectors, rounded to fp16: within 2.5e-4 of the teacher's own. MS1MV2 (5,822,653 images) at 512
+dimensions takes 11.9 GB.
+
+A row that is there is whole. The numbers are kept with all bits inverted, so that the zeros of a new file read as NaN;
+a row that is no unit vector, because a killed process left half of it or a disk damaged it, counts as missing. The
+header is written last: FILE without it is a cache that was never finished, and is finished by the next run if it holds
+nothing but zeros. The space is reserved when the file is made, where the file system can: a full disk shows then, not
+in the middle of a run.
+
+All processes of a machine may fill one file at once. On a network file system, several machines that write one file may
+overwrite each other's neighbouring rows with zeros or see them late: such rows count as missing and are made again,
+never wrong. Fill it from one machine, or give each machine a file of its own.
+"""
+
+import errno
+import json
+import os
+import shutil
+import stat
+import weakref
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from io import FileIO
+from pathlib import Path
+from typing import IO, Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn.functional import normalize
+
+from arcface_kd.errors import TeacherError
+from arcface_kd.system.files import atomic_write
+from arcface_kd.teachers.base import Teacher
+
+_FORMAT = 1
+_LARGEST_HEADER = 1 << 16
+# What each entry of a header is called in messages, in the order in which differences are told.
+_ENTRIES = {
+    "format": "file format",
+    "embedding_size": "embedding size",
+    "images": "number of images",
+    "data": "data set",
+    "preprocessing": "preprocessing",
+    "precision": "precision",
+    "teacher": "teacher",
+}
+_ROWS_AT_ONCE = 1 << 14
+# Numbers that `blocks` reads at a time: 17 MB of fp16, or 4,096 images of 512 dimensions.
+_NUMBERS_AT_ONCE = 1 << 22
+_LARGEST_DIMENSION = 1 << 16
+# A unit vector in fp16 has a norm within 5e-4 of 1; one with a damaged exponent is far from it.
+_NORM_TOLERANCE = 5e-3
+
+
+def identity_of(teacher: Teacher, data_fingerprint: str, images: int) -> dict[str, object]:
+    """What makes two caches exchangeable.
+
+    Args:
+        teacher: whose embeddings they are.
+        data_fingerprint: over the images and their order, see :func:`arcface_kd.data.fingerprint.fingerprint`.
+        images: number of them.
+
+    Returns:
+        What the header of such a cache says.
+    """
+    return {
+        "format": _FORMAT,
+        "teacher": teacher.fingerprint,
+        "preprocessing": {name: value for name, value in vars(teacher.preprocessing).items()},
+        "precision": teacher.precision,
+        "data": data_fingerprint,
+        "images": images,
+        "embedding_size": teacher.embedding_size,
+    }
+
+
+def identity_in(path: str | os.PathLike[str], data_fingerprint: str, images: int) -> dict[str, object]:
+    """What a run that has no teacher takes a cache to be: whosever embeddings they are, of the run's data.
+
+    Args:
+        path: an existing cache.
+        data_fingerprint: over the run's images and their order.
+        images: number of them.
+
+    Returns:
+        The identity of a cache with the teacher that the header names.
+
+    Raises:
+        TeacherError: there is no such cache, or its header is damaged.
+    """
+    path = Path(path).expanduser()
+    header = _header_of(path)
+    _refuse_special_files(path, header)
+    if not header.exists():
+        raise TeacherError(_not_there(path))
+    try:
+        found = _read_header(path, header)
+    except OSError as error:
+        raise TeacherError(f"the cache {path} cannot be used: {error.strerror or error}") from error
+    dimension = found.get("embedding_size")
+    if isinstance(dimension, bool) or not (isinstance(dimension, int) and 0 < dimension <= _LARGEST_DIMENSION):
+        raise TeacherError(
+            f"{header} names {_short(dimension)} as embedding size: it is damaged; delete it and {path} to start anew"
+        )
+    return {**found, "format": _FORMAT, "data": data_fingerprint, "images": images}
+
+
+def how_to_fill(path: str | os.PathLike[str]) -> str:
+    """The command that fills a cache, for messages."""
+    return f"fill it beforehand with `arcface-kd cache CONFIG --kd-teacher FILE --out {path}`"
+
+
+def readable_size(count: float) -> str:
+    """A number of bytes with a decimal unit: ``11.9 GB``."""
+    for unit in ("bytes", "kB", "MB", "GB"):
+        if count < 1000:
+            return f"{count:.0f} bytes" if unit == "bytes" else f"{count:.1f} {unit}"
+        count /= 1000
+    return f"{count:.1f} TB"
+
+
+class EmbeddingCache:
+    """Rows of one teacher over one data set.
+
+    Several processes may read and write at once: two that find the same row missing write the same numbers.
+
+    Attributes:
+        path: the file; its header stands beside it as ``path.json``.
+        images: number of images.
+        embedding_size: dimension D.
+        size: bytes of the file.
+        read_only: whether the file cannot be written: a full one serves all the same.
+
+    Args:
+        path: the file, made if there is none; symbolic links are followed, ``~`` is the home folder.
+        identity: from :func:`identity_of` or :func:`identity_in`.
+        create: whether to make the file where there is none.
+
+    Raises:
+        TeacherError: the files belong to another teacher or other data (the message says in what they differ), are
+            damaged or something else altogether, or there is no room for them; or there are none and ``create`` is off.
+    """
+
+    def __init__(self, path: str | os.PathLike[str], identity: Mapping[str, object], *, create: bool = True) -> None:
+        self.path = Path(path).expanduser()
+        # As JSON gives it back: tuples become lists.
+        self._identity: dict[str, Any] = json.loads(json.dumps(dict(identity)))
+        self.images = int(self._identity["images"])
+        self.embedding_size = int(self._identity["embedding_size"])
+        self.size = 4 * self.images * self.embedding_size
+        self._header = _header_of(self.path)
+        try:
+            _refuse_special_files(self.path, self._header)
+            if not self._header.exists():
+                if not create:
+                    raise TeacherError(_not_there(self.path))
+                if not self.path.parent.is_dir():
+                    raise TeacherError(
+                        f"the cache {self.path} cannot be made: there is no folder {self.path.parent}; make it first"
+                    )
+                self._create()
+            self._check_header()
+            self._check_size()
+            self._rows = np.memmap(self.path, np.uint16, mode="r", shape=(2 * self.images, self.embedding_size))
+            self._file = self._open_for_writing()
+        except OSError as error:
+            raise TeacherError(f"the cache {self.path} cannot be used: {error.strerror or error}") from error
+
+    @property
+    def identity(self) -> Mapping[str, object]:
+        """Whose embeddings these are, as the header says it."""
+        return self._identity
+
+    @property
+    def read_only(self) -> bool:
+        """Whether the file cannot be written."""
+        return self._file is None
+
+    def _create(self) -> None:
+        """Reserve the file under a lock, and write the header when it is there."""
+        with self._claimed() as stream:
+            if self._header.exists():
+                return
+            if _holds_anything(stream):
+                raise TeacherError(
+                    f"{self.path} exists without its header {self._header.name}: name another file for the cache, or "
+                    "delete it"
+                )
+            try:
+                _reserve(stream, self.size)
+                with atomic_write(self._header) as header:
+                    header.write((json.dumps(self._identity, indent=2) + "\n").encode())
+            except OSError as error:
+                stream.truncate(0)
+                os.unlink(os.path.realpath(self.path))
+                free = readable_size(shutil.disk_usage(self.path.resolve().parent).free)
+                raise TeacherError(
+                    f"no room for the cache {self.path}: {error.strerror or error}; it takes "
+                    f"{readable_size(self.size)} ({self.images} images, two views, {self.embedding_size} numbers each) "
+                    f"and {free} are free"
+                ) from error
+
+    @contextmanager
+    def _claimed(self) -> Iterator[IO[bytes]]:
+        """The file, open and locked against other processes that want to make it."""
+        while True:
+            descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT | getattr(os, "O_BINARY", 0), 0o666)
+            with os.fdopen(descriptor, "r+b", buffering=0) as stream:
+                _lock(stream)
+                # Whoever held the lock may have found no room and taken the file away.
+                if self.path.exists() and os.path.samestat(os.fstat(stream.fileno()), self.path.stat()):
+                    yield stream
+                    return
+
+    def _check_header(self) -> None:
+        found, wanted = _read_header(self.path, self._header), self._identity
+        differing = [
+            f"another {called} (it has {_short(found.get(name))}, this run {_short(wanted.get(name))})"
+            for name, called in _ENTRIES.items()
+            if found.get(name) != wanted.get(name)
+        ]
+        if differing:
+            raise TeacherError(
+                f"the cache {self.path} was made for {' and '.join(differing)}: name another file for the cache, or "
+                f"delete it and {self._header.name}"
+            )
+
+    def _check_size(self) -> None:
+        size = self.path.stat().st_size if self.path.exists() else 0
+        if size != self.size:
+            raise TeacherError(
+                f"the cache {self.path} has {size} bytes and should have {self.size}: it is cut short or another file; "
+                f"delete it and {self._header.name} to start anew"
+            )
+
+    def _open_for_writing(self) -> FileIO | None:
+        try:
+            stream = FileIO(self.path, "r+")
+        except OSError as error:
+            if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
+                return None
+            raise
+        weakref.finalize(self, stream.close)
+        return stream
+
+    def _positions(self, index: Tensor, flipped: Tensor) -> np.ndarray:
+        positions = index.cpu().numpy() * 2 + flipped.cpu().numpy()
+        if len(positions) and not (positions.min() >= 0 and positions.max() < 2 * self.images):
+            raise IndexError(f"images {index.tolist()[:5]} are not all in 0 .. {self.images - 1}")
+        return positions
+
+    def look_up(self, index: Tensor, flipped: Tensor) -> tuple[Tensor, Tensor]:
+        """Rows of some views.
+
+        Args:
+            index: (B,) int64 positions in the data set.
+            flipped: (B,) bool.
+
+        Returns:
+            ``(embeddings, known)``: (B, D) fp32 unit vectors on the CPU, NaN where the row is missing, and (B,) bool.
+
+        Raises:
+            IndexError: a position that the data set does not have.
+        """
+        return _decoded(self._rows[self._positions(index, flipped)])
+
+    def store(self, index: Tensor, flipped: Tensor, embeddings: Tensor) -> None:
+        """Keep the teacher's embeddings of some views.
+
+        Args:
+            index: (B,) int64 positions in the data set.
+            flipped: (B,) bool.
+            embeddings: (B, D), any norm.
+
+        Raises:
+            TeacherError: an embedding is zero, NaN or inf; or the file is read-only.
+            OSError: the disk is full or broken; rows that were stored stay.
+            IndexError: a position that the data set does not have.
+        """
+        positions = self._positions(index, flipped)
+        rows = ~normalize(embeddings.detach().float()).to("cpu", torch.float16).numpy().view(np.uint16)
+        _, sound = _decoded(rows)
+        if not sound.all():
+            where = index.cpu()[~sound][:5].tolist()
+            raise TeacherError(f"the teacher's embeddings of images {where} are zero, NaN or inf: look at these images")
+        if self._file is None:
+            raise TeacherError(
+                f"the cache {self.path} is read-only and not full: let somebody who may write it fill it with "
+                "`arcface-kd cache`, or name another file"
+            )
+        # Written, not assigned through the map: a full disk is then an error, where the map would end the process, and
+        # no kill comes between the bytes of a number.
+        for position, row in zip(positions.tolist(), rows, strict=True):
+            _write_at(self._file, position * 2 * self.embedding_size, row.tobytes())
+
+    def known(self, start: int, stop: int) -> np.ndarray:
+        """Which rows of a range of images are there; reads them all.
+
+        Args:
+            start: the first image.
+            stop: the one after the last.
+
+        Returns:
+            (stop - start, 2) bool: plain, mirrored.
+        """
+        found = np.zeros((max(0, stop - start), 2), dtype=bool)
+        for first in range(start, stop, _ROWS_AT_ONCE):
+            last = min(stop, first + _ROWS_AT_ONCE)
+            _, known = _decoded(self._rows[2 * first : 2 * last])
+            found[first - start : last - start] = known.numpy().reshape(-1, 2)
+        return found
+
+    def blocks(self, start: int, stop: int) -> Iterator[tuple[Tensor, Tensor]]:
+        """All rows of a range of images, block by block, in little memory: the file is read, not mapped.
+
+        Args:
+            start: the first image.
+            stop: the one after the last.
+
+        Yields:
+            ``(embeddings, known)`` as :meth:`look_up` returns them, of a few thousand neighbouring views.
+
+        Raises:
+            TeacherError: the file cannot be read.
+        """
+        rows_at_once = max(2, _NUMBERS_AT_ONCE // self.embedding_size)
+        for first in range(2 * start, 2 * stop, rows_at_once):
+            count = min(2 * stop - first, rows_at_once) * self.embedding_size
+            try:
+                numbers = np.fromfile(self.path, np.uint16, count, offset=2 * first * self.embedding_size)
+            except OSError as error:
+                raise TeacherError(f"the cache {self.path} cannot be read: {error.strerror or error}") from error
+            if len(numbers) < count:
+                raise TeacherError(f"the cache {self.path} was cut short while it was read")
+            yield _decoded(numbers.reshape(-1, self.embedding_size))
+
+    def filled(self) -> int:
+        """Rows that are there, of 2 x images; reads the whole file."""
+        return int(self.known(0, self.images).sum())
+
+
+def _header_of(path: Path) -> Path:
+    # Not by its name: a folder such as "." has none, and is refused later.
+    return Path(f"{path}.json")
+
+
+def _not_there(path: Path) -> str:
+    return f"there is no cache of a teacher's embeddings at {path}: {how_to_fill(path)}"
+
+
+def _refuse_special_files(*paths: Path) -> None:
+    """A pipe would wait for ever and a device has no end."""
+    for path in paths:
+        try:
+            mode = path.stat().st_mode
+        except FileNotFoundError:
+            continue
+        if not stat.S_ISREG(mode):
+            what = "a folder" if stat.S_ISDIR(mode) else "no regular file"
+            raise TeacherError(f"the cache {path} is {what}: name a file for the teacher's embeddings")
+
+
+def _read_header(path: Path, header: Path) -> dict[str, Any]:
+    with open(header, "rb") as stream:
+        text = stream.read(_LARGEST_HEADER)
+    try:
+        found = json.loads(text)
+    # The JSON reader answers deep nesting with a RecursionError.
+    except (ValueError, RecursionError) as error:
+        raise TeacherError(
+            f"{header} is no cache header ({type(error).__name__}); delete it and {path} to start anew"
+        ) from None
+    if not isinstance(found, dict):
+        raise TeacherError(f"{header} is no cache header; delete it and {path} to start anew")
+    return found
+
+
+def _decoded(rows: np.ndarray) -> tuple[Tensor, Tensor]:
+    """Unit vectors (B, D) out of a file's rows, NaN where a row is no unit vector, and (B,) bool whether it is one."""
+    values = torch.from_numpy(np.invert(np.asarray(rows)).view(np.float16)).float()
+    norms = values.norm(dim=1)
+    known = (norms - 1).abs() < _NORM_TOLERANCE
+    return values / norms.where(known, torch.nan).unsqueeze(1), known
+
+
+def _short(value: object) -> str:
+    text = value if isinstance(value, str) else json.dumps(value)
+    if isinstance(value, str) and len(text) > 16:
+        return text[:12] + "..."
+    return text if len(text) <= 120 else text[:117] + "..."
+
+
+def _lock(stream: IO[bytes]) -> None:
+    """Wait for the file to be nobody else's, where the system and the file system can lock."""
+    try:
+        import fcntl
+    except ImportError:
+        return
+    try:
+        fcntl.flock(stream.fileno(), fcntl.LOCK_EX)
+    except OSError as error:
+        if error.errno not in (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS, errno.EINVAL):
+            raise
+
+
+def _holds_anything(stream: IO[bytes]) -> bool:
+    """Whether a file has a byte that is not zero."""
+    while block := stream.read(1 << 24):
+        if np.frombuffer(block, np.uint8).any():
+            return True
+    return False
+
+
+def _reserve(stream: IO[bytes], size: int) -> None:
+    """Make a file of zeros that has its room on the disk, where the file system can promise that."""
+    stream.truncate(0)
+    try:
+        os.posix_fallocate(stream.fileno(), 0, size)
+    except AttributeError:  # macOS and Windows have no such call
+        stream.truncate(size)
+    except OSError as error:
+        if error.errno not in (errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL):
+            raise
+        stream.truncate(size)
+    os.fsync(stream.fileno())
+
+
+def _write_at(stream: FileIO, offset: int, data: bytes) -> None:
+    stream.seek(offset)
+    rest = memoryview(data)
+    while rest:
+        rest = rest[stream.write(rest) :]

@@ -1,0 +1,1 @@
+"""Teachers in MXNet's checkpoint format."""

@@ -1,0 +1,1 @@
+"""Teachers in ONNX files and packs."""

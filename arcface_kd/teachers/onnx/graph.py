@@ -1,0 +1,365 @@
+"""An ONNX file made fit for a teacher: read safely, batch size freed, denormal weights flushed. All of it in memory."""
+
+import contextlib
+import hashlib
+import math
+import os
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from arcface_kd.errors import TeacherError, first_line
+from arcface_kd.teachers.base import LARGEST_FILE, read_bytes
+
+# Weights below this change no output of a network in float32, and below 1.2e-38 they make CPUs crawl.
+_NEGLIGIBLE = 1e-20
+# Control flow could run for ever, and EPContext names files of its own; no face network needs either.
+_REFUSED_OPERATORS = frozenset(("Loop", "Scan", "SequenceMap", "EPContext"))
+MOST_ELEMENTS = 1 << 27
+"""Elements in one activation of one image: 2^27 float32 are 512 MB. ViT-L at 112x112 stays below 2^23."""
+# ViT-L has two thousand; functions count as often as they are called, for onnxruntime puts their nodes in place.
+_MOST_NODES = 100_000
+_DEEPEST_CALL = 64
+# InsightFace looks at so many nodes for a normalisation inside the graph.
+_LEADING_NODES = 8
+
+
+@dataclass(frozen=True)
+class OnnxGraph:
+    """One network, ready for onnxruntime.
+
+    Attributes:
+        model: the serialised ModelProto, with external data taken in.
+        input_name: its image input.
+        output_name: its embedding output.
+        size: height and width of the input, or None where the graph leaves them open.
+        fixed_batch: the batch size the graph declares, or None where it takes any.
+        normalises: mean and std are inside the graph, and it takes pixel values 0..255.
+        parameter_count: number of floating-point weights.
+        digest: SHA-256 over the file and its external data.
+    """
+
+    model: bytes
+    input_name: str
+    output_name: str
+    size: int | None
+    fixed_batch: int | None
+    normalises: bool
+    parameter_count: int
+    digest: str
+
+
+def _messages(message: Any, kind: type) -> Iterator[Any]:
+    """Every message of one type inside a protobuf message, at any depth: subgraphs and functions included."""
+    pending = [message]
+    while pending:
+        current = pending.pop()
+        if isinstance(current, kind):
+            yield current
+        for field, value in current.ListFields():
+            if field.type == field.TYPE_MESSAGE:
+                pending.extend([value] if hasattr(value, "ListFields") else value)
+
+
+def _holds_bytes_for_text(message: Any) -> bool:
+    """Whether protobuf found a string that is not UTF-8, and gives bytes where everybody expects text."""
+    return any(
+        field.type == field.TYPE_STRING
+        and any(isinstance(text, bytes) for text in ([value] if isinstance(value, str | bytes) else value))
+        for part in _messages(message, object)
+        for field, value in part.ListFields()
+    )
+
+
+def _parse(content: bytes, path: Path) -> Any:
+    import onnx
+
+    try:
+        model = onnx.load_model_from_string(content)
+    # protobuf's DecodeError has moved between modules; whatever is raised here means the same.
+    except Exception as error:
+        raise TeacherError(f"teacher {path} is damaged or no ONNX file: {first_line(error)}") from error
+    if not model.graph.node or not model.graph.output:
+        raise TeacherError(f"teacher {path} is damaged or no ONNX file: it has no graph")
+    if _holds_bytes_for_text(model):
+        raise TeacherError(f"teacher {path} is damaged: a name in it is not text")
+    return model
+
+
+def _take_in_external_data(model: Any, path: Path) -> bytes:
+    """Replace references to files by their bytes; only files inside the model's own folder are read."""
+    import onnx
+
+    folder = path.parent.resolve()
+    digest = hashlib.sha256()
+    taken = 0
+    for tensor in _messages(model, onnx.TensorProto):
+        if tensor.data_location != onnx.TensorProto.EXTERNAL:
+            continue
+        entries = {entry.key: entry.value for entry in tensor.external_data}
+        location = entries.get("location", "")
+        where = f"teacher {path}: tensor {tensor.name!r} keeps its data in {location!r}"
+        if not location or "\0" in location or "\\" in location:
+            raise TeacherError(f"{where}, which names no file")
+        try:
+            place = (folder / location).resolve()
+            if os.path.isabs(location) or not place.is_relative_to(folder):
+                raise TeacherError(f"{where}, outside the model's folder; such files are not opened")
+            if not place.is_file():
+                raise TeacherError(f"{where}, which is not there; keep it beside the model")
+            size = place.stat().st_size
+        # Before Python 3.13 a loop of links is a RuntimeError.
+        except (OSError, RuntimeError) as error:
+            raise TeacherError(f"{where[:400]}, which cannot be read: {first_line(error)}") from error
+        try:
+            offset = int(entries.get("offset", "0"))
+            length = int(entries.get("length", size - offset))
+        except ValueError:
+            raise TeacherError(
+                f"{where} at offset {entries.get('offset')!r}, length {entries.get('length')!r}"
+            ) from None
+        if offset < 0 or length < 0 or offset + length > size:
+            raise TeacherError(f"{where}, {length} bytes from {offset}, but it has {size}")
+        # Several tensors may name one file.
+        taken += length
+        if taken > LARGEST_FILE:
+            raise TeacherError(
+                f"{where}: tensors of {taken} bytes in all; no face network has more than {LARGEST_FILE}"
+            )
+        with place.open("rb") as stream:
+            stream.seek(offset)
+            content = stream.read(length)
+        digest.update(content)
+        tensor.raw_data = content
+        tensor.data_location = onnx.TensorProto.DEFAULT
+        del tensor.external_data[:]
+    return digest.digest()
+
+
+def _flush_denormals(model: Any, path: Path) -> None:
+    import onnx
+    from onnx import numpy_helper
+
+    for tensor in _messages(model, onnx.TensorProto):
+        if tensor.data_type not in (onnx.TensorProto.FLOAT, onnx.TensorProto.DOUBLE):
+            continue
+        try:
+            weights = numpy_helper.to_array(tensor)
+        # onnx raises ValueError, TypeError or its own errors when dims and bytes disagree.
+        except Exception as error:
+            raise TeacherError(f"teacher {path}: tensor {tensor.name!r} is damaged: {first_line(error)}") from error
+        tiny = (np.abs(weights) < _NEGLIGIBLE) & (weights != 0)
+        if tiny.any():
+            tensor.CopyFrom(numpy_helper.from_array(np.where(tiny, 0, weights).astype(weights.dtype), tensor.name))
+
+
+def _image_input(model: Any, path: Path) -> Any:
+    weights = {tensor.name for tensor in model.graph.initializer}
+    inputs = [value for value in model.graph.input if value.name not in weights]
+    if len(inputs) != 1 or len(model.graph.output) != 1:
+        raise TeacherError(
+            f"teacher {path} has {len(inputs)} inputs and {len(model.graph.output)} outputs; wanted a recognition "
+            "network with one of each: export it with the image and the embedding alone"
+        )
+    return inputs[0]
+
+
+def _dimensions(value: Any) -> list[int | None]:
+    return [
+        dimension.dim_value if dimension.HasField("dim_value") and dimension.dim_value > 0 else None
+        for dimension in value.type.tensor_type.shape.dim
+    ]
+
+
+def _input_shape(value: Any, path: Path) -> tuple[int | None, int | None]:
+    """Batch and side length that the graph declares, None where it leaves them open."""
+    shape = _dimensions(value)
+    if not shape:
+        return None, None
+    if len(shape) != 4 or shape[1] not in (3, None) or shape[2] != shape[3]:
+        words = "x".join("?" if size is None else str(size) for size in shape)
+        way = "; export it with channels first" if shape[3] == 3 else ""
+        raise TeacherError(f"teacher {path} takes input of {words}; wanted Nx3xSxS, square colour images{way}")
+    return shape[0], shape[2]
+
+
+def _drop_weights_from_inputs(model: Any) -> None:
+    """Weights listed as inputs could be overridden at run time, so onnxruntime would not fold or fuse them."""
+    weights = {tensor.name for tensor in model.graph.initializer}
+    inputs = [value for value in model.graph.input if value.name not in weights]
+    if len(inputs) != len(model.graph.input):
+        del model.graph.input[:]
+        model.graph.input.extend(inputs)
+        model.ir_version = max(model.ir_version, 4)
+
+
+def _nodes_in_place(model: Any) -> int:
+    """Nodes of the graph once its functions are put in place; more than allowed where a function calls itself."""
+    import onnx
+
+    def calls(message: Any) -> Counter[tuple[str, str]]:
+        return Counter((node.domain, node.op_type) for node in _messages(message, onnx.NodeProto))
+
+    functions = {(function.domain, function.name): calls(function) for function in model.functions}
+    sizes = dict.fromkeys(functions, 1)
+    for _ in range(_DEEPEST_CALL):
+        before = sizes
+        # A call counts too, so that one that leads back to itself never settles; capped, since sizes may double.
+        sizes = {
+            name: min(_MOST_NODES, 1 + sum(times * before.get(each, 1) for each, times in called.items()))
+            for name, called in functions.items()
+        }
+        if sizes == before:
+            return 1 + sum(times * sizes.get(each, 1) for each, times in calls(model.graph).items())
+    return _MOST_NODES + 1
+
+
+def _refuse_hostile(model: Any, path: Path) -> None:
+    """Stop before anything runs: operators that may not end, activations that no face network has."""
+    import onnx
+
+    for node in _messages(model, onnx.NodeProto):
+        if node.op_type in _REFUSED_OPERATORS:
+            raise TeacherError(f"teacher {path} uses the operator {node.op_type}, which is not run from a file")
+    if _nodes_in_place(model) > _MOST_NODES:
+        raise TeacherError(f"teacher {path} comes to more than {_MOST_NODES} nodes, more than any face network has")
+    single = onnx.ModelProto()
+    single.CopyFrom(model)
+    for value in (*single.graph.input, *single.graph.output):
+        shape = value.type.tensor_type.shape.dim
+        if shape:
+            shape[0].dim_value = 1
+    try:
+        inferred = onnx.shape_inference.infer_shapes(single, data_prop=True)
+    # A graph that the shape inference cannot follow is for onnxruntime to judge.
+    except Exception:
+        return
+    for value in _messages(inferred.graph, onnx.ValueInfoProto):
+        shape = [size for size in _dimensions(value) if size is not None]
+        if math.prod(shape) > MOST_ELEMENTS:
+            words = "x".join(map(str, shape))
+            raise TeacherError(f"teacher {path}: {value.name!r} would be {words}, larger than any face network needs")
+
+
+def _normalises(model: Any) -> bool:
+    """InsightFace's rule: a subtraction and a multiplication, by name, among the first eight nodes."""
+    names = [node.name for node in model.graph.node[:_LEADING_NODES]]
+    subtracts = any(name.startswith(("Sub", "_minus")) for name in names)
+    return subtracts and any(name.startswith(("Mul", "_mul")) for name in names)
+
+
+def read_graph(path: Path) -> OnnxGraph:
+    """Read an ONNX file as it is, apart from flushing weights below 1e-20 in magnitude to zero.
+
+    Args:
+        path: the file.
+
+    Returns:
+        The graph, its batch size as declared.
+
+    Raises:
+        TeacherError: damaged, of another kind than one image in and one embedding out, keeping data outside its folder,
+            or asking for more than a face network does.
+    """
+    content = read_bytes(path)
+    model = _parse(content, path)
+    external = _take_in_external_data(model, path)
+    source = _image_input(model, path)
+    batch, size = _input_shape(source, path)
+    _flush_denormals(model, path)
+    _drop_weights_from_inputs(model)
+    _refuse_hostile(model, path)
+    floats = {1, 10, 11, 16}
+    return OnnxGraph(
+        model=_serialised(model, path),
+        input_name=source.name,
+        output_name=model.graph.output[0].name,
+        size=size,
+        fixed_batch=batch,
+        normalises=_normalises(model),
+        parameter_count=sum(math.prod(t.dims) for t in model.graph.initializer if t.data_type in floats),
+        digest=hashlib.sha256(hashlib.sha256(content).digest() + external).hexdigest(),
+    )
+
+
+def _serialised(model: Any, path: Path) -> bytes:
+    try:
+        return bytes(model.SerializeToString())
+    # protobuf's limit of 2 GB, raised as ValueError or EncodeError.
+    except Exception as error:
+        raise TeacherError(f"teacher {path} is too large for one ONNX message: {first_line(error)}") from error
+
+
+def _computed_from(model: Any, name: str) -> set[str]:
+    """Names of all values that depend on ``name``; nodes stand in topological order."""
+    reached = {name}
+    for node in model.graph.node:
+        if reached.intersection(node.input):
+            reached.update(node.output)
+    return reached
+
+
+def _integers(model: Any) -> dict[str, np.ndarray]:
+    """Constant vectors of int64 by name: the shapes that nodes are given."""
+    import onnx
+    from onnx import numpy_helper
+
+    found = {tensor.name: tensor for tensor in model.graph.initializer}
+    for node in model.graph.node:
+        if node.op_type == "Constant" and len(node.attribute) == 1 and node.attribute[0].name == "value":
+            found.update(dict.fromkeys(node.output, node.attribute[0].t))
+    vectors = {}
+    for name, tensor in found.items():
+        if tensor.data_type == onnx.TensorProto.INT64 and len(tensor.dims) == 1:
+            # A damaged one is for onnxruntime to refuse.
+            with contextlib.suppress(ValueError, TypeError):
+                vectors[name] = numpy_helper.to_array(tensor)
+    return vectors
+
+
+def free_batch(graph: OnnxGraph) -> OnnxGraph:
+    """Free a graph from the batch size it was exported with (insightface#2879).
+
+    The input and the output get a symbolic first dimension, and every ``Reshape`` of something computed from the image
+    whose constant shape begins with the declared batch size begins with 0 instead, which copies the first dimension.
+    That is right wherever the first dimension is the batch, as in every exported face network known; it is proved by
+    nothing here, so whoever uses the result compares a batch with its images one by one.
+
+    Args:
+        graph: the graph as read.
+
+    Returns:
+        The freed graph; the very same object when there was nothing to free.
+    """
+    import onnx
+    from onnx import numpy_helper
+
+    model = onnx.load_model_from_string(graph.model)
+    batch = graph.fixed_batch or 1
+    constants = _integers(model)
+    images = _computed_from(model, graph.input_name)
+    changed = graph.fixed_batch is not None
+    for position, node in enumerate(model.graph.node):
+        if node.op_type != "Reshape" or len(node.input) != 2 or node.input[0] not in images:
+            continue
+        shape = constants.get(node.input[1])
+        zero_means_zero = any(attribute.name == "allowzero" and attribute.i for attribute in node.attribute)
+        if shape is None or len(shape) < 2 or shape[0] != batch or zero_means_zero:
+            continue
+        name = f"{node.input[1]}/any_batch_{position}"
+        model.graph.initializer.append(numpy_helper.from_array(np.concatenate([[0], shape[1:]]).astype(np.int64), name))
+        node.input[1] = name
+        changed = True
+    if not changed:
+        return graph
+    for value in (*model.graph.input, *model.graph.output):
+        dimensions = value.type.tensor_type.shape.dim
+        if dimensions:
+            dimensions[0].dim_param = "batch"
+    # Shapes noted for the old batch size would contradict the new one.
+    del model.graph.value_info[:]
+    return replace(graph, model=bytes(model.SerializeToString()), fixed_batch=None)

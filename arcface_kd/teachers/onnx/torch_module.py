@@ -1,0 +1,295 @@
+"""An ONNX graph as a torch module: its weights can be trained, and a gradient passes through any part of it.
+
+onnxruntime runs a graph and has no gradient. The public converters (onnx2torch, onnx2pytorch) import torchvision, which
+nothing else here needs; a face network is made of a few dozen operators, which
+:mod:`arcface_kd.teachers.onnx.torch_operators` holds.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from arcface_kd.errors import TeacherError, first_line
+from arcface_kd.teachers.onnx.graph import OnnxGraph, free_batch
+from arcface_kd.teachers.onnx.torch_operators import OPERATORS, Call, UnsupportedError
+
+# What multiplies an image with weights; sums and factors before the first of these are a normalisation of the input.
+_MIXING = frozenset(("Conv", "Gemm", "MatMul"))
+_ARITHMETIC = frozenset(("Add", "Sub", "Mul", "Div"))
+# Inputs that are no weights although they may be floating-point tensors: settings and running statistics.
+_SETTINGS = {"BatchNormalization": (3, 4), "Clip": (1, 2), "Pad": (2,), "Pow": (1,), "Where": (0,)}
+
+
+@dataclass(frozen=True)
+class _Node:
+    operator: str
+    name: str
+    inputs: tuple[str, ...]
+    outputs: tuple[str, ...]
+    attributes: Mapping[str, Any]
+
+
+class TorchGraph(nn.Module):
+    """An ONNX graph that torch runs node by node, in float32.
+
+    Weights are parameters, so that the graph can be trained and its state saved; running statistics of batch norms and
+    single numbers are buffers. In training mode batch norms behave as torch's own; dropout does nothing. The batch size
+    is freed as :func:`arcface_kd.teachers.onnx.graph.free_batch` does it, which proves nothing: whoever uses the module
+    compares it with the graph.
+
+    Attributes:
+        graph: what is computed, its batch size freed and its constants among its initializers.
+
+    Args:
+        graph: the graph, as :func:`arcface_kd.teachers.onnx.graph.read_graph` returns it.
+
+    Raises:
+        TeacherError: an operator that is not known here, or a graph that is damaged.
+    """
+
+    def __init__(self, graph: OnnxGraph) -> None:
+        super().__init__()
+        import onnx
+        from onnx import numpy_helper
+
+        freed = free_batch(graph)
+        model = onnx.load_model_from_string(freed.model)
+        _constants_to_initializers(model)
+        self.graph = OnnxGraph(**{**vars(freed), "model": bytes(model.SerializeToString())})
+        self._opset = max((entry.version for entry in model.opset_import if entry.domain in _OWN_DOMAIN), default=1)
+        constants = {tensor.name: numpy_helper.to_array(tensor) for tensor in model.graph.initializer}
+        self._nodes = [_node(node, number) for number, node in enumerate(model.graph.node)]
+        self._check(constants)
+        settings = _settings(self._nodes)
+        self.weights = nn.Module()
+        self._places: dict[str, str] = {}
+        self._whole: dict[str, Tensor] = {}
+        taken = {name for node in self._nodes for name in node.inputs}
+        for name, array in constants.items():
+            # What no node takes would be a parameter without a gradient.
+            if name not in taken:
+                continue
+            if not np.issubdtype(array.dtype, np.integer) and array.dtype != np.bool_:
+                place = f"{len(self._places)}_{name.replace('.', '_')}"
+                self._places[name] = place
+                value = torch.from_numpy(array.astype(np.float32))
+                if name in settings or value.numel() == 1:
+                    self.weights.register_buffer(place, value)
+                else:
+                    self.weights.register_parameter(place, nn.Parameter(value))
+            else:
+                # Whole numbers are shapes and places, which are read on the CPU.
+                self._whole[name] = torch.from_numpy(array.copy())
+
+    def _check(self, constants: Mapping[str, np.ndarray]) -> None:
+        """Refuse, before anything runs, what cannot be run."""
+        known = {self.graph.input_name, "", *constants}
+        for node in self._nodes:
+            if node.operator not in OPERATORS:
+                raise TeacherError(
+                    f"the ONNX operator {node.operator} of node {node.name!r} cannot be turned into torch; known are "
+                    f"{', '.join(sorted(OPERATORS))}"
+                )
+            for name in node.inputs:
+                if name not in known:
+                    raise TeacherError(f"the ONNX node {node.name!r} takes {name!r}, which no node before it returns")
+            known.update(node.outputs)
+        if self.graph.output_name not in known:
+            raise TeacherError(f"no node of the ONNX graph returns its output {self.graph.output_name!r}")
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Run the graph.
+
+        Args:
+            images: (B, 3, S, S), prepared as the graph wants them.
+
+        Returns:
+            What the graph returns: (B, D) or (B, D, 1, 1).
+
+        Raises:
+            TeacherError: images that the graph does not take.
+        """
+        return self.run({self.graph.input_name: images}, [self.graph.output_name])[0]
+
+    def run(self, given: Mapping[str, Tensor], wanted: Sequence[str]) -> list[Tensor]:
+        """Compute some of the graph's values from others.
+
+        Args:
+            given: values by name: the input's, or those of activations.
+            wanted: names of the values to compute.
+
+        Returns:
+            The values, in the order of ``wanted``.
+
+        Raises:
+            TeacherError: a value that does not follow from those given, or an operator that refuses its inputs.
+        """
+        nodes = self._between(frozenset(given), tuple(wanted))
+        last = {name: number for number, node in enumerate(nodes) for name in node.inputs}
+        weights = {name: getattr(self.weights, place) for name, place in self._places.items()}
+        first = next(iter(given.values()))
+        size = self.graph.size or 1
+        # Where the input is not given, its shape may be asked for all the same, to reshape by its batch size.
+        stand_in = first.new_zeros(()).expand(first.shape[0], 3, size, size)
+        values: dict[str, Tensor] = {self.graph.input_name: stand_in, **self._whole, **weights, **given}
+        floats = next(iter(weights.values()), torch.empty(0)).new_empty(0)
+        for number, node in enumerate(nodes):
+            call = Call(node.attributes, self._opset, len(node.outputs), self.training, floats)
+            results = _run_node(node, call, [values[name] if name else None for name in node.inputs])
+            values.update(zip(node.outputs, results, strict=False))
+            # Activations go as soon as nobody wants them.
+            for name in node.inputs:
+                if last[name] == number and name not in wanted:
+                    values.pop(name, None)
+        return [values[name] for name in wanted]
+
+    def _between(self, given: frozenset[str], wanted: tuple[str, ...]) -> list[_Node]:
+        """The nodes that lead from some values to others, in order."""
+        missing, chosen = set(wanted) - given, []
+        for node in reversed(self._nodes):
+            if missing.intersection(node.outputs):
+                chosen.append(node)
+                missing.difference_update(node.outputs)
+                if not self._measures_input(node):
+                    missing.update(name for name in node.inputs if name and name not in given)
+        missing.difference_update(self._places, self._whole)
+        if missing:
+            raise TeacherError(
+                f"the ONNX graph cannot compute {', '.join(wanted)} from {', '.join(sorted(given))}: it needs "
+                f"{', '.join(sorted(missing))} as well"
+            )
+        return chosen[::-1]
+
+    def bottlenecks(self) -> list[str]:
+        """Names of the activations that all of the embedding is made of, in order: nothing leads around them.
+
+        That a graph asks for the shape of its input, in order to reshape by the batch size, is no way around.
+        """
+        end, last, depends = self.graph.output_name, dict[str, int](), {self.graph.input_name}
+        for number, node in enumerate(self._nodes):
+            if self._measures_input(node):
+                continue
+            last.update(dict.fromkeys(node.inputs, number))
+            if depends.intersection(node.inputs):
+                depends.update(node.outputs)
+        found, waiting = [], {self.graph.input_name}
+        for number, node in enumerate(self._nodes):
+            waiting.update(depends.intersection(node.outputs))
+            waiting = {name for name in waiting if name == end or last.get(name, -1) > number}
+            if waiting == {node.outputs[0]} and node.outputs[0] != end:
+                found.append(node.outputs[0])
+        return found
+
+    def embedding_layer_input(self) -> str | None:
+        """Name of the activation that the last product with weights is made of; None where others lead around it."""
+        bottlenecks = set(self.bottlenecks())
+        mixing = [node.inputs[0] for node in self._nodes if node.operator in _MIXING]
+        return mixing[-1] if mixing and mixing[-1] in bottlenecks else None
+
+    def _measures_input(self, node: _Node) -> bool:
+        return node.operator == "Shape" and node.inputs[0] == self.graph.input_name
+
+    def behind(self, name: str, activation: Tensor) -> Tensor:
+        """Run what lies behind an activation.
+
+        Args:
+            name: of the activation, one of :meth:`bottlenecks`.
+            activation: (B, ...) in its place.
+
+        Returns:
+            What the graph returns.
+
+        Raises:
+            TeacherError: something leads around the activation, or it is of another shape.
+        """
+        return self.run({name: activation}, [self.graph.output_name])[0]
+
+    def serialised(self) -> bytes:
+        """The graph as the bytes of an ONNX file that takes any batch size, with the weights as they are now."""
+        import onnx
+        from onnx import numpy_helper
+
+        model = onnx.load_model_from_string(self.graph.model)
+        for tensor in model.graph.initializer:
+            if tensor.name in self._places:
+                weights = getattr(self.weights, self._places[tensor.name]).detach().cpu().numpy()
+                kind = onnx.helper.tensor_dtype_to_np_dtype(tensor.data_type)
+                tensor.CopyFrom(numpy_helper.from_array(weights.astype(kind), tensor.name))
+        return bytes(model.SerializeToString())
+
+
+_OWN_DOMAIN = ("", "ai.onnx")
+
+
+def _constants_to_initializers(model: Any) -> None:
+    """Constants as initializers: then there is one place for everything that a graph computes with."""
+    from onnx import helper, numpy_helper
+
+    kept = []
+    for node in model.graph.node:
+        if node.op_type != "Constant" or node.domain not in _OWN_DOMAIN:
+            kept.append(node)
+            continue
+        (attribute,) = node.attribute
+        value = helper.get_attribute_value(attribute)
+        if attribute.name != "value":
+            kind = np.float32 if attribute.name.startswith("value_float") else np.int64
+            if not attribute.name.startswith(("value_float", "value_int")):
+                raise TeacherError(f"the ONNX constant {node.output[0]!r} is given as {attribute.name}, no tensor")
+            value = numpy_helper.from_array(np.array(value, kind))
+        tensor = model.graph.initializer.add()
+        tensor.CopyFrom(value)
+        tensor.name = node.output[0]
+    del model.graph.node[:]
+    model.graph.node.extend(kept)
+
+
+def _node(node: Any, number: int) -> _Node:
+    from onnx import TensorProto, helper, numpy_helper
+
+    attributes: dict[str, Any] = {}
+    for attribute in node.attribute:
+        value = helper.get_attribute_value(attribute)
+        if isinstance(value, bytes):
+            value = value.decode(errors="replace")
+        elif isinstance(value, TensorProto):
+            value = torch.from_numpy(numpy_helper.to_array(value).copy())
+        attributes[attribute.name] = value
+    operator = node.op_type if node.domain in _OWN_DOMAIN else f"{node.domain}.{node.op_type}"
+    name = node.name or f"{node.op_type}_{number}"
+    return _Node(operator, name, tuple(node.input), tuple(node.output), attributes)
+
+
+def _settings(nodes: Sequence[_Node]) -> set[str]:
+    """Names of constants that are not to be trained."""
+    found: set[str] = set()
+    before_weights = True
+    for node in nodes:
+        before_weights = before_weights and node.operator not in _MIXING
+        if before_weights and node.operator in _ARITHMETIC:
+            found.update(node.inputs)
+        found.update(node.inputs[place] for place in _SETTINGS.get(node.operator, ()) if place < len(node.inputs))
+    return found
+
+
+def _run_node(node: _Node, call: Call, inputs: Sequence[Tensor | None]) -> tuple[Tensor, ...]:
+    try:
+        results = OPERATORS[node.operator](call, *inputs)
+    except UnsupportedError as error:
+        raise TeacherError(
+            f"the ONNX operator {node.operator} of node {node.name!r} is used with {error}, which "
+            "cannot be turned into torch"
+        ) from error
+    except torch.cuda.OutOfMemoryError:
+        raise
+    # Whatever torch says of shapes, types and counts that do not go together.
+    except (RuntimeError, ValueError, TypeError, KeyError, IndexError) as error:
+        shapes = ", ".join("none" if each is None else str(tuple(each.shape)) for each in inputs)
+        raise TeacherError(
+            f"the ONNX operator {node.operator} of node {node.name!r} cannot be run on {shapes}: {first_line(error)}"
+        ) from error
+    return results if isinstance(results, tuple) else (results,)

@@ -1,0 +1,143 @@
+"""A teacher's network as the one that a run trains."""
+
+import os
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from arcface_kd.backbones.face_backbone import FaceBackbone
+from arcface_kd.errors import TeacherError, first_line
+from arcface_kd.system.device import narrow_format
+from arcface_kd.teachers.base import Teacher, load_teacher, prepared
+from arcface_kd.teachers.onnx.graph import OnnxGraph
+from arcface_kd.teachers.onnx.source import OnnxNetwork
+from arcface_kd.teachers.onnx.torch_module import TorchGraph
+from arcface_kd.teachers.options import Preprocessing, TeacherOptions
+
+
+class TrainedGraph(TorchGraph):
+    """An ONNX graph in the place of a backbone: its embeddings are always (B, D) in float32.
+
+    Args:
+        graph: as :class:`~arcface_kd.teachers.onnx.torch_module.TorchGraph` takes it.
+        fp16: autocast up to the embedding layer, float16 on GPUs and bfloat16 on CPUs that have it, as backbones do.
+
+    Raises:
+        TeacherError: an operator that is not known, or a graph that is damaged.
+    """
+
+    def __init__(self, graph: OnnxGraph, *, fp16: bool = False) -> None:
+        super().__init__(graph)
+        self.fp16 = fp16
+        self._layer_input = self.embedding_layer_input()
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Embed images.
+
+        Args:
+            images: (B, 3, S, S), prepared as the graph wants them.
+
+        Returns:
+            (B, D) embeddings, not normalised.
+        """
+        device = images.device
+        narrow = narrow_format(device) if self.fp16 else None
+        # A network's precision is its own, whatever is around it.
+        in_full = torch.autocast(device.type, enabled=False)
+        if narrow is None or self._layer_input is None:
+            with in_full:
+                return super().forward(images).flatten(1)
+        with torch.autocast(device.type, dtype=narrow):
+            (activation,) = self.run({self.graph.input_name: images}, [self._layer_input])
+        with in_full:
+            return self.behind(self._layer_input, activation.float()).flatten(1)
+
+
+def start_from(
+    source: str | os.PathLike[str],
+    options: TeacherOptions | Mapping[str, object] | None,
+    build: Callable[[], nn.Module],
+    embedding_size: int,
+    *,
+    fp16: bool = False,
+) -> tuple[nn.Module, Preprocessing]:
+    """A network with the weights that a file holds, to be trained.
+
+    Args:
+        source: a checkpoint of the network that ``build`` builds, or an ONNX file, which brings its own network.
+        options: the ``teacher.*`` options that belong to it.
+        build: makes the run's network.
+        embedding_size: dimension D that the run wants.
+        fp16: autocast of an ONNX file's network; another one is built with a precision of its own.
+
+    Returns:
+        The network, in training mode, and how it wants its images.
+
+    Raises:
+        TeacherError: the file cannot be read, or holds another network or another dimension.
+        ConfigError: an option that is out of range.
+    """
+    teacher = load_teacher(source, options)
+    if teacher.embedding_size != embedding_size:
+        raise TeacherError(
+            f"{source} has embeddings of dimension {teacher.embedding_size} and the run {embedding_size}: set "
+            f"embedding_size={teacher.embedding_size}"
+        )
+    network = teacher.network
+    if isinstance(network, OnnxNetwork):
+        return TrainedGraph(network.graph, fp16=fp16).train(), teacher.preprocessing
+    if not isinstance(network, FaceBackbone):
+        raise TeacherError(
+            f"{source}: a run can start from a checkpoint or an ONNX file, not from {teacher.description}"
+        )
+    built = build()
+    try:
+        built.load_state_dict(network.state_dict())
+    except RuntimeError as error:
+        raise TeacherError(f"{source} does not fit the run's network: {first_line(error)}") from error
+    return built, teacher.preprocessing
+
+
+def prepare_images(network: nn.Module, preprocessing: Preprocessing) -> None:
+    """Have a network prepare the student's view of images as it wants them; its ``state_dict`` stays as it is.
+
+    Args:
+        network: takes prepared images.
+        preprocessing: how it wants them.
+    """
+    if preprocessing == Preprocessing():
+        return
+
+    def prepare(_: nn.Module, arguments: tuple[Any, ...]) -> tuple[Any, ...]:
+        return prepared(arguments[0], preprocessing), *arguments[1:]
+
+    network.register_forward_pre_hook(prepare)
+
+
+def trained_graph_file(teacher: Teacher, state: Mapping[str, Tensor]) -> bytes:
+    """The ONNX file of a graph that has been trained.
+
+    Args:
+        teacher: the ONNX teacher that training has started from.
+        state: the ``state_dict`` that it left.
+
+    Returns:
+        The file's bytes; the graph takes any batch size.
+
+    Raises:
+        TeacherError: the teacher is no ONNX graph, or the state is another graph's.
+    """
+    network = teacher.network
+    if not isinstance(network, OnnxNetwork):
+        raise TeacherError(f"{teacher.description} is no ONNX graph")
+    graph = TrainedGraph(network.graph)
+    try:
+        with torch.no_grad():
+            graph.load_state_dict(state)
+    except RuntimeError as error:
+        raise TeacherError(
+            f"the trained weights are not those of {teacher.description}: {first_line(error)}"
+        ) from error
+    return graph.serialised()

@@ -1,0 +1,87 @@
+"""Check a merged config before the compact trainer runs it."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from arcface_kd.config.arcface_torch import BASE, RUN_KEYS
+from arcface_kd.errors import ConfigError, suggestion
+from arcface_kd.losses.margin import Margin
+
+LOGIT_SCALE = 64.0  # the host's, which no key of its configs changes
+
+
+_AT_LEAST_ONE = (
+    *("num_classes", "num_image", "num_epoch", "batch_size"),
+    *("embedding_size", "gradient_acc", "frequent", "verbose"),
+)
+
+
+# What seeds are multiplied by, to make one of each step and rank, must leave them in 64 bits.
+_LARGEST_SEED = 2**31 - 1
+
+
+# Keys that only the host's own surroundings can honour, with the values at which they ask for nothing.
+_HOST_ONLY = {"dali": (False,), "dali_aug": (False,), "using_wandb": (False,)}
+
+
+_WANDB = ("wandb_key", "suffix_run_name", "wandb_entity", "wandb_project", "wandb_log_all", "wandb_resume", "notes")
+
+
+_IGNORED_WITHOUT_WANDB = (*_WANDB, "save_artifacts")
+
+
+def check_keys(config: Mapping[str, Any]) -> None:
+    """Refuse a config that cannot be honoured to the letter.
+
+    Args:
+        config: a merged arcface_torch config.
+
+    Raises:
+        ConfigError: a key that nobody knows, one that only the host can honour, a missing one, a value out of range.
+    """
+    known = [*BASE, *RUN_KEYS, *_HOST_ONLY, *_IGNORED_WITHOUT_WANDB]
+    for key in config:
+        if key not in known and not key.startswith("kd"):
+            raise ConfigError(f"the compact trainer does not know the key {key!r}{suggestion(key, known)}")
+    for key, allowed in _HOST_ONLY.items():
+        if config.get(key, allowed[0]) not in allowed:
+            raise ConfigError(f"{key}={config[key]!r} needs the host: run train_v2.py, or set {key}={allowed[0]!r}")
+    wanted = ("rec", "num_classes", "num_image", "num_epoch", "warmup_epoch", "val_targets")
+    missing = [key for key in wanted if config.get(key) is None]
+    if missing:
+        raise ConfigError(f"the config sets no {', '.join(missing)}; a run needs {', '.join(wanted)}")
+    for key in _AT_LEAST_ONE:
+        if not (isinstance(config[key], int) and config[key] >= 1):
+            raise ConfigError(f"{key} is {config[key]!r}; it must be a whole number, at least 1")
+    if not (isinstance(config["warmup_epoch"], int) and config["warmup_epoch"] >= 0):
+        raise ConfigError(f"warmup_epoch is {config['warmup_epoch']!r}; it must be a whole number, at least 0")
+    if not (isinstance(config["seed"], int) and 0 <= config["seed"] <= _LARGEST_SEED):
+        raise ConfigError(f"seed is {config['seed']!r}; it must be a whole number from 0 to {_LARGEST_SEED}")
+    for key in ("lr", "momentum", "weight_decay"):
+        if not (isinstance(config[key], int | float) and 0 <= config[key] < float("inf")):
+            raise ConfigError(f"{key} is {config[key]!r}; it must be a finite number, at least 0")
+    if not isinstance(config["val_targets"], list | tuple):
+        raise ConfigError(f"val_targets is {config['val_targets']!r}; it must be a list of names, such as ['lfw']")
+    if not str(config["output"] or ""):
+        raise ConfigError(f"output is {config['output']!r}; it must name a folder for the run's files")
+    if config["optimizer"] not in ("sgd", "adamw"):
+        raise ConfigError(f"optimizer is {config['optimizer']!r}; it must be sgd or adamw")
+    if not 0 < config["sample_rate"] <= 1:
+        raise ConfigError(f"sample_rate is {config['sample_rate']!r}; it must be in (0, 1]")
+    margin_of_config(config)
+
+
+def margin_of_config(config: Mapping[str, Any]) -> Margin:
+    """The margin that ``margin_list`` and ``interclass_filtering_threshold`` ask for, at the host's logit scale.
+
+    Raises:
+        ConfigError: other than three numbers, or one out of range.
+    """
+    try:
+        m1, m2, m3 = config["margin_list"]
+    except (TypeError, ValueError) as error:
+        raise ConfigError(f"margin_list is {config['margin_list']!r}; it must be m1, m2 and m3: {error}") from error
+    try:
+        return Margin(LOGIT_SCALE, m1, m2, m3, config["interclass_filtering_threshold"])
+    except (TypeError, ValueError) as error:
+        raise ConfigError(f"margin_list or interclass_filtering_threshold: {error}") from error

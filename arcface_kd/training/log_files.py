@@ -1,0 +1,83 @@
+"""``training.log`` and what is printed beside it."""
+
+import contextlib
+import logging
+import sys
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from arcface_kd.system.console import stop_printing
+
+LOG_FILE = "training.log"
+
+
+class _LogFile(logging.FileHandler):
+    """A log whose disk may be full: the run ends then, as for any other of its files."""
+
+    def handleError(self, record: logging.LogRecord) -> None:
+        """Raise what ``logging`` would print and pass over."""
+        raise
+
+
+# Before Python 3.11 a handler takes no type in brackets.
+class _Screen(logging.StreamHandler):
+    """What the log repeats for somebody who may be gone: the run does not end with him."""
+
+    def handleError(self, record: logging.LogRecord) -> None:
+        """Print nothing more, where ``logging`` would add a traceback for each line."""
+        if isinstance(sys.exc_info()[1], OSError):
+            stop_printing()
+        else:
+            super().handleError(record)
+
+
+@contextlib.contextmanager
+def log_files(folder: Path, rank: int) -> Iterator[None]:
+    """Send what the package logs to ``training.log`` in the host's format, and to stdout where nobody watches a bar.
+
+    Warnings of other ranks, and those of a run that somebody watches, go to stderr.
+    """
+    logger = logging.getLogger("arcface_kd")
+    before = logger.level, logger.propagate
+    logger.setLevel(logging.DEBUG)
+    logger.propagate = False
+    form = "Training: %(asctime)s-%(message)s"
+    handlers: list[logging.Handler] = []
+    if rank == 0:
+        handlers.append(_LogFile(folder / LOG_FILE))
+    if rank == 0 and not sys.stderr.isatty():
+        handlers.append(_Screen(sys.stdout))
+        handlers[-1].setLevel(logging.INFO)
+    else:
+        handlers.append(logging.StreamHandler(sys.stderr))
+        handlers[-1].setLevel(logging.WARNING)
+        form = form if rank == 0 else f"Rank {rank}: %(asctime)s-%(message)s"
+    for handler in handlers:
+        handler.setFormatter(logging.Formatter(form))
+        logger.addHandler(handler)
+    try:
+        yield
+    finally:
+        for handler in handlers:
+            logger.removeHandler(handler)
+            handler.close()
+        logger.setLevel(before[0])
+        logger.propagate = before[1]
+
+
+@contextlib.contextmanager
+def quiet_writers() -> Iterator[None]:
+    """Leave out the traceback of TensorBoard's thread that cannot write: the step that hands it more ends with it."""
+    before = threading.excepthook
+
+    def hook(ended: Any) -> None:
+        if not (isinstance(ended.exc_value, OSError) and type(ended.thread).__module__.startswith("tensorboard.")):
+            before(ended)
+
+    threading.excepthook = hook
+    try:
+        yield
+    finally:
+        threading.excepthook = before

@@ -1,0 +1,305 @@
+"""Config files with the host's semantics, and the ``kd*`` keys."""
+
+import dataclasses
+import sys
+from pathlib import Path
+from typing import Any, Literal
+
+import pytest
+from easydict import EasyDict
+
+from arcface_kd.config.arcface_torch import BASE, find_config, load_config, reading_config
+from arcface_kd.config.kd import KDConfig
+from arcface_kd.config.options import build, convert
+from arcface_kd.errors import ConfigError
+
+HEAD = "from easydict import EasyDict as edict\nconfig = edict()\n"
+
+
+def write(folder: Path, name: str, body: str) -> Path:
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / name
+    path.write_text(HEAD + body)
+    return path
+
+
+def one_line(error: pytest.ExceptionInfo[ConfigError]) -> str:
+    assert "\n" not in str(error.value)
+    return str(error.value)
+
+
+# ---- config files
+
+
+def test_a_config_stands_over_the_host_s_base(tmp_path: Path) -> None:
+    config = load_config(str(write(tmp_path, "small.py", "config.lr = 0.02\nconfig.num_classes = 10\n")))
+    assert config.lr == 0.02
+    assert config.num_classes == 10
+    assert {key: config[key] for key in BASE if key not in ("lr", "output")} == {
+        key: value for key, value in BASE.items() if key not in ("lr", "output")
+    }
+    assert config.output == str(Path("work_dirs") / "small")
+
+
+def test_a_base_beside_the_config_is_the_base(tmp_path: Path) -> None:
+    write(tmp_path / "configs", "base.py", "config.lr = 0.3\nconfig.output = 'from_base'\nconfig.using_wandb = False\n")
+    path = write(tmp_path / "configs", "small.py", "config.momentum = 0.5\n")
+    config = load_config(str(path))
+    assert (config.lr, config.momentum, config.output, config.using_wandb) == (0.3, 0.5, "from_base", False)
+
+
+def test_an_output_of_none_becomes_the_name_even_over_a_base_with_one(tmp_path: Path) -> None:
+    write(tmp_path / "configs", "base.py", "config.output = 'from_base'\n")
+    path = write(tmp_path / "configs", "small.py", "config.output = None\n")
+    assert load_config(str(path)).output == str(Path("work_dirs") / "small")
+
+
+@pytest.mark.parametrize("name", ["configs/small", "configs/small.py", "small", "small.py"])
+def test_a_config_is_found_by_path_and_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    write(tmp_path / "configs", "small.py", "config.lr = 0.7\n")
+    monkeypatch.chdir(tmp_path)
+    assert load_config(name).lr == 0.7
+    assert find_config(name).resolve() == tmp_path / "configs" / "small.py"
+
+
+@pytest.mark.parametrize("name", ["nothing", "", ".", "..", "/", "configs/"])
+def test_a_config_that_is_not_there_says_where_it_was_looked_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ConfigError, match=r"no config .*looked for") as error:
+        load_config(name)
+    one_line(error)
+
+
+def test_a_config_may_build_on_its_neighbour(tmp_path: Path) -> None:
+    write(tmp_path / "configs", "big.py", "config.lr = 0.4\nconfig.batch_size = 64\n")
+    path = tmp_path / "configs" / "small.py"
+    path.write_text("from configs.big import config\nconfig.lr = 0.1 * config.lr\n")
+    assert load_config(str(path)).lr == pytest.approx(0.04)
+    # Read again, it begins anew.
+    assert load_config(str(path)).lr == pytest.approx(0.04)
+
+
+def test_neighbours_of_one_config_are_not_those_of_the_next(tmp_path: Path) -> None:
+    for where, rate in (("one", 0.1), ("other", 0.2)):
+        write(tmp_path / where / "configs", "big.py", f"config.lr = {rate}\n")
+        (tmp_path / where / "configs" / "small.py").write_text("from configs.big import config\n")
+    assert load_config(str(tmp_path / "one" / "configs" / "small.py")).lr == 0.1
+    assert load_config(str(tmp_path / "other" / "configs" / "small.py")).lr == 0.2
+    assert not [name for name in sys.modules if name.partition(".")[0] == "configs"]
+    assert not [entry for entry in sys.path if entry.startswith(str(tmp_path))]
+
+
+def test_the_last_line_of_a_copied_config_attaches_to_nothing_here(tmp_path: Path) -> None:
+    body = "config.kd = 'adadistill'\nimport arcface_kd\nassert arcface_kd.attach(config) is None\n"
+    assert load_config(str(write(tmp_path, "copied.py", body))).kd == "adadistill"
+    assert not reading_config()
+
+
+@pytest.mark.parametrize(
+    ("body", "said"),
+    [
+        ("config.lr = 1 / 0\n", "ZeroDivisionError: division by zero"),
+        ("import no_such_module_of_anybody\n", "ModuleNotFoundError"),
+        ("config.lr = \n", "SyntaxError"),
+        ("del config\n", "does not define `config`"),
+        ("config = 3\n", "does not define `config`"),
+    ],
+)
+def test_a_file_that_is_no_config_is_named(tmp_path: Path, body: str, said: str) -> None:
+    path = write(tmp_path, "bad.py", body)
+    with pytest.raises(ConfigError, match=said) as error:
+        load_config(str(path))
+    assert str(path) in one_line(error)
+    assert not reading_config()
+
+
+@pytest.mark.parametrize(
+    ("key", "text", "value"),
+    [
+        ("lr", "0.25", 0.25),
+        ("batch_size", "64", 64),
+        ("fp16", "True", True),
+        ("fp16", "no", False),
+        ("margin_list", "(1.0, 0.0, 0.4)", (1.0, 0.0, 0.4)),
+        ("margin_list", "1, 0.5, 0", (1.0, 0.5, 0.0)),
+        ("sample_rate", "0.3", 0.3),
+        ("interclass_filtering_threshold", "0.4", 0.4),
+        ("val_targets", "lfw, cfp_fp", ["lfw", "cfp_fp"]),
+        ("num_epoch", "3", 3),
+        ("output", "there", "there"),
+        ("rec", "synthetic", "synthetic"),
+        ("lr", 0.5, 0.5),
+    ],
+)
+def test_overrides_are_read_as_the_type_of_the_key(tmp_path: Path, key: str, text: object, value: object) -> None:
+    config = load_config(str(write(tmp_path, "small.py", "")), {key: text})
+    assert config[key] == value
+    assert type(config[key]) is type(value)
+
+
+@pytest.mark.parametrize(
+    ("key", "text", "said"),
+    [
+        ("batchsize", "64", r"unknown key 'batchsize'; did you mean 'batch_size'\?"),
+        ("batch_size", "many", "batch_size is 'many'; it must be int"),
+        ("batch_size", "1.5", "batch_size is '1.5'; it must be int"),
+        ("fp16", "maybe", "fp16 is 'maybe'; it must be true or false"),
+        ("margin_list", "1,a,0", "margin_list is 'a'; it must be float"),
+    ],
+)
+def test_overrides_that_cannot_be_read_are_refused(tmp_path: Path, key: str, text: str, said: str) -> None:
+    with pytest.raises(ConfigError, match=said) as error:
+        load_config(str(write(tmp_path, "small.py", "")), {key: text})
+    one_line(error)
+
+
+@pytest.mark.trainer
+def test_base_values_are_those_of_the_host(arcface_torch: Path) -> None:
+    host = load_config(str(arcface_torch / "configs" / "base.py"))
+    assert {key: host[key] for key in BASE if key != "output"} == {k: v for k, v in BASE.items() if k != "output"}
+
+
+# ---- kd keys
+
+
+def test_no_kd_is_off() -> None:
+    for config in ({}, {"kd": None}, {"kd": ""}, {"lr": 0.1}):
+        assert KDConfig.from_config(config) == KDConfig()
+
+
+@pytest.mark.parametrize(
+    "option",
+    [
+        {"adadistill.alpha": "plain", "teacher.channels": "bgr", "student.projection": "linear"},
+        ["adadistill.alpha=plain", "teacher.channels=bgr", "student.projection=linear"],
+        ("adadistill.alpha=plain", "teacher.channels=bgr", "student.projection=linear"),
+        "adadistill.alpha=plain teacher.channels=bgr student.projection=linear",
+    ],
+)
+@pytest.mark.parametrize("kind", [dict, EasyDict])
+def test_options_may_be_a_mapping_or_words(option: Any, kind: type[dict[str, Any]]) -> None:
+    kd = KDConfig.from_config(kind({"kd": "adadistill", "kd_teacher": "r50.pt", "kd_option": option}))
+    assert kd.methods == ("adadistill",)
+    assert kd.teacher == "r50.pt"
+    assert kd.options == {
+        "adadistill": {"alpha": "plain"},
+        "teacher": {"channels": "bgr"},
+        "student": {"projection": "linear"},
+    }
+    assert kd.student.projection == "linear"
+
+
+def test_a_value_may_hold_an_equals_sign_and_a_name_a_dot() -> None:
+    kd = KDConfig.from_config({"kd": "a", "kd_option": ["teacher.network=x=y", "a.b.c=1"]})
+    assert kd.options == {"teacher": {"network": "x=y"}, "a": {"b.c": "1"}}
+
+
+@pytest.mark.parametrize(
+    ("fields", "said"),
+    [
+        ({"methods": "adadistill"}, r"methods is 'adadistill'.*\('adadistill',\)"),
+        ({"methods": ("kd",), "options": {"kd.weight": 2.0}}, r"'kd.weight': 2.0; it must have a mapping"),
+        ({"methods": ("kd",), "options": {"gkd": {"mass": 0.9}}}, "prefix 'gkd'; there are teacher, student, kd; did"),
+    ],
+    ids=["a word", "dotted names", "another method's"],
+)
+def test_fields_that_would_have_no_effect_are_refused(fields: dict[str, Any], said: str) -> None:
+    with pytest.raises(ConfigError, match=said):
+        KDConfig(**fields)
+
+
+def test_methods_combine() -> None:
+    assert KDConfig.from_config({"kd": "gkd + embedding"}).methods == ("gkd", "embedding")
+
+
+@pytest.mark.parametrize(
+    ("config", "said"),
+    [
+        ({"kd_teachr": "x"}, r"unknown key 'kd_teachr'; .*did you mean 'kd_teacher'\?"),
+        ({"kdd": "x"}, "unknown key 'kdd'"),
+        ({"kd": "a+a"}, "names a method twice"),
+        ({"kd": "a", "kd_option": ["alpha=1"]}, r"unknown option 'alpha'; options start with teacher., student., a\."),
+        ({"kd": "a", "kd_option": {"teachr.size": 1}}, r"unknown option 'teachr.size'.*did you mean 'teacher'"),
+        ({"kd": "a", "kd_option": ["b.alpha=1"]}, "unknown option 'b.alpha'"),
+        ({"kd": "a", "kd_option": ["a.alpha"]}, r"option 'a.alpha' has no value; write it as a.alpha=VALUE"),
+        ({"kd": "a", "kd_option": {"a": {"alpha": 1}}}, "unknown option 'a'"),
+    ],
+)
+def test_kd_keys_that_cannot_be_meant_are_refused(config: dict[str, Any], said: str) -> None:
+    with pytest.raises(ConfigError, match=said) as error:
+        KDConfig.from_config(config)
+    one_line(error)
+
+
+# ---- values
+
+
+@dataclasses.dataclass(frozen=True)
+class Knobs:
+    """A method's knobs of every kind."""
+
+    count: int = 3
+    weight: float = 1.0
+    on: bool = False
+    way: Literal["mean", "last"] = "mean"
+    limit: int | None = None
+    name: str = "x"
+
+    def __post_init__(self) -> None:
+        if self.count < 1:
+            raise ValueError(f"count is {self.count}; it must be at least 1")
+
+
+@pytest.mark.parametrize(
+    ("values", "wanted"),
+    [
+        ({}, Knobs()),
+        (
+            {"count": "5", "weight": "0.5", "on": "true", "way": "last", "limit": "7", "name": "y"},
+            Knobs(5, 0.5, True, "last", 7, "y"),
+        ),
+        ({"count": 5, "weight": 2, "on": True, "limit": None}, Knobs(5, 2.0, True)),
+        ({"limit": "none", "count": 4.0}, Knobs(count=4)),
+    ],
+)
+def test_knobs_are_built_from_text_and_from_values(values: dict[str, object], wanted: Knobs) -> None:
+    met = build(Knobs, values, "method")
+    assert met == wanted
+    assert all(type(getattr(met, f.name)) is type(getattr(wanted, f.name)) for f in dataclasses.fields(Knobs))
+
+
+@pytest.mark.parametrize(
+    ("values", "said"),
+    [
+        ({"weigth": 1}, r"unknown option method.weigth; it has method.count, .*did you mean 'weight'\?"),
+        ({"count": "three"}, "method.count is 'three'; it must be int"),
+        ({"count": 3.7}, "method.count is 3.7; it must be int"),
+        ({"count": True}, "method.count is True; it must be int"),
+        ({"weight": "heavy"}, "method.weight is 'heavy'; it must be float"),
+        ({"weight": None}, "method.weight is None"),
+        ({"on": "perhaps"}, "method.on is 'perhaps'; it must be true or false"),
+        ({"way": "first"}, "method.way is 'first'; it must be one of mean, last"),
+        ({"limit": "x"}, "method.limit is 'x'; it must be int"),
+        ({"count": 0}, "method: count is 0; it must be at least 1"),
+    ],
+)
+def test_knobs_that_do_not_fit_are_refused(values: dict[str, object], said: str) -> None:
+    with pytest.raises(ConfigError, match=said) as error:
+        build(Knobs, values, "method")
+    one_line(error)
+
+
+def test_knobs_of_a_method_without_any() -> None:
+    @dataclasses.dataclass(frozen=True)
+    class None_:
+        pass
+
+    with pytest.raises(ConfigError, match="method has no options"):
+        build(None_, {"alpha": 1}, "method")
+
+
+def test_convert_names_the_option() -> None:
+    with pytest.raises(ConfigError, match=r"some\.option"):
+        convert("x", int, "some.option")

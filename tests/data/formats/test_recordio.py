@@ -1,0 +1,634 @@
+import multiprocessing
+import pickle
+import struct
+import threading
+import tracemalloc
+from pathlib import Path
+from types import ModuleType
+
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from arcface_kd.data.formats import recordio
+from arcface_kd.data.formats.recordio import RecordHeader, RecordReader, RecordWriter, pack, unpack, unpack_label
+from arcface_kd.errors import DataError
+from tests.data.record_sets import insightface_records, plain_records, write_records
+
+MAGIC = struct.pack("<I", 0xCED7230A)
+
+# Every way for the magic number to stand in a record, and every length of padding.
+PAYLOADS = [
+    b"",
+    b"a",
+    b"ab",
+    b"abc",
+    b"abcd",
+    MAGIC,
+    MAGIC + MAGIC,
+    MAGIC * 5 + b"x",
+    b"x" + MAGIC,
+    b"xy" + MAGIC + b"z",
+    b"abcd" + MAGIC,
+    b"abcd" + MAGIC + b"e",
+    b"abcd" + MAGIC + b"efg" + MAGIC,
+    b"abcdefg" + MAGIC + MAGIC,
+    MAGIC[:3],
+    b"abcd" + MAGIC[:3],
+    MAGIC[:2] + MAGIC + MAGIC[2:],
+    bytes(range(256)) * 40,
+]
+
+
+def naive_rec(records: list[bytes]) -> tuple[bytes, list[int]]:
+    """dmlc's recordio writer, word by word."""
+    out = bytearray()
+    offsets = []
+    for record in records:
+        offsets.append(len(out))
+        parts = [bytearray()]
+        for start in range(0, len(record), 4):
+            word = record[start : start + 4]
+            if word == MAGIC:
+                parts.append(bytearray())
+            else:
+                parts[-1] += word
+        for number, part in enumerate(parts):
+            if len(parts) == 1:
+                flag = 0
+            elif number == 0:
+                flag = 1
+            else:
+                flag = 3 if number == len(parts) - 1 else 2
+            out += MAGIC + struct.pack("<I", flag * 2**29 + len(part)) + part
+            while len(out) % 4:
+                out.append(0)
+    return bytes(out), offsets
+
+
+def write(folder: Path, records: list[bytes], keys: list[int] | None = None) -> tuple[Path, Path]:
+    write_records(folder, list(zip(keys or range(len(records)), records, strict=True)))
+    return folder / "train.rec", folder / "train.idx"
+
+
+# Packing ------------------------------------------------------------------------------------------------------------
+
+LABELS = st.one_of(
+    st.floats(width=32),
+    st.integers(-(2**31), 2**31),
+    st.booleans(),
+    st.lists(st.floats(width=32), max_size=6),
+    st.lists(st.floats(width=32), max_size=6).map(lambda values: np.array(values, dtype=np.float64)),
+    st.sampled_from([np.float32(3), np.float64(4), np.int64(5), np.array(6.0)]),
+)
+
+
+@settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(flag=st.integers(0, 9), label=LABELS, number=st.integers(0, 2**64 - 1), payload=st.binary(max_size=40))
+def test_packing_equals_mxnets(mxnet: ModuleType, flag: int, label: float, number: int, payload: bytes) -> None:
+    theirs = mxnet.recordio.pack(mxnet.recordio.IRHeader(flag, label, number, 7), payload)
+    assert pack(RecordHeader(flag, label, number, 7), payload) == theirs
+    expected, rest = mxnet.recordio.unpack(theirs)
+    header, mine = unpack(theirs)
+    assert (header.flag, header.id, header.id2, bytes(mine)) == (expected.flag, expected.id, expected.id2, rest)
+    np.testing.assert_array_equal(header.label, expected.label)
+    if np.size(expected.label):
+        value, mine = unpack_label(theirs)
+        np.testing.assert_equal(value, float(np.atleast_1d(expected.label)[0]))
+        assert bytes(mine) == rest
+
+
+def test_packing_is_what_the_format_says() -> None:
+    packed = pack(RecordHeader(0, 3.0, 5, 6), b"xy")
+    assert packed == struct.pack("<IfQQ", 0, 3.0, 5, 6) + b"xy"
+    packed = pack(RecordHeader(0, np.array([1.0, 2.5]), 5, 0), b"xy")
+    assert packed == struct.pack("<IfQQ2f", 2, 0.0, 5, 0, 1.0, 2.5) + b"xy"
+    header, payload = unpack(packed)
+    assert header.flag == 2
+    assert header.label.tolist() == [1.0, 2.5]  # type: ignore[union-attr]
+    assert payload == b"xy"
+    assert unpack_label(packed) == (1.0, b"xy")
+
+
+@pytest.mark.parametrize("header", [(0, 1.0, -1, 0), (0, 1.0, 2**64, 0), (0, 1e300, 0, 0), (0, "name", 0, 0)])
+def test_what_a_header_cannot_hold_is_refused(header: tuple[int, float, int, int]) -> None:
+    with pytest.raises(DataError, match="a record header cannot hold label"):
+        pack(RecordHeader(*header), b"")
+
+
+@pytest.mark.parametrize("take_apart", [unpack, unpack_label])
+def test_short_records_are_refused(take_apart: object) -> None:
+    assert callable(take_apart)
+    with pytest.raises(DataError, match="a record of 23 bytes is too short for its header of 24"):
+        take_apart(bytes(23))
+    with pytest.raises(DataError, match="a record of 31 bytes is too short for the 2 labels"):
+        take_apart(struct.pack("<IfQQ", 2, 0, 0, 0) + bytes(7))
+    with pytest.raises(DataError, match="too short for the 4294967295 labels"):
+        take_apart(struct.pack("<IfQQ", 2**32 - 1, 0, 0, 0) + bytes(7))
+
+
+# Writing and reading ------------------------------------------------------------------------------------------------
+
+
+def test_bytes_are_those_of_the_word_by_word_writer(tmp_path: Path) -> None:
+    rec, idx = write(tmp_path, PAYLOADS)
+    expected, offsets = naive_rec(PAYLOADS)
+    assert rec.read_bytes() == expected
+    assert idx.read_text() == "".join(f"{key}\t{offset}\n" for key, offset in enumerate(offsets))
+
+
+@settings(max_examples=60, deadline=None)
+@given(records=st.lists(st.lists(st.sampled_from([MAGIC, b"a", b"bcd", b"efgh"])).map(b"".join), min_size=1))
+def test_any_record_comes_back(records: list[bytes], tmp_path_factory: pytest.TempPathFactory) -> None:
+    rec, idx = write(tmp_path_factory.getbasetemp() / "any", records)
+    assert rec.read_bytes() == naive_rec(records)[0]
+    with RecordReader(rec, idx) as reader:
+        assert [bytes(reader.read(key)) for key in range(len(records))] == records
+
+
+def test_files_equal_mxnets_and_each_reads_the_others(mxnet: ModuleType, tmp_path: Path) -> None:
+    keys = [3, 1, 10**12, *range(20, 20 + len(PAYLOADS) - 3)]
+    rec, idx = write(tmp_path, PAYLOADS, keys)
+    theirs = mxnet.recordio.MXIndexedRecordIO(str(tmp_path / "mx.idx"), str(tmp_path / "mx.rec"), "w")
+    for key, payload in zip(keys, PAYLOADS, strict=True):
+        theirs.write_idx(key, payload)
+    theirs.close()
+    assert rec.read_bytes() == (tmp_path / "mx.rec").read_bytes()
+    assert idx.read_bytes() == (tmp_path / "mx.idx").read_bytes()
+
+    oracle = mxnet.recordio.MXIndexedRecordIO(str(idx), str(rec), "r")
+    with RecordReader(tmp_path / "mx.rec", tmp_path / "mx.idx") as reader:
+        assert reader.keys.tolist() == oracle.keys == keys
+        assert reader.keys.dtype == np.int64
+        assert reader.offsets.tolist() == [oracle.idx[key] for key in keys]
+        for position, key in enumerate(keys):
+            assert bytes(reader.read(key)) == bytes(reader.read_at(position)) == oracle.read_idx(key)
+    oracle.close()
+
+
+def test_whole_records_are_views_of_the_map(tmp_path: Path) -> None:
+    with RecordReader(*write(tmp_path, [b"abcd" * 10, b"abcd" + MAGIC])) as reader:
+        view = reader.read(0)
+        assert isinstance(view, memoryview)
+        assert view.readonly
+        assert reader.read(1) == b"abcd" + MAGIC
+    assert bytes(view) == b"abcd" * 10
+
+
+def test_unordered_keys(tmp_path: Path) -> None:
+    keys = [7, 2, 9, 0, 4]
+    with RecordReader(*write(tmp_path, [bytes([key]) * key for key in keys], keys)) as reader:
+        assert len(reader) == 5
+        assert reader.keys.tolist() == keys
+        assert [bytes(reader.read(key)) for key in keys] == [bytes([key]) * key for key in keys]
+        assert reader.find(np.array([9, 1, 0, 10, -1])).tolist() == [2, -1, 3, -1, -1]
+        assert reader.key_order is not None
+        assert reader.keys[reader.key_order].tolist() == sorted(keys)
+        with pytest.raises(DataError, match=r"train\.idx has no key 5$"):
+            reader.read(5)
+
+
+def test_an_index_may_list_records_in_any_order_and_leave_some_out(tmp_path: Path) -> None:
+    rec, idx = write(tmp_path, [b"a" * 8, b"b" * 8, b"c" * 8, b"d" * 8])
+    lines = idx.read_text().splitlines()
+    idx.write_text("\n".join([lines[3], lines[0], lines[2]]) + "\n")
+    with RecordReader(rec, idx) as reader:
+        assert [bytes(reader.read(key)) for key in (0, 2, 3)] == [b"a" * 8, b"c" * 8, b"d" * 8]
+
+
+def test_nothing_appears_before_the_end_or_after_an_error(tmp_path: Path) -> None:
+    rec, idx = tmp_path / "a.rec", tmp_path / "a.idx"
+
+    def interrupted() -> None:
+        with RecordWriter(rec, idx) as writer:
+            writer.write(0, b"x")
+            assert not rec.exists()
+            assert not idx.exists()
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        interrupted()
+    assert list(tmp_path.iterdir()) == []
+    with RecordWriter(rec, idx) as writer:
+        writer.write(0, b"old")
+    before = rec.read_bytes(), idx.read_bytes()
+    with pytest.raises(DataError), RecordWriter(rec, idx) as writer:
+        writer.write(-1, b"new")
+    assert (rec.read_bytes(), idx.read_bytes()) == before
+    assert len(list(tmp_path.iterdir())) == 2
+
+
+def test_a_full_disk_leaves_neither_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = []
+
+    def full(descriptor: int) -> None:
+        calls.append(descriptor)
+        if len(calls) == 2:
+            raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("os.fsync", full)
+    with pytest.raises(OSError, match="No space left"), RecordWriter(tmp_path / "a.rec", tmp_path / "a.idx") as writer:
+        writer.write(0, b"x")
+    assert len(calls) == 2
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_writer_in_a_missing_folder_leaves_nothing(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError), RecordWriter(tmp_path / "none" / "a.rec", tmp_path / "a.idx"):
+        pytest.fail("opened")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_too_long_a_record_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(recordio, "_LENGTH_MASK", 10)
+    with pytest.raises(DataError, match="key 4 has 11 bytes"), RecordWriter(tmp_path / "a", tmp_path / "b") as writer:
+        writer.write(4, bytes(11))
+
+
+# The index ----------------------------------------------------------------------------------------------------------
+
+
+def naive_index(path: Path) -> tuple[list[int], list[int]]:
+    rows = [line.split("\t") for line in path.read_text().splitlines()]
+    return [int(row[0]) for row in rows], [int(row[1]) for row in rows]
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    rows=st.lists(st.tuples(st.integers(0, 10**18 - 1), st.integers(0, 10**18 - 1)), min_size=1, max_size=60),
+    end=st.sampled_from(["\n", "\r\n"]),
+    finished=st.booleans(),
+    width=st.integers(0, 12),
+    chunk=st.sampled_from([64, 1 << 20]),
+)
+def test_the_index_is_what_python_reads(
+    rows: list[tuple[int, int]],
+    end: str,
+    finished: bool,
+    width: int,
+    chunk: int,
+    tmp_path_factory: pytest.TempPathFactory,
+) -> None:
+    path = tmp_path_factory.getbasetemp() / "any.idx"
+    # Leading zeros make lines of one width, which take the quick way.
+    text = end.join(f"{key:0{width}}\t{offset:0{width}}" for key, offset in rows) + (end if finished else "")
+    path.write_bytes(text.encode())
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(recordio, "_INDEX_CHUNK", chunk)
+        index = recordio._read_index(path)
+    assert (index[0].tolist(), index[1].tolist()) == naive_index(path)
+
+
+def test_a_long_index_goes_through_chunks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(recordio, "_INDEX_CHUNK", 1000)
+    path = tmp_path / "train.idx"
+    rng = np.random.default_rng(0)
+    offsets = np.cumsum(rng.integers(1, 10**4, 12_000)) * 4
+    for keys in (np.arange(12_000), rng.permutation(12_000)):
+        path.write_text("".join(f"{key}\t{offset}\n" for key, offset in zip(keys, offsets, strict=True)))
+        index = recordio._read_index(path)
+        np.testing.assert_array_equal(index, [keys, offsets])
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "",
+        "5",
+        "5 40",
+        "5\t",
+        "\t40",
+        "5\t40\t3",
+        "-5\t40",
+        "5\t4O",
+        "5\t40 ",
+        "5.0\t40",
+        "5\t\t40",
+        "5\t1234567890123456789",
+        "1234567890123456789\t40",
+        "\x00\x01\x02",
+        "five\tforty",
+        "5\r\t40",
+    ],
+)
+@pytest.mark.parametrize("wide", [False, True])
+def test_garbage_in_the_index_is_named_with_its_line(tmp_path: Path, line: str, wide: bool) -> None:
+    rec, idx = write(tmp_path, [b"x"] * 3)
+    good = [f"{key}\t{key * 12}" for key in (range(3) if wide else range(9, 12))]
+    idx.write_text("\n".join([*good[:2], line, good[2]]) + "\n")
+    with pytest.raises(DataError, match=r"train\.idx: line 3 is .*, wanted 'key<TAB>offset'") as caught:
+        RecordReader(rec, idx)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_binary_index_is_refused_at_its_first_chunk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    rec, idx = write(tmp_path, [b"x"])
+    with open(idx, "wb") as stream:
+        stream.truncate(1 << 33)
+    tracemalloc.start()
+    with pytest.raises(DataError, match="line 1 is"):
+        RecordReader(rec, idx)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak < 50 << 20
+
+
+@pytest.mark.slow
+def test_a_million_lines_are_kept_once(tmp_path: Path) -> None:
+    offsets = np.arange(1_000_000) * 4980
+    rec, idx = tmp_path / "train.rec", tmp_path / "train.idx"
+    idx.write_text("".join(f"{key}\t{offset}\n" for key, offset in enumerate(offsets.tolist())))
+    with open(rec, "wb") as stream:
+        stream.seek(int(offsets[-1]))
+        stream.write(MAGIC + struct.pack("<I", 0))
+    with RecordReader(rec, idx) as reader:
+        np.testing.assert_array_equal(reader.offsets, offsets)
+        np.testing.assert_array_equal(reader.keys, np.arange(len(offsets)))
+        # 93 MB for the 5.8 M records of MS1MV2.
+        assert np.shares_memory(reader.keys, reader._index)
+        assert np.shares_memory(reader.offsets, reader._index)
+        assert reader._index.nbytes == 16 * len(offsets)
+
+
+# Bad files ----------------------------------------------------------------------------------------------------------
+
+
+def one_line(error: BaseException) -> str:
+    assert "\n" not in str(error)
+    return str(error)
+
+
+@pytest.fixture
+def pair(tmp_path: Path) -> tuple[Path, Path]:
+    return write(tmp_path, [b"a" * 30, b"b" * 20 + MAGIC + b"c" * 9, b"d" * 50])
+
+
+def test_missing_and_empty_files(pair: tuple[Path, Path], tmp_path: Path) -> None:
+    rec, idx = pair
+    (tmp_path / "empty").touch()
+    for rec_path, idx_path, message in [
+        (tmp_path / "no.rec", idx, r"cannot read .*no\.rec: No such file"),
+        (rec, tmp_path / "no.idx", r"cannot read .*no\.idx: No such file"),
+        (tmp_path / "empty", idx, "empty is empty; copy or download it again"),
+        (rec, tmp_path / "empty", "empty is empty; build the index anew"),
+        (tmp_path, idx, "cannot read .*: Is a directory"),
+    ]:
+        with pytest.raises(DataError, match=message) as caught:
+            RecordReader(rec_path, idx_path)
+        one_line(caught.value)
+
+
+def test_every_truncation_of_the_records_shows_at_the_start(pair: tuple[Path, Path]) -> None:
+    rec, idx = pair
+    whole = rec.read_bytes()
+    for length in range(len(whole)):
+        rec.write_bytes(whole[:length])
+        with pytest.raises(DataError, match=r"is empty|cut short|belongs to another file") as caught:
+            RecordReader(rec, idx)
+        assert str(rec) in one_line(caught.value)
+
+
+def test_every_truncation_of_the_index_shows_at_the_start(pair: tuple[Path, Path]) -> None:
+    rec, idx = pair
+    whole = idx.read_bytes()
+    # Without the last newline, nothing is lost.
+    for length in range(len(whole) - 1):
+        idx.write_bytes(whole[:length])
+        with pytest.raises(DataError) as caught:
+            RecordReader(rec, idx)
+        assert idx.name in one_line(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("index", "message"),
+    [
+        ("0\t0\n1\t40\n2\t1000\n", r"key 2 points to byte 1000, but .* has 148 bytes"),
+        ("0\t0\n1\t40\n2\t148\n", r"key 2 points to byte 148, but .* has 148 bytes"),
+        ("0\t0\n1\t42\n2\t88\n", "key 1 points to byte 42, which is no multiple of 4"),
+        ("0\t0\n1\t40\n1\t88\n", "the key 1 occurs twice"),
+        ("0\t0\n1\t40\n2\t40\n", "the byte offset 40 occurs twice"),
+        ("1\t40\n2\t88\n", r"lists records from byte 40 on, but .*\.rec begins at byte 0"),
+        ("0\t0\n1\t40\n", "lists records up to byte 88, but .* goes on to byte 148"),
+        ("0\t0\n1\t40\n2\t144\n", "key 2 at byte 144: the file ends at byte 148 inside it"),
+        ("0\t0\n1\t40\n2\t132\n", r"key 2 at byte 132: no record starts at byte 132 \(found 0x64646464"),
+        ("0\t0\n1\t40\n2\t68\n", "key 2 at byte 68: it starts with a part flagged 3"),
+    ],
+)
+def test_an_index_of_another_file_is_refused(pair: tuple[Path, Path], index: str, message: str) -> None:
+    rec, idx = pair
+    assert rec.stat().st_size == 148
+    idx.write_text(index)
+    with pytest.raises(DataError, match=message) as caught:
+        RecordReader(rec, idx)
+    one_line(caught.value)
+
+
+def test_parts_that_no_record_may_begin_or_go_on_with(pair: tuple[Path, Path]) -> None:
+    rec, idx = pair
+    idx.write_text("0\t0\n2\t88\n")
+    patched(rec, 4, struct.pack("<I", 1 << 29 | 30))
+    with (
+        RecordReader(rec, idx) as reader,
+        pytest.raises(DataError, match="a part flagged 1 follows where 2 or 3 was due"),
+    ):
+        reader.read(0)
+
+
+@pytest.mark.parametrize("backwards", [False, True])
+def test_records_of_many_parts_never_share_them(tmp_path: Path, backwards: bool) -> None:
+    """Each of them begins inside the one before it, and all go on with the same thousand parts: 16 MB out of 45 kB."""
+    heads, tail = 1000, (MAGIC + struct.pack("<I", 2 << 29)) * 1000 + MAGIC + struct.pack("<I", 3 << 29)
+    body = b"".join(MAGIC + struct.pack("<I", 1 << 29 | 32 * (heads - head) - 8) + bytes(24) for head in range(heads))
+    (tmp_path / "train.rec").write_bytes(body + tail)
+    lines = [f"{head}\t{32 * head}\n" for head in range(heads)]
+    (tmp_path / "train.idx").write_text("".join(lines[::-1] if backwards else lines))
+    with RecordReader(tmp_path / "train.rec", tmp_path / "train.idx") as reader:
+        for key in range(heads - 1):
+            with pytest.raises(DataError, match=rf"into the record that train\.idx lists at byte {32 * key + 32}$"):
+                reader.read(key)
+        assert len(reader.read(heads - 1)) == 24 + 4 * 1001
+
+
+def patched(path: Path, offset: int, replacement: bytes) -> None:
+    data = bytearray(path.read_bytes())
+    data[offset : offset + len(replacement)] = replacement
+    path.write_bytes(bytes(data))
+
+
+@pytest.mark.parametrize(
+    ("offset", "replacement", "key", "message"),
+    [
+        (0, b"\0", 0, r"key 0 at byte 0: no record starts at byte 0 \(found 0xced72300"),
+        (4, struct.pack("<I", 26), 0, "key 0 at byte 0: no record follows at byte 36, so that its length is wrong"),
+        (4, struct.pack("<I", 200), 0, "key 0 at byte 0: it ends at byte 208, but the file has 148"),
+        (4, struct.pack("<I", 2 << 29 | 30), 0, "it starts with a part flagged 2, wanted 0 or 1"),
+        (4, struct.pack("<I", 7 << 29 | 30), 0, "it starts with a part flagged 7"),
+        (4, struct.pack("<I", 76), 0, r"it goes on to byte 84, into the record that train\.idx lists at byte 40"),
+        (
+            4,
+            struct.pack("<I", 1 << 29 | 30),
+            0,
+            r"it goes on to byte 68, into the record that train\.idx lists at byte 40",
+        ),
+        (
+            72,
+            struct.pack("<I", 2 << 29 | 9),
+            1,
+            "it goes on to byte 148, into the record that train.idx lists at byte 88",
+        ),
+        (68, b"\0", 1, "key 1 at byte 40: no record starts at byte 68"),
+    ],
+)
+def test_damage_is_named_with_key_and_offset(
+    pair: tuple[Path, Path], offset: int, replacement: bytes, key: int, message: str
+) -> None:
+    rec, idx = pair
+    patched(rec, offset, replacement)
+    reader = RecordReader(rec, idx)
+    assert bytes(reader.read(2)) == b"d" * 50
+    with pytest.raises(DataError, match=message) as caught:
+        reader.read(key)
+    assert one_line(caught.value).startswith(f"{rec}: record with key {key} at byte {0 if key == 0 else 40}")
+
+
+@settings(max_examples=300, deadline=None)
+@given(data=st.data())
+def test_mutated_files_give_records_or_one_clear_line(
+    data: st.DataObject, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    folder = tmp_path_factory.getbasetemp()
+    rec, idx = folder / "mutated.rec", folder / "mutated.idx"
+    records, offsets = naive_rec([b"a" * 30, b"b" * 20 + MAGIC + b"c" * 9, b"d" * 50])
+    rec.write_bytes(records)
+    idx.write_text("".join(f"{key}\t{offset}\n" for key, offset in enumerate(offsets)))
+    target = data.draw(st.sampled_from([rec, idx]))
+    content = bytearray(target.read_bytes())
+    for _ in range(data.draw(st.integers(1, 3))):
+        place = data.draw(st.integers(0, len(content) - 1))
+        change = data.draw(st.sampled_from(["flip", "cut", "insert"]))
+        if change == "flip":
+            content[place] ^= 1 << data.draw(st.integers(0, 7))
+        elif change == "cut":
+            del content[place : place + data.draw(st.integers(1, 9))]
+        else:
+            content[place:place] = data.draw(st.binary(min_size=1, max_size=9))
+        if not content:
+            break
+    target.write_bytes(bytes(content))
+    try:
+        reader = RecordReader(rec, idx)
+    except DataError as error:
+        one_line(error)
+        return
+    for key in reader.keys.tolist():
+        try:
+            record = bytes(reader.read(key))
+        except DataError as error:
+            one_line(error)
+        else:
+            assert len(record) <= rec.stat().st_size
+    reader.close()
+
+
+# Other processes ----------------------------------------------------------------------------------------------------
+
+
+def test_a_pickled_reader_reads_without_parsing_again(pair: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    reader = RecordReader(*pair)
+    sent = pickle.dumps(reader)
+    monkeypatch.setattr(recordio, "_read_index", lambda _: pytest.fail("parsed again"))
+    copy = pickle.loads(sent)
+    assert copy.keys.tolist() == [0, 1, 2]
+    assert [bytes(copy.read(key)) for key in range(3)] == [bytes(reader.read(key)) for key in range(3)]
+    copy.close()
+    patched(pair[0], 148, b"longer")
+    with pytest.raises(DataError, match="had 148 bytes when it was opened and has 154 now"):
+        pickle.loads(sent)
+
+
+def _read_in_worker(reader: RecordReader, results: "multiprocessing.SimpleQueue[object]") -> None:
+    shared = reader._shared is not None and reader._shared.is_shared()
+    results.put((shared, reader.keys.tolist(), [bytes(reader.read(key)) for key in (5, 9)]))
+    # Two workers see one index: what the first writes, the second reads.
+    reader._index[0, 0] += 1
+
+
+def test_spawned_workers_share_one_index(tmp_path: Path) -> None:
+    reader = RecordReader(*write(tmp_path, [b"five", b"nine"], [5, 9]))
+    kept = reader.keys
+    context = multiprocessing.get_context("spawn")
+    results: multiprocessing.SimpleQueue[object] = context.SimpleQueue()
+    process = context.Process(target=_read_in_worker, args=(reader, results))
+    process.start()
+    assert results.get() == (True, [5, 9], [b"five", b"nine"])
+    process.join()
+    assert process.exitcode == 0
+    assert reader.keys.tolist() == [6, 9]
+    assert kept.tolist() == [5, 9]
+
+
+def test_without_shared_memory_the_index_is_copied(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object) -> None:
+        raise RuntimeError("unable to allocate shared memory")
+
+    reader = RecordReader(*write(tmp_path, [b"five"], [5]))
+    monkeypatch.setattr("torch.Tensor.share_memory_", full)
+    monkeypatch.setattr(recordio, "get_spawning_popen", object)
+    copy = pickle.loads(pickle.dumps(reader))
+    assert bytes(copy.read(5)) == b"five"
+
+
+def test_threads_read_at_once(tmp_path: Path) -> None:
+    records = [bytes([key]) * (key + 1) for key in range(64)]
+    reader = RecordReader(*write(tmp_path, records))
+    wrong = []
+
+    def work(start: int) -> None:
+        for step in range(2000):
+            key = (start + step * 7) % 64
+            if bytes(reader.read(key)) != records[key]:
+                wrong.append(key)
+
+    threads = [threading.Thread(target=work, args=(start,)) for start in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert wrong == []
+
+
+@pytest.mark.real
+def test_real_records_equal_mxnets(mxnet: ModuleType, real_data: Path) -> None:
+    rec, idx = (real_data / "faces_real" / f"train.{end}" for end in ("rec", "idx"))
+    oracle = mxnet.recordio.MXIndexedRecordIO(str(idx), str(rec), "r")
+    with RecordReader(rec, idx) as reader:
+        assert reader.keys.tolist() == oracle.keys
+        for key in oracle.keys:
+            theirs = oracle.read_idx(key)
+            assert bytes(reader.read(key)) == theirs
+            header, payload = unpack(theirs)
+            assert pack(header, bytes(payload)) == theirs
+
+
+def test_both_layouts_are_bytes_that_mxnet_writes(mxnet: ModuleType, tmp_path: Path) -> None:
+    for records in (insightface_records([2, 3]), plain_records([0, 1, 1])):
+        write_records(tmp_path, records)
+        oracle = mxnet.recordio.MXIndexedRecordIO(str(tmp_path / "mx.idx"), str(tmp_path / "mx.rec"), "w")
+        for key, packed in records:
+            header, payload = unpack(packed)
+            oracle.write_idx(key, mxnet.recordio.pack((header.flag, header.label, header.id, 0), bytes(payload)))
+        oracle.close()
+        assert (tmp_path / "train.rec").read_bytes() == (tmp_path / "mx.rec").read_bytes()
+        assert (tmp_path / "train.idx").read_bytes() == (tmp_path / "mx.idx").read_bytes()
+
+
+@pytest.mark.parametrize("at_once", [1, 2, 3, 4, 100])
+def test_whether_values_ascend_does_not_depend_on_the_pieces(monkeypatch: pytest.MonkeyPatch, at_once: int) -> None:
+    monkeypatch.setattr(recordio, "_COMPARED_AT_ONCE", at_once)
+    for size in range(9):
+        values = np.arange(size)
+        assert recordio._ascending(values)
+        for place in range(1, size):
+            for smaller in (values[place - 1], -1):
+                assert not recordio._ascending(np.where(values == place, smaller, values))

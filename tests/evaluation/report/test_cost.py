@@ -1,0 +1,99 @@
+"""Parameters and multiply-adds against sums by hand and published ones; speed against a model of known slowness."""
+
+import time
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from arcface_kd.backbones import get_backbone
+from arcface_kd.evaluation.report.cost import costs, images_per_second, machine, multiply_adds
+
+
+class Layers(nn.Module):
+    """A convolution, a depthwise one and a matrix."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.wide = nn.Conv2d(3, 8, 3, stride=2, padding=1, bias=False)
+        self.depthwise = nn.Conv2d(8, 8, 3, padding=1, groups=8, bias=False)
+        self.fc = nn.Linear(8, 5)
+
+    def forward(self, images: Tensor) -> Tensor:
+        out: Tensor = self.fc(self.depthwise(torch.relu(self.wide(images))).mean((2, 3)))
+        return out
+
+
+def test_multiply_adds_by_hand() -> None:
+    model = Layers().eval()
+    assert multiply_adds(model, size=32) == 16 * 16 * (8 * 3 * 9 + 8 * 9) + 8 * 5
+    assert costs({"layers": model})["layers"].parameters == 8 * 3 * 9 + 8 * 9 + 8 * 5 + 5
+
+
+@pytest.mark.parametrize(("network", "parameters", "millions"), [("mbf", 2_059_520, 438)])
+def test_published_sizes(network: str, parameters: int, millions: int) -> None:
+    model = get_backbone(network, num_features=512).eval()
+    assert sum(parameter.numel() for parameter in model.parameters()) == parameters
+    counted = multiply_adds(model)
+    assert counted is not None
+    assert round(counted / 1e6) == millions
+
+
+def test_the_number_format_changes_nothing() -> None:
+    model = get_backbone("thin_r18", num_features=16).eval()
+    narrow = get_backbone("thin_r18", num_features=16, fp16=True).eval()
+    assert multiply_adds(model) == multiply_adds(narrow)
+
+
+class Sleeper(nn.Module):
+    """Takes a millisecond an image, outside torch."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: list[int] = []
+
+    def forward(self, images: Tensor) -> Tensor:
+        self.calls.append(len(images))
+        time.sleep(1e-3 * len(images))
+        return images.new_zeros(len(images), 4)
+
+
+def test_speed_is_that_of_whole_batches_in_turns() -> None:
+    first, other = Sleeper(), Sleeper()
+    other.calls = first.calls
+    found = images_per_second({"first": first, "other": other}, 8, batch_size=20, rounds=3)
+    assert all(100 < speed <= 1000 for speed in found.values())
+    assert first.calls == [1, 1, *[20] * 6]
+
+
+def test_the_fastest_pass_counts() -> None:
+    class Disturbed(Sleeper):
+        def forward(self, images: Tensor) -> Tensor:
+            if len(self.calls) != 2:
+                time.sleep(0.3)
+            return super().forward(images)
+
+    model = Disturbed()
+    assert images_per_second({"a": model}, 8, batch_size=20, rounds=3)["a"] > 70
+    assert model.calls == [1, 20, 20, 20]
+
+
+def test_a_slow_model_is_timed_once() -> None:
+    slow, quick = Sleeper(), Layers().eval()
+    images_per_second({"slow": slow, "quick": quick}, 8, batch_size=20, rounds=50, seconds=1e-3)
+    assert slow.calls == [1, 20]
+
+
+def test_what_torch_does_not_see_is_unknown() -> None:
+    assert multiply_adds(Sleeper(), 8) is None
+    found = costs({"told": Sleeper(), "other": Sleeper()}, parameters={"told": 7, "other": None})
+    assert {name: (one.parameters, one.multiply_adds) for name, one in found.items()} == {
+        "told": (7, None),
+        "other": (None, None),
+    }
+
+
+def test_machine_names_threads_and_torch() -> None:
+    text = machine(torch.device("cpu"))
+    assert torch.__version__ in text
+    assert f"{torch.get_num_threads()} thread" in text

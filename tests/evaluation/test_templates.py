@@ -1,0 +1,222 @@
+"""IJB's protocols on small sets, against loops over templates, media, faces, pairs and probes."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+from arcface_kd.data.formats.ijb import read_ijb
+from arcface_kd.data.formats.image import decode_rgb
+from arcface_kd.data.formats.recordio import RecordReader, unpack
+from arcface_kd.data.synthetic_faces import SyntheticFaces
+from arcface_kd.errors import ConfigError, DataError
+from arcface_kd.evaluation.templates import TemplatePooling, Weighting, embed_templates, evaluate_ijb, pair_scores
+from arcface_kd.teachers.base import load_teacher
+from tests.data.ijb_folders import write_ijb
+from tests.reference import ijb, ten_fold
+
+SUBJECTS = (2, 3, 5, 7, 11, 13, 17, 19)
+
+
+class Small(nn.Module):
+    """A network whose embeddings have very different lengths, and that trains as others do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.layers = nn.Sequential(nn.AvgPool2d(14), nn.Flatten(), nn.Linear(192, 8, bias=False), nn.Dropout(0.5))
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.layers(images)
+
+
+def embed_with(model: nn.Module) -> ijb.Embed:
+    model.eval()
+
+    @torch.no_grad()
+    def embed(face: np.ndarray) -> np.ndarray:
+        pixels = torch.from_numpy(np.ascontiguousarray(face.transpose(2, 0, 1)))[None].float()
+        return model((pixels - 127.5) / 127.5)[0].double().numpy()
+
+    return embed
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("ijb") / "IJBT"
+    write_ijb(path, SyntheticFaces(0).image, SUBJECTS)
+    return path
+
+
+@pytest.mark.parametrize(
+    "weighting",
+    [Weighting(), Weighting(flip=False), Weighting(norm=False), Weighting(detector_score=False)],
+    ids=["insightface", "no flip", "no norm", "no detector score"],
+)
+def test_templates_are_those_of_the_loops(folder: Path, weighting: Weighting) -> None:
+    model = Small().train()
+    met, numbers = embed_templates(model, read_ijb(folder), weighting=weighting, batch_size=16)
+    assert model.training
+    assert model.layers[3].training
+    expected = ijb.templates(folder, "ijbt", embed_with(model), **vars(weighting))
+    assert numbers.tolist() == sorted(expected)
+    np.testing.assert_allclose(met, [expected[number] for number in sorted(expected)], atol=2e-6)
+
+
+def test_the_batch_size_changes_nothing(folder: Path) -> None:
+    faces = read_ijb(folder)
+    first, _ = embed_templates(Small(), faces, batch_size=len(faces.files))
+    other, _ = embed_templates(Small(), faces, batch_size=5)
+    np.testing.assert_allclose(first, other, atol=1e-6)
+
+
+def test_scores_are_those_of_the_loops(folder: Path) -> None:
+    model = Small()
+    met = evaluate_ijb(model, read_ijb(folder), far_levels=(0.5, 0.1, 0.05), fpir_levels=(0.5, 0.25), batch_size=32)
+    pooled = ijb.templates(folder, "ijbt", embed_with(model))
+    assert met.templates == len(pooled)
+    assert met.verification is not None
+    genuine, impostor = ijb.pairs(folder, "ijbt", pooled)
+    assert (
+        (met.verification.genuine_pairs, met.verification.impostor_pairs) == (len(genuine), len(impostor)) == (16, 112)
+    )
+    for level, tar in met.verification.tar.items():
+        assert tar == ten_fold.tar_at_far(genuine, impostor, level)
+    assert met.verification.auc == pytest.approx(ten_fold.area_under_curve(genuine, impostor), abs=1e-12)
+    assert 0.5 < met.verification.auc < 1
+    assert 0 < met.verification.eer < 0.5
+    assert met.verification.fpr[-1] == met.verification.tpr[-1] == 1
+
+    meta = folder / "meta"
+    probes = ijb.persons(meta / "ijbt_1N_probe_mixed.csv")
+    found = [ijb.searches(probes, ijb.persons(meta / f"ijbt_1N_gallery_G{k}.csv"), pooled) for k in (1, 2)]
+    ranks = [rank for mated, _ in found for rank, _ in mated]
+    assert met.identification is not None
+    assert (met.identification.mated, met.identification.strangers) == (len(ranks), sum(len(s) for _, s in found))
+    assert len(ranks) == 16
+    for depth, share in met.identification.rank.items():
+        assert share == np.mean([rank <= depth for rank in ranks])
+    assert met.identification.rank[1] is not None
+    assert met.identification.rank[1] < 1
+    for level, rate in met.identification.tpir.items():
+        assert rate == pytest.approx(np.mean([ijb.tpir(mated, strangers, level) for mated, strangers in found]))
+
+
+def test_rows_are_json(folder: Path) -> None:
+    rows = json.loads(json.dumps(evaluate_ijb(Small(), read_ijb(folder)).as_rows(), allow_nan=False))
+    assert list(rows) == ["1:1", "1:N"]
+    assert rows["1:1"]["tar@far=1e-6"] is None
+    assert set(rows["1:1"]) == {"genuine_pairs", "impostor_pairs", "auc", "eer"} | {
+        f"tar@far=1e-{k}" for k in range(1, 7)
+    }
+    assert 0 < rows["1:N"]["rank-1"] <= rows["1:N"]["rank-5"] <= rows["1:N"]["rank-10"] <= 1
+    assert rows["1:N"]["tpir@fpir=1e-3"] is None
+
+
+def test_one_protocol_alone(tmp_path: Path) -> None:
+    pattern = np.random.default_rng(0).integers(0, 256, (9, 112, 112, 3), dtype=np.uint8)
+    write_ijb(tmp_path / "a", lambda identity, shot: pattern[identity], [1, 2, 3], one_to_many=False)
+    only_pairs = evaluate_ijb(Small(), read_ijb(tmp_path / "a"))
+    assert only_pairs.identification is None
+    assert list(only_pairs.as_rows()) == ["1:1"]
+    write_ijb(tmp_path / "b", lambda identity, shot: pattern[identity], [1, 2, 3])
+    (tmp_path / "b" / "meta" / "ijbt_template_pair_label.txt").unlink()
+    only_searches = evaluate_ijb(Small(), read_ijb(tmp_path / "b"))
+    assert only_searches.verification is None
+    assert only_searches.identification is not None
+    assert only_searches.identification.rank[1] == 1.0
+    assert list(only_searches.as_rows()) == ["1:N"]
+
+
+def test_pooling_by_hand() -> None:
+    """Two frames of one video weigh as much as one picture."""
+    pooling = TemplatePooling(np.array([9, 9, 4, 9]), np.array([1, 1, 1, 2]), np.array([1.0, 1.0, 0.5, 1.0]))
+    assert pooling.numbers.tolist() == [4, 9]
+    pooling.add(np.array([[2.0, 0], [0, 2], [3, 4]]))
+    pooling.add(np.array([[0.0, 1]]))
+    np.testing.assert_allclose(pooling.templates(), np.array([[0.6, 0.8], [0.2**0.5, 0.8**0.5]]))
+
+
+def test_pair_scores_in_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("arcface_kd.evaluation.templates._PAIRS_IN_CACHE", 3)
+    rows = np.random.default_rng(0).normal(size=(4, 5))
+    pairs = np.array([[30, 10], [20, 20], [10, 40], [40, 30]])
+    expected = [rows[2] @ rows[0], rows[1] @ rows[1], rows[0] @ rows[3], rows[3] @ rows[2]]
+    np.testing.assert_allclose(pair_scores(rows, np.array([10, 20, 30, 40]), pairs), expected)
+
+
+def too_many(pooling: TemplatePooling) -> None:
+    pooling.add(np.ones((4, 2)))
+
+
+def too_few(pooling: TemplatePooling) -> None:
+    pooling.add(np.ones((2, 2)))
+    pooling.templates()
+
+
+def not_finite(pooling: TemplatePooling) -> None:
+    pooling.add(np.ones((1, 2)))
+    pooling.add(np.array([[1, 2], [np.nan, 1]]))
+
+
+@pytest.mark.parametrize(
+    ("use", "named"),
+    [(too_many, "4 embeddings for 3 faces"), (too_few, "2 embeddings for 3 faces"), (not_finite, "face 2 .*NaN")],
+)
+def test_pooling_refuses(use: Callable[[TemplatePooling], None], named: str) -> None:
+    with pytest.raises(DataError, match=named):
+        use(TemplatePooling(np.array([1, 1, 2]), np.array([1, 2, 1])))
+
+
+@pytest.mark.parametrize(
+    ("templates", "media", "weights"), [([], [], None), ([1, 2], [1], None), ([1], [1], [1.0, 2.0])]
+)
+def test_pooling_refuses_lists_that_do_not_fit(
+    templates: list[int], media: list[int], weights: list[float] | None
+) -> None:
+    with pytest.raises(DataError, match="one of each for every face"):
+        TemplatePooling(np.array(templates), np.array(media), None if weights is None else np.array(weights))
+
+
+def test_other_refusals(folder: Path) -> None:
+    faces = read_ijb(folder)
+    with pytest.raises(DataError, match="batch size 0"):
+        evaluate_ijb(Small(), faces, batch_size=0)
+    with pytest.raises(ConfigError, match="FAR level 0"):
+        evaluate_ijb(Small(), faces, far_levels=[0])
+
+
+@pytest.mark.real
+@pytest.mark.slow
+def test_real_faces(real_data: Path, tmp_path: Path) -> None:
+    """A teacher of 99.4 % on LFW, on templates of real faces: loops agree, and people are told apart."""
+    people: dict[int, list[bytes]] = {}
+    with RecordReader(real_data / "faces_real" / "train.rec", real_data / "faces_real" / "train.idx") as reader:
+        for key in reader.keys:
+            header, payload = unpack(reader.read(int(key)))
+            if header.flag == 0:
+                people.setdefault(int(header.label), []).append(bytes(payload))
+    chosen = [person for person, pictures in people.items() if len(pictures) >= 6][:8]
+    write_ijb(
+        tmp_path / "IJBR",
+        lambda person, shot: decode_rgb(people[person][shot % len(people[person])]),
+        chosen,
+        name="ijbr",
+    )
+    teacher = load_teacher(
+        real_data / "teachers" / "mobilefacenet_512.onnx", {"channels": "bgr", "mean": 127, "std": 128}
+    )
+    faces = read_ijb(tmp_path / "IJBR")
+    met = evaluate_ijb(teacher, faces, far_levels=(0.1, 0.01), fpir_levels=(0.1,))
+    pooled = ijb.templates(tmp_path / "IJBR", "ijbr", embed_with(teacher))
+    genuine, impostor = ijb.pairs(tmp_path / "IJBR", "ijbr", pooled)
+    assert met.verification is not None
+    assert met.verification.tar == {level: ten_fold.tar_at_far(genuine, impostor, level) for level in (0.1, 0.01)}
+    assert met.verification.auc > 0.97
+    assert met.identification is not None
+    assert met.identification.rank[1] is not None
+    assert met.identification.rank[1] > 0.9

@@ -1,0 +1,441 @@
+"""Exported students: what insightface makes of them, alone and in a pack; files that are not the student."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import onnxruntime
+import pytest
+import torch
+from onnx import TensorProto, helper, numpy_helper
+from torch import nn
+
+from arcface_kd.backbones import FaceBackbone, get_backbone
+from arcface_kd.cli.main import main
+from arcface_kd.data.dataset import RecordDataset, View
+from arcface_kd.data.formats.face_alignment import TEMPLATE
+from arcface_kd.data.synthetic_faces import SyntheticFaces
+from arcface_kd.errors import ArcfaceKDError, ConfigError, DataError, TeacherError
+from arcface_kd.export import onnx as onnx_export
+from arcface_kd.export.onnx import export, to_onnx
+from arcface_kd.teachers.base import load_teacher
+from arcface_kd.teachers.checkpoint import load_network
+from tests.host.trainer.faces import draw_faces
+
+CPU = ["CPUExecutionProvider"]
+D = 32
+
+
+def trained(name: str, faces: np.ndarray, seed: int = 0) -> FaceBackbone:
+    """A network whose batch norms know faces, and whose slopes, scales and offsets are not those of a fresh one."""
+    torch.manual_seed(seed)
+    network = get_backbone(name, num_features=D)
+    for module in network.modules():
+        if isinstance(module, nn.BatchNorm1d | nn.BatchNorm2d):
+            module.momentum = 1.0
+        if isinstance(module, nn.BatchNorm2d):
+            nn.init.uniform_(module.weight, 0.5, 1.5)
+            nn.init.normal_(module.bias, std=0.2)
+        elif isinstance(module, nn.PReLU):
+            nn.init.uniform_(module.weight, 0.1, 0.5)
+    with torch.no_grad():
+        network(network_input(faces))
+    return network.eval()
+
+
+def network_input(faces: np.ndarray) -> torch.Tensor:
+    """RGB (N, 112, 112, 3) as a student sees it."""
+    return (torch.from_numpy(np.ascontiguousarray(faces.transpose(0, 3, 1, 2))).float() - 127.5) / 127.5
+
+
+def embeddings_of(network: nn.Module, faces: np.ndarray) -> np.ndarray:
+    with torch.no_grad():
+        return network(network_input(faces)).numpy()
+
+
+def cosines(first: np.ndarray, other: np.ndarray) -> np.ndarray:
+    return (first * other).sum(1) / np.linalg.norm(first, axis=1) / np.linalg.norm(other, axis=1)
+
+
+def run_of(folder: Path, network: nn.Module) -> Path:
+    folder.mkdir()
+    torch.save(network.state_dict(), folder / "model.pt")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def faces() -> np.ndarray:
+    drawn = SyntheticFaces(5)
+    return np.stack([drawn.image(person, 0) for person in range(12)])
+
+
+@pytest.fixture(scope="module")
+def student(faces: np.ndarray) -> FaceBackbone:
+    return trained("thin_r18", faces)
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory, student: FaceBackbone) -> Path:
+    return run_of(tmp_path_factory.mktemp("export") / "run", student)
+
+
+@pytest.fixture(scope="module")
+def file(run: Path) -> Path:
+    """The student, exported by the command."""
+    out = run.parent / "student.onnx"
+    assert main(["export", str(run), str(out)]) == 0
+    return out
+
+
+@pytest.fixture(scope="module")
+def content(file: Path) -> bytes:
+    return file.read_bytes()
+
+
+@pytest.fixture
+def converted(monkeypatch: pytest.MonkeyPatch, content: bytes) -> None:
+    """torch's exporter takes seconds; what it made of the student is given again."""
+    monkeypatch.setattr(onnx_export, "to_onnx", lambda student: content)
+
+
+def test_the_graph_is_what_was_promised(file: Path) -> None:
+    model = onnx.load(file)
+    onnx.checker.check_model(model, full_check=True)
+    (opset,) = model.opset_import
+    assert (opset.domain, opset.version >= 17) == ("", True)
+    (source,), (target,) = model.graph.input, model.graph.output
+    shapes = [[d.dim_param or d.dim_value for d in value.type.tensor_type.shape.dim] for value in (source, target)]
+    assert shapes == [["batch", 3, 112, 112], ["batch", D]]
+    assert {value.type.tensor_type.elem_type for value in (source, target)} == {TensorProto.FLOAT}
+    assert {tensor.data_type for tensor in model.graph.initializer} <= {TensorProto.FLOAT, TensorProto.INT64}
+    kinds = [node.op_type for node in model.graph.node]
+    # 21 convolutions and 31 batch norms: left are the 8 before a padded convolution, and the one before flattening.
+    assert (kinds.count("Conv"), kinds.count("Gemm"), kinds.count("BatchNormalization")) == (21, 1, 9)
+    assert {entry.key for entry in model.metadata_props} == {"network", "weights", "input"}
+
+
+def test_nothing_of_this_machine_is_in_the_file(content: bytes) -> None:
+    for word in (b"/work", b"site-packages", b".py", b"arcface_kd.backbones", str(Path.home()).encode() + b"/"):
+        assert word not in content
+
+
+def test_any_batch_embeds_as_the_student_does(content: bytes, student: FaceBackbone, faces: np.ndarray) -> None:
+    session = onnxruntime.InferenceSession(content, providers=CPU)
+    for count in (1, 2, 12):
+        (met,) = session.run(None, {"data": network_input(faces[:count]).numpy()})
+        np.testing.assert_allclose(met, embeddings_of(student, faces[:count]), rtol=1e-3, atol=1e-4)
+
+
+def test_insightface_loads_it_and_prepares_faces_for_it(file: Path, student: FaceBackbone, faces: np.ndarray) -> None:
+    from insightface.model_zoo import get_model
+    from insightface.model_zoo.arcface_onnx import ArcFaceONNX
+
+    model = get_model(str(file), providers=CPU)
+    assert isinstance(model, ArcFaceONNX)
+    assert (model.taskname, model.input_mean, model.input_std) == ("recognition", 127.5, 127.5)
+    assert (model.input_size, model.output_shape) == ((112, 112), ["batch", D])
+    images = [np.ascontiguousarray(face[..., ::-1]) for face in faces]
+    expected = embeddings_of(student, faces)
+    assert cosines(model.get_feat(images), expected).min() > 0.999999
+    assert cosines(model.get_feat(images[3]), expected[3:4]).min() > 0.999999
+    assert cosines(model.get_feat(images), expected[::-1]).max() < 0.999
+
+
+def test_it_is_a_teacher(file: Path, student: FaceBackbone, faces: np.ndarray) -> None:
+    teacher = load_teacher(file)
+    assert teacher.embedding_size == D
+    np.testing.assert_allclose(teacher(network_input(faces)), embeddings_of(student, faces), rtol=1e-3, atol=1e-4)
+
+
+def write_detector(path: Path, landmarks: np.ndarray) -> None:
+    """A detector as insightface knows them by nine outputs, that finds one face in every picture of 128 x 128."""
+    cell = np.array([64.0, 64.0])
+    values, outputs = [], []
+    for width in (1, 4, 10):
+        for stride in (8, 16, 32):
+            rows = np.zeros((2 * (128 // stride) ** 2, width), np.float32)
+            if stride == 8:
+                found = {1: [0.9], 4: [5, 5, 5, 5], 10: ((landmarks - cell) / stride).ravel()}
+                rows[2 * (8 * 16 + 8)] = found[width]
+            name = f"out_{width}_{stride}"
+            values.append(helper.make_node("Constant", [], [name], value=numpy_helper.from_array(rows)))
+            outputs.append(helper.make_tensor_value_info(name, TensorProto.FLOAT, rows.shape))
+    image = helper.make_tensor_value_info("image", TensorProto.FLOAT, [1, 3, 128, 128])
+    model = helper.make_model(
+        helper.make_graph(values, "detector", [image], outputs), opset_imports=[helper.make_opsetid("", 17)]
+    )
+    model.ir_version = 8
+    onnx.save(model, path)
+
+
+@pytest.mark.filterwarnings("ignore:`estimate` is deprecated:FutureWarning")
+def test_in_a_pack_of_insightface(file: Path, tmp_path: Path, student: FaceBackbone, faces: np.ndarray) -> None:
+    from insightface.app import FaceAnalysis
+
+    pack = tmp_path / "models" / "own_pack"
+    pack.mkdir(parents=True)
+    write_detector(pack / "det.onnx", TEMPLATE + 8)
+    (pack / "student.onnx").write_bytes(file.read_bytes())
+    app = FaceAnalysis(name="own_pack", root=str(tmp_path), allowed_modules=["detection", "recognition"], providers=CPU)
+    assert set(app.models) == {"detection", "recognition"}
+    app.prepare(ctx_id=-1, det_size=(128, 128))
+    expected = embeddings_of(student, faces[:3])
+    for face, embedding in zip(faces[:3], expected, strict=True):
+        picture = np.full((128, 128, 3), 90, np.uint8)
+        picture[8:120, 8:120] = face[..., ::-1]
+        (found,) = app.get(picture)
+        np.testing.assert_allclose(found.kps, TEMPLATE + 8, atol=1e-3)
+        assert cosines(found.embedding[None], embedding[None]).min() > 0.9999
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["mbf", "mobilefacenet", "r18"])
+def test_other_students(name: str, tmp_path: Path, faces: np.ndarray) -> None:
+    run = run_of(tmp_path / "run", trained(name, faces))
+    report = export(run, tmp_path / f"{name}.onnx")
+    assert (report.network, report.embedding_size, report.precision) == (name, D, "float32")
+    assert report.least_cosine > 0.9999
+    assert report.size == (tmp_path / f"{name}.onnx").stat().st_size
+
+
+def test_a_checkpoint_says_the_same_as_its_run(run: Path, tmp_path: Path, converted: None) -> None:
+    report = export(run / "model.pt", tmp_path / "a.onnx")
+    assert str(report) == (
+        f"{tmp_path / 'a.onnx'}: thin_r18, 32 dimensions, float32, {report.size / 1e6:.1f} MB; on 16 faces a cosine of "
+        f"{report.mean_cosine:.6f} with the student, at least {report.least_cosine:.6f}"
+    )
+
+
+@pytest.fixture(scope="module")
+def records(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("records")
+    draw_faces(folder, identities=10, images=6)
+    return folder
+
+
+def test_int8(run: Path, records: Path, content: bytes, converted: None, capsys: pytest.CaptureFixture[str]) -> None:
+    out = run.parent / "int8.onnx"
+    assert main(["export", str(run), str(out), "--int8", "--calibration", str(records), "--images", "30"]) == 0
+    assert "int8" in capsys.readouterr().out
+    assert out.stat().st_size < 0.35 * len(content)
+    kinds = {tensor.data_type for tensor in onnx.load(out).graph.initializer if len(tensor.dims) == 4}
+    assert TensorProto.INT8 in kinds
+    quantized = onnxruntime.InferenceSession(out, providers=CPU)
+    whole = onnxruntime.InferenceSession(content, providers=CPU)
+    pixels = np.stack([RecordDataset(records).pixels(View(n, True))[1] for n in range(20)])
+    images = network_input(pixels).numpy()
+    (met,), (expected,) = quantized.run(None, {"data": images}), whole.run(None, {"data": images})
+    assert cosines(met, expected).mean() > 0.99
+
+
+def test_depthwise_convolutions_and_the_first_stay_in_float(tmp_path: Path) -> None:
+    from arcface_kd.export.int8 import quantize
+
+    random = np.random.default_rng(0)
+    arrays = {
+        name: random.normal(0, 0.2, shape).astype(np.float32)
+        for name, shape in {"stem": (8, 3, 3, 3), "depthwise": (8, 1, 3, 3), "dense": (8, 8, 1, 1)}.items()
+    }
+    nodes = [
+        helper.make_node("Conv", ["data", "stem"], ["a"], name="first"),
+        helper.make_node("Conv", ["a", "depthwise"], ["b"], name="second", group=8),
+        helper.make_node("Conv", ["b", "dense"], ["c"], name="third"),
+        helper.make_node("Flatten", ["c"], ["embedding"], name="flat"),
+    ]
+    graph = helper.make_graph(
+        nodes,
+        "small",
+        [helper.make_tensor_value_info("data", TensorProto.FLOAT, ["batch", 3, 8, 8])],
+        [helper.make_tensor_value_info("embedding", TensorProto.FLOAT, ["batch", 128])],
+        [numpy_helper.from_array(array, name) for name, array in arrays.items()],
+    )
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
+    images = random.normal(size=(40, 3, 8, 8)).astype(np.float32)
+    quantized = quantize(model.SerializeToString(), images)
+    stored = {tensor.name: tensor.data_type for tensor in onnx.load_model_from_string(quantized).graph.initializer}
+    assert stored["stem"] == stored["depthwise"] == TensorProto.FLOAT
+    assert "dense" not in stored
+    assert stored["dense_quantized"] == TensorProto.INT8
+    outputs: list[Any] = [
+        onnxruntime.InferenceSession(bytes_, providers=CPU).run(None, {"data": images})[0]
+        for bytes_ in (model.SerializeToString(), quantized)
+    ]
+    assert 0.999 < cosines(*outputs).min() < 1 - 1e-7
+    whole = onnx.load_model_from_string(quantize(model.SerializeToString(), images, leading=1.0))
+    assert {tensor.data_type for tensor in whole.graph.initializer} == {TensorProto.FLOAT}
+
+
+def test_faces_to_quantise_with_are_not_those_of_the_check(records: Path) -> None:
+    shown, checked = onnx_export._faces(records, 10)
+    assert (len(shown), len(checked)) == (10, 50)
+    assert not {face.tobytes() for face in shown} & {face.tobytes() for face in checked}
+    shown, checked = onnx_export._faces(records, 0)
+    assert (len(shown), len(checked)) == (0, 60)
+    shown, checked = onnx_export._faces(records, 256)
+    assert (len(shown), len(checked)) == (30, 30)
+    shown, checked = onnx_export._faces(None, 0)
+    assert (len(shown), checked.shape) == (0, (16, 112, 112, 3))
+
+
+@pytest.mark.parametrize("there_before", [False, True])
+def test_a_file_that_is_not_the_student_is_not_written(
+    run: Path, tmp_path: Path, faces: np.ndarray, converted: None, there_before: bool
+) -> None:
+    """Weights of a run that went on since: the exported file no longer fits."""
+    other = run_of(tmp_path / "other", trained("thin_r18", faces, seed=1))
+    out = tmp_path / "out.onnx"
+    if there_before:
+        out.write_bytes(b"yesterday's")
+    with pytest.raises(
+        ArcfaceKDError, match=r"was not written: in float32 .* least cosine of .* wanted more than 0.9999"
+    ):
+        export(other, out)
+    assert out.read_bytes() == b"yesterday's" if there_before else not out.exists()
+    assert {path.name for path in tmp_path.iterdir()} == {"other", *(["out.onnx"] if there_before else [])}
+
+
+def damaged(content: bytes) -> bytes:
+    model = onnx.load_model_from_string(content)
+    (matrix,) = (t for t in model.graph.initializer if len(t.dims) == 2)
+    noise = np.random.default_rng(0).normal(size=tuple(matrix.dims)).astype(np.float32)
+    matrix.CopyFrom(numpy_helper.from_array(numpy_helper.to_array(matrix) + 0.05 * noise, matrix.name))
+    return bytes(model.SerializeToString())
+
+
+def test_int8_that_lost_too_much_is_not_written(
+    run: Path, records: Path, tmp_path: Path, converted: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("arcface_kd.export.int8.quantize", lambda content, faces, leading: damaged(content))
+    with pytest.raises(ArcfaceKDError, match=r"in int8 .* mean cosine .* wanted more than 0.99; calibrate with more"):
+        export(run, tmp_path / "out.onnx", int8=True, calibration=records)
+    assert not any(tmp_path.iterdir())
+
+
+def test_first_convolutions_stay_in_float_where_int8_loses_too_much(
+    run: Path,
+    records: Path,
+    tmp_path: Path,
+    content: bytes,
+    converted: None,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    asked: list[float] = []
+
+    def quantize(given: bytes, faces: np.ndarray, *, leading: float) -> bytes:
+        asked.append(leading)
+        return given if leading >= 0.5 else damaged(given)
+
+    monkeypatch.setattr("arcface_kd.export.int8.quantize", quantize)
+    out = tmp_path / "out.onnx"
+    assert main(["export", str(run), str(out), "--int8", "--calibration", str(records)]) == 0
+    assert asked == [0.0, 0.25, 0.5]
+    assert "int8 behind the first 50% of its convolutions" in capsys.readouterr().out
+    assert out.read_bytes() == content
+
+
+def nan_for_every_face(content: bytes) -> bytes:
+    model = onnx.load_model_from_string(content)
+    (matrix,) = (t for t in model.graph.initializer if len(t.dims) == 2)
+    matrix.CopyFrom(numpy_helper.from_array(np.full(tuple(matrix.dims), np.nan, np.float32), matrix.name))
+    return bytes(model.SerializeToString())
+
+
+def two_outputs(content: bytes) -> bytes:
+    model = onnx.load_model_from_string(content)
+    model.graph.output.add().CopyFrom(helper.make_tensor_value_info(model.graph.node[0].output[0], 1, None))
+    return bytes(model.SerializeToString())
+
+
+def of_96_pixels(content: bytes) -> bytes:
+    model = onnx.load_model_from_string(content)
+    for axis in (2, 3):
+        model.graph.input[0].type.tensor_type.shape.dim[axis].dim_value = 96
+    del model.graph.value_info[:]
+    return bytes(model.SerializeToString())
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        (nan_for_every_face, "cosine of nan"),
+        (two_outputs, "insightface cannot embed faces"),
+        (of_96_pixels, "takes it for a Attribute"),
+        (lambda content: content[:1000], "insightface cannot embed faces"),
+    ],
+)
+def test_what_insightface_cannot_use_is_not_written(
+    run: Path, tmp_path: Path, content: bytes, monkeypatch: pytest.MonkeyPatch, change: Any, named: str
+) -> None:
+    monkeypatch.setattr(onnx_export, "to_onnx", lambda student: change(content))
+    with pytest.raises(ArcfaceKDError, match=named):
+        export(run, tmp_path / "out.onnx")
+    assert not any(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("words", "named"),
+    [
+        (["{run}", "{out}/student.pb"], ["student.pb", "name it student.onnx"]),
+        (["{run}", "{out}/none/student.onnx"], ["there is no folder"]),
+        (["{run}", "{out}/a.onnx", "--int8"], ["--calibration DIR"]),
+        (["{run}", "{out}/a.onnx", "--int8", "--calibration", "{out}/none"], ["no folder", "none"]),
+        (["{run}", "{out}/a.onnx", "--int8", "--calibration", "{records}", "--images", "0"], ["images is 0"]),
+        (["{out}", "{out}/a.onnx"], ["wanted a file"]),
+        (["{out}/none", "{out}/a.onnx"], ["none"]),
+    ],
+)
+def test_refusals_end_in_one_line(
+    run: Path, records: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], words: list[str], named: list[str]
+) -> None:
+    assert main(["export", *[word.format(run=run, out=tmp_path, records=records) for word in words]]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("arcface-kd: ")
+    assert error.count("\n") == 1
+    for word in named:
+        assert word in error
+    assert not any(tmp_path.iterdir())
+
+
+def test_without_the_exporter_s_package(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(__import__("sys").modules, "onnxscript", None)
+    with pytest.raises(ConfigError, match=r"pip install \"arcface_kd\[export\]\""):
+        export(run, tmp_path / "out.onnx")
+
+
+def test_an_exporter_that_fails_is_told_in_one_line(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*arguments: object, **keywords: object) -> None:
+        raise TypeError("export() got an unexpected keyword\nargument 'dynamic_shapes'")
+
+    monkeypatch.setattr("torch.onnx.export", fail)
+    with pytest.raises(ConfigError, match=r"cannot export thin_r18: export\(\) got an unexpected keyword argument"):
+        to_onnx(load_network(run))
+
+
+def test_one_face_cannot_calibrate_and_check(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "one").mkdir()
+    draw_faces(tmp_path / "one", identities=1, images=1)
+    with pytest.raises(DataError, match="has 1 faces; wanted 2"):
+        export(run, tmp_path / "out.onnx", int8=True, calibration=tmp_path / "one")
+
+
+def test_a_damaged_checkpoint_is_told_before_anything_else(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    run.mkdir()
+    (run / "model.pt").write_bytes(b"nothing")
+    with pytest.raises(TeacherError, match=r"model.pt"):
+        export(run, tmp_path / "out.onnx")
+
+
+@pytest.mark.real
+@pytest.mark.slow
+def test_real_faces(real_data: Path, tmp_path: Path) -> None:
+    records = RecordDataset(real_data / "faces_real")
+    pixels = np.stack([records.pixels(View(number, False))[1] for number in range(0, 6000, 120)])
+    run = run_of(tmp_path / "run", trained("thin_r18", pixels))
+    whole = export(run, tmp_path / "float32.onnx", calibration=real_data / "faces_real")
+    assert (whole.faces, whole.least_cosine > 0.9999) == (64, True)
+    small = export(run, tmp_path / "int8.onnx", int8=True, calibration=real_data / "faces_real", images=64)
+    assert small.mean_cosine > 0.99
+    assert small.size < 0.35 * whole.size

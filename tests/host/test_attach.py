@@ -1,0 +1,357 @@
+"""The flag, the copied config and the drop-ins, against trainers that are nothing but their names.
+
+tests/host/trainer runs whole trainers.
+"""
+
+import argparse
+import logging
+import sys
+import types
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from easydict import EasyDict
+from torch import Tensor, nn
+from unidiff import PatchSet
+
+from arcface_kd.config.arcface_torch import load_config
+from arcface_kd.config.flags import add_arguments, merge_arguments
+from arcface_kd.distillation.distiller import Distiller
+from arcface_kd.distillation.drop_ins import drop_ins
+from arcface_kd.distillation.head import DistillationHead
+from arcface_kd.errors import ConfigError, TeacherError
+from arcface_kd.host import attach as hook
+from arcface_kd.host.attach import HOST_NAMES, attach
+from arcface_kd.host.patching import patches_folder
+from arcface_kd.losses.margin import Margin
+from arcface_kd.methods.shkd.stages import Stage
+from arcface_kd.teachers.base import Teacher, load_teacher
+from arcface_kd.teachers.options import TeacherOptions
+
+
+class Network(nn.Module):
+    """A student of the host's making."""
+
+    def __init__(self, dimension: int) -> None:
+        super().__init__()
+        self.fc = nn.Linear(3 * 8 * 8, dimension)
+
+    def forward(self, images: Tensor) -> Tensor:
+        out: Tensor = self.fc(images.flatten(1))
+        return out
+
+
+def host_get_model(name: str, **kwargs: Any) -> nn.Module:
+    return Network(kwargs["num_features"])
+
+
+def host_get_dataloader(*arguments: Any) -> tuple[Any, ...]:
+    return ("the host's own loader", *arguments)
+
+
+class HostHead(nn.Module):
+    """The host's PartialFC_V2."""
+
+
+@pytest.fixture
+def trainer() -> types.ModuleType:
+    module = types.ModuleType("train_v2")
+    module.get_model = host_get_model  # type: ignore[attr-defined]
+    module.get_dataloader = host_get_dataloader  # type: ignore[attr-defined]
+    module.PartialFC_V2 = HostHead  # type: ignore[attr-defined]
+    return module
+
+
+@pytest.fixture
+def loaded(monkeypatch: pytest.MonkeyPatch) -> list[object]:
+    """Teachers that are asked for by file; each is a network for 8x8 images."""
+    asked: list[object] = []
+
+    def load(source: object, options: object = None) -> Teacher:
+        asked.append(source)
+        return load_teacher(Network(4), TeacherOptions(size=8))
+
+    monkeypatch.setattr("arcface_kd.distillation.head.load_teacher", load)
+    return asked
+
+
+def config_of(tmp_path: Path, **keys: Any) -> EasyDict:
+    return EasyDict(
+        {"batch_size": 4, "num_image": 40, "seed": 5, "frequent": 10, "output": str(tmp_path / "run"), **keys}
+    )
+
+
+def parse(*words: str) -> argparse.Namespace:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("config")
+    add_arguments(parser)
+    return parser.parse_args(["configs/x", *words])
+
+
+# ---- arguments
+
+
+def test_without_flags_a_config_is_left_as_it_is() -> None:
+    config = {"kd": "a", "kd_teacher": "t", "lr": 0.1}
+    merge_arguments(config, parse())
+    assert config == {"kd": "a", "kd_teacher": "t", "lr": 0.1}
+
+
+def test_flags_win_over_keys_and_options_one_by_one() -> None:
+    config: dict[str, Any] = {
+        "kd": "a",
+        "kd_teacher": "t",
+        "kd_option": {"teacher.channels": "rgb", "teacher.mean": 127.5},
+    }
+    merge_arguments(
+        config,
+        parse(
+            *("--kd", "b", "--kd-teacher", "u", "--kd-option", "teacher.channels=bgr", "b.x=1"),
+            *("--kd-option", "b.y=2"),
+        ),
+    )
+    assert config == {
+        "kd": "b",
+        "kd_teacher": "u",
+        "kd_option": {"teacher.channels": "bgr", "teacher.mean": 127.5, "b.x": "1", "b.y": "2"},
+    }
+
+
+def test_an_option_without_a_value_is_refused() -> None:
+    with pytest.raises(ConfigError, match=r"option 'teacher\.channels' has no value"):
+        merge_arguments({}, parse("--kd-option", "teacher.channels"))
+
+
+# ---- attach
+
+
+def test_attach_puts_all_three_drop_ins_in(trainer: types.ModuleType, loaded: list[object], tmp_path: Path) -> None:
+    made = attach(config_of(tmp_path, kd="adadistill", kd_teacher="r50.pt"), trainer=trainer)
+    assert made is not None
+    for name in HOST_NAMES:
+        assert getattr(trainer, name) is getattr(made, name)
+    assert loaded == ["r50.pt"]
+    # The trainer goes on as it always does.
+    student = trainer.get_model("r50", dropout=0.0, fp16=False, num_features=4)
+    assert isinstance(student, Network)
+    margin = types.SimpleNamespace(s=64, m1=1.0, m2=0.5, m3=0.0, interclass_filtering_threshold=0)
+    head = trainer.PartialFC_V2(margin, 4, 6, 1.0, False)
+    assert isinstance(head, DistillationHead)
+    head.train()(student(torch.rand(2, 3, 8, 8)), torch.tensor([[0.0], [5.0]])).backward()
+    assert student.fc.weight.grad is not None
+
+
+@pytest.mark.parametrize("config", [{}, {"kd": None}, {"kd": ""}, {"lr": 0.1}])
+def test_off_is_off(trainer: types.ModuleType, loaded: list[object], config: dict[str, Any]) -> None:
+    before = dict(vars(trainer))
+    assert attach(config, parse(), trainer) is None
+    assert vars(trainer) == before
+    assert loaded == []
+
+
+def test_an_unknown_kd_key_is_refused_even_when_off(trainer: types.ModuleType) -> None:
+    with pytest.raises(ConfigError, match="unknown key 'kd_teachr'"):
+        attach({"kd_teachr": "r50.pt"}, trainer=trainer)
+
+
+@pytest.mark.parametrize("gone", [("get_model",), ("get_dataloader", "PartialFC_V2")])
+def test_names_that_the_trainer_lacks_are_named(
+    trainer: types.ModuleType, loaded: list[object], tmp_path: Path, gone: tuple[str, ...]
+) -> None:
+    for name in gone:
+        delattr(trainer, name)
+    trainer.__file__ = "/somewhere/train_v9.py"
+    before = dict(vars(trainer))
+    with pytest.raises(ConfigError, match=rf"/somewhere/train_v9\.py has no {', '.join(gone)}: ") as error:
+        attach(config_of(tmp_path, kd="adadistill", kd_teacher="r50.pt"), trainer=trainer)
+    assert "\n" not in str(error.value)
+    assert vars(trainer) == before
+    assert loaded == []
+
+
+def test_the_running_program_is_the_trainer(
+    trainer: types.ModuleType, loaded: list[object], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "__main__", trainer)
+    made = attach(config_of(tmp_path, kd="adadistill", kd_teacher="r50.pt"))
+    assert made is not None
+    assert trainer.get_model is made.get_model
+
+
+def test_flags_beat_the_keys_of_a_copied_config_and_the_drop_ins_do_not_pile_up(
+    trainer: types.ModuleType, loaded: list[object], tmp_path: Path
+) -> None:
+    """A copied config on a trainer with the flag: its last line comes first, the flag's own lines after it."""
+    config = config_of(tmp_path, kd="adadistill", kd_teacher="from_config.pt")
+    first = attach(config, trainer=trainer)
+    second = attach(config, parse("--kd-teacher", "from_flag.pt"), trainer)
+    assert first is not None
+    assert second is not None
+    assert loaded == ["from_config.pt", "from_flag.pt"]
+    assert trainer.get_model is second.get_model
+    student = trainer.get_model("r50", num_features=4)
+    assert len(student._forward_pre_hooks) == 1
+    assert trainer.get_dataloader("there", 0, 4, True)[0] == "the host's own loader"
+
+
+def test_a_copied_config_is_attached_once_where_no_flag_is_given(
+    trainer: types.ModuleType, loaded: list[object], tmp_path: Path
+) -> None:
+    config = config_of(tmp_path, kd="adadistill", kd_teacher="from_config.pt")
+    first = attach(config, trainer=trainer)
+    assert first is not None
+    assert attach(config, parse(), trainer) is None
+    assert loaded == ["from_config.pt"]
+    assert trainer.get_model is first.get_model
+
+
+def test_keys_of_a_config_that_does_not_attach_itself_count_too(
+    trainer: types.ModuleType, loaded: list[object], tmp_path: Path
+) -> None:
+    assert attach(config_of(tmp_path, kd="adadistill", kd_teacher="r50.pt"), parse(), trainer) is not None
+    assert loaded == ["r50.pt"]
+
+
+def test_the_flag_switches_a_copied_config_off(trainer: types.ModuleType, loaded: list[object], tmp_path: Path) -> None:
+    before = {name: getattr(trainer, name) for name in HOST_NAMES}
+    config = config_of(tmp_path, kd="adadistill", kd_teacher="r50.pt")
+    attach(config, trainer=trainer)
+    assert attach(config, parse("--kd", ""), trainer) is None
+    assert {name: getattr(trainer, name) for name in HOST_NAMES} == before
+
+
+@pytest.mark.parametrize(
+    ("words", "named"),
+    [
+        (["--kd-teacher", "r50.pt"], "--kd-teacher"),
+        (["--kd-cache", "c", "--kd-option", "teacher.std=128"], "--kd-cache and --kd-option"),
+        (["--on-bad-record", "skip"], "--on-bad-record"),
+    ],
+)
+def test_flags_without_a_method_are_refused(
+    trainer: types.ModuleType, loaded: list[object], tmp_path: Path, words: list[str], named: str
+) -> None:
+    """The trainer would go on for days without a teacher."""
+    with pytest.raises(ConfigError, match=f"^{named} without a method: .* add --kd METHOD"):
+        attach(config_of(tmp_path), parse(*words), trainer)
+    assert loaded == []
+
+
+def test_the_flags_in_the_patch_reach_us_whether_kd_is_among_them_or_not() -> None:
+    """A copied config on a patched trainer: ``--kd-teacher`` alone must not be passed over."""
+    (patch,) = [file for file in PatchSet((patches_folder() / "kd_flag.patch").read_text(encoding="utf-8"))]
+    added = [line.value for line in patch[0] if line.is_added]
+    assert added == ["    from arcface_kd.host.attach import attach\n", "    attach(cfg, args)\n"]
+
+
+def test_flags_do_not_change_a_copied_config_of_several_runs(
+    trainer: types.ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its last line has made it the config of one of them, before the flags are read."""
+    stage = Stage(1, "the temporary student", {"kd": None, "output": str(tmp_path / "stage1_student")})
+    asked: list[str] = []
+
+    def next_of(settings: dict[str, Any]) -> Stage:
+        asked.append(settings["output"])
+        return stage
+
+    monkeypatch.setattr(hook, "next_stage", next_of)
+    config = {"kd": "shkd", "kd_teacher": "r50.pt"}
+    assert attach(config, trainer=trainer) is None
+    # Neither the config nor the trainer has named a folder yet: the trainer will call it after the config.
+    assert asked == [str(Path("work_dirs") / __name__.rpartition(".")[2])]
+    assert config["kd"] is None
+    assert attach(config, parse(), trainer) is None
+    for words in (["--kd", "shkd"], ["--kd-teacher", "r100.pt"]):
+        with pytest.raises(ConfigError, match=f"^{words[0]} would change a run of shkd .* set the keys in the config"):
+            attach(config, parse(*words), trainer)
+
+
+def test_a_missing_teacher_stops_before_anything_is_replaced(trainer: types.ModuleType, tmp_path: Path) -> None:
+    before = {name: getattr(trainer, name) for name in HOST_NAMES}
+    with pytest.raises(TeacherError, match="--kd-teacher FILE"):
+        attach(config_of(tmp_path, kd="adadistill"), trainer=trainer)
+    assert {name: getattr(trainer, name) for name in HOST_NAMES} == before
+
+
+def test_a_copied_config_sees_what_the_host_completes_later(
+    trainer: types.ModuleType, loaded: list[object], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The host imports configs.base, then the copied file (which attaches), merges it and only then sets the output."""
+    base = types.ModuleType("configs.base")
+    base.config = EasyDict(seed=1, batch_size=128, frequent=7, output=None)  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "configs.base", base)
+    copied = EasyDict(kd="adadistill", kd_teacher="r50.pt", num_image=40, batch_size=4, output=None)
+    attach(copied, trainer=trainer)
+    base.config.update(copied)
+    base.config.output = str(tmp_path / "work_dirs" / "copied")
+    seen: dict[str, Any] = {}
+    monkeypatch.setattr(hook, "DistillationHead", lambda *a, **k: seen.update(k))
+    trainer.PartialFC_V2(Margin(), 4, 6, 1.0, False)
+    assert seen["seed"] == 1
+    assert seen["steps_per_epoch"] == 10
+    assert seen["run_folder"] == tmp_path / "work_dirs" / "copied"
+    assert seen["log"].folder == tmp_path / "work_dirs" / "copied" / "tensorboard"
+    assert seen["log"].every == 7
+
+
+def test_the_compact_trainer_reads_a_copied_config_without_attaching(trainer: types.ModuleType, tmp_path: Path) -> None:
+    path = tmp_path / "copied.py"
+    path.write_text(
+        "from easydict import EasyDict\nconfig = EasyDict(kd='adadistill', kd_teacher='no_such_file.pt')\n"
+        "import arcface_kd\narcface_kd.attach(config)\n"
+    )
+    assert load_config(str(path)).kd_teacher == "no_such_file.pt"
+
+
+# ---- drop-ins
+
+
+def made(tmp_path: Path, **more: Any) -> hook.DropIns:
+    config = config_of(tmp_path, kd="adadistill", **more.pop("keys", {}))
+    distiller = Distiller(hook.KDConfig.from_config(config), load_teacher(Network(4), TeacherOptions(size=8)))
+    return drop_ins(lambda: config, distiller=distiller, **more)
+
+
+def test_without_a_host_the_backbones_are_ours(tmp_path: Path) -> None:
+    student = made(tmp_path).get_model("thin_r18", dropout=0.0, fp16=False, num_features=16)
+    assert len(student._forward_pre_hooks) == 1
+    with pytest.raises(ConfigError, match="r7"):
+        made(tmp_path).get_model("r7")
+
+
+def test_dali_stays_the_host_s(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    arguments = ("there", 0, 4, True, False, 5, 2)
+    assert made(tmp_path, host_loader=host_get_dataloader).get_dataloader(*arguments)[1:] == arguments
+    assert not caplog.records
+    cached = made(tmp_path, host_loader=host_get_dataloader, keys={"kd_cache": str(tmp_path / "cache")})
+    with caplog.at_level(logging.WARNING):
+        cached.get_dataloader(*arguments)
+    assert "kd_cache is off" in caplog.text
+    with pytest.raises(ConfigError, match=r"(?i)dali"):
+        made(tmp_path).get_dataloader(*arguments)
+
+
+def test_the_head_has_the_run_s_settings(tmp_path: Path) -> None:
+    head = made(tmp_path).PartialFC_V2(Margin(), 4, 11, 0.5, False)
+    assert head.shard.num_classes == 11
+    method: Any = head.methods["adadistill"]
+    assert method.context.seed == 5
+    assert method.context.steps_per_epoch == 10
+    assert method.context.sample_rate == 0.5
+    assert method.context.product_dtype is None
+    assert head.run_folder == tmp_path / "run"
+    assert not (tmp_path / "run").exists(), "a head that was only built has written something"
+
+
+def test_an_epoch_shorter_than_a_batch_is_one_step(tmp_path: Path) -> None:
+    head = made(tmp_path, keys={"num_image": 3}).PartialFC_V2(Margin(), 4, 11)
+    method: Any = head.methods["adadistill"]
+    assert method.context.steps_per_epoch == 1
+
+
+def test_a_margin_loss_that_cannot_be_read_is_named(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="CombinedMarginLoss is wanted"):
+        made(tmp_path).PartialFC_V2(nn.Identity(), 4, 11)

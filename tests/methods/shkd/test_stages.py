@@ -1,0 +1,383 @@
+"""SH-KD's three runs with the compact trainer: what each is, resuming between and within them, what stops them."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from easydict import EasyDict
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from arcface_kd.backbones import get_backbone
+from arcface_kd.config.arcface_torch import BASE
+from arcface_kd.errors import ConfigError, TeacherError
+from arcface_kd.methods.shkd.stages import Stage, next_stage, wants_stages
+from arcface_kd.system.device import narrow_format
+from arcface_kd.teachers.base import load_teacher
+from arcface_kd.teachers.student_init import start_from
+from arcface_kd.training.stages import train_stages
+from arcface_kd.training.trainer import train
+from tests.host.trainer.faces import Faces, draw_faces
+from tests.teachers.onnx_models import face_network
+
+DIMENSION = 16
+
+
+@pytest.fixture(scope="module")
+def faces(tmp_path_factory: pytest.TempPathFactory) -> Faces:
+    return draw_faces(tmp_path_factory.mktemp("faces"), identities=4, images=4)
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A teacher that nobody has trained."""
+    torch.manual_seed(7)
+    path = tmp_path_factory.mktemp("teacher") / "teacher.pt"
+    torch.save(get_backbone("thin_r18", num_features=DIMENSION).state_dict(), path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def graph(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("teacher") / "teacher.onnx"
+    path.write_bytes(face_network().SerializeToString())
+    return path
+
+
+def config_for(faces: Faces, output: Path, **keys: Any) -> EasyDict:
+    config = EasyDict(BASE)
+    config.update(
+        network="thin_r18",
+        rec=str(faces.folder),
+        num_classes=faces.num_classes,
+        num_image=faces.num_image,
+        num_epoch=2,
+        warmup_epoch=0,
+        val_targets=[],
+        embedding_size=DIMENSION,
+        batch_size=8,
+        frequent=1,
+        verbose=10**6,
+        num_workers=0,
+        output=str(output),
+        kd="shkd",
+    )
+    config.update(keys)
+    return config
+
+
+def options(**own: object) -> dict[str, object]:
+    return {f"shkd.{name}": value for name, value in own.items()}
+
+
+LEARNING = options(teacher_epochs=3, teacher_lr=0.05)
+
+
+def saved(folder: Path) -> dict[str, Any]:
+    return torch.load(folder / "checkpoint_gpu_0.pt", weights_only=True)
+
+
+def stages_of(config: EasyDict) -> list[Stage]:
+    """All three, as if each had been done."""
+    made = []
+    while (stage := next_stage(config)) is not None:
+        made.append(stage)
+        folder = Path(stage.changes["output"])
+        folder.mkdir(parents=True, exist_ok=True)
+        torch.save({"epoch": 99, "state_dict_softmax_fc": {}}, folder / "checkpoint_gpu_0.pt")
+    return made
+
+
+# ---- what each run is
+
+
+def test_a_whole_run_from_a_checkpoint(faces: Faces, checkpoint: Path, tmp_path: Path) -> None:
+    config = config_for(faces, tmp_path / "out", kd_teacher=str(checkpoint), kd_option=LEARNING)
+    said: list[str] = []
+    result = train_stages(config, lambda stage: said.append(str(stage)))
+    first, second, third = (tmp_path / "out" / name for name in ("stage1_student", "stage2_teacher", "."))
+    assert said == [
+        "shkd: run 1 of 3: the temporary student, thin_r18",
+        f"shkd: run 2 of 3: the teacher, thin_r18, starting from {checkpoint}, against the classes of {first}",
+        "shkd: run 3 of 3: the final student, thin_r18, distilled by kd from "
+        f"{tmp_path / 'out' / 'stage2_teacher' / 'checkpoint_gpu_0.pt'}",
+    ]
+    assert result.output == tmp_path / "out"
+    assert [saved(folder)["epoch"] for folder in (first, second, third)] == [2, 3, 2]
+    heads = [saved(folder)["state_dict_softmax_fc"] for folder in (first, second, third)]
+    # The first student's classes are learned, the teacher has none of its own, the final student learns its own anew.
+    assert heads[0]["methods.classifier.weight"].shape == (4, DIMENSION)
+    assert not [name for name in heads[1] if name.startswith("methods")]
+    (own,) = [value for name, value in heads[2].items() if name.startswith("methods")]
+    assert own.shape == (4, DIMENSION)
+    assert not torch.equal(own, heads[0]["methods.classifier.weight"])
+    # The teacher has come nearer to the student's classes than the one that was given.
+    images = torch.stack([torch.full((3, 112, 112), value) for value in (-0.5, 0.5)])
+    before, after = (load_teacher(path)(images) for path in (checkpoint, second / "model.pt"))
+    assert not torch.equal(before, after)
+    with pytest.raises(ConfigError, match=r"all three runs are done, see .*/out; give another output"):
+        train_stages(config)
+
+
+def test_a_whole_run_from_an_onnx_teacher(faces: Faces, graph: Path, tmp_path: Path) -> None:
+    """Its graph is trained and written back; its preprocessing goes along."""
+    given = {**LEARNING, "teacher.channels": "bgr", "teacher.mean": "120", "teacher.std": "100"}
+    # A cache of the teacher as it was given, which is not the one that the final student learns from.
+    cache = tmp_path / "cache"
+    cache.write_bytes(b"of another teacher")
+    config = config_for(faces, tmp_path / "out", kd_teacher=str(graph), kd_option=given, kd_cache=str(cache))
+    stages: list[Stage] = []
+    train_stages(config, stages.append)
+    second = tmp_path / "out" / "stage2_teacher"
+    assert (second / "teacher.cache").stat().st_size == 2 * faces.num_image * DIMENSION * 2
+    assert cache.read_bytes() == b"of another teacher"
+    assert f"the teacher, onnx, starting from {graph}" in stages[1].title
+    kept = stages[2].changes["kd_option"]
+    assert (kept["teacher.channels"], tuple(kept["teacher.mean"]), kept["teacher.size"]) == ("bgr", (120.0,) * 3, 112)
+    trained = load_teacher(second / "teacher.onnx", {"channels": "bgr", "mean": 120, "std": 100})
+    network, preprocessing = start_from(
+        graph, {"channels": "bgr", "mean": 120, "std": 100}, torch.nn.Identity, DIMENSION
+    )
+    assert preprocessing == trained.preprocessing
+    network.load_state_dict(torch.load(second / "model.pt", weights_only=True))
+    images = torch.rand(2, 3, 112, 112) * 2 - 1
+    torch.testing.assert_close(trained(images), network.eval()(trained.prepare(images)), rtol=1e-3, atol=1e-4)
+    assert not torch.allclose(
+        trained(images), load_teacher(graph, {"channels": "bgr", "mean": 120, "std": 100})(images)
+    )
+
+
+def test_from_scratch_and_says_so(faces: Faces, tmp_path: Path) -> None:
+    config = config_for(faces, tmp_path, kd_option=options(teacher_network="thin_r18", teacher_batch_size=4))
+    stages = stages_of(config)
+    assert "the teacher, thin_r18, from scratch, against the classes of" in stages[1].title
+    second = stages[1].changes
+    assert (second["lr"], second["batch_size"], second["kd"]) == (config.lr, 4, "proxylesskd")
+    assert "student.init" not in second["kd_option"]
+    assert stages[2].changes["kd_option"]["teacher.network"] == "thin_r18"
+
+
+def test_what_each_run_gets_of_the_config(faces: Faces, checkpoint: Path, tmp_path: Path) -> None:
+    given = {
+        **options(distil="embedding+rkd", student_epochs=1, teacher_epochs=5, teacher_lr=0.3),
+        "teacher.network": "thin_r18",
+        "embedding.weight": 32,
+    }
+    keys = {"kd_teacher": str(checkpoint), "kd_option": given, "kd_cache": "cache"}
+    first, second, third = (stage.changes for stage in stages_of(config_for(faces, tmp_path, **keys)))
+    assert [first[key] for key in ("kd", "kd_teacher", "kd_option", "kd_cache", "num_epoch")] == [*[None] * 4, 1]
+    assert all(stage["save_all_states"] and not stage["resume"] for stage in (first, second, third))
+    assert second["kd_classifier"] == third["kd_classifier"] == first["output"]
+    assert second["kd_option"] == {"teacher.network": "thin_r18", "student.init": str(checkpoint)}
+    assert (second["kd_teacher"], second["kd_cache"], second["num_epoch"], second["lr"]) == (None, None, 5, 0.3)
+    # The cache that was named may be that of the teacher as it was given.
+    cache = f"{second['output']}/teacher.cache"
+    assert (third["kd"], third["kd_cache"], third["output"]) == ("embedding+rkd", cache, str(tmp_path))
+    assert third["kd_option"] == {"teacher.network": "thin_r18", "embedding.weight": 32}
+    assert "num_epoch" not in third
+
+
+def test_a_given_teacher_goes_on_at_a_tenth_of_the_rate(faces: Faces, checkpoint: Path, tmp_path: Path) -> None:
+    second = stages_of(config_for(faces, tmp_path, kd_teacher=str(checkpoint)))[1]
+    assert second.changes["lr"] == pytest.approx(0.01)
+
+
+def test_a_student_s_classes_that_are_there_spare_the_first_run(faces: Faces, checkpoint: Path, tmp_path: Path) -> None:
+    keys = {"kd_teacher": str(checkpoint), "kd_classifier": "somewhere"}
+    stages = stages_of(config_for(faces, tmp_path, **keys))
+    assert [stage.number for stage in stages] == [2, 3]
+    assert [stage.changes["kd_classifier"] for stage in stages] == ["somewhere"] * 2
+
+
+def test_class_means_do_not_spare_it(faces: Faces, checkpoint: Path, tmp_path: Path) -> None:
+    keys = {"kd_teacher": str(checkpoint), "kd_classifier": "class-means"}
+    first, second, third = stages_of(config_for(faces, tmp_path, **keys))
+    assert str(first).endswith("the temporary student, thin_r18, whose classifier stands in for class-means")
+    assert [each.changes["kd_classifier"] for each in (second, third)] == [first.changes["output"]] * 2
+
+
+# ---- resuming
+
+
+def same_files(first: Path, second: Path) -> None:
+    for name in ("stage1_student", "stage2_teacher", "."):
+        assert (first / name / "model.pt").read_bytes() == (second / name / "model.pt").read_bytes(), name
+
+
+@pytest.mark.slow
+def test_interrupted_between_and_within_runs_it_goes_on_to_the_same_bytes(
+    faces: Faces, checkpoint: Path, tmp_path: Path
+) -> None:
+    keys = {"kd_teacher": str(checkpoint), "kd_option": LEARNING}
+    train_stages(config_for(faces, tmp_path / "whole", **keys))
+    config = config_for(faces, tmp_path / "parts", **keys)
+    # Between the first and the second run.
+    stage = next_stage(config)
+    assert stage is not None
+    train(EasyDict({**config, **stage.changes}))
+
+    def interrupt(epoch: int) -> None:
+        if epoch == 2:
+            raise KeyboardInterrupt
+
+    numbers: list[tuple[int, bool]] = []
+
+    def note(stage: Stage) -> None:
+        numbers.append((stage.number, stage.changes["resume"]))
+
+    # Within the second.
+    with pytest.raises(KeyboardInterrupt):
+        train_stages(config, note, interrupt)
+    train_stages(config, note)
+    assert numbers == [(2, False), (2, True), (3, False)]
+    same_files(tmp_path / "whole", tmp_path / "parts")
+
+
+# ---- what stops it
+
+
+@pytest.mark.parametrize(
+    ("keys", "said"),
+    [
+        ({}, r"shkd trains a teacher: give the one to start from with --kd-teacher FILE, or .*teacher_network=r50"),
+        ({"kd_option": options(teacher_network="r51")}, "shkd.teacher_network is 'r51'; it must be one of r18, "),
+        (
+            {"kd_option": {**options(teacher_network="r50"), "teacher.channels": "bgr"}},
+            "teacher.channels belongs to a teacher that is given",
+        ),
+        ({"kd_option": options(teacher="r50")}, r"unknown option shkd.teacher; .* did you mean 'teacher_lr'\?"),
+        ({"kd_option": options(distil="shkd")}, "distil is 'shkd'; it must be a method of one run"),
+        ({"kd_option": options(distil="kdd")}, "no method named 'kdd'"),
+        ({"kd_option": options(teacher_epochs=0)}, "teacher_epochs is 0; it must be at least 1"),
+        ({"kd_option": options(teacher_lr=-1)}, "teacher_lr is -1.0; it must be finite and greater than 0"),
+        ({"kd_option": {"gkd.temperature": 2}}, "unknown option 'gkd.temperature'; options start with"),
+        ({"kd_option": {**options(distil="embedding"), "embedding.wait": 2}}, "unknown option embedding.wait"),
+    ],
+)
+def test_what_is_wrong_is_said_before_the_first_run(
+    faces: Faces, tmp_path: Path, keys: dict[str, Any], said: str
+) -> None:
+    with pytest.raises(ConfigError, match=said) as error:
+        next_stage(config_for(faces, tmp_path / "out", **keys))
+    assert "\n" not in str(error.value)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_teacher_that_does_not_fit_is_said_before_the_first_run(
+    faces: Faces, checkpoint: Path, tmp_path: Path
+) -> None:
+    config = config_for(faces, tmp_path / "out", kd_teacher=str(checkpoint), embedding_size=32)
+    with pytest.raises(TeacherError, match=r"has 16 dimensions, the student 32, .* set embedding_size=16"):
+        next_stage(config)
+    config = config_for(faces, tmp_path / "out", kd_teacher=str(checkpoint), kd_option=options(teacher_network="mbf"))
+    with pytest.raises(ConfigError, match=r"shkd.teacher_network is 'mbf', and .* is 'thin_r18': leave it out"):
+        next_stage(config)
+    with pytest.raises(TeacherError, match="does not exist"):
+        next_stage(config_for(faces, tmp_path / "out", kd_teacher=str(tmp_path / "none.pt")))
+    assert not (tmp_path / "out").exists()
+
+
+def test_runs_of_other_settings_are_not_joined(faces: Faces, checkpoint: Path, tmp_path: Path) -> None:
+    keys = {"kd_teacher": str(checkpoint)}
+    stages_of(config_for(faces, tmp_path, **keys))
+    assert set(json.loads((tmp_path / "shkd.json").read_text())) == {"1", "2", "3"}
+    assert next_stage(config_for(faces, tmp_path, **keys)) is None
+    with pytest.raises(
+        ConfigError, match=r"run 1 of shkd in .*stage1_student was begun with lr=0.1, and is now .* 0.2"
+    ):
+        next_stage(config_for(faces, tmp_path, lr=0.2, **keys))
+    # What does not decide how a run comes out may change.
+    assert next_stage(config_for(faces, tmp_path, frequent=7, num_workers=1, **keys)) is None
+
+
+def test_another_run_s_folder_is_not_taken_up(faces: Faces, checkpoint: Path, tmp_path: Path) -> None:
+    (tmp_path / "stage1_student").mkdir()
+    torch.save({"epoch": 1, "state_dict_softmax_fc": {}}, tmp_path / "stage1_student" / "checkpoint_gpu_0.pt")
+    with pytest.raises(ConfigError, match=r"stage1_student holds the checkpoints of another run; give another output"):
+        next_stage(config_for(faces, tmp_path, kd_teacher=str(checkpoint)))
+
+
+def test_joined_with_another_method_it_is_refused() -> None:
+    assert wants_stages({"kd": "shkd"})
+    assert not wants_stages({"kd": "adadistill"})
+    assert not wants_stages({"kd": None})
+    with pytest.raises(ConfigError, match=r"name what the third distils with as shkd.distil"):
+        wants_stages({"kd": "shkd+embedding"})
+
+
+def test_as_one_run_it_says_how_to_start_it(faces: Faces, checkpoint: Path, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="shkd is three runs: start them with `arcface-kd train CONFIG --kd shkd`"):
+        train(config_for(faces, tmp_path, kd_teacher=str(checkpoint)))
+
+
+# ---- starting from a file, with any method
+
+
+@pytest.mark.parametrize(("size", "said"), [(8, "has embeddings of dimension 16 and the run 8: set embedding_size=16")])
+def test_a_start_of_another_dimension_is_refused(checkpoint: Path, size: int, said: str) -> None:
+    with pytest.raises(TeacherError, match=said):
+        start_from(checkpoint, None, lambda: get_backbone("thin_r18", num_features=size), size)
+
+
+def test_a_start_of_another_network_is_refused(checkpoint: Path) -> None:
+    def build() -> torch.nn.Module:
+        return get_backbone("mobilefacenet", num_features=DIMENSION)
+
+    with pytest.raises(TeacherError, match=r"teacher.pt does not fit the run's network: "):
+        start_from(checkpoint, None, build, DIMENSION)
+
+
+def test_a_graph_trains_as_a_student_of_its_own_preprocessing(faces: Faces, graph: Path, tmp_path: Path) -> None:
+    """It sees what it is used to, verification included; its state has no other names."""
+    keys: dict[str, Any] = {
+        "kd": "proxylesskd",
+        "kd_classifier": str(tmp_path / "head.pt"),
+        "kd_option": {"student.init": str(graph), "teacher.channels": "bgr", "teacher.std": "64"},
+        "val_targets": ["pairs"],
+        "lr": 1e-12,
+        "weight_decay": 0.0,
+        "num_epoch": 1,
+    }
+    torch.save(torch.randn(4, DIMENSION), tmp_path / "head.pt")
+    result = train(config_for(faces, tmp_path / "out", **keys))
+    images = torch.rand(2, 3, 112, 112) * 2 - 1
+    wanted = load_teacher(graph, {"channels": "bgr", "std": 64})(images)
+    with torch.no_grad():
+        torch.testing.assert_close(result.student(images), wanted, rtol=1e-3, atol=1e-4)
+    assert all(name.startswith("weights.") for name in torch.load(tmp_path / "out" / "model.pt", weights_only=True))
+    assert np.isfinite(result.verification["pairs"].accuracy)
+
+
+def test_a_graph_trains_in_the_narrow_format_up_to_its_embedding_layer(graph: Path) -> None:
+    def products_of(*, fp16: bool) -> tuple[torch.Tensor, set[tuple[object, torch.dtype]], list[torch.Tensor]]:
+        network, _ = start_from(graph, None, torch.nn.Identity, DIMENSION, fp16=fp16)
+        seen: set[tuple[object, torch.dtype]] = set()
+
+        class Formats(TorchDispatchMode):
+            def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+                if func in (torch.ops.aten.convolution.default, torch.ops.aten.mm.default):
+                    seen.add((func, args[0].dtype))
+                return func(*args, **(kwargs or {}))
+
+        with Formats(), torch.autocast("cpu", torch.bfloat16):
+            # What is around the network does not count.
+            embeddings = network(images)
+        embeddings.square().sum().backward()
+        return (
+            embeddings.detach(),
+            seen,
+            [parameter.grad for parameter in network.parameters() if parameter.grad is not None],
+        )
+
+    images = torch.rand(4, 3, 112, 112) * 2 - 1
+    wanted, formats, gradients = products_of(fp16=False)
+    assert {dtype for _, dtype in formats} == {torch.float32}
+    found, formats, narrow_gradients = products_of(fp16=True)
+    narrow = narrow_format(images.device) or torch.float32
+    assert formats == {(torch.ops.aten.convolution.default, narrow), (torch.ops.aten.mm.default, torch.float32)}
+    assert found.dtype == torch.float32
+    torch.testing.assert_close(found, wanted, rtol=0.05, atol=0.05 * float(wanted.abs().max()))
+    assert len(narrow_gradients) == len(gradients) > 0
+    assert all(gradient.isfinite().all() for gradient in narrow_gradients)

@@ -1,0 +1,366 @@
+"""TCS against its naive twin: a step, the importance of axes, dropping them; and the plain backbone that is left."""
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+from torch.nn.functional import normalize
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from arcface_kd.backbones import get_backbone
+from arcface_kd.config.kd import KDConfig
+from arcface_kd.config.options import build
+from arcface_kd.distillation.distiller import Distiller
+from arcface_kd.distributed.ranks import RankGroup
+from arcface_kd.errors import CheckpointError, ConfigError, TeacherError
+from arcface_kd.losses.margin import Margin
+from arcface_kd.methods.base import Batch, RunContext
+from arcface_kd.methods.tcs.method import TCS, TCSConfig
+from tests.methods.tcs.test_principal_components import filled_cache
+from tests.reference.problems import ARCFACE, COSFACE, random_problem
+from tests.reference.tcs import classification, mimic_distance, step_importance, unfolded_coordinates
+
+CLASSES, DIMENSION, TEACHER_DIMENSION, ROWS, STEPS = 23, 10, 9, 12, 100
+# Six axes of nine, which the student's ten outputs have room for.
+CONFIG = TCSConfig(dimension=6, mimic=3.0, drop=0.5, rounds=3, drop_begin=0.1, drop_end=0.7)
+
+
+def small_student(size: int = DIMENSION) -> nn.Sequential:
+    torch.manual_seed(1)
+    return nn.Sequential(nn.AvgPool2d(14), nn.Flatten(), nn.Linear(192, size), nn.BatchNorm1d(size))
+
+
+def context(folder: Path, student: nn.Module | None, **keys: Any) -> RunContext:
+    cache, _ = filled_cache(folder / "rows", images=40, dimension=TEACHER_DIMENSION)
+    given: dict[str, Any] = {
+        "num_classes": CLASSES,
+        "embedding_size": DIMENSION,
+        "margin": ARCFACE,
+        "ranks": RankGroup(alone=True),
+        "teacher_embedding_size": TEACHER_DIMENSION,
+        "total_steps": STEPS,
+        "cache": cache,
+        "student": student,
+    }
+    return RunContext(**{**given, **keys})
+
+
+def method_of(folder: Path, config: TCSConfig = CONFIG, student: nn.Module | None = None, **keys: Any) -> TCS:
+    student = student or small_student()
+    TCS.prepare_student(config, student)
+    return TCS(config, context(folder, student, **keys))
+
+
+def batch(step: int, seed: int = 0) -> Batch:
+    """Twelve rows, two of one class and one without a label; outputs without an axis are zero, as the student's are."""
+    problem = random_problem(seed, ROWS, CLASSES, DIMENSION)
+    student = problem.embeddings.clone()
+    student[:, 6:] = 0
+    student.requires_grad_()
+    generator = torch.Generator().manual_seed(seed + 1)
+    teacher = normalize(torch.randn(ROWS, TEACHER_DIMENSION, generator=generator, dtype=torch.float64))
+    return Batch(student, student, problem.labels, teacher, [ROWS], step)
+
+
+@pytest.mark.parametrize("margin", [ARCFACE, COSFACE, Margin(32.0, 1.1, 0.3, 0.2)], ids=["arc", "cos", "combined"])
+@pytest.mark.parametrize("gone", [[], [1, 4]], ids=["all", "masked"])
+def test_a_step_equals_the_twin(tmp_path: Path, margin: Margin, gone: list[int]) -> None:
+    method = method_of(tmp_path, margin=margin).double()
+    method.mask[gone] = 0
+    # Past the last round, so that nothing else is dropped; the importance is then not accumulated.
+    method._kept = 6 - len(gone)
+    given = batch(step=15)
+    centers = method.classifier.weight.detach().clone()
+    student, classifier = given.embeddings.detach().clone().requires_grad_(), centers.clone().requires_grad_()
+    ce = classification(student, given.labels, classifier, margin, method.mask)
+    assert given.teacher is not None
+    mimic = 3.0 * mimic_distance(student, given.teacher, method.mean, method.axes, method.mask)
+    (ce + mimic).backward()
+    terms = method(given)
+    assert list(terms) == ["ce", "mimic"]
+    (terms["ce"] + terms["mimic"]).backward()
+    torch.testing.assert_close(terms["ce"], ce, rtol=1e-10, atol=1e-10)
+    torch.testing.assert_close(terms["mimic"], mimic, rtol=1e-10, atol=1e-10)
+    torch.testing.assert_close(given.embeddings.grad, student.grad, rtol=1e-9, atol=1e-10)
+    for number in (*gone, 6, 7, 8, 9):
+        assert given.embeddings.grad is not None
+        assert given.embeddings.grad[:, number].count_nonzero() == 0
+    assert classifier.grad is not None
+    wanted = classifier.grad * method.mask
+    torch.testing.assert_close(method.classifier.weight.grad, wanted, rtol=1e-9, atol=1e-10)
+    wanted = step_importance(given.embeddings, given.labels, centers, margin, method.mask)
+    torch.testing.assert_close(method.importance, wanted, rtol=1e-8, atol=1e-12)
+
+
+def test_without_mimic_the_teacher_is_a_basis_and_nothing_else(tmp_path: Path) -> None:
+    method = method_of(tmp_path, replace(CONFIG, mimic=0.0)).double()
+    assert list(method(batch(0))) == ["ce"]
+
+
+@pytest.mark.parametrize("scale", [1024.0, 1e-3])
+def test_importance_does_not_hang_on_the_loss_scale(tmp_path: Path, scale: float) -> None:
+    plain, scaled = (method_of(tmp_path).double() for _ in range(2))
+    for step in (10, 11):
+        sum(plain(batch(step, step)).values()).backward()
+        (sum(scaled(batch(step, step)).values()) * scale).backward()
+    torch.testing.assert_close(scaled.importance, plain.importance)
+    assert float(plain.importance.sum()) == pytest.approx(2)
+
+
+def test_an_overflown_step_says_nothing(tmp_path: Path) -> None:
+    method = method_of(tmp_path)
+    given = batch(15)
+    terms = method(replace(given, embeddings=given.embeddings.float(), teacher=given.teacher))
+    (terms["ce"] * float("inf")).backward()
+    assert method.importance.tolist() == [0.0] * DIMENSION
+
+
+def test_asking_for_gradients_twice_counts_once(tmp_path: Path) -> None:
+    """The log takes each term's gradient in the embeddings before the trainer's backward pass."""
+    once, twice = (method_of(tmp_path).double() for _ in range(2))
+    sum(once(batch(15)).values()).backward()
+    given = batch(15)
+    terms = twice(given)
+    for term in terms.values():
+        torch.autograd.grad(term, given.embeddings, retain_graph=True)
+    sum(terms.values()).backward()
+    assert torch.equal(twice.importance, once.importance)
+
+
+class _NoWaiting(TorchDispatchMode):
+    """Refuses whatever makes a GPU's step wait for a value."""
+
+    def __torch_dispatch__(self, function: Any, types: Any, arguments: Any = (), keywords: Any = None) -> Any:
+        assert function not in (torch.ops.aten._local_scalar_dense.default, torch.ops.aten.nonzero.default)
+        return function(*arguments, **(keywords or {}))
+
+
+def test_no_step_between_two_rounds_asks_for_a_value(tmp_path: Path) -> None:
+    method = method_of(tmp_path).double()
+    before, drops, after = (batch(step, step) for step in (15, 30, 31))
+    with _NoWaiting():
+        sum(method(before).values()).backward()
+        with pytest.raises(AssertionError):
+            method(drops)
+    method(drops)
+    with _NoWaiting():
+        sum(method(after).values()).backward()
+    assert int(method.mask.sum()) == 5
+
+
+class TestSchedule:
+    @settings(max_examples=60, deadline=None)
+    @given(
+        axes=st.integers(1, 400),
+        drop=st.floats(0, 0.99),
+        rounds=st.integers(1, 12),
+        edges=st.tuples(st.integers(0, 98), st.integers(1, 100)).filter(lambda pair: pair[0] < pair[1]),
+    )
+    def test_falls_step_by_step_to_the_share(self, axes: int, drop: float, rounds: int, edges: tuple[int, int]) -> None:
+        begin, end = edges[0] / 100, edges[1] / 100
+        config = TCSConfig(drop=drop, rounds=rounds, drop_begin=begin, drop_end=end)
+        kept = [config.kept(axes, step / 1000) for step in range(1001)]
+        assert kept[0] == axes
+        assert kept == sorted(kept, reverse=True)
+        assert kept[-1] == max(1, axes - round(axes * drop))
+        assert kept[edges[1] * 10] == kept[-1]
+        assert len(set(kept)) <= rounds + 1
+        watched = [step for step in range(1001) if config.watches(step / 1000)]
+        assert watched == ([] if drop == 0 else list(range(edges[0] * 10, edges[1] * 10)))
+
+    def test_rounds_are_evenly_spaced(self) -> None:
+        kept = [CONFIG.kept(60, step / 100) for step in range(100)]
+        assert [step for step in range(1, 100) if kept[step] < kept[step - 1]] == [30, 50, 70]
+        assert kept[-1] == 30
+
+
+def drop_by_steps(method: TCS, steps: range, optimizer: torch.optim.Optimizer | None = None) -> None:
+    for step in steps:
+        loss = sum(method(batch(step, step)).values())
+        assert isinstance(loss, Tensor)
+        if optimizer is not None:
+            optimizer.zero_grad()
+        loss.backward()
+        if optimizer is not None:
+            optimizer.step()
+
+
+class TestDropping:
+    def test_the_least_important_axes_go(self, tmp_path: Path) -> None:
+        student = small_student()
+        method = method_of(tmp_path, student=student).double()
+        norm = student[3]
+        assert isinstance(norm, nn.BatchNorm1d)
+        deviations = norm.weight.clone()
+        drop_by_steps(method, range(10, 30))
+        order = method.importance[:6].argsort().tolist()
+        assert method.mask.tolist() == [1.0] * 6 + [0.0] * 4
+        method(batch(30))
+        assert (method.mask == 0).nonzero().flatten().tolist() == sorted([order[0], 6, 7, 8, 9])
+        assert method.importance.count_nonzero() == 0, "the next round counts anew"
+        torch.testing.assert_close(norm.weight.detach(), deviations * method.mask.float(), rtol=0, atol=0)
+        outputs = student(torch.rand(8, 3, 112, 112))
+        assert outputs[:, order[0]].count_nonzero() == 0
+        assert outputs[:, order[1]].count_nonzero() == 8
+        drop_by_steps(method, range(31, 71))
+        assert int(method.mask.sum()) == 3
+        assert method.observations()["axes"] == 3
+
+    def test_of_equal_importance_those_of_less_variance_go_first(self, tmp_path: Path) -> None:
+        method = method_of(tmp_path).double()
+        method(batch(70))
+        assert method.mask.tolist() == [1.0] * 3 + [0.0] * 7
+
+    @pytest.mark.parametrize("kind", [torch.optim.SGD, torch.optim.AdamW])
+    def test_what_is_gone_stays_gone(self, tmp_path: Path, kind: Any) -> None:
+        """Neither momentum nor weight decay moves it: not in the student, not in the class centers."""
+        student = small_student()
+        method = method_of(tmp_path, student=student).double()
+        keys = {"momentum": 0.9} if kind is torch.optim.SGD else {}
+        optimizer = kind([*student.parameters(), *method.parameters()], lr=0.1, weight_decay=0.1, **keys)
+        images, norm = torch.rand(ROWS, 3, 112, 112), student[3]
+        assert isinstance(norm, nn.BatchNorm1d)
+        for step in range(10, 90):
+            given = batch(step, step)
+            embeddings = student(images).double()
+            sum(method(replace(given, embeddings=embeddings)).values()).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            assert torch.equal(norm.weight != 0, method.mask > 0)
+            assert norm.bias.count_nonzero() == 0
+        method(batch(90))
+        gone = method.mask == 0
+        assert int(gone.sum()) == 7
+        assert method.classifier.weight[:, gone].count_nonzero() == 0
+        assert method.classifier.weight[:, ~gone].count_nonzero() == 3 * CLASSES
+
+    def test_none_with_drop_0(self, tmp_path: Path) -> None:
+        method = method_of(tmp_path, replace(CONFIG, drop=0.0), total_steps=None).double()
+        drop_by_steps(method, range(95, 100))
+        assert int(method.mask.sum()) == 6
+        assert method.importance.count_nonzero() == 0
+
+
+def test_weights_that_are_loaded_late_get_the_scale_of_the_system(tmp_path: Path) -> None:
+    student = small_student()
+    pretrained = {name: torch.ones_like(value) for name, value in student.state_dict().items()}
+    method = method_of(tmp_path, student=student).double()
+    scale = student.state_dict()["3.weight"].clone()
+    student.load_state_dict(pretrained)
+    method(batch(0))
+    assert torch.equal(student.state_dict()["3.weight"], scale)
+    assert student.state_dict()["3.bias"].count_nonzero() == 0
+    assert student.state_dict()["2.weight"].mean() == 1
+
+
+def test_a_resumed_run_goes_on_to_the_same_bits(tmp_path: Path) -> None:
+    whole = method_of(tmp_path).double()
+    drop_by_steps(whole, range(40))
+    student = small_student()
+    resumed = method_of(tmp_path, student=student).double()
+    resumed.load_state_dict(whole.state_dict())
+    student.load_state_dict({**student.state_dict(), "3.weight": whole._norm[0].weight.detach()})
+    for method in (whole, resumed):
+        drop_by_steps(method, range(40, 75))
+    assert int(whole.mask.sum()) == 3
+    for name, value in whole.state_dict().items():
+        assert torch.equal(resumed.state_dict()[name], value), name
+    assert torch.equal(resumed._norm[0].weight, whole._norm[0].weight)
+
+
+def test_another_system_is_not_resumed(tmp_path: Path) -> None:
+    state = method_of(tmp_path).state_dict()
+    other = method_of(tmp_path, replace(CONFIG, dimension=5))
+    with pytest.raises(CheckpointError, match=r"has 6 axes of 9 dimensions, this run's 5 of 9: go on with the tcs\.\*"):
+        other.load_state_dict(state)
+
+
+@pytest.mark.parametrize("name", ["thin_r18", "mbf"])
+def test_the_plain_backbone_is_the_unfolded_student(tmp_path: Path, name: str) -> None:
+    """What is saved, in a fresh network, against the place in the teacher's space that the same features lead to."""
+    torch.manual_seed(3)
+    student = get_backbone(name, num_features=DIMENSION)
+    for module in student.modules():
+        if isinstance(module, nn.BatchNorm1d | nn.BatchNorm2d):
+            module.momentum = 1.0
+    keys = list(student.state_dict())
+    method = method_of(tmp_path, student=student)
+    images = torch.rand(16, 3, 112, 112) * 2 - 1
+    student(images)
+    method(batch(50))
+    assert int(method.mask.sum()) == 4
+    assert list(student.state_dict()) == keys
+    torch.save(student.state_dict(), tmp_path / "model.pt")
+    plain = get_backbone(name, num_features=DIMENSION)
+    plain.load_state_dict(torch.load(tmp_path / "model.pt", weights_only=True), strict=True)
+
+    linear = [module for module in plain.modules() if isinstance(module, nn.Linear)][-1]
+    norm = [module for module in plain.modules() if isinstance(module, nn.BatchNorm1d)][-1]
+    seen: list[Tensor] = []
+    linear.register_forward_hook(lambda module, given, output: seen.append(given[0].detach()))
+    with torch.no_grad():
+        embeddings = plain.eval()(images)
+        live = student.eval()(images)
+    count = len(method.axes)
+    deviations = torch.zeros(DIMENSION)
+    deviations[:count] = norm.weight[:count].detach()
+    assert norm.running_mean is not None
+    assert norm.running_var is not None
+    per_output = (deviations / (norm.running_var + norm.eps).sqrt()).double()[:count]
+    bias = torch.zeros(DIMENSION) if linear.bias is None else linear.bias.detach()
+    matrix = per_output.unsqueeze(1) * linear.weight.detach().double()[:count]
+    offset = per_output * (bias - norm.running_mean).double()[:count]
+    wanted = unfolded_coordinates(seen[0].double(), matrix, offset, method.mean.double(), method.axes.double())
+    torch.testing.assert_close(embeddings[:, :count].double(), wanted, rtol=1e-5, atol=1e-5)
+    assert embeddings.shape == (16, DIMENSION)
+    assert embeddings[:, count:].count_nonzero() == 0
+    assert torch.equal(live, embeddings)
+    assert float(embeddings.norm(dim=1).min()) > 0.1
+
+
+class TestRefusals:
+    @pytest.mark.parametrize(
+        ("values", "said"),
+        [
+            ({"variance": 0}, r"variance is 0\.0; it must be in \(0, 1\]"),
+            ({"variance": 1.01}, "variance is 1.01"),
+            ({"dimension": 0}, "dimension is 0; it must be at least 1"),
+            ({"basis": "ica"}, "tcs.basis is 'ica'; it must be one of pca, random"),
+            ({"mimic": -1}, "mimic is -1.0"),
+            ({"mimic": float("inf")}, "mimic is inf"),
+            ({"drop": 1}, r"drop is 1\.0; it must be in \[0, 1\)"),
+            ({"rounds": 0}, "rounds is 0; it must be at least 1"),
+            ({"drop_begin": 0.8}, r"drop_begin is 0\.8 and drop_end 0\.7"),
+            ({"drop_end": 1.5}, r"drop_end 1\.5"),
+            ({"weight": 3}, "unknown option tcs.weight"),
+        ],
+    )
+    def test_knobs(self, values: dict[str, object], said: str) -> None:
+        with pytest.raises(ConfigError, match=said):
+            build(TCSConfig, values, "tcs")
+
+    def test_no_cache_is_named(self) -> None:
+        with pytest.raises(TeacherError, match=r"tcs needs the teacher's embeddings .* `arcface-kd cache CONFIG"):
+            Distiller(KDConfig(methods=("tcs",), teacher="r50.pt"))
+
+    @pytest.mark.parametrize("other", ["embedding", "adadistill"])
+    def test_other_methods_beside(self, other: str) -> None:
+        with pytest.raises(ConfigError, match=f"tcs does not combine with other methods: kd is '{other}.tcs'"):
+            Distiller(KDConfig(methods=(other, "tcs"), cache="rows"))
+
+    def test_a_student_that_was_not_watched(self, tmp_path: Path) -> None:
+        with pytest.raises(ConfigError, match="let the distiller watch the student first"):
+            TCS(CONFIG, context(tmp_path, None))
+
+    def test_a_student_of_another_size(self, tmp_path: Path) -> None:
+        with pytest.raises(ConfigError, match="the student has 8 outputs, the head embedding_size=10"):
+            method_of(tmp_path, student=small_student(8))
+
+    def test_a_run_of_unknown_length(self, tmp_path: Path) -> None:
+        with pytest.raises(ConfigError, match=r"give total_steps to the head, or tcs\.drop=0"):
+            method_of(tmp_path, total_steps=None)

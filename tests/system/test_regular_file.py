@@ -1,0 +1,91 @@
+"""Pipes, devices and endless files where a file should be: one line, at once."""
+
+import os
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from arcface_kd.data.dataset import open_dataset
+from arcface_kd.data.formats.ijb import _lines
+from arcface_kd.data.formats.verification_bin import read_bin
+from arcface_kd.errors import ArcfaceKDError, DataError, TeacherError
+from arcface_kd.system.files import open_regular
+from arcface_kd.teachers.base import read_bytes
+from tests.data.record_sets import encoded, plain_records, write_records
+
+
+def read_image_folder(path: Path) -> None:
+    open_dataset(path.parent.parent)[0]
+
+
+def read_records(path: Path) -> None:
+    open_dataset(path.parent)
+
+
+READERS: dict[str, Callable[[Path], Any]] = {
+    **{"train.rec": read_records, "train.idx": read_records, "property": read_records},
+    **{"pairs.bin": read_bin, "identity/1.jpg": read_image_folder, "faces.txt": _lines, "model.onnx": read_bytes},
+}
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    write_records(tmp_path, plain_records([0, 1]))
+    (tmp_path / "property").write_text("2,112,112\n")
+    (tmp_path / "people" / "identity").mkdir(parents=True)
+    (tmp_path / "people" / "identity" / "1.jpg").write_bytes(encoded(1))
+    return tmp_path
+
+
+def place(folder: Path, name: str) -> Path:
+    path = folder / "people" / name if "/" in name else folder / name
+    path.unlink(missing_ok=True)
+    return path
+
+
+@pytest.mark.parametrize("name", READERS)
+@pytest.mark.parametrize("kind", ["pipe", "device", "folder"])
+def test_what_is_no_file_is_refused_at_once(folder: Path, name: str, kind: str) -> None:
+    path = place(folder, name)
+    if kind == "pipe":
+        os.mkfifo(path)
+    elif kind == "device":
+        path.symlink_to("/dev/zero")
+    else:
+        path.mkdir()
+    began = time.monotonic()
+    with pytest.raises(ArcfaceKDError, match=path.stem) as caught:
+        READERS[name](path)
+    assert "\n" not in str(caught.value)
+    assert time.monotonic() - began < 30
+
+
+def test_a_pipe_is_named_for_what_it_is(folder: Path) -> None:
+    path = place(folder, "train.rec")
+    os.mkfifo(path)
+    with pytest.raises(DataError, match=r"cannot read .*train\.rec: it is no regular file"):
+        read_records(path)
+
+
+def test_files_are_opened_through_links_and_may_be_missing(tmp_path: Path) -> None:
+    (tmp_path / "file").write_bytes(b"content")
+    (tmp_path / "link").symlink_to(tmp_path / "file")
+    with open_regular(tmp_path / "link") as stream:
+        assert stream.read() == b"content"
+    with pytest.raises(FileNotFoundError):
+        open_regular(tmp_path / "missing")
+
+
+def test_files_without_end_are_not_read(folder: Path) -> None:
+    image = folder / "people" / "identity" / "1.jpg"
+    os.truncate(image, 1 << 40)
+    with pytest.raises(DataError, match="has 1099511627776 bytes; no image of a face has more"):
+        read_image_folder(image)
+    model = folder / "model.onnx"
+    model.touch()
+    os.truncate(model, 1 << 40)
+    with pytest.raises(TeacherError, match="has 1099511627776 bytes; no face network has more"):
+        read_bytes(model)

@@ -1,0 +1,60 @@
+"""One run in a folder at a time, and nobody is kept out by one that was killed."""
+
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+from arcface_kd.errors import ConfigError
+from arcface_kd.system.files import run_lock
+
+_HOLD = """
+import os, sys, time
+from pathlib import Path
+from arcface_kd.run_lock import run_lock
+
+with run_lock(Path(sys.argv[1])):
+    # As loaders do, its child outlives it.
+    if os.fork() == 0:
+        os.close(1)
+        time.sleep(5)
+        os._exit(0)
+    print("held", flush=True)
+    time.sleep(60)
+"""
+
+
+@contextmanager
+def held_by_another(file: Path) -> Iterator[None]:
+    """Another process has the lock, and is killed in the end."""
+    process = subprocess.Popen([sys.executable, "-c", _HOLD, str(file)], stdout=subprocess.PIPE)
+    with process:
+        assert process.stdout is not None
+        try:
+            assert process.stdout.readline() == b"held\n"
+            yield
+        finally:
+            process.kill()
+
+
+def test_a_second_process_is_kept_out_until_the_first_is_dead(tmp_path: Path) -> None:
+    with (
+        held_by_another(tmp_path / "log"),
+        pytest.raises(ConfigError, match=r"another run is writing to .*: wait for it"),
+        run_lock(tmp_path / "log"),
+    ):
+        pass
+    # At once, though the killed process's child still runs.
+    with run_lock(tmp_path / "log"):
+        pass
+
+
+def test_what_the_file_holds_stays_and_the_lock_ends(tmp_path: Path) -> None:
+    (tmp_path / "log").write_text("so far\n")
+    for _ in range(2):
+        with run_lock(tmp_path / "log"):
+            pass
+    assert (tmp_path / "log").read_text() == "so far\n"

@@ -1,0 +1,564 @@
+"""The cache of the teacher's embeddings: exact rows, kills, full disks, strangers' files."""
+
+import errno
+import json
+import multiprocessing
+import os
+import random
+import resource
+import signal
+import stat
+import time
+from collections.abc import Callable
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import cosine_similarity, normalize
+
+from arcface_kd.errors import TeacherError
+from arcface_kd.teachers.base import load_teacher
+from arcface_kd.teachers.cache import embedding_cache
+from arcface_kd.teachers.cache.embedding_cache import EmbeddingCache, identity_in, identity_of, readable_size
+from arcface_kd.teachers.options import TeacherOptions
+
+IMAGES = 40
+DIMENSION = 24
+
+
+def identity(**changes: object) -> dict[str, object]:
+    made: dict[str, object] = {
+        "format": 1,
+        "teacher": "t" * 64,
+        "preprocessing": {"channels": "rgb", "mean": (127.5,) * 3, "std": (127.5,) * 3, "size": 112},
+        "precision": "fp32",
+        "data": "d" * 64,
+        "images": IMAGES,
+        "embedding_size": DIMENSION,
+    }
+    return {**made, **changes}
+
+
+def embeddings_of(index: Tensor, flipped: Tensor, dimension: int = DIMENSION) -> Tensor:
+    """What the teacher of these tests says of some views: other rows for each, of all lengths."""
+    rows = [
+        torch.randn(dimension, generator=torch.Generator().manual_seed(2 * int(i) + int(f))) * (1 + int(i))
+        for i, f in zip(index, flipped, strict=True)
+    ]
+    return torch.stack(rows)
+
+
+def both_views(images: int = IMAGES) -> tuple[Tensor, Tensor]:
+    return torch.arange(images).repeat_interleave(2), torch.tensor([False, True]).repeat(images)
+
+
+def assert_whole_rows(cache: EmbeddingCache) -> int:
+    """Every row that is there is the teacher's; returns their number."""
+    index, flipped = both_views(cache.images)
+    rows, known = cache.look_up(index, flipped)
+    wanted = normalize(embeddings_of(index, flipped, cache.embedding_size))
+    assert not known.any() or (rows[known] - wanted[known]).abs().max() < 5e-4
+    assert rows[~known].isnan().all()
+    return int(known.sum())
+
+
+# Rows ----------------------------------------------------------------------------------------------------------------
+
+
+def test_a_new_cache_knows_nothing(tmp_path: Path) -> None:
+    cache = EmbeddingCache(tmp_path / "rows", identity())
+    rows, known = cache.look_up(*both_views())
+    assert not known.any()
+    assert rows.isnan().all()
+    assert cache.filled() == 0
+    assert cache.size == 4 * IMAGES * DIMENSION == (tmp_path / "rows").stat().st_size
+
+
+def test_its_room_is_on_the_disk_from_the_start(tmp_path: Path) -> None:
+    EmbeddingCache(tmp_path / "rows", identity(images=10_000))
+    assert (tmp_path / "rows").stat().st_blocks * 512 >= 4 * 10_000 * DIMENSION
+
+
+def test_rows_come_back_as_unit_vectors(tmp_path: Path) -> None:
+    cache = EmbeddingCache(tmp_path / "rows", identity())
+    index, flipped = torch.tensor([7, 0, 39, 7]), torch.tensor([True, False, True, False])
+    given = embeddings_of(index, flipped)
+    cache.store(index, flipped, given)
+    rows, known = cache.look_up(index, flipped)
+    assert known.all()
+    assert rows.dtype == torch.float32
+    torch.testing.assert_close(rows.norm(dim=1), torch.ones(4), rtol=1e-6, atol=1e-6)
+    assert (rows - normalize(given)).abs().max() < 2.5e-4
+    assert cache.filled() == 4
+    others = torch.tensor([0, 39, 1])
+    assert not cache.look_up(others, torch.tensor([True, False, False]))[1].any()
+
+
+@pytest.mark.parametrize("dimension", [1, 2, 128, 512, 4096])
+def test_rounding_is_within_what_is_promised(tmp_path: Path, dimension: int) -> None:
+    generator = torch.Generator().manual_seed(dimension)
+    given = torch.randn(200, dimension, generator=generator)
+    # Rows with most of their length in few numbers, and numbers below fp16's smallest normal one.
+    given[:50] *= torch.logspace(0, -7, dimension)
+    given[50] = 0
+    given[50, dimension // 2] = -3
+    cache = EmbeddingCache(tmp_path / "rows", identity(images=200, embedding_size=dimension))
+    index, flipped = torch.arange(200), torch.zeros(200, dtype=torch.bool)
+    cache.store(index, flipped, given)
+    rows, known = cache.look_up(index, flipped)
+    assert known.all()
+    assert (rows - normalize(given)).abs().max() < 1e-3
+    assert (cosine_similarity(rows.double(), given.double()) > 1 - 1e-5).all()
+
+
+def test_rows_are_there_for_the_next_process(tmp_path: Path) -> None:
+    index, flipped = both_views()
+    EmbeddingCache(tmp_path / "rows", identity()).store(index, flipped, embeddings_of(index, flipped))
+    again = EmbeddingCache(tmp_path / "rows", identity())
+    assert again.filled() == 2 * IMAGES
+    assert assert_whole_rows(again) == 2 * IMAGES
+
+
+def test_known_tells_plain_from_mirrored(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(embedding_cache, "_ROWS_AT_ONCE", 7)
+    cache = EmbeddingCache(tmp_path / "rows", identity())
+    index, flipped = torch.tensor([3, 9, 9, 33]), torch.tensor([False, False, True, True])
+    cache.store(index, flipped, embeddings_of(index, flipped))
+    wanted = np.zeros((IMAGES, 2), dtype=bool)
+    wanted[index, flipped.int()] = True
+    assert (cache.known(0, IMAGES) == wanted).all()
+    assert (cache.known(3, 34) == wanted[3:34]).all()
+    assert cache.known(5, 5).shape == (0, 2)
+
+
+@pytest.mark.parametrize("missing", [range(0, 1), range(5, 6), range(23, 24), range(3, 20)], ids=str)
+def test_a_half_written_row_is_missing(tmp_path: Path, missing: range) -> None:
+    """A file system that lost some of a row's bytes gives zeros for them."""
+    cache = EmbeddingCache(tmp_path / "rows", identity())
+    index, flipped = both_views()
+    cache.store(index, flipped, embeddings_of(index, flipped))
+    with open(tmp_path / "rows", "r+b") as stream:
+        stream.seek(2 * (11 * DIMENSION + missing.start))
+        stream.write(bytes(2 * len(missing)))
+    _, known = cache.look_up(index, flipped)
+    assert known.logical_not().nonzero().flatten().tolist() == [11]
+    assert assert_whole_rows(cache) == 2 * IMAGES - 1
+
+
+def test_a_damaged_row_is_missing(tmp_path: Path) -> None:
+    cache = EmbeddingCache(tmp_path / "rows", identity())
+    index, flipped = both_views()
+    cache.store(index, flipped, embeddings_of(index, flipped))
+    noise = np.random.default_rng(0).integers(0, 256, 2 * DIMENSION, dtype=np.uint8).tobytes()
+    for row, content in ((4, noise), (9, b"\xff" * 2 * DIMENSION), (12, b"\xff\x83" * DIMENSION)):
+        with open(tmp_path / "rows", "r+b") as stream:
+            stream.seek(2 * row * DIMENSION)
+            stream.write(content)
+    _, known = cache.look_up(index, flipped)
+    assert known.logical_not().nonzero().flatten().tolist() == [4, 9, 12]
+
+
+@pytest.mark.parametrize("value", [0.0, float("nan"), float("inf"), 1e-30])
+def test_no_direction_no_row(tmp_path: Path, value: float) -> None:
+    cache = EmbeddingCache(tmp_path / "rows", identity())
+    index, flipped = torch.tensor([5, 6]), torch.tensor([False, True])
+    given = embeddings_of(index, flipped)
+    given[1] = value
+    with pytest.raises(TeacherError, match=r"embeddings of images \[6\] are zero, NaN or inf"):
+        cache.store(index, flipped, given)
+    assert cache.filled() == 0
+
+
+@pytest.mark.parametrize("index", [-1, IMAGES])
+def test_an_image_that_is_not_there_is_no_other_one(tmp_path: Path, index: int) -> None:
+    cache = EmbeddingCache(tmp_path / "rows", identity())
+    with pytest.raises(IndexError):
+        cache.look_up(torch.tensor([index]), torch.tensor([False]))
+    with pytest.raises(IndexError):
+        cache.store(torch.tensor([index]), torch.tensor([True]), torch.ones(1, DIMENSION))
+
+
+def test_an_empty_batch(tmp_path: Path) -> None:
+    cache = EmbeddingCache(tmp_path / "rows", identity())
+    none = torch.empty(0, dtype=torch.int64), torch.empty(0, dtype=torch.bool)
+    cache.store(*none, torch.empty(0, DIMENSION))
+    rows, known = cache.look_up(*none)
+    assert rows.shape == (0, DIMENSION)
+    assert known.shape == (0,)
+
+
+# Whose embeddings ----------------------------------------------------------------------------------------------------
+
+
+def test_the_header_says_whose_embeddings_these_are(tmp_path: Path) -> None:
+    network = nn.Sequential(nn.Flatten(), nn.Linear(3 * 8 * 8, 6))
+    teacher = load_teacher(network, TeacherOptions(size=8, channels="bgr"))
+    EmbeddingCache(tmp_path / "rows", identity_of(teacher, "d" * 64, 5))
+    header = json.loads((tmp_path / "rows.json").read_text())
+    assert header["images"] == 5
+    assert header["embedding_size"] == 6
+    assert header["data"] == "d" * 64
+    assert header["teacher"] == teacher.fingerprint
+    assert header["preprocessing"]["channels"] == "bgr"
+    assert header["precision"] == "fp32"
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"teacher": "u" * 64}, "another teacher (it has tttttttttttt..., this run uuuuuuuuuuuu...)"),
+        ({"precision": "bf16"}, "another precision (it has fp32, this run bf16)"),
+        ({"preprocessing": {"channels": "bgr"}}, "another preprocessing"),
+        ({"data": "e" * 64}, "another data set (it has dddddddddddd..., this run eeeeeeeeeeee...)"),
+        ({"images": IMAGES + 1}, f"another number of images (it has {IMAGES}, this run {IMAGES + 1})"),
+        ({"embedding_size": 8}, f"another embedding size (it has {DIMENSION}, this run 8)"),
+        ({"format": 2}, "another file format (it has 1, this run 2)"),
+        ({"data": "e" * 64, "teacher": "u" * 64}, "this run eeeeeeeeeeee...) and another teacher"),
+    ],
+    ids=str,
+)
+def test_a_strangers_cache_is_refused_by_name(tmp_path: Path, changes: dict[str, object], message: str) -> None:
+    EmbeddingCache(tmp_path / "rows", identity())
+    before = (tmp_path / "rows").read_bytes(), (tmp_path / "rows.json").read_bytes()
+    with pytest.raises(TeacherError) as refused:
+        EmbeddingCache(tmp_path / "rows", identity(**changes))
+    assert message in str(refused.value)
+    assert "\n" not in str(refused.value)
+    assert before == ((tmp_path / "rows").read_bytes(), (tmp_path / "rows.json").read_bytes())
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"",
+        b"[]",
+        b"null",
+        b"{",
+        b"\xff\xfe",
+        b"[" * 100_000,
+        b'{"format": 1}',
+        json.dumps({**identity(), "images": 10**15}).encode(),
+        json.dumps({**identity(), "images": -1}).encode(),
+        json.dumps({**identity(), "teacher": ["x" * 1000] * 50}).encode(),
+        json.dumps(identity()).encode() + b" " * (1 << 20),
+        b'{"images": 1' + b"0" * 60_000 + b"}",
+    ],
+    ids=range(12),
+)
+def test_a_hostile_header_ends_in_one_line(tmp_path: Path, content: bytes) -> None:
+    EmbeddingCache(tmp_path / "rows", identity())
+    header = tmp_path / "rows.json"
+    header.write_bytes(content)
+    if len(content) > 1 << 20:
+        # Blanks behind the header are harmless; no more than its beginning is read.
+        assert EmbeddingCache(tmp_path / "rows", identity()).filled() == 0
+        return
+    with pytest.raises(TeacherError) as refused:
+        EmbeddingCache(tmp_path / "rows", identity())
+    assert "\n" not in str(refused.value)
+    assert len(str(refused.value)) < 1500
+    assert "delete it" in str(refused.value)
+
+
+@pytest.mark.parametrize("length", [0, 100, 4 * IMAGES * DIMENSION - 1, 4 * IMAGES * DIMENSION + 2])
+def test_a_file_of_another_length_is_refused(tmp_path: Path, length: int) -> None:
+    EmbeddingCache(tmp_path / "rows", identity())
+    os.truncate(tmp_path / "rows", length)
+    with pytest.raises(TeacherError, match=f"has {length} bytes and should have {4 * IMAGES * DIMENSION}"):
+        EmbeddingCache(tmp_path / "rows", identity())
+
+
+def test_a_header_without_its_file_is_refused(tmp_path: Path) -> None:
+    EmbeddingCache(tmp_path / "rows", identity())
+    (tmp_path / "rows").unlink()
+    with pytest.raises(TeacherError, match="has 0 bytes"):
+        EmbeddingCache(tmp_path / "rows", identity())
+
+
+def test_a_file_that_is_no_cache_is_left_alone(tmp_path: Path) -> None:
+    (tmp_path / "model.pt").write_bytes(bytes(100) + b"weights")
+    with pytest.raises(TeacherError, match=r"model\.pt exists without its header model\.pt\.json"):
+        EmbeddingCache(tmp_path / "model.pt", identity())
+    assert (tmp_path / "model.pt").read_bytes() == bytes(100) + b"weights"
+    assert [path.name for path in tmp_path.iterdir()] == ["model.pt"]
+
+
+@pytest.mark.parametrize("length", [0, 10, 4 * IMAGES * DIMENSION, 10**6])
+def test_an_unfinished_file_of_zeros_is_finished(tmp_path: Path, length: int) -> None:
+    (tmp_path / "rows").write_bytes(bytes(length))
+    cache = EmbeddingCache(tmp_path / "rows", identity())
+    assert cache.filled() == 0
+    assert (tmp_path / "rows").stat().st_size == cache.size
+
+
+def test_what_is_no_file_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "folder").mkdir()
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(TeacherError, match="folder is a folder"):
+        EmbeddingCache(tmp_path / "folder", identity())
+    with pytest.raises(TeacherError, match=r"the cache \. is a folder"):
+        EmbeddingCache(".", identity())
+    for path in (tmp_path / "pipe", Path("/dev/null")):
+        with pytest.raises(TeacherError, match="is no regular file"):
+            EmbeddingCache(path, identity())
+    os.mkfifo(tmp_path / "rows.json")
+    with pytest.raises(TeacherError, match=r"rows\.json is no regular file"):
+        EmbeddingCache(tmp_path / "rows", identity())
+    with pytest.raises(TeacherError, match=r"there is no folder .*nowhere; make it first"):
+        EmbeddingCache(tmp_path / "nowhere" / "rows", identity())
+    (tmp_path / "round").symlink_to(tmp_path / "round")
+    with pytest.raises(TeacherError, match="cannot be used"):
+        EmbeddingCache(tmp_path / "round", identity())
+
+
+def test_a_cache_in_the_home_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert EmbeddingCache("~/rows", identity()).path == tmp_path / "rows"
+    assert identity_in("~/rows", "d" * 64, IMAGES)["teacher"] == "t" * 64
+
+
+def test_a_link_to_another_disk_is_followed(tmp_path: Path) -> None:
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    (tmp_path / "rows").symlink_to(disk / "rows")
+    index, flipped = both_views()
+    EmbeddingCache(tmp_path / "rows", identity()).store(index, flipped, embeddings_of(index, flipped))
+    assert (tmp_path / "rows").is_symlink()
+    assert (disk / "rows").stat().st_size == 4 * IMAGES * DIMENSION
+    assert EmbeddingCache(tmp_path / "rows", identity()).filled() == 2 * IMAGES
+
+
+def _refuse(path: Path, mode: str) -> Any:
+    raise PermissionError(errno.EACCES, "Permission denied")
+
+
+def test_a_full_cache_serves_where_it_cannot_be_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    index, flipped = both_views()
+    cache = EmbeddingCache(tmp_path / "rows", identity())
+    assert not cache.read_only
+    cache.store(index[1:], flipped[1:], embeddings_of(index[1:], flipped[1:]))
+    for name in ("rows", "rows.json"):
+        (tmp_path / name).chmod(stat.S_IRUSR)
+    # Root may write everything, so permissions alone would not do.
+    monkeypatch.setattr(embedding_cache, "FileIO", _refuse)
+    cache = EmbeddingCache(tmp_path / "rows", identity())
+    assert cache.read_only
+    assert assert_whole_rows(cache) == 2 * IMAGES - 1
+    with pytest.raises(TeacherError, match="is read-only and not full"):
+        cache.store(index[:1], flipped[:1], embeddings_of(index[:1], flipped[:1]))
+
+
+# Full disks ----------------------------------------------------------------------------------------------------------
+
+
+def test_a_disk_that_is_full_at_the_start_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def no_room(descriptor: int, start: int, size: int) -> None:
+        os.truncate(descriptor, size // 2)
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "posix_fallocate", no_room)
+    with pytest.raises(TeacherError) as refused:
+        EmbeddingCache(tmp_path / "rows", identity(images=10**6))
+    message = str(refused.value)
+    assert message.startswith(f"no room for the cache {tmp_path / 'rows'}: No space left on device; it takes 96.0 MB")
+    assert "\n" not in message
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_limit_on_file_sizes_leaves_nothing(tmp_path: Path) -> None:
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 20, hard))
+    try:
+        with pytest.raises(TeacherError, match=r"no room for the cache .*: File too large; it takes 9\.6 MB"):
+            EmbeddingCache(tmp_path / "rows", identity(images=10**5))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_no_room_for_the_header_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def no_room(path: Path) -> Any:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(embedding_cache, "atomic_write", no_room)
+    with pytest.raises(TeacherError, match="no room"):
+        EmbeddingCache(tmp_path / "rows", identity())
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_file_system_that_reserves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def unsupported(descriptor: int, start: int, size: int) -> None:
+        raise OSError(errno.EOPNOTSUPP, "Operation not supported")
+
+    monkeypatch.setattr(os, "posix_fallocate", unsupported)
+    index, flipped = both_views()
+    cache = EmbeddingCache(tmp_path / "rows", identity())
+    cache.store(index, flipped, embeddings_of(index, flipped))
+    monkeypatch.delattr(os, "posix_fallocate")
+    other = EmbeddingCache(tmp_path / "other", identity())
+    other.store(index, flipped, embeddings_of(index, flipped))
+    assert cache.filled() == other.filled() == 2 * IMAGES
+
+
+class _FullDisk:
+    """A file whose disk is full after some bytes."""
+
+    def __init__(self, stream: Any, room: int) -> None:
+        self.stream, self.room = stream, room
+
+    def seek(self, offset: int) -> None:
+        self.stream.seek(offset)
+
+    def write(self, data: memoryview) -> int:
+        if self.room == 0:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        written: int = self.stream.write(data[: self.room])
+        self.room -= written
+        return written
+
+
+@pytest.mark.parametrize("room", [1, 47, 48, 49, 200])
+def test_a_disk_that_fills_up_on_the_way_leaves_whole_rows(tmp_path: Path, room: int) -> None:
+    index, flipped = both_views()
+    cache = EmbeddingCache(tmp_path / "rows", identity())
+    whole = cache._file
+    cache._file = _FullDisk(whole, room)  # type: ignore[assignment]
+    with pytest.raises(OSError, match="No space left"):
+        cache.store(index, flipped, embeddings_of(index, flipped))
+    cache = EmbeddingCache(tmp_path / "rows", identity())
+    assert assert_whole_rows(cache) == room // (2 * DIMENSION)
+    cache.store(index, flipped, embeddings_of(index, flipped))
+    assert assert_whole_rows(cache) == 2 * IMAGES
+
+
+# Kills ---------------------------------------------------------------------------------------------------------------
+
+LARGE = {"images": 120, "embedding_size": 1500}  # rows of 3000 bytes: most lie on two pages
+
+
+def _processes() -> Any:
+    context: Any = multiprocessing.get_context("forkserver")
+    # The list of tests/distributed/pool.py: there is one server a session.
+    context.set_forkserver_preload(["tests.distributed.pool", "arcface_kd.distillation.head"])
+    return context
+
+
+def _fill(path: str, ready: Connection, order: int) -> None:
+    """Open or make the cache, then write what is missing, row by row."""
+    torch.set_num_threads(1)
+    index, flipped = both_views(LARGE["images"])
+    rows = embeddings_of(index, flipped, LARGE["embedding_size"])
+    ready.send(True)
+    cache = EmbeddingCache(path, identity(**LARGE))
+    for row in np.random.default_rng(order).permutation(len(index)).tolist():
+        part = slice(row, row + 1)
+        if not cache.look_up(index[part], flipped[part])[1].all():
+            cache.store(index[part], flipped[part], rows[part])
+
+
+def _start(path: Path, order: int) -> Any:
+    context = _processes()
+    ours, theirs = context.Pipe()
+    process = context.Process(target=_fill, args=(str(path), theirs, order), daemon=True)
+    process.start()
+    assert ours.poll(60)
+    return process
+
+
+@pytest.mark.slow
+def test_killed_again_and_again_it_never_holds_a_wrong_row(tmp_path: Path) -> None:
+    path, chance = tmp_path / "rows", random.Random(0)
+    counts, pause = [], 0.004
+    for attempt in range(30):
+        process = _start(path, attempt)
+        time.sleep(chance.uniform(0, pause))
+        process.kill()
+        process.join()
+        count = assert_whole_rows(EmbeddingCache(path, identity(**LARGE)))
+        counts.append(count)
+        if count == 2 * LARGE["images"]:
+            # So quick a machine has finished: begin anew, with less time.
+            path.unlink()
+            path.with_name("rows.json").unlink()
+            pause /= 2
+    assert len({count for count in counts if 0 < count < 2 * LARGE["images"]}) >= 3, counts
+    process = _start(path, 0)
+    process.join()
+    assert process.exitcode == 0
+    assert assert_whole_rows(EmbeddingCache(path, identity(**LARGE))) == 2 * LARGE["images"]
+
+
+def test_several_processes_make_and_fill_one_file(tmp_path: Path) -> None:
+    processes = [_start(tmp_path / "rows", order) for order in range(3)]
+    for process in processes:
+        process.join()
+    assert [process.exitcode for process in processes] == [0, 0, 0]
+    assert assert_whole_rows(EmbeddingCache(tmp_path / "rows", identity(**LARGE))) == 2 * LARGE["images"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["rows", "rows.json"]
+
+
+def _kill_before(function: Callable[..., Any]) -> Callable[..., Any]:
+    def killed(*arguments: Any, **keywords: Any) -> Any:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    return killed
+
+
+def _kill_after(function: Callable[..., Any]) -> Callable[..., Any]:
+    def killed(*arguments: Any, **keywords: Any) -> Any:
+        function(*arguments, **keywords)
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    return killed
+
+
+def _kill_half_way(function: Callable[..., Any]) -> Callable[..., Any]:
+    def killed(descriptor: int, start: int, size: int) -> Any:
+        function(descriptor, start, size // 2)
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    return killed
+
+
+def _make(path: str, module: str, name: str, wrap: Callable[..., Any]) -> None:
+    place = {"os": os, "embedding_cache": embedding_cache, "Path": Path}[module]
+    setattr(place, name, wrap(getattr(place, name)))
+    EmbeddingCache(path, identity())
+
+
+@pytest.mark.parametrize(
+    ("module", "name", "wrap"),
+    [
+        ("embedding_cache", "_lock", _kill_before),
+        ("embedding_cache", "_reserve", _kill_before),
+        ("os", "posix_fallocate", _kill_half_way),
+        ("embedding_cache", "_reserve", _kill_after),
+        ("Path", "replace", _kill_before),
+        ("Path", "replace", _kill_after),
+    ],
+    ids=["empty", "locked", "half", "reserved", "header-not-there", "header-there"],
+)
+def test_killed_while_it_is_made_it_is_made_by_the_next(
+    tmp_path: Path, module: str, name: str, wrap: Callable[..., Any]
+) -> None:
+    process = _processes().Process(target=_make, args=(str(tmp_path / "rows"), module, name, wrap))
+    process.start()
+    process.join()
+    assert process.exitcode == -signal.SIGKILL
+    assert (tmp_path / "rows").exists()
+    cache = EmbeddingCache(tmp_path / "rows", identity())
+    index, flipped = both_views()
+    assert cache.filled() == 0
+    cache.store(index, flipped, embeddings_of(index, flipped))
+    assert assert_whole_rows(cache) == 2 * IMAGES
+
+
+def test_sizes_are_told_in_decimal_units() -> None:
+    assert readable_size(999) == "999 bytes"
+    assert readable_size(4 * 5_822_653 * 512) == "11.9 GB"
+    assert readable_size(4 * 42_474_557 * 512) == "87.0 GB"
+    assert readable_size(1.5e12) == "1.5 TB"

@@ -1,0 +1,367 @@
+import contextlib
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from onnx import TensorProto, helper, numpy_helper
+
+from arcface_kd.errors import TeacherError
+from arcface_kd.teachers.onnx import graph as onnx_graph
+from arcface_kd.teachers.onnx.graph import free_batch, read_graph
+from tests.teachers.onnx_models import (
+    embed_one_by_one,
+    face_network,
+    other_network,
+    parsed,
+    shape_constants,
+    weights,
+)
+
+
+def saved(folder: Path, model: Any, name: str = "model.onnx") -> Path:
+    path = folder / name
+    path.write_bytes(model.SerializeToString())
+    return path
+
+
+def images(count: int = 3) -> np.ndarray:
+    return np.random.default_rng(1).standard_normal((count, 3, 112, 112)).astype(np.float32)
+
+
+def test_a_graph_is_read_as_it_stands(tmp_path: Path) -> None:
+    model = face_network()
+    graph = read_graph(saved(tmp_path, model))
+    assert (graph.input_name, graph.output_name, graph.size, graph.fixed_batch) == ("image", "embedding", 112, 1)
+    assert graph.parameter_count == sum(array.size for array in weights().values())
+    np.testing.assert_array_equal(embed_one_by_one(parsed(graph.model), images()), embed_one_by_one(model, images()))
+
+
+def test_an_open_size_and_batch_are_left_open(tmp_path: Path) -> None:
+    graph = read_graph(saved(tmp_path, face_network(batch=None, tail="flatten", size=None)))
+    assert graph.size is None
+    assert graph.fixed_batch is None
+    assert free_batch(graph) is graph
+
+
+@pytest.mark.parametrize("tail", ["reshape", "constant_node", "flatten"])
+@pytest.mark.parametrize("batch", [1, 4])
+def test_a_freed_graph_embeds_a_batch_as_the_original_embeds_each_image(tmp_path: Path, tail: Any, batch: int) -> None:
+    import onnxruntime
+
+    model = face_network(batch=batch, tail=tail)
+    freed = free_batch(read_graph(saved(tmp_path, model)))
+    assert freed.fixed_batch is None
+    session = onnxruntime.InferenceSession(freed.model, providers=["CPUExecutionProvider"])
+    (answer,) = session.run(None, {"image": images(5)})
+    np.testing.assert_allclose(answer, embed_one_by_one(model, images(5)), rtol=1e-4, atol=1e-5)
+
+
+def test_a_reshape_of_weights_that_shares_the_shape_is_left_alone(tmp_path: Path) -> None:
+    model = face_network()
+    model.graph.initializer.append(numpy_helper.from_array(np.ones((2, 32), np.float32), "gain"))
+    model.graph.node.insert(0, helper.make_node("Reshape", ["gain", "shape"], ["gain_row"]))
+    model.graph.node[-1].input[0] = "gained"
+    model.graph.node.insert(len(model.graph.node) - 1, helper.make_node("Mul", ["row", "gain_row"], ["gained"]))
+    freed = parsed(free_batch(read_graph(saved(tmp_path, model))).model)
+    assert shape_constants(freed)["shape"] == [1, -1]
+    reshapes = {node.input[0]: node.input[1] for node in freed.graph.node if node.op_type == "Reshape"}
+    assert reshapes["gain"] == "shape"
+    assert shape_constants(freed)[reshapes["map2"]] == [0, -1]
+    np.testing.assert_allclose(embed_one_by_one(freed, images()), embed_one_by_one(model, images()), rtol=1e-5)
+
+
+def test_denormal_weights_are_flushed_and_nothing_else_is(tmp_path: Path) -> None:
+    arrays = weights()
+    arrays["conv1"][0] = 1e-39
+    arrays["matrix"][0, :3] = (-1e-42, 9e-21, 1.1e-20)
+    model = face_network(arrays=arrays)
+    graph = read_graph(saved(tmp_path, model))
+    found = {tensor.name: numpy_helper.to_array(tensor) for tensor in parsed(graph.model).graph.initializer}
+    assert np.all(found["conv1"][0] == 0)
+    assert found["matrix"][0, :3].tolist() == [0, 0, np.float32(1.1e-20)]
+    np.testing.assert_array_equal(found["conv2"], arrays["conv2"])
+    np.testing.assert_array_equal(found["conv1"][1:], arrays["conv1"][1:])
+    np.testing.assert_allclose(
+        embed_one_by_one(parsed(graph.model), images()), embed_one_by_one(model, images()), atol=1e-7
+    )
+
+
+def test_denormals_in_constant_nodes_and_float_lists_are_flushed_too(tmp_path: Path) -> None:
+    model = face_network()
+    model.graph.node[-1].output[0] = "bare"
+    constant = helper.make_tensor("bias", TensorProto.FLOAT, [16], [1e-40] * 16)
+    model.graph.node.append(helper.make_node("Constant", [], ["bias"], value=constant))
+    model.graph.node.append(helper.make_node("Add", ["bare", "bias"], ["embedding"]))
+    read = parsed(read_graph(saved(tmp_path, model)).model)
+    (node,) = (node for node in read.graph.node if node.op_type == "Constant")
+    assert np.all(numpy_helper.to_array(node.attribute[0].t) == 0)
+
+
+def test_weights_listed_as_inputs_are_no_inputs(tmp_path: Path) -> None:
+    model = face_network()
+    model.ir_version = 3
+    for name, array in weights().items():
+        model.graph.input.append(helper.make_tensor_value_info(name, TensorProto.FLOAT, array.shape))
+    graph = read_graph(saved(tmp_path, model))
+    assert graph.input_name == "image"
+    assert [value.name for value in parsed(graph.model).graph.input] == ["image"]
+    np.testing.assert_array_equal(
+        embed_one_by_one(parsed(graph.model), images()), embed_one_by_one(face_network(), images())
+    )
+
+
+@pytest.mark.parametrize(
+    ("leading", "normalises"),
+    [
+        ((), False),
+        (("Sub_0", "Mul_1"), True),
+        (("_minusscalar0", "_mulscalar0"), True),
+        (("Sub_0",), False),
+        (("Mul_0",), False),
+        (("sub_0", "mul_1"), False),
+    ],
+)
+def test_normalisation_inside_the_graph_is_found_as_insightface_finds_it(
+    tmp_path: Path, leading: tuple[str, ...], normalises: bool
+) -> None:
+    from insightface.model_zoo import get_model
+
+    path = saved(tmp_path, face_network(leading=leading))
+    assert read_graph(path).normalises is normalises
+    oracle = get_model(str(path), providers=["CPUExecutionProvider"])
+    assert (oracle.input_mean, oracle.input_std) == ((0.0, 1.0) if normalises else (127.5, 127.5))
+
+
+def test_only_the_first_eight_nodes_count(tmp_path: Path) -> None:
+    late = face_network(leading=["a", "b", "c", "d", "e", "f", "g", "Sub_7", "Mul_8"])
+    assert not read_graph(saved(tmp_path, late)).normalises
+
+
+def _external(folder: Path, location: str, **entries: str) -> Path:
+    model = face_network()
+    (tensor,) = (tensor for tensor in model.graph.initializer if tensor.name == "matrix")
+    content = tensor.raw_data
+    tensor.ClearField("raw_data")
+    tensor.data_location = TensorProto.EXTERNAL
+    for key, value in {"location": location, **entries}.items():
+        tensor.external_data.add(key=key, value=value)
+    inside = folder / "weights.bin"
+    inside.write_bytes(b"head" + content)
+    return saved(folder, model)
+
+
+def test_external_data_inside_the_folder_is_taken_in(tmp_path: Path) -> None:
+    path = _external(tmp_path, "weights.bin", offset="4")
+    graph = read_graph(path)
+    assert not any(tensor.external_data for tensor in parsed(graph.model).graph.initializer)
+    np.testing.assert_array_equal(
+        embed_one_by_one(parsed(graph.model), images()), embed_one_by_one(face_network(), images())
+    )
+    (tmp_path / "weights.bin").write_bytes((tmp_path / "weights.bin").read_bytes()[:-4] + b"\0\0\0\0")
+    assert read_graph(path).digest != graph.digest
+
+
+@pytest.mark.parametrize(
+    ("location", "entries", "message"),
+    [
+        ("../secret.bin", {}, "outside the model's folder"),
+        ("/etc/hostname", {}, "outside the model's folder"),
+        ("sub/../../secret.bin", {}, "outside the model's folder"),
+        ("link.bin", {}, "outside the model's folder"),
+        ("*/_ORT_MEM_ADDR_/*", {"offset": "4096", "length": "4096"}, "not there"),
+        ("..\\secret.bin", {}, "names no file"),
+        ("", {}, "names no file"),
+        ("missing.bin", {}, "not there"),
+        # Python 3.13 follows a loop of links to nowhere.
+        ("loop.bin", {}, "which (cannot be read: |is not there)"),
+        ("name" * 1000, {}, "which cannot be read: "),
+        (".", {}, "not there"),
+        ("weights.bin", {"offset": "4", "length": "99999"}, "99999 bytes from 4, but it has"),
+        ("weights.bin", {"offset": "-4"}, "bytes from -4"),
+        ("weights.bin", {"offset": "four"}, "at offset 'four'"),
+    ],
+)
+def test_external_data_elsewhere_is_never_opened(
+    tmp_path: Path, location: str, entries: dict[str, str], message: str
+) -> None:
+    (tmp_path / "secret.bin").write_bytes(weights()["matrix"].tobytes())
+    folder = tmp_path / "model"
+    folder.mkdir()
+    (folder / "link.bin").symlink_to(tmp_path / "secret.bin")
+    (folder / "loop.bin").symlink_to(folder / "loop.bin")
+    path = _external(folder, location, **entries)
+    with pytest.raises(TeacherError, match=message) as caught:
+        read_graph(path)
+    assert "\n" not in str(caught.value)
+
+
+def test_one_file_cannot_be_taken_in_again_and_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A gigabyte of nothing takes no room on a disk, and ten thousand tensors could name it."""
+    model = face_network()
+    for number in range(8):
+        tensor = model.graph.initializer.add(name=f"w{number}", data_type=TensorProto.FLOAT, dims=[1 << 8])
+        tensor.data_location = TensorProto.EXTERNAL
+        tensor.external_data.add(key="location", value="hole.bin")
+    (tmp_path / "hole.bin").write_bytes(bytes(1 << 10))
+    path = saved(tmp_path, model)
+    monkeypatch.setattr(onnx_graph, "LARGEST_FILE", 1 << 13)
+    assert read_graph(path).parameter_count > 8 << 8
+    monkeypatch.setattr(onnx_graph, "LARGEST_FILE", (1 << 13) - 1)
+    with pytest.raises(
+        TeacherError, match=r"'w0' keeps its data in 'hole\.bin': tensors of 8192 bytes in all; no face"
+    ):
+        read_graph(path)
+
+
+def _calling(functions: dict[str, list[str]]) -> Any:
+    """A network that ends in a call of the first function; each is a chain of calls of others."""
+    model = face_network()
+    model.graph.node[-1].output[0] = "before"
+    first = next(iter(functions))
+    model.graph.node.append(helper.make_node(first, ["before"], ["embedding"], domain="ours"))
+    opsets = [helper.make_opsetid("", 13), helper.make_opsetid("ours", 1)]
+    model.opset_import.append(opsets[1])
+    for name, called in functions.items():
+        nodes = [
+            helper.make_node(each, [f"v{place}"], [f"v{place + 1}"], domain="" if each == "Identity" else "ours")
+            for place, each in enumerate(called)
+        ]
+        model.functions.append(helper.make_function("ours", name, ["v0"], [f"v{len(called)}"], nodes, opsets))
+    return model
+
+
+def test_functions_are_counted_as_often_as_they_are_called(tmp_path: Path) -> None:
+    """Forty functions that each call the next one twice are 10^12 nodes, which onnxruntime would put in place."""
+    halves = {f"f{depth}": [f"f{depth + 1}"] * 2 for depth in range(40)}
+    for functions in ({**halves, "f40": ["Identity"]}, {"f": ["g"], "g": ["f"]}, {"f": ["f"]}):
+        with pytest.raises(TeacherError, match="comes to more than 100000 nodes"):
+            read_graph(saved(tmp_path, _calling(functions)))
+    model = _calling({"f": ["g", "Identity", "g"], "g": ["Identity"] * 3})
+    rows = embed_one_by_one(parsed(read_graph(saved(tmp_path, model)).model), images())
+    np.testing.assert_array_equal(rows, embed_one_by_one(face_network(), images()))
+
+
+def test_external_data_in_a_nodes_attribute_is_not_opened_either(tmp_path: Path) -> None:
+    model = face_network()
+    tensor = TensorProto(data_type=TensorProto.FLOAT, dims=[1], name="hidden", data_location=TensorProto.EXTERNAL)
+    tensor.external_data.add(key="location", value="/etc/hostname")
+    model.graph.node.insert(0, helper.make_node("Constant", [], ["hidden"], value=tensor))
+    with pytest.raises(TeacherError, match="outside the model's folder"):
+        read_graph(saved(tmp_path, model))
+
+
+@pytest.mark.parametrize("operator", ["Loop", "Scan", "SequenceMap", "EPContext"])
+@pytest.mark.parametrize("place", ["graph", "branch", "function"])
+def test_what_may_not_end_or_names_files_of_its_own_is_not_run(tmp_path: Path, operator: str, place: str) -> None:
+    model = face_network()
+    body = helper.make_graph([], "body", [], [])
+    node = helper.make_node(operator, ["", ""], ["embedding2"], body=body)
+    if place == "branch":
+        branch = helper.make_graph([node], "branch", [], [])
+        node = helper.make_node("If", ["image"], [], then_branch=branch, else_branch=branch)
+    if place == "function":
+        model.functions.append(helper.make_function("ours", "hidden", [], [], [node], []))
+    else:
+        model.graph.node.append(node)
+    with pytest.raises(TeacherError, match=f"uses the operator {operator}, which is not run from a file"):
+        read_graph(saved(tmp_path, model))
+
+
+def test_a_giant_activation_is_refused_before_anything_runs(tmp_path: Path) -> None:
+    model = face_network()
+    convolution = model.graph.node[0]
+    convolution.attribute.append(helper.make_attribute("pads", [10**6] * 4))
+    with pytest.raises(TeacherError, match="larger than any face network needs"):
+        read_graph(saved(tmp_path, model))
+    model = face_network()
+    model.graph.initializer.append(numpy_helper.from_array(np.array([1 << 40], np.int64), "many"))
+    model.graph.node.append(helper.make_node("ConstantOfShape", ["many"], ["bomb"]))
+    with pytest.raises(TeacherError, match="'bomb' would be 1099511627776"):
+        read_graph(saved(tmp_path, model))
+    # What counts is one image: as many as the graph declares are freed.
+    assert read_graph(saved(tmp_path, face_network(batch=200_000))).fixed_batch == 200_000
+
+
+@pytest.mark.parametrize(
+    ("model", "message"),
+    [
+        (other_network(640, 9), "1 inputs and 9 outputs.*: export it with the image and the embedding alone"),
+        (face_network(size=None, batch=None), None),
+    ],
+)
+def test_other_networks_are_told_apart(tmp_path: Path, model: Any, message: str | None) -> None:
+    path = saved(tmp_path, model)
+    if message is None:
+        assert read_graph(path).size is None
+    else:
+        with pytest.raises(TeacherError, match=message):
+            read_graph(path)
+
+
+def test_input_that_is_no_square_colour_image_is_named(tmp_path: Path) -> None:
+    model = face_network()
+    for axis, size, words in ((3, 96, "1x3x112x96"), (1, 1, "1x1x112x112")):
+        changed = onnx.ModelProto()
+        changed.CopyFrom(model)
+        changed.graph.input[0].type.tensor_type.shape.dim[axis].dim_value = size
+        with pytest.raises(TeacherError, match=f"takes input of {words}; wanted Nx3xSxS"):
+            read_graph(saved(tmp_path, changed))
+
+
+def test_channels_in_the_last_place_are_named(tmp_path: Path) -> None:
+    model = face_network()
+    for axis, size in ((1, 112), (3, 3)):
+        model.graph.input[0].type.tensor_type.shape.dim[axis].dim_value = size
+    with pytest.raises(TeacherError, match=r"1x112x112x3; wanted Nx3xSxS.*export it with channels first"):
+        read_graph(saved(tmp_path, model))
+
+
+@pytest.mark.parametrize("content", [b"", b"hello", b"\x08\x07\x12\x03abc", b"\x08", bytes(100)])
+def test_what_is_no_onnx_file_ends_in_one_line(tmp_path: Path, content: bytes) -> None:
+    path = tmp_path / "model.onnx"
+    path.write_bytes(content)
+    with pytest.raises(TeacherError, match=r"model\.onnx is damaged or no ONNX file|an empty file") as caught:
+        read_graph(path)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("name", [b"Conv_0", b"slope", b"image"])
+def test_a_name_that_is_not_text_is_refused(tmp_path: Path, name: bytes) -> None:
+    path = tmp_path / "model.onnx"
+    path.write_bytes(face_network().SerializeToString().replace(name, b"\xff" * len(name)))
+    with pytest.raises(TeacherError, match="a name in it is not text"):
+        read_graph(path)
+
+
+def test_a_tensor_whose_bytes_do_not_fill_its_shape_is_named(tmp_path: Path) -> None:
+    model = face_network()
+    (tensor,) = (tensor for tensor in model.graph.initializer if tensor.name == "matrix")
+    tensor.raw_data = tensor.raw_data[:-4]
+    with pytest.raises(TeacherError, match="'matrix' is damaged"):
+        read_graph(saved(tmp_path, model))
+
+
+_CONTENT = face_network().SerializeToString()
+
+
+@settings(
+    max_examples=150,
+    deadline=None,
+    suppress_health_check=[HealthCheck.function_scoped_fixture],
+)
+@given(data=st.data())
+def test_mangled_files_end_in_an_error_of_ours_or_a_graph(tmp_path: Path, data: st.DataObject) -> None:
+    content = bytearray(_CONTENT)
+    # The weights are most of the file; its structure stands behind them, and before.
+    places = st.one_of(st.integers(0, 700), st.integers(len(content) - 600, len(content) - 1))
+    for _ in range(data.draw(st.integers(1, 3))):
+        content[data.draw(places)] = data.draw(st.integers(0, 255))
+    del content[data.draw(st.integers(1, len(content))) if data.draw(st.booleans()) else len(content) :]
+    path = tmp_path / "mangled.onnx"
+    path.write_bytes(bytes(content))
+    with contextlib.suppress(TeacherError):
+        assert free_batch(read_graph(path)).model

@@ -1,0 +1,450 @@
+"""The compact trainer: the host's files, the keys it honours, resuming to the same bits, ranks."""
+
+import io
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from easydict import EasyDict
+
+from arcface_kd.backbones import get_backbone
+from arcface_kd.checkpoints.shards import merge_head
+from arcface_kd.config.arcface_torch import BASE
+from arcface_kd.config.kd import KDConfig
+from arcface_kd.distillation.distiller import Distiller
+from arcface_kd.errors import ArcfaceKDError, CheckpointError, ConfigError, DataError, ResourceError, TeacherError
+from arcface_kd.evaluation.report.scalars import read_scalars
+from arcface_kd.teachers.base import load_teacher
+from arcface_kd.training.config_check import check_keys
+from arcface_kd.training.trainer import TrainResult, train
+from tests.host.trainer.faces import Faces, draw_faces
+from tests.system.test_run_lock import held_by_another
+
+
+@pytest.fixture(scope="module")
+def faces(tmp_path_factory: pytest.TempPathFactory) -> Faces:
+    return draw_faces(tmp_path_factory.mktemp("faces"), identities=10, images=8)
+
+
+@pytest.fixture(scope="module")
+def teacher_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    torch.manual_seed(7)
+    path = tmp_path_factory.mktemp("teacher") / "teacher.pt"
+    torch.save(get_backbone("thin_r18", num_features=32).state_dict(), path)
+    return path
+
+
+def config_for(faces: Faces, output: Path, **keys: Any) -> EasyDict:
+    config = EasyDict(BASE)
+    config.update(
+        network="thin_r18",
+        rec=str(faces.folder),
+        num_classes=faces.num_classes,
+        num_image=faces.num_image,
+        num_epoch=2,
+        warmup_epoch=0,
+        val_targets=["pairs"],
+        embedding_size=32,
+        batch_size=16,
+        frequent=1,
+        verbose=10**6,
+        num_workers=0,
+        output=str(output),
+    )
+    config.update(keys)
+    return config
+
+
+def loss_trace(output: Path) -> list[float]:
+    return read_scalars(output / "tensorboard")["loss"].y.tolist()
+
+
+def same_weights(one: Mapping[str, torch.Tensor], other: Mapping[str, torch.Tensor]) -> bool:
+    return one.keys() == other.keys() and all(torch.equal(one[key], other[key]) for key in one)
+
+
+def saved(output: Path, name: str = "model.pt") -> Any:
+    return torch.load(output / name, weights_only=True)
+
+
+def test_leaves_the_hosts_files(faces: Faces, tmp_path: Path) -> None:
+    result = train(config_for(faces, tmp_path / "run", save_all_states=True))
+    assert isinstance(result, TrainResult)
+    assert result.steps == 2 * (80 // 16)
+    assert {"training.log", "tensorboard", "model.pt", "checkpoint_gpu_0.pt"} <= {
+        path.name for path in (tmp_path / "run").iterdir()
+    }
+    get_backbone("thin_r18", num_features=32).load_state_dict(saved(tmp_path / "run"), strict=True)
+    host_keys = {"epoch", "global_step", "state_dict_backbone", "state_dict_softmax_fc"}
+    host_keys |= {"state_optimizer", "state_lr_scheduler"}
+    assert host_keys <= set(saved(tmp_path / "run", "checkpoint_gpu_0.pt"))
+    log = (tmp_path / "run" / "training.log").read_text()
+    assert log.startswith("Training: ")
+    assert "[pairs][10]Accuracy-Flip: " in log
+    assert 0.0 <= result.verification["pairs"].accuracy <= 1.0
+
+
+def test_learns(faces: Faces, tmp_path: Path) -> None:
+    train(config_for(faces, tmp_path / "run", num_epoch=8, lr=0.05))
+    losses = loss_trace(tmp_path / "run")
+    assert sum(losses[-5:]) < 0.7 * sum(losses[:5])
+
+
+def test_a_resumed_run_gives_the_same_bits(faces: Faces, teacher_file: Path, tmp_path: Path) -> None:
+    keys: dict[str, Any] = {
+        "kd": "adadistill",
+        "kd_teacher": str(teacher_file),
+        "num_epoch": 4,
+        "save_all_states": True,
+    }
+    train(config_for(faces, tmp_path / "whole", **keys))
+
+    class Stop(Exception):
+        pass
+
+    def stop(epoch: int) -> None:
+        if epoch == 2:
+            raise Stop
+
+    with pytest.raises(Stop):
+        train(config_for(faces, tmp_path / "parts", **keys), on_epoch=stop)
+    train(config_for(faces, tmp_path / "parts", resume=True, **keys))
+    assert loss_trace(tmp_path / "parts") == loss_trace(tmp_path / "whole")
+    assert same_weights(saved(tmp_path / "parts"), saved(tmp_path / "whole"))
+    heads = [saved(tmp_path / name, "checkpoint_gpu_0.pt")["state_dict_softmax_fc"] for name in ("parts", "whole")]
+    assert same_weights(*heads)
+
+
+def test_only_a_run_of_the_same_settings_is_gone_on_with(faces: Faces, tmp_path: Path) -> None:
+    (tmp_path / "others").mkdir()
+    others = draw_faces(tmp_path / "others", identities=faces.num_classes, images=8, seed=9)
+    keys: dict[str, Any] = {"num_epoch": 1, "save_all_states": True, "val_targets": []}
+    train(config_for(faces, tmp_path, **keys))
+    keys |= {"resume": True, "num_epoch": 2}
+    for change, said in (
+        ({"batch_size": 1}, "batch_size is 1, and thin_r18 normalises"),
+        ({"network": "mbf"}, "of another student than mbf of 32 dimensions"),
+        ({"embedding_size": 16}, "of another student than thin_r18 of 16 dimensions"),
+        ({"optimizer": "adamw"}, "left by another optimizer than adamw"),
+        ({"kd": "nosuch"}, "no method named 'nosuch'"),
+        # What the optimiser's state brings along, so that the config's would have no effect.
+        (
+            {"lr": 0.5, "weight_decay": 0.1},
+            r"was begun: lr was \S+ and is now 0.5; weight_decay was 0.0005 and is now 0.1",
+        ),
+        ({"batch_size": 8}, r"was begun: batch_size x ranks was 16 and is now 8"),
+        ({"seed": 7}, "was begun: seed was 2048 and is now 7; set it back, or give another output"),
+        ({"margin_list": (1.0, 0.25, 0.0)}, "m2 was 0.5 and is now 0.25"),
+        ({"rec": str(others.folder)}, r"data was \w{8}... and is now \w{8}..."),
+    ):
+        with pytest.raises(ArcfaceKDError, match=said) as error:
+            train(config_for(faces, tmp_path, **keys, **change))
+        assert "\n" not in str(error.value)
+    state = saved(tmp_path, "checkpoint_gpu_0.pt")
+    torch.save({name: value for name, value in state.items() if name != "epoch"}, tmp_path / "checkpoint_gpu_0.pt")
+    with pytest.raises(CheckpointError, match="holds no epoch"):
+        train(config_for(faces, tmp_path, **keys))
+
+
+def test_a_second_run_in_the_folder_changes_nothing(faces: Faces, tmp_path: Path) -> None:
+    (tmp_path / "training.log").write_text("the first's\n")
+    (tmp_path / "checkpoint_gpu_0.pt.next").write_bytes(b"the first's")
+    with held_by_another(tmp_path / "training.log"), pytest.raises(ConfigError, match="another run is writing to"):
+        train(config_for(faces, tmp_path, val_targets=[]))
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint_gpu_0.pt.next", "training.log"]
+    assert (tmp_path / "training.log").read_text() == "the first's\n"
+
+
+@pytest.mark.parametrize("kd", [None, "adadistill"])
+def test_a_folder_that_is_taken_away_ends_the_run_in_one_line(
+    kd: str | None, faces: Faces, teacher_file: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    def take_away(epoch: int) -> None:
+        shutil.rmtree(tmp_path / "run")
+
+    keys = {"val_targets": [], "frequent": 1, "kd": kd, "kd_teacher": str(teacher_file) if kd else None}
+    with pytest.raises(ResourceError, match=r"step \d+: cannot write to .*run: No such file or directory") as error:
+        train(config_for(faces, tmp_path / "run", **keys), on_epoch=take_away)
+    assert "\n" not in str(error.value)
+    assert "Traceback" not in capfd.readouterr().err
+
+
+def test_a_first_saving_that_was_cut_short_is_gone_on_with(faces: Faces, tmp_path: Path) -> None:
+    """Killed between two ranks' renames: rank 1's file is in place, rank 0's own waits."""
+    keys: dict[str, Any] = {"num_epoch": 1, "save_all_states": True, "val_targets": []}
+    train(config_for(faces, tmp_path, **keys))
+    own = tmp_path / "checkpoint_gpu_0.pt"
+    shutil.copy(own, tmp_path / "checkpoint_gpu_1.pt")
+    own.rename(own.with_suffix(".pt.next"))
+    keys |= {"resume": True, "num_epoch": 2}
+    assert train(config_for(faces, tmp_path, **keys, gradient_acc=2)).steps == 2 * (faces.num_image // 16)
+    told = (tmp_path / "training.log").read_text()
+    assert "-gradient_acc was 1 and is now 2\n" in told
+    assert "-num_epoch was 1 and is now 2\n" in told
+
+
+def test_a_checkpoint_whose_entries_are_something_else_is_named(faces: Faces, tmp_path: Path) -> None:
+    keys: dict[str, Any] = {"num_epoch": 1, "save_all_states": True, "val_targets": []}
+    train(config_for(faces, tmp_path, **keys))
+    good = saved(tmp_path, "checkpoint_gpu_0.pt")
+    optimizer = good["state_optimizer"]
+    damages: list[dict[str, Any]] = [
+        {"state_optimizer": {**optimizer, "param_groups": optimizer["param_groups"][:1]}},
+        {"state_random": [1]},
+        {"settings": [1]},
+    ]
+    for entries in damages:
+        torch.save({**good, **entries}, tmp_path / "checkpoint_gpu_0.pt")
+        with pytest.raises(CheckpointError, match=r"checkpoint_gpu_0\.pt is no checkpoint to go on from: ") as caught:
+            train(config_for(faces, tmp_path, **keys | {"resume": True, "num_epoch": 2}))
+        assert "\n" not in str(caught.value)
+
+
+def test_a_run_begun_without_a_loss_scale_goes_on_with_one(
+    faces: Faces, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Rehearsed on a CPU, resumed on a GPU in fp16."""
+    keys: dict[str, Any] = {"num_epoch": 1, "save_all_states": True, "val_targets": []}
+    train(config_for(faces, tmp_path, **keys))
+    assert saved(tmp_path, "checkpoint_gpu_0.pt")["state_scaler"] == {}
+    scaler = torch.amp.GradScaler("cpu", init_scale=64.0)
+    monkeypatch.setattr("torch.amp.GradScaler", lambda *_, **__: scaler)
+    assert train(config_for(faces, tmp_path, **keys | {"resume": True, "num_epoch": 2})).steps == 2 * (
+        faces.num_image // 16
+    )
+    assert scaler.get_scale() == 64.0
+
+
+def test_an_output_that_is_a_file_is_named(faces: Faces, tmp_path: Path) -> None:
+    (tmp_path / "taken").write_text("")
+    with pytest.raises(ResourceError, match=r"the folder output='.*taken' cannot be made: File exists; name another"):
+        train(config_for(faces, tmp_path / "taken", num_epoch=1, val_targets=[]))
+
+
+def test_adadistill_trains_the_student_towards_the_teacher(faces: Faces, teacher_file: Path, tmp_path: Path) -> None:
+    teacher = load_teacher(teacher_file)
+    distiller = Distiller(KDConfig(methods=("adadistill",)), teacher)
+    before = {key: value.clone() for key, value in teacher.state_dict().items()}
+    result = train(config_for(faces, tmp_path / "run", num_epoch=6, lr=0.02, save_all_states=True), distiller=distiller)
+    assert same_weights(before, teacher.state_dict())
+    scalars = read_scalars(result.output / "tensorboard")
+    cosine = scalars["kd/student_teacher_cosine"].y
+    assert cosine[-5:].mean() > cosine[:5].mean() + 0.1
+    assert {"kd/ce", "kd/gradient_norm/ce", "kd/alpha_mean", "kd/alpha_q10", "kd/alpha_q90"} <= set(scalars)
+    head = saved(result.output, "checkpoint_gpu_0.pt")["state_dict_softmax_fc"]
+    centers = head["methods.adadistill.centers.weight"]
+    assert centers.shape == (10, 32)
+    norms = centers.norm(dim=1)
+    # A class that was visited is an average of unit vectors; the start has norms of 0.01 * sqrt(32) = 0.06.
+    assert (norms > 0.5).all()
+    assert (norms <= 1 + 1e-5).all()
+
+
+def test_switching_distillation_off_is_an_ordinary_run(faces: Faces, tmp_path: Path) -> None:
+    train(config_for(faces, tmp_path / "plain"))
+    train(config_for(faces, tmp_path / "off", kd=None, kd_teacher="nowhere.pt"))
+    assert loss_trace(tmp_path / "plain") == loss_trace(tmp_path / "off")
+
+
+@pytest.mark.parametrize(
+    ("keys", "differs"),
+    [
+        ({"margin_list": (1.0, 0.0, 0.4)}, True),
+        ({"sample_rate": 0.5}, True),
+        ({"interclass_filtering_threshold": 0.05}, True),
+        ({"gradient_acc": 2}, True),
+        ({"optimizer": "adamw", "lr": 0.001}, True),
+        ({"momentum": 0.5}, True),
+        ({"weight_decay": 0.05}, True),
+        ({"lr": 0.01}, True),
+        ({"warmup_epoch": 1}, True),
+        ({"seed": 3}, True),
+        ({"num_workers": 1}, False),
+        ({"frequent": 3}, False),
+        ({"verbose": 2}, False),
+        ({"save_all_states": True}, False),
+    ],
+    ids=lambda value: "-".join(value) if isinstance(value, dict) else "",
+)
+def test_honours_a_key(faces: Faces, tmp_path: Path, keys: dict[str, Any], differs: bool) -> None:
+    # A batch of as many rows as there are classes may hold them all, and then there is nothing to sample.
+    batch = {"batch_size": 4} if "sample_rate" in keys else {}
+    train(config_for(faces, tmp_path / "base", **batch))
+    train(config_for(faces, tmp_path / "other", **keys, **batch))
+    assert same_weights(saved(tmp_path / "base"), saved(tmp_path / "other")) != differs
+
+
+def test_verifies_every_verbose_steps(faces: Faces, tmp_path: Path) -> None:
+    train(config_for(faces, tmp_path / "run", verbose=4))
+    steps = read_scalars(tmp_path / "run" / "tensorboard")["pairs"].x.tolist()
+    assert steps == [4, 8, 10]
+
+
+def test_fp16_is_bf16_on_a_cpu(faces: Faces, tmp_path: Path) -> None:
+    result = train(config_for(faces, tmp_path / "run", fp16=True))
+    assert all(value.dtype != torch.bfloat16 for value in result.student.state_dict().values())
+    assert not same_weights(saved(tmp_path / "run"), saved(train(config_for(faces, tmp_path / "base")).output))
+
+
+@pytest.mark.parametrize(
+    ("keys", "message"),
+    [
+        ({"dali": True}, "dali=True needs the host"),
+        ({"using_wandb": True}, "using_wandb=True needs the host"),
+        ({"batchsize": 3}, "does not know the key 'batchsize'; did you mean 'batch_size'"),
+        ({"optimizer": "lion"}, "it must be sgd or adamw"),
+        ({"sample_rate": 0}, "sample_rate is 0"),
+        ({"batch_size": 0}, "batch_size is 0"),
+        ({"num_classes": None}, "the config sets no num_classes"),
+        ({"margin_list": (1.0, 0.5)}, "margin_list"),
+        ({"interclass_filtering_threshold": 2}, "interclass filtering threshold is 2"),
+        ({"verbose": 0}, "verbose is 0; it must be a whole number, at least 1"),
+        ({"warmup_epoch": -1}, "warmup_epoch is -1"),
+        ({"lr": -0.1}, "lr is -0.1; it must be a finite number"),
+        ({"lr": float("nan")}, "lr is nan"),
+        ({"momentum": -1}, "momentum is -1"),
+        ({"weight_decay": "5e-4"}, "weight_decay is '5e-4'"),
+        ({"seed": 2**31}, "seed is 2147483648; it must be a whole number from 0 to"),
+        ({"seed": None}, "seed is None"),
+        ({"val_targets": "lfw"}, "val_targets is 'lfw'; it must be a list"),
+    ],
+)
+def test_refuses_a_key_by_name(faces: Faces, tmp_path: Path, keys: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message.replace("(", r"\(")):
+        check_keys(config_for(faces, tmp_path, **keys))
+
+
+@pytest.mark.parametrize(
+    ("keys", "error"),
+    [
+        ({"num_classes": 3}, DataError),
+        ({"rec": "/nowhere"}, DataError),
+        ({"kd": "adadistill"}, TeacherError),
+        ({"kd": "adadistill", "kd_teacher": "/nowhere.pt"}, TeacherError),
+        ({"kd": "nosuch"}, ConfigError),
+        ({"kd_teachr": "x"}, ConfigError),
+        ({"kd": "adadistill", "kd_option": ["adadistill.alpha=odd"]}, ConfigError),
+        ({"network": "r9"}, ConfigError),
+        ({"margin_list": (1.0, 9.0, 0.0)}, ConfigError),
+        ({"resume": True}, ConfigError),
+        ({"batch_size": 500}, (ConfigError, DataError)),
+    ],
+)
+def test_bad_input_leaves_no_file(
+    faces: Faces, tmp_path: Path, keys: dict[str, Any], error: type[ArcfaceKDError]
+) -> None:
+    with pytest.raises(error):
+        train(config_for(faces, tmp_path / "run", **keys))
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_teacher_of_another_dimension_wants_a_projection(faces: Faces, teacher_file: Path, tmp_path: Path) -> None:
+    keys: dict[str, Any] = {"kd": "adadistill", "kd_teacher": str(teacher_file), "embedding_size": 24}
+    with pytest.raises(ConfigError, match="32 dimensions and the student 24"):
+        train(config_for(faces, tmp_path / "run", **keys))
+    assert not (tmp_path / "run").exists()
+    train(config_for(faces, tmp_path / "run", kd_option=["student.projection=linear"], **keys))
+    assert not any("projection" in key for key in saved(tmp_path / "run"))
+
+
+class Terminal(io.StringIO):
+    """A stderr that somebody watches."""
+
+    def isatty(self) -> bool:
+        return True
+
+
+def test_a_terminal_shows_one_line_with_the_terms(
+    faces: Faces,
+    teacher_file: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    watched = Terminal()
+    monkeypatch.setattr(sys, "stderr", watched)
+    keys = {"kd": "embedding", "kd_teacher": str(teacher_file), "num_epoch": 1}
+    train(config_for(faces, tmp_path / "run", **keys), title="student")
+    line = watched.getvalue().rstrip().split("\r")[-1]
+    number = r"\d+\.\d{3}"
+    wanted = rf"student: 100%.* 5/5 \[\d\d:\d\d<.*, \d+ images/s, loss {number} = ce {number} \+ embedding {number}\]"
+    assert re.fullmatch(wanted, line), line
+    assert capsys.readouterr().out == "", "log lines would tear the bar"
+    curves = read_scalars(tmp_path / "run" / "tensorboard")
+    assert {"kd/ce", "kd/embedding", "kd/gradient_share/ce", "kd/gradient_share/embedding"} <= set(curves)
+    shown = [float(part) for part in re.findall(number, line)]
+    assert shown == pytest.approx([curves[tag].y[-1] for tag in ("loss", "kd/ce", "kd/embedding")], abs=1e-3)
+
+
+def test_a_pipe_gets_plain_lines(
+    faces: Faces, teacher_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    distiller = Distiller(KDConfig(methods=("adadistill",)), load_teacher(teacher_file))
+    train(config_for(faces, tmp_path / "run", num_epoch=1), distiller=distiller)
+    said = capsys.readouterr()
+    assert said.err == ""
+    assert "\r" not in said.out
+    lines = said.out.splitlines()
+    assert all(line.startswith("Training: ") for line in lines)
+    terms = [line for line in lines if "-kd: " in line]
+    assert len(terms) == 5
+    assert re.search(r"alpha_mean 0\.\d{4}   .*center_drift \d\.\d{4}   .*ce \d+\.\d{4}   Global Step: 5$", terms[-1])
+    assert re.search(r"Speed .* Loss .* Global Step: 5   Left: 0 s$", [line for line in lines if "Speed" in line][-1])
+    log = (tmp_path / "run" / "training.log").read_text()
+    assert set(lines) <= set(log.splitlines())
+    assert re.search(r"-: kd +adadistill\n", log), "arcface-kd compare takes the method from here"
+
+
+@pytest.mark.slow
+def test_two_ranks_agree_and_resume(faces: Faces, teacher_file: Path, tmp_path: Path) -> None:
+    config = tmp_path / "two_ranks.py"
+
+    def run(ranks: int, output: str, *settings: str) -> None:
+        subprocess.run(
+            [
+                *(sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"),
+                *("-m", "arcface_kd", "train", str(config), "--kd", "adadistill", "--kd-teacher", str(teacher_file)),
+                *("--set", f"output={tmp_path / output}", *settings),
+            ],
+            check=True,
+            # Of a warning in a rank's own process pytest knows nothing.
+            env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "error::FutureWarning"},
+            timeout=1200,
+        )
+
+    keys = {
+        key: value
+        for key, value in config_for(faces, tmp_path, batch_size=8, num_epoch=2, save_all_states=True).items()
+        if BASE.get(key, "unset") != value
+    }
+    body = "\n".join(f"config[{json.dumps(key)}] = {value!r}" for key, value in keys.items())
+    config.write_text(f"from easydict import EasyDict\nconfig = EasyDict()\n{body}\n")
+    run(2, "whole")
+    run(2, "parts", "num_epoch=1")
+    first = [saved(tmp_path / "whole", f"checkpoint_gpu_{rank}.pt") for rank in (0, 1)]
+    assert same_weights(
+        {k: v for k, v in first[0]["state_dict_backbone"].items() if "running" not in k},
+        {k: v for k, v in first[1]["state_dict_backbone"].items() if "running" not in k},
+    )
+    ranges = [state["state_dict_softmax_fc"]["class_range"].tolist() for state in first]
+    assert ranges == [[0, 5, 10], [5, 10, 10]]
+    trace = loss_trace(tmp_path / "whole")
+    assert len(trace) == 2 * (40 // 8)
+    # One rank takes up what two have left, and their shards make its centers.
+    assert merge_head(tmp_path / "parts", tmp_path / "head.pt") == (10, 32)
+    keys = {"kd": "adadistill", "kd_teacher": str(teacher_file), "save_all_states": True, "resume": True}
+    train(config_for(faces, tmp_path / "parts", num_epoch=2, **keys))
+    alone = saved(tmp_path / "parts", "checkpoint_gpu_0.pt")
+    assert alone["state_dict_softmax_fc"]["class_range"].tolist() == [0, 10, 10]
+    assert alone["state_dict_softmax_fc"]["step"] == 40 // 8 + 80 // 16
+    before = torch.load(tmp_path / "head.pt", weights_only=True)["weight"]
+    after = alone["state_dict_softmax_fc"]["methods.adadistill.centers.weight"]
+    assert (torch.nn.functional.cosine_similarity(before, after) > 0.8).all()
