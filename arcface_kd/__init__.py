@@ -124,12 +124,12 @@ def __dir__() -> list[str]:
 
 
 class _MovedModules(importlib.abc.MetaPathFinder, importlib.abc.Loader):
-    """Find the modules that trainers import which an earlier version has patched."""
+    """Modules that trainers import which an earlier version has patched."""
 
-    now: ClassVar[dict[str, str]] = {
-        "arcface_kd.hook": "arcface_kd.host.attach",
-        "arcface_kd.data.recordio": "arcface_kd.data.formats.recordio",
-        "arcface_kd.data.verification_bin": "arcface_kd.data.formats.verification_bin",
+    now: ClassVar[dict[str, tuple[str, ...]]] = {
+        "arcface_kd.hook": ("arcface_kd.config.flags", "arcface_kd.host.attach"),
+        "arcface_kd.data.recordio": ("arcface_kd.data.formats.recordio",),
+        "arcface_kd.data.verification_bin": ("arcface_kd.data.formats.verification_bin",),
     }
 
     def find_spec(
@@ -137,11 +137,10 @@ class _MovedModules(importlib.abc.MetaPathFinder, importlib.abc.Loader):
     ) -> importlib.machinery.ModuleSpec | None:
         return importlib.machinery.ModuleSpec(fullname, self) if fullname in self.now else None
 
-    def create_module(self, spec: importlib.machinery.ModuleSpec) -> types.ModuleType:
-        return importlib.import_module(self.now[spec.name])
-
     def exec_module(self, module: types.ModuleType) -> None:
-        pass
+        for name in self.now[module.__name__]:
+            names = vars(importlib.import_module(name))
+            module.__dict__.update({key: value for key, value in names.items() if not key.startswith("__")})
 
 
 sys.meta_path.append(_MovedModules())
