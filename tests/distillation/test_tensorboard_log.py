@@ -63,7 +63,7 @@ def test_event_files_are_opened_late_enough_for_wandb(tmp_path: Path, monkeypatc
 _WANDB_RUN = """
 import sys
 import wandb
-from arcface_kd.step_log import StepLog
+from arcface_kd.distillation.tensorboard_log import StepLog
 
 folder = sys.argv[1]
 log = StepLog(folder + "/tensorboard", 2, True)

@@ -14,7 +14,7 @@ from arcface_kd.system.console import bar_size
 
 _BAR = """
 from tqdm import tqdm
-from arcface_kd.bar_size import bar_size
+from arcface_kd.system.console import bar_size
 with tqdm(total=3, desc="run", mininterval=0, **bar_size()) as bar:
     bar.update(3)
 """

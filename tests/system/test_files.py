@@ -52,7 +52,7 @@ def test_a_link_is_replaced_and_what_it_names_is_left_alone(tmp_path: Path) -> N
 
 _KILLED = """
 import os, signal, sys
-from arcface_kd.atomic import atomic_write
+from arcface_kd.system.files import atomic_write
 with atomic_write(sys.argv[1]) as stream:
     stream.write(b"half of it")
     stream.flush()

@@ -14,7 +14,7 @@ from arcface_kd.system.files import run_lock
 _HOLD = """
 import os, sys, time
 from pathlib import Path
-from arcface_kd.run_lock import run_lock
+from arcface_kd.system.files import run_lock
 
 with run_lock(Path(sys.argv[1])):
     # As loaders do, its child outlives it.
