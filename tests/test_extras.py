@@ -18,7 +18,7 @@ _WITHOUT = """
 import sys
 for name in sys.argv[1].split(","):
     sys.modules[name] = None
-from arcface_kd.cli import main
+from arcface_kd.cli.main import main
 sys.exit(main(sys.argv[2:]))
 """
 

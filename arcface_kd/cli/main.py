@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from arcface_kd.errors import ArcfaceKDError, ConfigError, RankError
-from arcface_kd.system.console import flush_or_stop, open_closed_streams, stop_printing
+from arcface_kd.system.console import flush_or_stop, stop_printing
 
 Command = Callable[[argparse.Namespace], None]
 
@@ -459,7 +459,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     Returns:
         The exit code: 0, 2 for input that cannot be run, 130 when interrupted, 141 when nobody reads what it prints.
     """
-    open_closed_streams()
     if not faulthandler.is_enabled():
         # A mapped file that is cut short while it is read, or whose disk fails, ends the process: this says where.
         with contextlib.suppress(OSError, ValueError, AttributeError):

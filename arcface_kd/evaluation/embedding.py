@@ -11,7 +11,6 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from arcface_kd.errors import DataError
-from arcface_kd.system.console import bar_size
 
 
 def normalize(embeddings: np.ndarray) -> np.ndarray:
@@ -123,7 +122,7 @@ def embed(
     with (
         evaluating(model),
         tqdm(
-            total=len(images), unit="image", desc="embedding", disable=None if progress else True, **bar_size()
+            total=len(images), unit="image", desc="embedding", disable=None if progress else True, dynamic_ncols=True
         ) as bar,
     ):
         for start in range(0, len(images), batch_size):

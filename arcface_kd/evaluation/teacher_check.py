@@ -12,7 +12,6 @@ from arcface_kd.data.formats.verification_bin import VerificationSet, decode
 from arcface_kd.errors import DataError, TeacherError
 from arcface_kd.evaluation.embedding import embed
 from arcface_kd.evaluation.verification import verify
-from arcface_kd.system.console import bar_size
 from arcface_kd.teachers.base import Teacher
 from arcface_kd.teachers.options import Channels, Preprocessing, Triple
 
@@ -212,7 +211,7 @@ def check_teacher(
     images = decode(screening)
     trials: list[Trial] = []
     candidates = list(_candidates(teacher.preprocessing))
-    for candidate in tqdm(candidates, desc="preprocessings", disable=None, leave=False, **bar_size()):
+    for candidate in tqdm(candidates, desc="preprocessings", disable=None, leave=False, dynamic_ncols=True):
         try:
             cosines = _cosines(_embedded(teacher.with_preprocessing(candidate), images, batch_size))
         except TeacherError:
@@ -230,7 +229,7 @@ def _with_accuracies(
     images = decode(chosen)
     measured: dict[Preprocessing, tuple[Trial, np.ndarray]] = {}
     wanted = dict.fromkeys((trials[0].preprocessing, teacher.preprocessing))
-    for preprocessing in tqdm(wanted, desc="accuracy", disable=None, leave=False, **bar_size()):
+    for preprocessing in tqdm(wanted, desc="accuracy", disable=None, leave=False, dynamic_ncols=True):
         embeddings = _embedded(teacher.with_preprocessing(preprocessing), images, batch_size)
         (screened,) = (trial for trial in trials if trial.preprocessing == preprocessing)
         accuracy = verify(embeddings, chosen.is_same).accuracy

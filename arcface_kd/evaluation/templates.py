@@ -22,7 +22,6 @@ from arcface_kd.evaluation.embedding import evaluating, normalize, sum_of_views
 from arcface_kd.evaluation.identification import FPIR_LEVELS, IdentificationResult, identification, search
 from arcface_kd.evaluation.roc import area_under_curve, equal_error_rate, roc_curve, tar_at_far
 from arcface_kd.evaluation.verification import FAR_LEVELS, far_name
-from arcface_kd.system.console import bar_size
 
 _PAIRS_IN_CACHE = 4096
 _MOST_READERS = 8
@@ -242,7 +241,7 @@ def embed_templates(
     with (
         evaluating(model),
         tqdm(
-            total=len(faces.files), unit="face", desc=faces.name, disable=None if progress else True, **bar_size()
+            total=len(faces.files), unit="face", desc=faces.name, disable=None if progress else True, dynamic_ncols=True
         ) as bar,
     ):
         for batch in _batches(faces, batch_size):

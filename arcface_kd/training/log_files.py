@@ -3,10 +3,8 @@
 import contextlib
 import logging
 import sys
-import threading
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 from arcface_kd.system.console import stop_printing
 
@@ -65,19 +63,3 @@ def log_files(folder: Path, rank: int) -> Iterator[None]:
             handler.close()
         logger.setLevel(before[0])
         logger.propagate = before[1]
-
-
-@contextlib.contextmanager
-def quiet_writers() -> Iterator[None]:
-    """Leave out the traceback of TensorBoard's thread that cannot write: the step that hands it more ends with it."""
-    before = threading.excepthook
-
-    def hook(ended: Any) -> None:
-        if not (isinstance(ended.exc_value, OSError) and type(ended.thread).__module__.startswith("tensorboard.")):
-            before(ended)
-
-    threading.excepthook = hook
-    try:
-        yield
-    finally:
-        threading.excepthook = before

@@ -27,11 +27,10 @@ from arcface_kd.errors import (
     ResourceError,
 )
 from arcface_kd.evaluation.verification import VerificationResult
-from arcface_kd.system.console import bar_size
 from arcface_kd.system.files import run_lock
 from arcface_kd.system.memory import named_shortages
 from arcface_kd.training.config_check import check_keys
-from arcface_kd.training.log_files import LOG_FILE, log_files, quiet_writers
+from arcface_kd.training.log_files import LOG_FILE, log_files
 from arcface_kd.training.run import Run
 
 _CANNOT_WRITE = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG, errno.EIO, errno.EACCES, errno.EPERM)
@@ -120,7 +119,7 @@ def train(
                 run.resume()
             elif rank == 0:
                 finish_saving(run.folder, keep=False)
-            with log_files(run.folder, rank), quiet_writers(), _shortages(run.folder, lambda: run.step):
+            with log_files(run.folder, rank), _shortages(run.folder, lambda: run.step):
                 return _train(run, title or run.folder.name, on_epoch)
 
 
@@ -162,7 +161,7 @@ def _train(run: Run, title: str, on_epoch: Callable[[int], None] | None) -> Trai
             stack.callback(run.writer.close)
         hidden = run.rank != 0 or not sys.stderr.isatty()
         bar = stack.enter_context(
-            tqdm(total=run.last_step, initial=run.step, desc=title, unit="step", disable=hidden, **bar_size())
+            tqdm(total=run.last_step, initial=run.step, desc=title, unit="step", disable=hidden, dynamic_ncols=True)
         )
         run.backbone.train()
         while run.epoch < config.num_epoch:

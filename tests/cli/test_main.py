@@ -191,7 +191,7 @@ def test_names_of_files_do_not_write_to_the_terminal(tmp_path: Path, capsys: pyt
     (person / "1.jpg").write_bytes(b"no image")
     assert main(["data", "pack", str(tmp_path / "faces"), str(tmp_path / "out")]) == 2
     said = capsys.readouterr().err
-    assert f"{tmp_path}/faces/a\\x1b[31m\\udcff b/1.jpg: not a JPEG" in said
+    assert f"{tmp_path}/faces/a\\x1b[31m\\udcff b/1.jpg: no image" in said
     assert said.removesuffix("\n").isprintable()
     assert main(["compare", "x" * 200 + "/y" * 100_000, "--out", str(tmp_path / "out")]) == 2
     assert len(capsys.readouterr().err) < 5000

@@ -18,6 +18,7 @@ from unidiff import PatchSet
 
 from arcface_kd.config.arcface_torch import load_config
 from arcface_kd.config.flags import add_arguments, merge_arguments
+from arcface_kd.distillation import drop_ins as drop_ins_module
 from arcface_kd.distillation.distiller import Distiller
 from arcface_kd.distillation.drop_ins import drop_ins
 from arcface_kd.distillation.head import DistillationHead
@@ -243,7 +244,7 @@ def test_the_flags_in_the_patch_reach_us_whether_kd_is_among_them_or_not() -> No
     """A copied config on a patched trainer: ``--kd-teacher`` alone must not be passed over."""
     (patch,) = [file for file in PatchSet((patches_folder() / "kd_flag.patch").read_text(encoding="utf-8"))]
     added = [line.value for line in patch[0] if line.is_added]
-    assert added == ["    from arcface_kd.host.attach import attach\n", "    attach(cfg, args)\n"]
+    assert added == ["    from arcface_kd import attach\n", "    attach(cfg, args)\n"]
 
 
 def test_flags_do_not_change_a_copied_config_of_several_runs(
@@ -288,7 +289,7 @@ def test_a_copied_config_sees_what_the_host_completes_later(
     base.config.update(copied)
     base.config.output = str(tmp_path / "work_dirs" / "copied")
     seen: dict[str, Any] = {}
-    monkeypatch.setattr(hook, "DistillationHead", lambda *a, **k: seen.update(k))
+    monkeypatch.setattr(drop_ins_module, "DistillationHead", lambda *a, **k: seen.update(k))
     trainer.PartialFC_V2(Margin(), 4, 6, 1.0, False)
     assert seen["seed"] == 1
     assert seen["steps_per_epoch"] == 10

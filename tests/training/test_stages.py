@@ -19,7 +19,7 @@ time.sleep(60)
 _RECIPE = """
 import signal, sys
 from pathlib import Path
-from arcface_kd import recipe
+from arcface_kd.host import recipe
 
 # What a shell starts in the background ignores interruptions.
 signal.signal(signal.SIGINT, signal.default_int_handler)

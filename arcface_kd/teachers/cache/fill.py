@@ -23,7 +23,6 @@ from arcface_kd.data.sampler import ViewSampler
 from arcface_kd.distributed.process_group import process_group
 from arcface_kd.distributed.ranks import RankGroup, on_first_rank_first
 from arcface_kd.errors import ConfigError, TeacherError
-from arcface_kd.system.console import bar_size
 from arcface_kd.system.device import training_device
 from arcface_kd.system.memory import named_shortages
 from arcface_kd.teachers.base import Teacher, load_teacher
@@ -144,7 +143,7 @@ def fill_cache(config: Mapping[str, Any], *, teacher: Teacher | None = None) -> 
                 unit="image",
                 mininterval=0.1 if sys.stderr.isatty() else _SECONDS_BETWEEN_LINES,
                 disable=rank != 0,
-                **bar_size(),
+                dynamic_ncols=True,
             ) as bar:
                 _fill(cache, teacher, loader, missing, bar)
         # The slowest rank's time is the run's; nobody leaves before all rows are there.
