@@ -12,21 +12,32 @@ _ARCHIVES = {
 _TAR_MAGIC = slice(257, 262)
 
 
+def is_archive(head: bytes) -> bool:
+    """Whether a file is an archive.
+
+    Args:
+        head: its first bytes, 512 of them tell all kinds.
+    """
+    return head.startswith(tuple(_ARCHIVES)) or head[_TAR_MAGIC] == b"ustar"
+
+
 def found_instead(head: bytes) -> str | None:
     """Recognise what is no file of anybody's own, but stands where one was expected.
 
     Args:
-        head: the first bytes of the file, 512 of them tell all kinds.
+        head: its first bytes, 512 of them tell all kinds.
 
     Returns:
-        Its name and what to do, such as "a Git LFS pointer: run `git lfs pull`"; None for anything else.
+        What it is and what to do; None for anything else.
     """
     if head.startswith(b"version https://git-lfs"):
         return "it is a Git LFS pointer, not the file itself: run `git lfs pull`"
     text = head.removeprefix(b"\xef\xbb\xbf").lstrip().lower()
     if text.startswith((b"<!doctype html", b"<html", b"<head", b"<?xml")):
         return "it is an HTML page, as a refused download leaves it: download the file again"
-    archive = next((name for start, name in _ARCHIVES.items() if head.startswith(start)), None)
-    if archive is None and head[_TAR_MAGIC] == b"ustar":
-        archive = "a tar archive"
-    return None if archive is None else f"it is {archive}: unpack it"
+    if head.startswith(b"PK") and b"/data.pkl" in head[:256]:
+        return "it is a torch checkpoint"
+    if is_archive(head):
+        kind = next((name for start, name in _ARCHIVES.items() if head.startswith(start)), "a tar archive")
+        return f"it is {kind}: unpack it"
+    return None

@@ -1,29 +1,30 @@
 """InsightFace verification sets: ``.bin`` files, pickles of ``(images, is_same)``.
 
-They come from the internet, and unpickling runs whatever a file says. So nothing here unpickles: a small interpreter
-knows the dozen things that such files are made of and refuses all else by name. It reads every pickle protocol, the
-byte strings of Python 2, and the numpy booleans and byte arrays that some packers left in their lists. Memory stays
-within a small multiple of the file's size.
+They come from the internet, and unpickling runs whatever a file says. So a file is gone through twice: first its opcodes
+are read and nothing is built, which bounds what the second time can cost; then the standard library's ``Unpickler``
+builds it, with ``find_class`` giving stand-ins for the few globals that such files name and refusing all others. Every
+pickle protocol is read, the byte strings of Python 2, and what packers left in their lists: bytearrays, numpy's arrays
+and scalars.
 """
 
+import logging
 import mmap
 import os
 import pickle
 import pickletools
 import re
-import struct
-from collections.abc import Callable, Sequence
+import textwrap
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from enum import Enum
-from math import prod
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
 
 from arcface_kd.data.formats.image import decode_rgb
 from arcface_kd.errors import DataError
+from arcface_kd.system.downloads import found_instead, is_archive
 from arcface_kd.system.files import atomic_write, open_regular
 
 # An image takes about ten opcodes and some thousand bytes; a file beyond this is built to fill memory with empty lists.
@@ -32,8 +33,19 @@ _BYTES_PER_OPCODE = 16
 # The largest known sets have 24,000 images. Faces of 112x112 take a kilobyte at the least.
 _FREE_IMAGES = 1 << 16
 _BYTES_PER_IMAGE = 1 << 10
-_LONGEST_LINE = 1 << 26
-_LONGEST_NUMBER = 20
+
+# The opcodes that build lists, tuples, byte strings, texts and numbers, and call a global; see ``pickletools`` for each.
+_OPCODES = frozenset(
+    "PROTO FRAME STOP MARK POP POP_MARK PUT BINPUT LONG_BINPUT MEMOIZE GET BINGET LONG_BINGET "
+    "EMPTY_LIST LIST APPEND APPENDS EMPTY_TUPLE TUPLE TUPLE1 TUPLE2 TUPLE3 "
+    "STRING BINSTRING SHORT_BINSTRING BINBYTES SHORT_BINBYTES BINBYTES8 BYTEARRAY8 "
+    "UNICODE BINUNICODE SHORT_BINUNICODE BINUNICODE8 "
+    "INT LONG BININT BININT1 BININT2 LONG1 FLOAT BINFLOAT NEWTRUE NEWFALSE NONE GLOBAL STACK_GLOBAL REDUCE BUILD".split()
+)
+_HEAD = 512
+_MEMO_OPCODES = frozenset(("PUT", "BINPUT", "LONG_BINPUT"))
+# What a pickled pair begins with: a tuple's or list's opcode, or the global that makes an array of images.
+_BEGINNING = re.compile(rb"(\x80[\x02-\x05](\x95.{8})?)?[(\]c\x8c]", re.DOTALL)
 
 
 @dataclass(frozen=True, eq=False)
@@ -55,347 +67,202 @@ class _Refused(Exception):
     """What a pickle holds that a verification set does not."""
 
 
-class _Known(Enum):
-    """The globals that a verification set's pickle may name; each is carried out here, none is imported."""
+def _scan(data: mmap.mmap) -> None:
+    """Go through the opcodes without building anything.
 
-    ENCODE = "_codecs.encode"
-    BYTES = "bytes"
-    RECONSTRUCT = "numpy _reconstruct"
-    SCALAR = "numpy scalar"
-    FROM_BUFFER = "numpy _frombuffer"
-    NDARRAY = "numpy.ndarray"
-    DTYPE = "numpy.dtype"
-
-
-_OPCODE_NAMES = {opcode.code.encode("latin-1"): f"the pickle opcode {opcode.name}" for opcode in pickletools.opcodes}
-
-_GLOBALS = {
-    ("_codecs", "encode"): _Known.ENCODE,
-    ("__builtin__", "bytes"): _Known.BYTES,
-    ("builtins", "bytes"): _Known.BYTES,
-    ("numpy", "ndarray"): _Known.NDARRAY,
-    ("numpy", "dtype"): _Known.DTYPE,
-    **{
-        (f"numpy.{core}.{module}", name): known
-        for core in ("core", "_core")
-        for module, name, known in (
-            ("multiarray", "_reconstruct", _Known.RECONSTRUCT),
-            ("multiarray", "scalar", _Known.SCALAR),
-            ("numeric", "_frombuffer", _Known.FROM_BUFFER),
-        )
-    },
-}
+    Raises:
+        _Refused: an opcode that a verification set has no use for, more of them than it can need, or a place in the
+            memo that would take more memory than the file.
+    """
+    most = _FREE_OPCODES + len(data) // _BYTES_PER_OPCODE
+    for _ in range(most):
+        code = data.read(1)
+        opcode = pickletools.code2op.get(code.decode("latin-1"))
+        if opcode is None:
+            raise _Refused(f"the byte {code!r}, no pickle opcode" if code else "a pickle without an end")
+        if opcode.name not in _OPCODES:
+            raise _Refused(f"the pickle opcode {opcode.name}")
+        argument: Any = None
+        if opcode.name == "STRING":
+            # pickletools' own reader wants ASCII, which Python 2's images are not.
+            data.readline()
+        elif opcode.arg is not None:
+            argument = opcode.arg.reader(data)
+        if opcode.name in _MEMO_OPCODES and argument > most:
+            raise _Refused(f"memo entry {argument} of a pickle of {len(data)} bytes")
+        if opcode.name == "STOP":
+            return
+    raise _Refused(f"more than {most} pickle opcodes")
 
 
-class _ByteType(NamedTuple):
-    """A numpy dtype of one byte: ``b1`` or ``u1``."""
+class _Global:
+    """Stands for a function that a pickle may call; a state that would change it is refused."""
 
-    code: str
+    def __init__(self, function: Callable[..., object]) -> None:
+        self._function = function
+
+    def __call__(self, *arguments: object) -> object:
+        return self._function(*arguments)
+
+    def __setstate__(self, state: object) -> None:
+        raise _Refused("a state for a global")
+
+
+class _DType:
+    """A numpy dtype of numbers, booleans or objects, as its pickle describes it."""
+
+    def __init__(self, code: object, *_: object) -> None:
+        self.code = code.decode("latin-1") if isinstance(code, bytes) else str(code)
+        if not re.fullmatch(r"[biu][1248]|f[248]|O[48]?", self.code):
+            raise _Refused(f"the numpy dtype {self.code[:20]!a}")
+        self.order = "="
+
+    def __setstate__(self, state: tuple[Any, ...]) -> None:
+        order = state[1].decode("latin-1") if isinstance(state[1], bytes) else state[1]
+        if order not in ("<", ">", "=", "|"):
+            raise _Refused("a numpy dtype of an unknown byte order")
+        self.order = order
+
+    @property
+    def dtype(self) -> np.dtype:
+        return np.dtype(self.order + self.code)
 
 
 class _Array:
-    """A numpy array of one-byte elements, as its pickle describes it."""
+    """A numpy array, as its pickle describes it; the elements stay where they are in the pickle."""
 
-    def __init__(self) -> None:
-        self.code = ""
-        self.shape: tuple[int, ...] = ()
-        self.data = b""
+    def __init__(self, *_: object) -> None:
+        self.values: np.ndarray = np.zeros(0)
+        self.data: bytes | bytearray | list[object] = b""
 
-    def fill(self, dtype: object, shape: object, data: object) -> None:
-        if not isinstance(dtype, _ByteType) or not isinstance(data, bytes):
-            raise _Refused("a numpy array that is not of bool or uint8")
-        if not isinstance(shape, tuple) or len(shape) > 3 or not all(type(side) is int for side in shape):
-            raise _Refused("a numpy array without a shape, or with one of more than three sides")
-        if min(shape, default=0) < 0 or prod(shape) != len(data):
-            raise _Refused(f"a numpy array whose shape does not fit its {len(data)} bytes")
-        self.code, self.shape, self.data = dtype.code, shape, data
+    def __setstate__(self, state: tuple[Any, ...]) -> None:
+        _, shape, dtype, _, data = state
+        self.fill(data, dtype, shape)
 
-
-class _Mark:
-    """Where a run of items on the stack begins."""
-
-
-_MARK = _Mark()
-
-
-class _Interpreter:
-    """Carries out the opcodes that build lists, tuples, byte strings and booleans; see ``pickletools`` for each."""
-
-    def __init__(self, data: mmap.mmap | bytes) -> None:
+    def fill(self, data: object, dtype: object, shape: object) -> None:
+        if not isinstance(dtype, _DType) or not isinstance(shape, tuple):
+            raise _Refused("a numpy array without a dtype or a shape")
+        if dtype.code.startswith("O"):
+            if not isinstance(data, list) or shape != (len(data),):
+                raise _Refused("a numpy array of objects that is no list")
+        elif not isinstance(data, bytes | bytearray):
+            raise _Refused("a numpy array without its bytes")
+        else:
+            self.values = np.frombuffer(data, dtype.dtype).reshape(shape)
         self.data = data
-        self.size = len(data)
-        self.position = 0
-        self.stack: list[Any] = []
-        self.memo: dict[int, Any] = {}
-        self.copied = 0
-
-    def run(self) -> object:
-        allowed = _FREE_OPCODES + self.size // _BYTES_PER_OPCODE
-        for _ in range(allowed):
-            opcode = self.take(1)
-            if opcode == b".":
-                return self.pop()
-            step = _STEPS.get(opcode)
-            if step is None:
-                raise _Refused(_OPCODE_NAMES.get(opcode, f"the byte {opcode!r}, no pickle opcode"))
-            step(self)
-        raise _Refused(f"more than {allowed} pickle opcodes")
-
-    def take(self, count: int) -> bytes:
-        end = self.position + count
-        if count < 0 or end > self.size:
-            raise _Refused(f"an item of {count} bytes where {self.size - self.position} are left")
-        taken = self.data[self.position : end]
-        self.position = end
-        return taken
-
-    def number(self, layout: str) -> int:
-        return int(struct.unpack(layout, self.take(struct.calcsize(layout)))[0])
-
-    def line(self, longest: int) -> bytes:
-        end = self.data.find(b"\n", self.position, self.position + longest + 1)
-        if end < 0:
-            raise _Refused("a line without an end")
-        line = self.take(end - self.position)
-        self.position += 1
-        return line
-
-    def pop(self) -> Any:
-        if not self.stack or self.stack[-1] is _MARK:
-            raise _Refused("an opcode that finds nothing to work on")
-        return self.stack.pop()
-
-    def pop_mark(self) -> list[Any]:
-        for depth in range(len(self.stack) - 1, -1, -1):
-            if self.stack[depth] is _MARK:
-                items = self.stack[depth + 1 :]
-                del self.stack[depth:]
-                return items
-        raise _Refused("an opcode that finds no mark")
-
-    def push(self, item: object) -> None:
-        self.stack.append(item)
-
-    def push_tuple(self, count: int) -> None:
-        items = [self.pop() for _ in range(count)]
-        self.push(tuple(reversed(items)))
-
-    def extend(self, items: list[Any]) -> None:
-        target = self.pop()
-        if type(target) is not list:
-            raise _Refused(f"an append to a {type(target).__name__}")
-        target.extend(items)
-        self.push(target)
-
-    def remember(self, key: int) -> None:
-        item = self.pop()
-        self.memo[key] = item
-        self.push(item)
-
-    def recall(self, key: int) -> None:
-        if key not in self.memo:
-            raise _Refused(f"memo entry {key}, which was never stored")
-        self.push(self.memo[key])
-
-    def decimal(self) -> int:
-        text = self.line(_LONGEST_NUMBER).removesuffix(b"L")
-        if not re.fullmatch(rb"-?[0-9]+", text):
-            raise _Refused(f"the number {text!r}")
-        return int(text)
-
-    def push_decimal(self) -> None:
-        start = self.position
-        value = self.decimal()
-        # Before protocol 2, booleans were the numbers 00 and 01.
-        text = self.data[start : self.position - 1]
-        self.push(text == b"01" if text in (b"00", b"01") else value)
-
-    def push_long(self) -> None:
-        count = self.number("<B")
-        if count > 8:
-            raise _Refused(f"a number of {count} bytes")
-        self.push(int.from_bytes(self.take(count), "little", signed=True))
-
-    def push_quoted(self) -> None:
-        line = self.line(_LONGEST_LINE)
-        if len(line) < 2 or line[:1] not in b"'\"" or line[:1] != line[-1:]:
-            raise _Refused("a string without its quotes")
-        self.push(_ESCAPE.sub(_unescape, line[1:-1]))
-
-    def push_global(self, module: object, name: object) -> None:
-        if not isinstance(module, str) or not isinstance(name, str):
-            raise _Refused("a global without a name")
-        known = _GLOBALS.get((module, name))
-        if known is None:
-            raise _Refused(f"the global {_shown(module, name)}")
-        self.push(known)
-
-    def push_named_global(self) -> None:
-        module, name = (self.line(256).decode("latin-1") for _ in range(2))
-        self.push_global(module, name)
-
-    def push_stacked_global(self) -> None:
-        name = self.pop()
-        self.push_global(self.pop(), name)
-
-    def refuse_instance(self) -> None:
-        module, name = (self.line(256).decode("latin-1") for _ in range(2))
-        raise _Refused(f"an instance of {_shown(module, name)}")
-
-    def reduce(self) -> None:
-        arguments = self.pop()
-        function = self.pop()
-        if not isinstance(arguments, tuple):
-            raise _Refused("a call without a tuple of arguments")
-        match function, arguments:
-            case _Known.ENCODE, (str() as text, "latin1" | "latin-1"):
-                self.copied += len(text)
-                if self.copied > self.size:
-                    raise _Refused("one string encoded again and again")
-                self.push(text.encode("latin-1"))
-            case _Known.BYTES, ():
-                self.push(b"")
-            case _Known.DTYPE, (str() | bytes() as code, *_):
-                code = code if isinstance(code, str) else code.decode("latin-1")
-                if code not in ("b1", "u1"):
-                    raise _Refused(f"the numpy dtype {code[:20]!a}")
-                self.push(_ByteType(code))
-            case _Known.RECONSTRUCT, (_Known.NDARRAY, *_):
-                self.push(_Array())
-            case _Known.FROM_BUFFER, (data, dtype, shape, *_):
-                array = _Array()
-                array.fill(dtype, shape, data)
-                self.push(array)
-            case _Known.SCALAR, (_ByteType("b1"), bytes() as data) if data in (b"\0", b"\1"):
-                self.push(data == b"\1")
-            case _Known(), _:
-                raise _Refused(f"a call of {function.value} with arguments that are not a verification set's")
-            case _:
-                raise _Refused(f"a call of a {type(function).__name__}")
-
-    def build(self) -> None:
-        state = self.pop()
-        target = self.pop()
-        match target, state:
-            case _ByteType(), tuple():
-                # Byte order and alignment, which one byte does not have.
-                pass
-            case _Array(), (int(), shape, dtype, _, data):
-                target.fill(dtype, shape, data)
-            case _:
-                raise _Refused(f"a state for a {type(target).__name__}")
-        self.push(target)
 
 
-_ESCAPE = re.compile(rb"\\(x[0-9a-fA-F]{2}|.)?", re.DOTALL)
-_ESCAPED = {b"\\": b"\\", b"'": b"'", b'"': b'"', b"n": b"\n", b"r": b"\r", b"t": b"\t"}
+class _SetUnpickler(pickle.Unpickler):
+    """Unpickles lists, byte strings and numbers, and carries out a few globals itself; none is imported."""
+
+    def __init__(self, data: mmap.mmap) -> None:
+        # Python 2's strings are the images of the oldest sets.
+        super().__init__(data, encoding="bytes")  # type: ignore[arg-type]
+        self._size = len(data)
+        self._copied = 0
+
+    def find_class(self, module: str, name: str) -> object:
+        known = re.sub(r"^numpy\._core\.", "numpy.core.", re.sub("^__builtin__$", "builtins", module))
+        match known, name:
+            case "_codecs", "encode":
+                return _Global(self._encode)
+            case "builtins", "bytes" | "bytearray":
+                return _Global(self._bytes)
+            case "numpy", "dtype":
+                return _Global(_DType)
+            case ("numpy", "ndarray") | ("numpy.core.multiarray", "_reconstruct"):
+                return _Global(_Array)
+            case "numpy.core.multiarray", "scalar":
+                return _Global(_scalar)
+            case "numpy.core.numeric", "_frombuffer":
+                return _Global(_from_buffer)
+        raise _Refused(f"the global {ascii(f'{module}.{name}'[:100])}")
+
+    def _encode(self, text: str, encoding: str) -> bytes:
+        if not isinstance(text, str) or encoding not in ("latin1", "latin-1"):
+            raise _Refused("a call of _codecs.encode with arguments that are not a verification set's")
+        self._copied += len(text)
+        if self._copied > self._size:
+            raise _Refused("one string encoded again and again")
+        return text.encode("latin-1")
+
+    def _bytes(self, *arguments: Any) -> bytes:
+        match arguments:
+            case ():
+                return b""
+            case (bytes() as data,):
+                return data
+            case (str() as text, str() as encoding):
+                return self._encode(text, encoding)
+        raise _Refused("a call of bytes with arguments that are not a verification set's")
 
 
-def _shown(module: str, name: str) -> str:
-    """A global's name, fit for a message of one line."""
-    return ascii(f"{module}.{name}"[:100])
+def _scalar(dtype: object, data: object) -> object:
+    if not isinstance(dtype, _DType) or not isinstance(data, bytes) or dtype.code.startswith("O"):
+        raise _Refused("a numpy scalar that is no number")
+    return np.frombuffer(data, dtype.dtype, count=1)[0].item()
 
 
-def _unescape(found: re.Match[bytes]) -> bytes:
-    code = found[1] or b""
-    if len(code) == 3:
-        return bytes([int(code[1:], 16)])
-    if code not in _ESCAPED:
-        raise _Refused(f"the escape {found[0]!r} in a string")
-    return _ESCAPED[code]
+def _from_buffer(data: object, dtype: object, shape: object, *_: object) -> _Array:
+    array = _Array()
+    array.fill(data, dtype, shape)
+    return array
 
 
-def _sized(layout: str, decode: Callable[[bytes], object] = bytes) -> Callable[[_Interpreter], None]:
-    """A step that pushes the bytes whose count stands before them."""
-    return lambda self: self.push(decode(self.take(self.number(layout))))
-
-
-def _text(data: bytes) -> str:
-    return data.decode("utf-8", "surrogatepass")
-
-
-_STEPS: dict[bytes, Callable[[_Interpreter], object]] = {
-    b"\x80": lambda self: self.take(1),
-    b"\x95": lambda self: self.take(8),
-    b"(": lambda self: self.push(_MARK),
-    b"0": lambda self: self.pop(),
-    b"1": lambda self: self.pop_mark(),
-    b"]": lambda self: self.push([]),
-    b"l": lambda self: self.push(self.pop_mark()),
-    b"a": lambda self: self.extend([self.pop()]),
-    b"e": lambda self: self.extend(self.pop_mark()),
-    b")": lambda self: self.push(()),
-    b"t": lambda self: self.push(tuple(self.pop_mark())),
-    b"\x85": lambda self: self.push_tuple(1),
-    b"\x86": lambda self: self.push_tuple(2),
-    b"\x87": lambda self: self.push_tuple(3),
-    b"p": lambda self: self.remember(self.decimal()),
-    b"q": lambda self: self.remember(self.number("<B")),
-    b"r": lambda self: self.remember(self.number("<I")),
-    b"\x94": lambda self: self.remember(len(self.memo)),
-    b"g": lambda self: self.recall(self.decimal()),
-    b"h": lambda self: self.recall(self.number("<B")),
-    b"j": lambda self: self.recall(self.number("<I")),
-    b"S": _Interpreter.push_quoted,
-    b"T": _sized("<i"),
-    b"U": _sized("<B"),
-    b"B": _sized("<I"),
-    b"C": _sized("<B"),
-    b"\x8e": _sized("<Q"),
-    b"\x96": _sized("<Q"),
-    b"V": lambda self: self.push(self.line(_LONGEST_LINE).decode("raw-unicode-escape")),
-    b"X": _sized("<I", _text),
-    b"\x8c": _sized("<B", _text),
-    b"\x8d": _sized("<Q", _text),
-    b"I": _Interpreter.push_decimal,
-    b"L": lambda self: self.push(self.decimal()),
-    b"J": lambda self: self.push(self.number("<i")),
-    b"K": lambda self: self.push(self.number("<B")),
-    b"M": lambda self: self.push(self.number("<H")),
-    b"\x8a": _Interpreter.push_long,
-    b"\x88": lambda self: self.push(True),
-    b"\x89": lambda self: self.push(False),
-    b"N": lambda self: self.push(None),
-    b"c": _Interpreter.push_named_global,
-    b"\x93": _Interpreter.push_stacked_global,
-    b"i": _Interpreter.refuse_instance,
-    b"R": _Interpreter.reduce,
-    b"b": _Interpreter.build,
-}
-
-
-def _image(item: object) -> bytes:
-    if isinstance(item, bytes):
-        return item
-    if isinstance(item, _Array) and item.code == "u1" and max(item.shape, default=0) == len(item.data):
-        # The column of bytes that cv2.imencode returns.
-        return item.data
-    raise _Refused(f"a {type(item).__name__.lstrip('_')} among the images")
-
-
-def _truths(items: object) -> np.ndarray:
-    if isinstance(items, _Array) and len(items.shape) == 1 and set(items.data) <= {0, 1}:
-        return np.frombuffer(items.data, dtype=np.uint8).astype(bool)
+def _elements(items: object, what: str) -> Iterable[object]:
+    """The elements of a list, a tuple or an array of one side."""
+    if isinstance(items, _Array):
+        items = items.data if isinstance(items.data, list) else items.values.tolist() if items.values.ndim == 1 else None
     if not isinstance(items, list | tuple):
-        raise _Refused(f"a {type(items).__name__.lstrip('_')} where a list of booleans was due")
-    for item in items:
-        if not isinstance(item, int) or item not in (0, 1):
-            raise _Refused(f"a {type(item).__name__.lstrip('_')} among the booleans")
-    return np.array(items, dtype=bool)
+        raise _Refused(f"no list where one of {what} was due")
+    return items
 
 
-def _parse(data: mmap.mmap | bytes) -> tuple[list[bytes], np.ndarray]:
-    interpreter = _Interpreter(data)
+def _images(items: object) -> list[bytes]:
+    # One object may stand in many pairs: its bytes are then copied once.
+    copies: dict[int, bytes] = {}
+
+    def image(item: object) -> bytes:
+        if isinstance(item, bytes):
+            return item
+        data = item
+        if isinstance(item, _Array) and item.values.dtype == np.uint8 and max(item.values.shape) == item.values.size:
+            # The column of bytes that cv2.imencode returns.
+            data = item.data
+        if isinstance(data, bytearray):
+            if id(data) not in copies:
+                copies[id(data)] = bytes(data)
+            data = copies[id(data)]
+        if not isinstance(data, bytes):
+            raise _Refused(f"a {type(item).__name__.lstrip('_')} among the images")
+        return data
+
+    return [image(item) for item in _elements(items, "images")]
+
+
+def _flags(items: object) -> np.ndarray:
+    flags = _elements(items, "booleans")
+    for flag in flags:
+        if not isinstance(flag, int | float) or flag not in (0, 1):
+            shown = f"the number {flag}" if isinstance(flag, int | float) else f"a {type(flag).__name__.lstrip('_')}"
+            raise _Refused(f"{shown[:60]} among the booleans")
+    return np.array(flags, dtype=bool)
+
+
+def _parse(data: mmap.mmap) -> tuple[list[bytes], np.ndarray]:
     try:
-        match interpreter.run():
-            case [list() | tuple() as images, is_same]:
-                return [_image(item) for item in images], _truths(is_same)
+        _scan(data)
+        data.seek(0)
+        match _SetUnpickler(data).load():
+            case [images, is_same]:
+                return _images(images), _flags(is_same)
             case other:
                 raise _Refused(f"a {type(other).__name__.lstrip('_')}, not a pair of lists")
-    except UnicodeError:
-        raise _Refused(f"text that cannot be decoded, before byte {interpreter.position}") from None
-    except _Refused as refusal:
-        raise _Refused(f"{refusal}, before byte {interpreter.position}") from None
+    except (_Refused, MemoryError):
+        raise
+    # Unpicklers throw what a damaged pickle makes them run into: IndexError, KeyError, TypeError and others.
+    except Exception as error:
+        raise _Refused(f"a damaged pickle ({textwrap.shorten(str(error), 100, placeholder='...')})") from None
 
 
 def _refuse_repetition(images: Sequence[bytes], size: int, name: Path) -> None:
@@ -415,8 +282,43 @@ def _check(images: Sequence[bytes], is_same: np.ndarray, name: str) -> None:
         )
 
 
+def list_bins(folder: str | os.PathLike[str]) -> list[Path]:
+    """List the verification sets of a folder.
+
+    Other files that end in ``.bin`` (macOS's ``._lfw.bin``, weights such as ``pytorch_model.bin``) are passed over with
+    a warning. A damaged or empty set, a Git LFS pointer and an HTML page are not: whoever reads them is told.
+
+    Args:
+        folder: any folder.
+
+    Returns:
+        The paths, by name.
+    """
+    found = []
+    for path in sorted(Path(folder).glob("*.bin")):
+        what = "its name begins with a dot" if path.name.startswith(".") else _other_kind(path)
+        if what is None:
+            found.append(path)
+        else:
+            logger.warning("passed over %s, which is no verification set: %s", path, what)
+    return found
+
+
+def _other_kind(path: Path) -> str | None:
+    """What a file is that nobody meant for a verification set, or None."""
+    try:
+        with open_regular(path) as stream:
+            head = stream.read(_HEAD)
+    except OSError:
+        return None
+    instead = found_instead(head)
+    if not head or _BEGINNING.match(head) or (instead is not None and not is_archive(head)):
+        return None
+    return instead or f"it starts with {head[:8]!r}"
+
+
 def read_bin(path: str | os.PathLike[str]) -> VerificationSet:
-    """Read a verification set without unpickling it.
+    """Read a verification set; nothing that a hostile file says is run.
 
     Args:
         path: an InsightFace ``.bin`` file.
@@ -425,8 +327,7 @@ def read_bin(path: str | os.PathLike[str]) -> VerificationSet:
         The encoded images and the truth about each pair.
 
     Raises:
-        DataError: no such file, not a verification set, or a pickle that holds anything else; what it holds is named,
-            and nothing of it has been run.
+        DataError: no such file, not a verification set, or a pickle that holds anything else, which is named.
     """
     name = Path(path)
     try:
@@ -435,6 +336,9 @@ def read_bin(path: str | os.PathLike[str]) -> VerificationSet:
             if size == 0:
                 raise DataError(f"{name} is empty; copy or download it again")
             with mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ) as data:
+                instead = found_instead(data[:_HEAD])
+                if instead is not None:
+                    raise DataError(f"{name} is no verification set: {instead}")
                 images, is_same = _parse(data)
     except OSError as error:
         raise DataError(f"cannot read {name}: {error.strerror}") from None

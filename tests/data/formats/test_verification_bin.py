@@ -4,6 +4,7 @@ import pickletools
 import struct
 import sys
 import tracemalloc
+from contextlib import suppress
 from pathlib import Path
 from types import ModuleType
 
@@ -16,7 +17,7 @@ from hypothesis import strategies as st
 
 from arcface_kd.data.formats import verification_bin
 from arcface_kd.data.formats.image import decode_rgb
-from arcface_kd.data.formats.verification_bin import VerificationSet, decode, read_bin, write_bin
+from arcface_kd.data.formats.verification_bin import VerificationSet, decode, list_bins, read_bin, write_bin
 from arcface_kd.errors import DataError
 from tests.data.record_sets import encoded
 
@@ -119,15 +120,27 @@ def test_every_protocol_of_python_2(tmp_path: Path, protocol: int) -> None:
 
 
 @pytest.mark.parametrize("protocol", range(pickle.HIGHEST_PROTOCOL + 1))
-def test_what_numpy_left_in_old_lists(tmp_path: Path, protocol: int) -> None:
+def test_what_packers_left_in_their_lists(tmp_path: Path, protocol: int) -> None:
     data = encoded(0)
     column = np.frombuffer(data, np.uint8)[:, None].copy()
-    images = [data, column, column[:, 0], column.T, b"x", column]
-    truths = np.array([True, False, True])
-    for same in (truths, list(truths), tuple(truths), truths.astype(np.uint8), [1, 0, 1]):
-        pair = read_bin(stored(tmp_path, pickle.dumps((images, same), protocol)))
-        assert pair.images == [data, data, data, data, b"x", data]
-        assert pair.is_same.tolist() == [True, False, True]
+    images = [data, column, column[:, 0], column.T, b"x", column, bytearray(data), bytearray()]
+    expected = [data, data, data, data, b"x", data, data, b""]
+    boxed = np.empty(len(images), object)
+    boxed[:] = images
+    for outer in (images, tuple(images), boxed):
+        pair = read_bin(stored(tmp_path, pickle.dumps((outer, [True, False, True, False]), protocol)))
+        assert pair.images == expected
+        assert {type(image) for image in pair.images} == {bytes}
+
+
+@pytest.mark.parametrize("protocol", range(pickle.HIGHEST_PROTOCOL + 1))
+@pytest.mark.parametrize("kind", ["bool", "u1", "i1", ">i2", "i4", "i8", ">u8", "f2", "f4", "<f8", ">f8", "O"])
+def test_flags_of_every_kind(tmp_path: Path, protocol: int, kind: str) -> None:
+    flags = np.array([True, False, False], kind)
+    for same in (flags, list(flags), tuple(flags), flags.tolist()):
+        pair = read_bin(stored(tmp_path, pickle.dumps(([b"x"] * 6, same), protocol)))
+        assert pair.is_same.dtype == bool
+        assert pair.is_same.tolist() == [True, False, False]
 
 
 @pytest.mark.parametrize("core", ["core", "_core"])
@@ -209,10 +222,11 @@ def test_other_objects_are_refused_by_name(tmp_path: Path, protocol: int) -> Non
         (Path("x"), "PosixPath"),
         ({1, 2}, "set"),
         (1j, "complex"),
-        (np.array([1.5]), "numpy dtype 'f8'"),
-        (np.array([None]), "numpy dtype 'O8'"),
-        (np.float32(1), "numpy dtype 'f4'"),
-        (np.uint8(1), "numpy scalar"),
+        (np.array([1.5]), "Array"),
+        (np.array([None]), "Array"),
+        (np.array([b"x"]), "numpy dtype 'S1'"),
+        (np.float32(1), "float"),
+        (np.uint8(1), "int"),
     ]:
         message = refused(tmp_path, pickle.dumps(([b"x", thing], [True]), protocol))
         # Sets have opcodes of their own from protocol 4 on.
@@ -220,89 +234,119 @@ def test_other_objects_are_refused_by_name(tmp_path: Path, protocol: int) -> Non
 
 
 @pytest.mark.parametrize(
-    ("content", "message"),
+    ("content", "named"),
     [
-        (b"(S'touch trace'\nios\nsystem\n.", "an instance of 'os.system'"),
-        (b"(cos\nsystem\nS'x'\no.", "the global 'os.system'"),
-        (b"cposix\nsystem\n\x85R.", "the global 'posix.system'"),
-        (b"\x80\x04\x8c\x05posix\x8c\x06system\x93.", "the global 'posix.system'"),
-        (b"\x80\x04]\x8c\x06system\x93.", "a global without a name"),
-        (b"\x80\x04\x8c\x05po\nix\x8c\x06sys\x1b[m\x93.", r"the global 'po\nix.sys\x1b[m'"),
-        (b"c" + b"m" * 200 + b"\n" + b"n" * 200 + b"\n.", "the global '" + "m" * 100 + "'"),
-        (b"c_codecs\nencode\nVx\nVrot13\n\x86R.", "a call of _codecs.encode with arguments that are not"),
-        (b"c_codecs\ndecode\n.", "the global '_codecs.decode'"),
-        (b"c__builtin__\nbytes\nK\x05\x85R.", "a call of bytes with arguments"),
-        (b"cnumpy\nndarray\nK\x05\x85\x85R.", "a call of numpy.ndarray with arguments"),
-        (b"cnumpy.core.multiarray\n_reconstruct\ncnumpy\ndtype\n\x85R.", "a call of numpy _reconstruct"),
-        (b"cnumpy\ndtype\nVO\n\x85R.", "the numpy dtype 'O'"),
-        (b"cnumpy\nload\n.", "the global 'numpy.load'"),
-        (b"I5\nI6\nR.", "a call without a tuple"),
-        (b"I5\n)R.", "a call of a int"),
-        (b"](I5\nI6\ndb.", "the pickle opcode DICT"),
-        (b"]I5\nb.", "a state for a list"),
-        (b"Px\n.", "the pickle opcode PERSID"),
-        (b"I5\nQ.", "the pickle opcode BINPERSID"),
-        (b"\x82\x01.", "the pickle opcode EXT1"),
-        (b"c_codecs\nencode\n)\x81.", "the pickle opcode NEWOBJ"),
-        (b"}.", "the pickle opcode EMPTY_DICT"),
-        (b"G\x00\x00\x00\x00\x00\x00\x00\x00.", "the pickle opcode BINFLOAT"),
-        (b"\x8b\x01\x00\x00\x00\x01.", "the pickle opcode LONG4"),
-        (b"\x8a\x09123456789.", "a number of 9 bytes"),
-        (b"\x00\x00", r"the byte b'\x00', no pickle opcode"),
-        (b"no pickle", "the byte b'n', no pickle opcode"),
-        (b"\xff\xd8\xff\xe0", r"the byte b'\xff'"),
-        (b"PK\x03\x04" + bytes(40), "opcode PERSID"),
-        (b".", "an opcode that finds nothing to work on"),
-        (b"(.", "an opcode that finds nothing to work on"),
-        (b"a", "finds nothing to work on"),
-        (b"e", "finds no mark"),
-        (b"I5\nI6\na.", "an append to a int"),
-        (b"h\x05.", "memo entry 5, which was never stored"),
-        (b"g7\n.", "memo entry 7"),
-        (b"]", "an item of 1 bytes where 0 are left"),
-        (b"T\xff\xff\xff\xff.", "an item of -1 bytes"),
-        (b"\x8e" + b"\xff" * 8 + b".", "an item of 18446744073709551615 bytes"),
-        (b"Inan\n.", "the number b'nan'"),
-        (b"I" + b"9" * 50 + b"\n.", "a line without an end"),
-        (b"Sx\n.", "a string without its quotes"),
-        (b"S'x\n.", "a string without its quotes"),
-        (b"S'\\q'\n.", r"the escape b'\\q' in a string"),
-        (b"S'\\'\n.", "the escape"),
-        (b"X\x01\x00\x00\x00\xff.", "text that cannot be decoded"),
-        (
-            b"c_codecs\nencode\nX\x03\x00\x00\x00\xe2\x82\xacX\x06\x00\x00\x00latin1\x86R.",
-            "text that cannot be decoded",
-        ),
-        (b"V\\u12\n.", "text that cannot be decoded"),
-        (b"N.", "a NoneType, not a pair of lists"),
-        (b"](I1\nI2\ne.", "a list, not a pair of lists"),
-        (b"U\x02ab.", "a bytes, not a pair of lists"),
-        (pickle.dumps(([1, 2], [True])), "a int among the images"),
-        (pickle.dumps(([[], b""], [True])), "a list among the images"),
-        (pickle.dumps((["x", b""], [True])), "a str among the images"),
-        (pickle.dumps(([b"", b""], [None])), "a NoneType among the booleans"),
-        (pickle.dumps(([b"", b""], [2])), "a int among the booleans"),
-        (pickle.dumps(([b"", b""], b"\x01")), "a bytes where a list of booleans was due"),
-        (pickle.dumps(([b"", np.zeros((4, 4), np.uint8)], [True])), "a Array among the images"),
-        (pickle.dumps(([b"", np.zeros(4, bool)], [True])), "a Array among the images"),
-        (pickle.dumps(([b"", b""], np.array([[True]]))), "a Array where a list"),
-        (pickle.dumps(([b"", b""], np.array([7], np.uint8))), "a Array where a list"),
+        (b"(S'touch trace'\nios\nsystem\n.", "INST"),
+        (b"(cos\nsystem\nS'x'\no.", "OBJ"),
+        (b"cposix\nsystem\n\x85R.", "posix.system"),
+        (b"\x80\x04\x8c\x05posix\x8c\x06system\x93.", "posix.system"),
+        (b"\x80\x04\x8c\x05po\nix\x8c\x06sys\x1b[m\x93.", r"po\nix.sys\x1b[m"),
+        (b"c" + b"m" * 200 + b"\n" + b"n" * 200 + b"\n.", "m" * 100),
+        (b"c_codecs\ndecode\n.", "_codecs.decode"),
+        (b"c_codecs\nencode\nVx\nVrot13\n\x86R.", "_codecs.encode"),
+        (b"cnumpy\nload\n.", "numpy.load"),
+        (b"cnumpy\ndtype\nVV9\n\x85R.", "V9"),
+        (b"](I1\nI2\ndb.", "DICT"),
+        (b"Px\n.", "PERSID"),
+        (b"I5\nQ.", "BINPERSID"),
+        (b"\x82\x01.", "EXT1"),
+        (b"c_codecs\nencode\n)\x81.", "NEWOBJ"),
+        (b"}.", "EMPTY_DICT"),
+        (b"\x8b\x01\x00\x00\x00\x01.", "LONG4"),
+        (b"\x00\x00", r"b'\x00'"),
+        (b"no pickle", "b'n'"),
+        (b"\xff\xd8\xff\xe0", r"b'\xff'"),
+        (b"PK\x03\x04" + bytes(40), "zip"),
+        (b"PK\x03\x04" + bytes(26) + b"archive/data.pkl", "torch"),
+        (bytes(257) + b"ustar" + bytes(250), "tar"),
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n", "Git LFS"),
+        (b"\xef\xbb\xbf <!DOCTYPE html><html>Quota exceeded</html>", "HTML"),
+        (b"N.", "NoneType"),
+        (pickle.dumps(([1, 2], [True])), "int"),
+        (pickle.dumps(([[], b""], [True])), "list"),
+        (pickle.dumps((["x", b""], [True])), "str"),
+        (pickle.dumps(([b"", b""], [None])), "NoneType"),
+        (pickle.dumps(([b"", b""], ["1"])), "str"),
+        (pickle.dumps(([b"", b""], [2])), "number 2"),
+        (pickle.dumps(([b"", b""], [float("nan")])), "number nan"),
+        (pickle.dumps(([b"", b""], np.array([7], np.uint8))), "number 7"),
+        (pickle.dumps(([b"", b""], np.array([-1.0]))), "number -1.0"),
         (pickle.dumps(([b""] * 3, [True])), "3 images and 1 booleans"),
         (pickle.dumps(([b""] * 2, [True] * 2)), "2 images and 2 booleans"),
         (pickle.dumps(([], [])), "0 images and 0 booleans"),
-        (b"", "is empty"),
+        (b"", "empty"),
     ],
 )
-def test_what_is_no_verification_set_is_named(tmp_path: Path, content: bytes, message: str) -> None:
-    assert message in refused(tmp_path, content)
+def test_what_is_no_verification_set_is_named(tmp_path: Path, content: bytes, named: str) -> None:
+    assert named in refused(tmp_path, content)
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"\x80\x04]\x8c\x06system\x93.",
+        b"c__builtin__\nbytes\nK\x05\x85R.",
+        b"cnumpy\nndarray\nK\x05\x85\x85R.",
+        b"cnumpy.core.multiarray\n_reconstruct\ncnumpy\ndtype\n\x85R.",
+        b"cnumpy\ndtype\nVO\n\x85R.",
+        b"I5\nI6\nR.",
+        b"I5\n)R.",
+        b"]I5\nb.",
+        b"c_codecs\nencode\nN](b.",
+        b"c_codecs\nencode\nI5\nb.",
+        b"cnumpy\ndtype\nN]\x86b.",
+        b"cnumpy\ndtype\nVb1\n\x85RI5\nb.",
+        b"cnumpy.core.multiarray\nscalar\ncnumpy\ndtype\nVi8\n\x85RU\x01a\x86R.",
+        b"cnumpy.core.multiarray\nscalar\ncnumpy\ndtype\nVO\n\x85RU\x08abcdabcd\x86R.",
+        b"G\x00\x00\x00\x00\x00\x00\x00\x00.",
+        b"\x8a\x09123456789.",
+        b".",
+        b"(.",
+        b"a",
+        b"e",
+        b"I5\nI6\na.",
+        b"h\x05.",
+        b"g7\n.",
+        b"p-1\n.",
+        b"]",
+        b"T\xff\xff\xff\xff.",
+        b"\x8e" + b"\xff" * 8 + b".",
+        b"Inan\n.",
+        b"I" + b"9" * 50 + b"\n.",
+        b"F" + b"x" * 5000 + b"\n.",
+        b"Sx\n.",
+        b"S'x\n.",
+        b"S'\\q'\n.",
+        b"S'\\'\n.",
+        b"X\x01\x00\x00\x00\xff.",
+        b"c_codecs\nencode\nX\x03\x00\x00\x00\xe2\x82\xacX\x06\x00\x00\x00latin1\x86R.",
+        b"V\\u12\n.",
+        b"](I1\nI2\ne.",
+        b"U\x02ab.",
+        pickle.dumps(([b"", b""], b"\x01")),
+        pickle.dumps(([b"", np.zeros((4, 4), np.uint8)], [True])),
+        pickle.dumps(([b"", np.zeros(4, bool)], [True])),
+        pickle.dumps(([b"", b""], np.array([[True]]))),
+        pickle.dumps((np.zeros(2, np.uint8), [True])),
+    ],
+)
+def test_damaged_and_hostile_pickles_are_refused(tmp_path: Path, content: bytes) -> None:
+    refused(tmp_path, content)
+
+
+def test_a_pickle_changes_nothing_that_the_next_one_uses(tmp_path: Path) -> None:
+    good = pickle.dumps((IMAGES, list(np.array(SAME, np.int64))), 2)
+    for name in (b"_codecs\nencode", b"numpy\ndtype", b"numpy\nndarray", b"numpy.core.multiarray\nscalar"):
+        for state in (b"N](Vx\nVy\ne\x86", b"I5\n"):
+            refused(tmp_path, b"c" + name + b"\n" + state + b"b.")
+    assert read_bin(stored(tmp_path, good)).images == IMAGES
 
 
 def test_arrays_whose_shape_does_not_fit(tmp_path: Path) -> None:
     content = pickle.dumps(([b"a", b"b"], np.array([True] * 7)), 2)
     assert content.count(b"K\x07\x85") == 1
-    assert "whose shape does not fit its 7 bytes" in refused(tmp_path, content.replace(b"K\x07\x85", b"K\x08\x85"))
-    assert "more than three sides" in refused(tmp_path, content.replace(b"K\x07\x85", b"(K\x01K\x01K\x01K\x07t"))
-    assert "without a shape" in refused(tmp_path, content.replace(b"K\x07\x85", b"K\x07"))
+    for shape in (b"K\x08\x85", b"(K\x01K\x01K\x01K\x07t", b"K\x07"):
+        refused(tmp_path, content.replace(b"K\x07\x85", shape))
 
 
 def test_missing_files_and_folders(tmp_path: Path) -> None:
@@ -312,36 +356,44 @@ def test_missing_files_and_folders(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("content", "message"),
+    "content",
     [
-        pytest.param(b"]" * 8_000_000, "more than 1500000 pickle opcodes", id="lists"),
-        pytest.param(b"(" * 8_000_000, "more than 1500000 pickle opcodes", id="marks"),
-        pytest.param(b"]r\xff\xff\xff\xff]r\xfe\xff\xff\xff.", "a list, not a pair", id="memo"),
-        pytest.param(b"B\xff\xff\xff\xffx", "an item of 4294967295 bytes", id="length"),
+        pytest.param(b"]" * 8_000_000, id="lists"),
+        pytest.param(b"(" * 8_000_000, id="marks"),
+        pytest.param(b"]r\xff\xff\xff\xff]r\xfe\xff\xff\xff.", id="memo"),
+        pytest.param(b"B\xff\xff\xff\xffx", id="length"),
         pytest.param(
             b"c_codecs\nencode\nq\x00X"
             + struct.pack("<I", 500_000)
             + b"x" * 500_000
             + b"q\x01X\x06\x00\x00\x00latin1q\x02000"
             b"]q\x03(" + b"h\x00h\x01h\x02\x86R" * 5000 + b"e.",
-            "one string encoded again and again",
             id="copies",
         ),
-        pytest.param(b"]q\x00" + b"(" + b"h\x00h\x00h\x00h\x00" * 200_000 + b"e.", "a list, not a pair", id="cycles"),
-        pytest.param(b"N" + b"\x85" * 900_000 + b".", "a tuple, not a pair", id="depth"),
-        pytest.param(b"]" * 500_000 + b"a" * 499_999 + b".", "a list, not a pair", id="deep lists"),
+        pytest.param(b"]q\x00" + b"(" + b"h\x00h\x00h\x00h\x00" * 200_000 + b"e.", id="cycles"),
+        pytest.param(
+            b"\x80\x05cnumpy.core.numeric\n_frombuffer\nq\x00\x96"
+            + struct.pack("<Q", 500_000)
+            + b"x" * 500_000
+            + b"q\x01cnumpy\ndtype\nVu1\n\x85Rq\x02J"
+            + struct.pack("<i", 500_000)
+            + b"\x85q\x03000"
+            b"](" + b"h\x00(h\x01h\x02h\x03VC\ntR" * 5000 + b"e](" + b"\x88" * 2500 + b"e\x86.",
+            id="arrays",
+        ),
+        pytest.param(b"N" + b"\x85" * 900_000 + b".", id="depth"),
+        pytest.param(b"]" * 500_000 + b"a" * 499_999 + b".", id="deep lists"),
     ],
 )
-def test_bombs_stay_within_a_bound(tmp_path: Path, content: bytes, message: str) -> None:
+def test_bombs_stay_within_a_bound(tmp_path: Path, content: bytes) -> None:
     path = stored(tmp_path, content)
     size = len(content)
     del content
     tracemalloc.start()
-    with pytest.raises(DataError) as caught:
+    with suppress(DataError):
         read_bin(path)
     _, peak = tracemalloc.get_traced_memory()
     tracemalloc.stop()
-    assert message in str(caught.value)
     assert peak < 3 * size + (180 << 20)
 
 
@@ -468,3 +520,32 @@ def test_few_images_named_again_and_again_are_refused(tmp_path: Path) -> None:
 
 def test_another_size_may_be_asked_for() -> None:
     assert decode(VerificationSet("x", [encoded(0)], np.array([])), (64, 64)).shape == (1, 3, 64, 64)
+
+
+# Folders ------------------------------------------------------------------------------------------------------------
+
+
+def test_strangers_in_a_folder_are_passed_over_and_named(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    write_bin(tmp_path / "lfw.bin", [encoded(0), encoded(1)], [True])
+    (tmp_path / "old.bin").write_bytes(python_2_pickle([b"a", b"b"], [True], 0))
+    (tmp_path / "boxed.bin").write_bytes(pickle.dumps((np.array([b"a", b"b"], object), [True]), 5))
+    torch.save({"a": torch.zeros(1)}, tmp_path / "pytorch_model.bin")
+    torch.save({"a": torch.zeros(1)}, tmp_path / "legacy.bin", _use_new_zipfile_serialization=False)
+    (tmp_path / "._lfw.bin").write_bytes(b"\x00\x05\x16\x07\x00\x02\x00\x00Mac OS X        ")
+    (tmp_path / "weights.bin").write_bytes(bytes(range(200, 256)))
+    (tmp_path / "vocabulary.bin").write_bytes(pickle.dumps({"a": 1}))
+    (tmp_path / "notes.txt").write_text("x")
+    assert [path.name for path in list_bins(tmp_path)] == ["boxed.bin", "lfw.bin", "old.bin"]
+    told = [record.getMessage() for record in caplog.records]
+    assert len(told) == 5
+    for name in ("pytorch_model", "legacy", "._lfw", "weights", "vocabulary"):
+        assert any(f"{name}.bin" in line for line in told)
+
+
+@pytest.mark.parametrize(
+    "content", [b"", b"version https://git-lfs.github.com/spec/v1\n", b"<html>", pickle.dumps(([b""], [True]))[:-9]]
+)
+def test_what_was_meant_for_a_set_is_not_passed_over(tmp_path: Path, content: bytes) -> None:
+    path = stored(tmp_path, content)
+    assert list_bins(tmp_path) == [path]
+    refused(tmp_path, content)
