@@ -16,6 +16,7 @@ from arcface_kd.backbones import get_backbone
 from arcface_kd.config.arcface_torch import BASE
 from arcface_kd.config.kd import CLASS_MEANS, KDConfig
 from arcface_kd.data.dataset import RecordDataset
+from arcface_kd.data.formats.verification_bin import list_bins, read_bin
 from arcface_kd.distillation.distiller import Distiller
 from arcface_kd.errors import ConfigError, DataError, OnBadRecord
 from arcface_kd.evaluation.report.pictures import require_matplotlib
@@ -258,7 +259,7 @@ def _teacher_config(base: EasyDict, out: Path, stages: _Stages) -> EasyDict:
 def _config_for(data: Path, settings: DemoSettings) -> EasyDict:
     """An arcface_torch config for a student on this data."""
     records = RecordDataset(data, on_bad_record=settings.on_bad_record)
-    targets = sorted(path.stem for path in data.glob("*.bin"))
+    targets = [path.stem for path in list_bins(data)]
     if not targets:
         raise DataError(f"{data} has no verification set (*.bin); the demo's numbers come from held-out identities")
     if records.property is None:
@@ -288,8 +289,6 @@ def _config_for(data: Path, settings: DemoSettings) -> EasyDict:
 def _verify_teacher(
     teacher: Teacher, data: Path, names: Sequence[str], stages: _Stages
 ) -> dict[str, VerificationResult]:
-    from arcface_kd.data.formats.verification_bin import read_bin
-
     stages.next("verifying the teacher")
     return {name: evaluate(teacher, read_bin(data / f"{name}.bin")) for name in names}
 

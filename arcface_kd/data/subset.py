@@ -10,6 +10,7 @@ from typing import NamedTuple
 import numpy as np
 
 from arcface_kd.data.dataset import RecordDataset
+from arcface_kd.data.formats.verification_bin import list_bins
 from arcface_kd.data.pack import refuse_records, write_identities
 from arcface_kd.errors import ConfigError, DataError
 from arcface_kd.system.files import atomic_write, open_regular
@@ -83,7 +84,7 @@ def write_subset(
         raise ConfigError(f"seed is {seed}; it must be in 0 .. {(1 << 32) - 1}")
     source, target = Path(folder), Path(out)
     refuse_records(target)
-    verification_sets = sorted(source.glob("*.bin"))
+    verification_sets = list_bins(source)
     odd = next((path for path in verification_sets if not path.is_file()), None)
     if odd is not None:
         raise DataError(f"{odd} is no file, or a link to none; remove it, or put the verification set there")

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from arcface_kd.data.formats.ijb import IJBSet, is_ijb, read_ijb
-from arcface_kd.data.formats.verification_bin import VerificationSet, decode
+from arcface_kd.data.formats.verification_bin import VerificationSet, decode, list_bins
 from arcface_kd.errors import ConfigError, DataError
 from arcface_kd.evaluation.embedding import embed
 from arcface_kd.evaluation.templates import evaluate_ijb
@@ -104,7 +104,7 @@ def find_sets(folders: Sequence[str | os.PathLike[str]]) -> list[VerificationSet
     """
     found: list[VerificationSet | IJBSet] = []
     for folder in map(Path, folders):
-        bins = [folder] if folder.is_file() else sorted(folder.glob("*.bin"))
+        bins = [folder] if folder.is_file() else list_bins(folder)
         if not bins and not is_ijb(folder):
             met = "holds no set" if folder.is_dir() else "is no folder"
             raise DataError(

@@ -46,7 +46,7 @@ def test_the_seed_decides_and_the_choice_is_fixed_for_good() -> None:
 
 def test_records_of_a_subset(tmp_path: Path) -> None:
     source = write_records(tmp_path / "all", insightface_records([5, 1, 0, 4]))
-    (source / "lfw.bin").write_bytes(b"pairs")
+    (source / "lfw.bin").write_bytes(b"]pairs")
     counts = write_subset(source, tmp_path / "few", images_per_identity=2, seed=3)
     assert counts == (4, 5, 2)
     assert str(counts) == "num_classes=4 num_image=5; 2 identities had no more to give"
@@ -56,7 +56,7 @@ def test_records_of_a_subset(tmp_path: Path) -> None:
     chosen = choose_images(whole.labels(), 2, 3)
     assert [few.image_bytes(at) for at in range(5)] == [whole.image_bytes(index) for index in chosen.tolist()]
     assert (tmp_path / "few" / "property").read_text() == "4,112,112\n"
-    assert (tmp_path / "few" / "lfw.bin").read_bytes() == b"pairs"
+    assert (tmp_path / "few" / "lfw.bin").read_bytes() == b"]pairs"
     again = tmp_path / "again"
     write_subset(source, again, images_per_identity=2, seed=3)
     for name in ("train.rec", "train.idx", "property"):
@@ -65,7 +65,7 @@ def test_records_of_a_subset(tmp_path: Path) -> None:
 
 def test_pairs_of_another_disk_are_copied_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     source = write_records(tmp_path / "all", insightface_records([2]))
-    (source / "lfw.bin").write_bytes(b"pairs")
+    (source / "lfw.bin").write_bytes(b"]pairs")
 
     def no_link(*names: object) -> None:
         raise OSError(errno.EXDEV, "Invalid cross-device link")
@@ -76,7 +76,7 @@ def test_pairs_of_another_disk_are_copied_whole_or_not_at_all(tmp_path: Path, mo
 
     monkeypatch.setattr(os, "link", no_link)
     write_subset(source, tmp_path / "few", images_per_identity=1)
-    assert (tmp_path / "few" / "lfw.bin").read_bytes() == b"pairs"
+    assert (tmp_path / "few" / "lfw.bin").read_bytes() == b"]pairs"
     monkeypatch.setattr(shutil, "copyfileobj", full)
     with pytest.raises(DataError, match=r"cannot copy .*No space left"):
         write_subset(source, tmp_path / "none", images_per_identity=1)
@@ -85,11 +85,11 @@ def test_pairs_of_another_disk_are_copied_whole_or_not_at_all(tmp_path: Path, mo
 
 def test_a_link_to_pairs_is_followed(tmp_path: Path) -> None:
     source = write_records(tmp_path / "all", insightface_records([2]))
-    (tmp_path / "lfw").write_bytes(b"pairs")
+    (tmp_path / "lfw").write_bytes(b"]pairs")
     (source / "lfw.bin").symlink_to("../lfw")
     write_subset(source, tmp_path / "deep" / "few", images_per_identity=1)
     assert not (tmp_path / "deep" / "few" / "lfw.bin").is_symlink()
-    assert (tmp_path / "deep" / "few" / "lfw.bin").read_bytes() == b"pairs"
+    assert (tmp_path / "deep" / "few" / "lfw.bin").read_bytes() == b"]pairs"
 
 
 @pytest.mark.parametrize("kind", ["pipe", "folder", "device", "nothing"])

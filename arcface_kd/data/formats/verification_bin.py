@@ -1,10 +1,10 @@
 """InsightFace verification sets: ``.bin`` files, pickles of ``(images, is_same)``.
 
-They come from the internet, and unpickling runs whatever a file says. So a file is gone through twice: first its opcodes
-are read and nothing is built, which bounds what the second time can cost; then the standard library's ``Unpickler``
-builds it, with ``find_class`` giving stand-ins for the few globals that such files name and refusing all others. Every
-pickle protocol is read, the byte strings of Python 2, and what packers left in their lists: bytearrays, numpy's arrays
-and scalars.
+They come from the internet, and unpickling runs whatever a file says. So a file is read twice. The first time its
+opcodes are checked and nothing is built, which bounds the memory that the second time can take. Then the standard
+library's ``Unpickler`` builds it; ``find_class`` gives stand-ins for the few globals that such files name and refuses
+all others. Every pickle protocol is read, the byte strings of Python 2, and what packers left in their lists:
+bytearrays, numpy's arrays and scalars.
 """
 
 import logging
@@ -27,6 +27,8 @@ from arcface_kd.errors import DataError
 from arcface_kd.system.downloads import found_instead, is_archive
 from arcface_kd.system.files import atomic_write, open_regular
 
+logger = logging.getLogger(__name__)
+
 # An image takes about ten opcodes and some thousand bytes; a file beyond this is built to fill memory with empty lists.
 _FREE_OPCODES = 1_000_000
 _BYTES_PER_OPCODE = 16
@@ -34,14 +36,16 @@ _BYTES_PER_OPCODE = 16
 _FREE_IMAGES = 1 << 16
 _BYTES_PER_IMAGE = 1 << 10
 
-# The opcodes that build lists, tuples, byte strings, texts and numbers, and call a global; see ``pickletools`` for each.
-_OPCODES = frozenset(
+# They build lists, tuples, byte strings, texts and numbers, and call a global; see ``pickletools`` for each.
+_OPCODE_NAMES = (
     "PROTO FRAME STOP MARK POP POP_MARK PUT BINPUT LONG_BINPUT MEMOIZE GET BINGET LONG_BINGET "
     "EMPTY_LIST LIST APPEND APPENDS EMPTY_TUPLE TUPLE TUPLE1 TUPLE2 TUPLE3 "
     "STRING BINSTRING SHORT_BINSTRING BINBYTES SHORT_BINBYTES BINBYTES8 BYTEARRAY8 "
     "UNICODE BINUNICODE SHORT_BINUNICODE BINUNICODE8 "
-    "INT LONG BININT BININT1 BININT2 LONG1 FLOAT BINFLOAT NEWTRUE NEWFALSE NONE GLOBAL STACK_GLOBAL REDUCE BUILD".split()
+    "INT LONG BININT BININT1 BININT2 LONG1 FLOAT BINFLOAT NEWTRUE NEWFALSE NONE GLOBAL STACK_GLOBAL REDUCE BUILD"
 )
+_OPCODES = frozenset(_OPCODE_NAMES.split())
+_KNOWN = {opcode.code.encode("latin-1"): opcode for opcode in pickletools.opcodes}
 _HEAD = 512
 _MEMO_OPCODES = frozenset(("PUT", "BINPUT", "LONG_BINPUT"))
 # What a pickled pair begins with: a tuple's or list's opcode, or the global that makes an array of images.
@@ -77,7 +81,7 @@ def _scan(data: mmap.mmap) -> None:
     most = _FREE_OPCODES + len(data) // _BYTES_PER_OPCODE
     for _ in range(most):
         code = data.read(1)
-        opcode = pickletools.code2op.get(code.decode("latin-1"))
+        opcode = _KNOWN.get(code)
         if opcode is None:
             raise _Refused(f"the byte {code!r}, no pickle opcode" if code else "a pickle without an end")
         if opcode.name not in _OPCODES:
@@ -157,7 +161,7 @@ class _SetUnpickler(pickle.Unpickler):
 
     def __init__(self, data: mmap.mmap) -> None:
         # Python 2's strings are the images of the oldest sets.
-        super().__init__(data, encoding="bytes")  # type: ignore[arg-type]
+        super().__init__(data, encoding="bytes")
         self._size = len(data)
         self._copied = 0
 
@@ -176,7 +180,7 @@ class _SetUnpickler(pickle.Unpickler):
                 return _Global(_scalar)
             case "numpy.core.numeric", "_frombuffer":
                 return _Global(_from_buffer)
-        raise _Refused(f"the global {ascii(f'{module}.{name}'[:100])}")
+        raise _Refused(f"the global {f'{module}.{name}'[:100]!a}")
 
     def _encode(self, text: str, encoding: str) -> bytes:
         if not isinstance(text, str) or encoding not in ("latin1", "latin-1"):
@@ -212,7 +216,9 @@ def _from_buffer(data: object, dtype: object, shape: object, *_: object) -> _Arr
 def _elements(items: object, what: str) -> Iterable[object]:
     """The elements of a list, a tuple or an array of one side."""
     if isinstance(items, _Array):
-        items = items.data if isinstance(items.data, list) else items.values.tolist() if items.values.ndim == 1 else None
+        items = (
+            items.data if isinstance(items.data, list) else items.values.tolist() if items.values.ndim == 1 else None
+        )
     if not isinstance(items, list | tuple):
         raise _Refused(f"no list where one of {what} was due")
     return items
@@ -262,7 +268,8 @@ def _parse(data: mmap.mmap) -> tuple[list[bytes], np.ndarray]:
         raise
     # Unpicklers throw what a damaged pickle makes them run into: IndexError, KeyError, TypeError and others.
     except Exception as error:
-        raise _Refused(f"a damaged pickle ({textwrap.shorten(str(error), 100, placeholder='...')})") from None
+        what = textwrap.shorten(str(error), 100, placeholder="...").encode("unicode_escape").decode()
+        raise _Refused(f"a damaged pickle ({what})") from None
 
 
 def _refuse_repetition(images: Sequence[bytes], size: int, name: Path) -> None:

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from torch import nn
 
 from arcface_kd.data.formats.pair_identities import PairIdentities, pair_identities
-from arcface_kd.data.formats.verification_bin import VerificationSet, decode
+from arcface_kd.data.formats.verification_bin import VerificationSet, decode, list_bins
 from arcface_kd.errors import DataError
 from arcface_kd.evaluation.embedding import embed
 from arcface_kd.evaluation.report.bootstrap import REPLICATES, Interval, bootstrap, interval, tar_name
@@ -191,7 +191,7 @@ def verification_files(data: str | os.PathLike[str]) -> list[Path]:
     folder = Path(data)
     if not folder.is_dir():
         raise DataError(f"{folder} is no folder; give the one with the verification sets (*.bin) with --data")
-    files = sorted(folder.glob("*.bin"))
+    files = list_bins(folder)
     if not files:
         raise DataError(f"{folder} holds no verification set (*.bin); give the folder that does with --data")
     return files
