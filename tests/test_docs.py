@@ -114,7 +114,7 @@ def test_a_dead_link_would_be_seen(tmp_path: Path) -> None:
 
 
 def test_no_kind_of_block_is_left_out() -> None:
-    assert {language for _, language, _ in BLOCKS} <= {"bash", "python", "text"}
+    assert {language for _, language, _ in BLOCKS} <= {"bash", "mermaid", "python", "text"}
 
 
 @pytest.mark.parametrize(("page", "block"), [(page, block) for page, kind, block in BLOCKS if kind == "python"])

@@ -62,7 +62,7 @@ def test_a_host_command_is_understood(command: list[str]) -> None:
 
 def test_no_kind_of_block_is_left_out() -> None:
     assert {language for language, _ in BLOCKS} <= {"bash", "python", "text"}
-    assert {command[0] for command in COMMANDS} <= {"make", "arcface-kd", "torchrun", "cp", "cd"}
+    assert {command[0] for command in COMMANDS} <= {"make", "arcface-kd", "torchrun", "cp", "cd", "python3", "pip", "."}
     for command in COMMANDS:
         if command[0] == "cp":
             assert (ROOT / command[1]).is_file()
@@ -94,7 +94,7 @@ def test_a_train_command_runs(command: list[str], tmp_path: Path, monkeypatch: p
 def test_the_patch_command_runs_on_the_host(arcface_torch: Path, tmp_path: Path) -> None:
     checkout = tmp_path / "arcface_torch"
     shutil.copytree(arcface_torch, checkout)
-    (patch,) = [c for c in COMMANDS if c[:2] == ["arcface-kd", "patch"]]
+    patch = next(c for c in COMMANDS if c[:2] == ["arcface-kd", "patch"])
     assert main([str(checkout) if "PATH/TO" in word else word for word in patch[1:]]) == 0
     assert "--kd" in (checkout / "train_v2.py").read_text() or "add_arguments" in (checkout / "train_v2.py").read_text()
     assert os.environ["ARCFACE_TORCH"]
