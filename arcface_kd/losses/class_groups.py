@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from arcface_kd.distributed.ranks import RankGroup
-from arcface_kd.losses.margin_softmax import VisitedClasses
+from arcface_kd.losses.class_weights import VisitedClasses
 from arcface_kd.losses.sharded_logits import slices
 
 _BINS = 2048

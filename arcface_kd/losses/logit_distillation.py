@@ -31,8 +31,9 @@ from torch.nn.functional import logsigmoid
 
 from arcface_kd.distributed.ranks import RankGroup
 from arcface_kd.losses.class_groups import GroupRule, RankedLogits
+from arcface_kd.losses.class_weights import ClassWeights, inverse_norm, visited_classes
 from arcface_kd.losses.margin import Margin
-from arcface_kd.losses.margin_softmax import chunk_size, inverse_norm, through_normalisation, visited_classes
+from arcface_kd.losses.margin_softmax import chunk_size, through_normalisation
 from arcface_kd.losses.sharded_logits import ShardedLogits, gradients_through_cosines, pass_size, sharded_logits, slices
 
 RankedBy = Literal["student", "teacher"]
@@ -272,10 +273,8 @@ class _LogitDistillation(torch.autograd.Function):
         ctx: Any,
         embeddings: Tensor,
         centers: Tensor,
-        inverse_norms: Tensor | None,
         labels: Tensor,
-        index: Tensor | None,
-        class_start: int,
+        weights: ClassWeights,
         teacher: ShardedLogits,
         setting: _Setting,
     ) -> tuple[Tensor, ...]:
@@ -283,7 +282,7 @@ class _LogitDistillation(torch.autograd.Function):
         raw = embeddings.to(_format_of_sums(embeddings))
         inverse = inverse_norm(raw).unsqueeze(1)
         unit = raw * inverse
-        classes = visited_classes(centers, inverse_norms, labels, class_start, index)
+        classes = visited_classes(weights, labels)
         factor = margin.scale / temperature
         student = sharded_logits(unit, classes, factor, setting.chunk, setting.product_dtype)
         passes = _Passes(student, teacher, setting)
@@ -370,8 +369,8 @@ class _LogitDistillation(torch.autograd.Function):
             slope=slope,
             kd_slope=kd_slope,
         )
-        ctx.save_for_backward(unit, inverse, centers, inverse_norms, labels, index, *student[:3], *teacher[:3], *rows)
-        ctx.settings = (class_start, setting, embeddings.dtype)
+        ctx.save_for_backward(unit, inverse, labels, *weights.tensors(), *student[:3], *teacher[:3], *rows)
+        ctx.settings = (weights, setting, embeddings.dtype)
         # A term that nobody differentiates costs nothing in the backward pass.
         ctx.set_materialize_grads(False)
         observed = (
@@ -387,13 +386,13 @@ class _LogitDistillation(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
-        class_start, setting, embedding_dtype = ctx.settings
-        unit, inverse, centers, inverse_norms, labels, index, *saved = ctx.saved_tensors
+        weights, setting, embedding_dtype = ctx.settings
+        unit, inverse, labels, centers, inverse_norms, index, *saved = ctx.saved_tensors
         factor = setting.margin.scale / setting.temperature
         student = ShardedLogits(saved[0], saved[1], saved[2], factor)
         teacher = ShardedLogits(saved[3], saved[4], saved[5], factor)
         rows = _Rows(*saved[6:])
-        classes = visited_classes(centers, inverse_norms, labels, class_start, index)
+        classes = visited_classes(weights.with_tensors(centers, inverse_norms, index), labels)
         upstream = _Upstream(*gradients[:4])
         passes = _Passes(student, teacher, setting)
         factors, own_weight = _factors(rows, upstream, setting)
@@ -424,7 +423,7 @@ class _LogitDistillation(torch.autograd.Function):
             pull = through_normalisation(unit * own_weight.unsqueeze(1), own, own_inverse)
             in_centers.index_add_(0, classes.target, pull.to(in_centers.dtype))
         wanted = ctx.needs_input_grad[0]
-        return in_embeddings.to(embedding_dtype) if wanted else None, in_centers, *(None,) * 6
+        return in_embeddings.to(embedding_dtype) if wanted else None, in_centers, *(None,) * 4
 
 
 class _Upstream(NamedTuple):
@@ -499,14 +498,10 @@ def _check_matrices(embeddings: Tensor, centers: Tensor, labels: Tensor, whose: 
 def teacher_logits(
     embeddings: Tensor,
     labels: Tensor,
-    centers: Tensor,
+    weights: ClassWeights,
     scale: float,
     temperature: float,
     *,
-    inverse_norms: Tensor | None = None,
-    class_start: int = 0,
-    index: Tensor | None = None,
-    product_dtype: torch.dtype | None = None,
     chunk: int | None = None,
 ) -> TeacherLogits:
     """The teacher's logits of a gathered batch against this rank's shard of its classifier.
@@ -514,13 +509,9 @@ def teacher_logits(
     Args:
         embeddings: (B, Dt) the teacher's embeddings, any norm. fp64 is computed in fp64, all else in fp32.
         labels: (B,) int64 labels over all classes, negative ones for none.
-        centers: (C, Dt) the rows of the teacher's classifier for this shard's classes, any norm.
+        weights: the teacher's classifier, (C, Dt).
         scale: the logit scale s.
         temperature: T.
-        inverse_norms: (C,) one over each center's norm, where the caller keeps it.
-        class_start: the first class of this shard.
-        index: (K,) sorted positions of the classes that take part, or None for all.
-        product_dtype: number format of the products' factors; None means that of the sums.
         chunk: classes at a time; None chooses by device.
 
     Returns:
@@ -529,30 +520,25 @@ def teacher_logits(
     Raises:
         ValueError: shapes that do not belong together.
     """
-    _check_matrices(embeddings, centers, labels, "teacher")
+    _check_matrices(embeddings, weights.centers, labels, "teacher")
     with torch.autocast(embeddings.device.type, enabled=False):
         raw = embeddings.to(_format_of_sums(embeddings))
         unit = raw * inverse_norm(raw).unsqueeze(1)
-        classes = visited_classes(centers, inverse_norms, labels, class_start, index)
+        classes = visited_classes(weights, labels)
         chunk = chunk or chunk_size(unit.shape[0], unit.device)
-        logits = sharded_logits(unit, classes, scale / temperature, chunk, product_dtype or unit.dtype)
+        logits = sharded_logits(unit, classes, scale / temperature, chunk, weights.product_dtype or unit.dtype)
     return TeacherLogits(logits, temperature)
 
 
 def logit_distillation(
     embeddings: Tensor,
     labels: Tensor,
-    centers: Tensor,
+    weights: ClassWeights,
     teacher: TeacherLogits,
     margin: Margin,
     *,
     grouping: Grouping | None = None,
     logits: Logits = "plain",
-    inverse_norms: Tensor | None = None,
-    class_start: int = 0,
-    index: Tensor | None = None,
-    ranks: RankGroup | None = None,
-    product_dtype: torch.dtype | None = None,
     chunk: int | None = None,
 ) -> Distillation:
     """Margin softmax and distilled logits of a gathered batch against this rank's shard of the student's classes.
@@ -561,7 +547,7 @@ def logit_distillation(
     part, to be summed over ranks. Class centers receive a gradient only where they ask for one: the teacher's own
     classifier, frozen, may stand in for the student's. Nothing reaches the teacher.
 
-    Where only a sample of the classes takes part (``index``), so it does in all terms. The KL of a sample is biased:
+    Where only a sample of the classes takes part, so it does in all terms. The KL of a sample is biased:
     probabilities are renormalised over the classes that were drawn.
 
     The interclass filter of the margin belongs to the cross entropy; logits are distilled as they are.
@@ -572,18 +558,12 @@ def logit_distillation(
     Args:
         embeddings: (B, D) gathered embeddings, any norm. fp64 is computed in fp64, all else in fp32.
         labels: (B,) int64 labels over all classes. A negative label takes its row out of all terms and means.
-        centers: (C, D) class centers of this shard, any norm.
+        weights: this rank's classes of the student.
         teacher: logits of the same rows and classes.
         margin: the margin and the logit scale.
         grouping: Grouped KD's groups; None distils all classes together.
         logits: whether the targets' logits are distilled as they are (``plain``) or with the margin, on both sides
             (``margin``, as Grouped KD's published code does).
-        inverse_norms: (C,) one over each center's norm, where the caller keeps it.
-        class_start: the first class of this shard.
-        index: (K,) int64, sorted positions of the classes that take part, or None for all. Targets take part always.
-        ranks: the ranks that share the classes; None for a single process.
-        product_dtype: number format of the products' factors; sums and exponentials stay in fp32. None means the
-            format of the sums.
         chunk: classes at a time; None chooses by device.
 
     Returns:
@@ -592,8 +572,8 @@ def logit_distillation(
     Raises:
         ValueError: shapes, formats or a temperature that do not belong together.
     """
-    _check_matrices(embeddings, centers, labels, "student")
-    wanted = (centers.shape[0] if index is None else index.shape[0], embeddings.shape[0])
+    _check_matrices(embeddings, weights.centers, labels, "student")
+    wanted = (weights.visited, embeddings.shape[0])
     met = teacher.logits.values
     if met.shape != wanted or met.dtype != _format_of_sums(embeddings):
         raise ValueError(
@@ -606,21 +586,19 @@ def logit_distillation(
         temperature=teacher.temperature,
         grouping=grouping,
         with_margin=logits == "margin",
-        ranks=ranks or RankGroup(alone=True),
+        ranks=weights.ranks,
         chunk=chunk,
         passing=pass_size(chunk, embeddings.shape[0], embeddings.device),
-        product_dtype=product_dtype or _format_of_sums(embeddings),
+        product_dtype=weights.product_dtype or _format_of_sums(embeddings),
     )
     # The products' format is chosen here and nowhere else, so an autocast region around the call must not touch them.
     with torch.autocast(embeddings.device.type, enabled=False):
         return Distillation(
             *_LogitDistillation.apply(
                 embeddings,
-                centers,
-                inverse_norms,
+                weights.centers,
                 labels,
-                None if index is None else index.contiguous(),
-                class_start,
+                weights,
                 teacher.logits,
                 setting,
             )

@@ -19,8 +19,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from arcface_kd.distributed.class_shard import positions_in_shard
 from arcface_kd.distributed.ranks import RankGroup
+from arcface_kd.losses.class_weights import ClassWeights, VisitedClasses, inverse_norm, visited_classes
 from arcface_kd.losses.margin import Margin
 
 # A chunk's logits should stay in the processor's cache on a CPU, and fill the device on a GPU.
@@ -37,58 +37,6 @@ def chunk_size(batch: int, device: torch.device) -> int:
     """Classes in one chunk for a gathered batch, chosen so that a chunk's logits suit the device's memory."""
     budget = _CHUNK_ELEMENTS.get(device.type, _CHUNK_ELEMENTS["cuda"])
     return min(max(256, budget // max(batch, 1) // 256 * 256), _LARGEST_CHUNK)
-
-
-class VisitedClasses(NamedTuple):
-    """This rank's classes as a pass over them sees them: the centers, the sampled rows and where the targets stand.
-
-    Attributes:
-        centers: (C, D) class centers of this shard, not normalised.
-        inverse_norms: (C,) one over each center's norm, or None to find it on the way.
-        sampled: (K,) sorted positions of the sampled classes, or None for all.
-        position: (B,) the target's position among the classes that the pass visits; -1 where it is not here.
-        target: (B,) the target's position in ``centers``; 0 where it is not here.
-        owned: (B,) bool, whether the target is on this rank.
-    """
-
-    centers: Tensor
-    inverse_norms: Tensor | None
-    sampled: Tensor | None
-    position: Tensor
-    target: Tensor
-    owned: Tensor
-
-    @property
-    def visited(self) -> int:
-        """Number of classes that a pass visits."""
-        return self.centers.shape[0] if self.sampled is None else self.sampled.shape[0]
-
-
-def inverse_norm(rows: Tensor) -> Tensor:
-    """One over the L2 norm of each row of a (..., D) tensor; finite for rows of zeros."""
-    return rows.norm(dim=-1).clamp_min(1e-12).reciprocal()
-
-
-def visited_classes(
-    centers: Tensor, inverse_norms: Tensor | None, labels: Tensor, class_start: int, index: Tensor | None
-) -> VisitedClasses:
-    """Find where a batch's targets stand among the classes that a pass over this shard visits.
-
-    Args:
-        centers: (C, D) class centers of this shard.
-        inverse_norms: (C,) one over each center's norm, or None.
-        labels: (B,) int64 labels over all classes, negative ones for none.
-        class_start: the first class of this shard.
-        index: (K,) sorted positions of the classes that take part, or None for all.
-    """
-    target, owned = positions_in_shard(labels, class_start, centers.shape[0])
-    if index is None:
-        return VisitedClasses(centers, inverse_norms, None, torch.where(owned, target, -1), target, owned)
-    place = torch.searchsorted(index, target).clamp_max(max(index.shape[0] - 1, 0))
-    if index.shape[0] == 0:
-        return VisitedClasses(centers, inverse_norms, index, torch.full_like(target, -1), target, owned)
-    visited = owned & (index[place] == target)
-    return VisitedClasses(centers, inverse_norms, index, torch.where(visited, place, -1), target, owned)
 
 
 class _Chunk(NamedTuple):
@@ -256,21 +204,18 @@ class _MarginSoftmax(torch.autograd.Function):
         ctx: Any,
         embeddings: Tensor,
         centers: Tensor,
-        inverse_norms: Tensor | None,
         labels: Tensor,
-        index: Tensor | None,
+        weights: ClassWeights,
         margin: Margin,
-        class_start: int,
-        ranks: RankGroup,
         chunk: int,
-        product_dtype: torch.dtype,
         row_m2: Tensor | None,
     ) -> Tensor:
         dtype = torch.float64 if embeddings.dtype == torch.float64 else torch.float32
+        product_dtype, ranks = weights.product_dtype or dtype, weights.ranks
         raw = embeddings.to(dtype)
         inverse = inverse_norm(raw).unsqueeze(1)
         unit = raw * inverse
-        classes = visited_classes(centers, inverse_norms, labels, class_start, index)
+        classes = visited_classes(weights, labels)
 
         own = centers[classes.target].to(dtype)
         own_inverse = inverse_norm(own).unsqueeze(1)
@@ -298,11 +243,10 @@ class _MarginSoftmax(torch.autograd.Function):
         miss = -others / whole * slope * scale * classes.owned
         gradient = local.pull * share.unsqueeze(1) + own * miss.unsqueeze(1)
         in_embeddings = through_normalisation(gradient, unit, inverse)
-        ctx.settings = (margin, class_start, chunk, product_dtype, embeddings.dtype)
+        ctx.settings = (weights, margin, chunk, product_dtype, embeddings.dtype)
         if ctx.needs_input_grad[1]:
-            ctx.save_for_backward(
-                in_embeddings, unit, own, own_inverse, local.shift, share, miss, centers, inverse_norms, labels, index
-            )
+            saved = (in_embeddings, unit, own, own_inverse, local.shift, share, miss, labels)
+            ctx.save_for_backward(*saved, *weights.tensors())
         else:
             # Frozen centers may move before the backward pass, which does not look at them.
             ctx.save_for_backward(in_embeddings)
@@ -313,11 +257,11 @@ class _MarginSoftmax(torch.autograd.Function):
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         (upstream,) = gradients
         in_embeddings, *saved = ctx.saved_tensors
-        margin, class_start, chunk, product_dtype, embedding_dtype = ctx.settings
+        weights, margin, chunk, product_dtype, embedding_dtype = ctx.settings
         in_centers = None
         if saved:
-            unit, own, own_inverse, shift, share, miss, centers, inverse_norms, labels, index = saved
-            classes = visited_classes(centers, inverse_norms, labels, class_start, index)
+            unit, own, own_inverse, shift, share, miss, labels, *tensors = saved
+            classes = visited_classes(weights.with_tensors(*tensors), labels)
             # As in the forward pass, the products' format is chosen here and nowhere else.
             with torch.autocast(unit.device.type, enabled=False):
                 in_centers = _gradient_in_centers(unit, classes, margin, chunk, product_dtype, shift, share, upstream)
@@ -325,7 +269,7 @@ class _MarginSoftmax(torch.autograd.Function):
             pull = through_normalisation(unit * (miss * upstream).unsqueeze(1), own, own_inverse)
             in_centers.index_add_(0, classes.target, pull.to(in_centers.dtype))
         wanted = ctx.needs_input_grad[0]
-        return (in_embeddings * upstream).to(embedding_dtype) if wanted else None, in_centers, *(None,) * 9
+        return (in_embeddings * upstream).to(embedding_dtype) if wanted else None, in_centers, *(None,) * 5
 
 
 def _gradient_in_centers(
@@ -392,6 +336,41 @@ def margin_softmax(
     chunk: int | None = None,
     row_m2: Tensor | None = None,
 ) -> Tensor:
+    """:func:`sharded_margin_softmax` with the class weights given one by one.
+
+    Args:
+        embeddings: (B, D) gathered embeddings, any norm.
+        labels: (B,) int64 labels over all classes, negative ones for none.
+        centers: as in :class:`~arcface_kd.losses.class_weights.ClassWeights`, like the next five.
+        margin: the margin and the logit scale.
+        inverse_norms: see ``centers``.
+        class_start: see ``centers``.
+        index: see ``centers``.
+        ranks: see ``centers``; None for a single process.
+        product_dtype: see ``centers``.
+        chunk: classes at a time; None chooses by device.
+        row_m2: (B,) an additive angular margin for each row in radians.
+
+    Returns:
+        The loss, a scalar.
+
+    Raises:
+        ValueError: shapes that do not belong together.
+    """
+    ranks = ranks or RankGroup(alone=True)
+    weights = ClassWeights(centers, inverse_norms, class_start, index, ranks, product_dtype)
+    return sharded_margin_softmax(embeddings, labels, weights, margin, chunk=chunk, row_m2=row_m2)
+
+
+def sharded_margin_softmax(
+    embeddings: Tensor,
+    labels: Tensor,
+    weights: ClassWeights,
+    margin: Margin,
+    *,
+    chunk: int | None = None,
+    row_m2: Tensor | None = None,
+) -> Tensor:
     """Margin softmax of a gathered batch against this rank's shard of the class centers.
 
     Every rank calls it with the same batch and gets the same loss; the gradient in ``embeddings`` is this shard's part,
@@ -404,15 +383,8 @@ def margin_softmax(
     Args:
         embeddings: (B, D) gathered embeddings, any norm. fp64 is computed in fp64, all else in fp32.
         labels: (B,) int64 labels over all classes. A negative label takes its row out of the loss and the mean.
-        centers: (C, D) class centers of this shard, any norm.
+        weights: this rank's classes.
         margin: the margin and the logit scale.
-        inverse_norms: (C,) one over each center's norm, where the caller keeps it; None finds it in every pass.
-        class_start: the first class of this shard.
-        index: (K,) int64, sorted positions of the classes that take part (PartialFC's sample), or None for all. Targets
-            take part always.
-        ranks: the ranks that share the classes; None for a single process.
-        product_dtype: number format of the matrix products' factors (``torch.bfloat16``, ``torch.float16``); sums and
-            exponentials stay in fp32. None means the format of the sums.
         chunk: classes at a time; None chooses by device.
         row_m2: (B,) an additive angular margin for each row in radians, in [0, pi / 2], the same on every rank, in
             place of the margin's ``m2``; it gets no gradient. None gives all rows the margin's own.
@@ -423,6 +395,7 @@ def margin_softmax(
     Raises:
         ValueError: shapes that do not belong together.
     """
+    centers = weights.centers
     if embeddings.ndim != 2 or centers.ndim != 2 or embeddings.shape[1] != centers.shape[1]:
         raise ValueError(
             f"embeddings {tuple(embeddings.shape)} and centers {tuple(centers.shape)} must be matrices of one dimension"
@@ -431,20 +404,15 @@ def margin_softmax(
         raise ValueError(f"labels {tuple(labels.shape)} must be one a row of embeddings {tuple(embeddings.shape)}")
     if row_m2 is not None and row_m2.shape != labels.shape:
         raise ValueError(f"row_m2 {tuple(row_m2.shape)} must be one a row of embeddings {tuple(embeddings.shape)}")
-    dtype = torch.float64 if embeddings.dtype == torch.float64 else torch.float32
     # The products' format is chosen here and nowhere else, so an autocast region around the call must not touch them.
     with torch.autocast(embeddings.device.type, enabled=False):
         loss: Tensor = _MarginSoftmax.apply(
             embeddings,
             centers,
-            inverse_norms,
             labels,
-            None if index is None else index.contiguous(),
+            weights,
             margin,
-            class_start,
-            ranks or RankGroup(alone=True),
             chunk or chunk_size(embeddings.shape[0], embeddings.device),
-            product_dtype or dtype,
             None if row_m2 is None else row_m2.detach(),
         )
     return loss

@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from arcface_kd.losses.margin_softmax import VisitedClasses, inverse_norm
+from arcface_kd.losses.class_weights import VisitedClasses, inverse_norm
 
 # Stands where a row's target is: its exponential is 0, and unlike -inf it may be multiplied by 0 and subtracted.
 HIDDEN = -1e30

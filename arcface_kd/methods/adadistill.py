@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from arcface_kd.losses.margin_softmax import margin_softmax
+from arcface_kd.losses.margin_softmax import sharded_margin_softmax
 from arcface_kd.methods.base import Batch, Method, Requirement, RunContext
 from arcface_kd.methods.class_centers import DistilledCenters, Repeated
 from arcface_kd.methods.class_sampling import sample_classes
@@ -107,20 +107,10 @@ class AdaDistill(Method):
             ``{"ce": scalar}``.
         """
         self._move_centers(batch)
-        labels = batch.labels
-        index = sample_classes(self.centers.shard, labels, self.context, batch.step, self.centers.weight.device)
-        loss = margin_softmax(
-            batch.projected,
-            labels,
-            self.centers.weight,
-            self.context.margin,
-            inverse_norms=self.centers.inverse_norms,
-            class_start=self.centers.shard.start,
-            index=index,
-            ranks=self.context.ranks,
-            product_dtype=self.context.product_dtype,
-        )
-        return {"ce": loss}
+        labels, centers = batch.labels, self.centers
+        index = sample_classes(centers.shard, labels, self.context, batch.step, centers.weight.device)
+        weights = self.context.class_weights(centers.weight, index, centers.inverse_norms)
+        return {"ce": sharded_margin_softmax(batch.projected, labels, weights, self.context.margin)}
 
     @torch.no_grad()
     def _move_centers(self, batch: Batch) -> None:

@@ -8,7 +8,9 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from arcface_kd.distributed.class_shard import ClassShard
 from arcface_kd.distributed.ranks import RankGroup
+from arcface_kd.losses.class_weights import ClassWeights
 from arcface_kd.losses.margin import Margin
 from arcface_kd.teachers.cache.embedding_cache import EmbeddingCache
 
@@ -90,6 +92,23 @@ class RunContext:
     teacher_tail: Callable[[Tensor], Tensor] | None = field(default=None, repr=False, compare=False)
     teacher_map_shape: tuple[int, int, int] | None = None
     student_map_shape: tuple[int, int, int] | None = None
+
+    @property
+    def shard(self) -> ClassShard:
+        """The classes that this rank holds."""
+        return self.ranks.shard(self.num_classes)
+
+    def class_weights(
+        self, centers: Tensor, index: Tensor | None = None, inverse_norms: Tensor | None = None
+    ) -> ClassWeights:
+        """One step's class centers of this rank, as the losses take them.
+
+        Args:
+            centers: (C_local, D) for the classes of :attr:`shard`.
+            index: (K,) positions of the classes that take part, None for all.
+            inverse_norms: (C_local,) one over the centers' norms, where the method keeps them.
+        """
+        return ClassWeights(centers, inverse_norms, self.shard.start, index, self.ranks, self.product_dtype)
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from arcface_kd.distributed.class_shard import ClassShard
-from arcface_kd.losses.margin_softmax import inverse_norm
+from arcface_kd.losses.class_weights import inverse_norm
 
 Repeated = Literal["mean", "last"]
 

@@ -30,10 +30,10 @@ from torch import Tensor, nn
 from torch.nn.functional import adaptive_avg_pool2d
 
 from arcface_kd.distributed.ranks import for_ddp
+from arcface_kd.losses.class_weights import inverse_norm
 from arcface_kd.losses.embedding_losses import squared_distance
 from arcface_kd.losses.logit_distillation import logit_distillation, teacher_logits
 from arcface_kd.losses.map_alignment import align_scale
-from arcface_kd.losses.margin_softmax import inverse_norm
 from arcface_kd.methods.base import Batch, MapsWanted, Method, Requirement, RunContext
 from arcface_kd.methods.class_sampling import sample_classes
 
@@ -212,31 +212,13 @@ class CrossKD(Method):
         """T^2 KL of the two embeddings' logits, both against this rank's rows of the teacher's classifier."""
         assert batch.teacher is not None
         assert self.teacher_weight is not None
-        context, weight, norms = self.context, self.teacher_weight, self.teacher_inverse_norms
-        index = sample_classes(self.shard, batch.labels, context, batch.step, weight.device)
+        margin = self.context.margin
+        index = sample_classes(self.shard, batch.labels, self.context, batch.step, self.teacher_weight.device)
+        weights = self.context.class_weights(self.teacher_weight, index, self.teacher_inverse_norms)
         teacher = teacher_logits(
-            batch.teacher.to(cross.dtype),
-            batch.labels,
-            weight,
-            context.margin.scale,
-            self.config.temperature,
-            inverse_norms=norms,
-            class_start=self.shard.start,
-            index=index,
-            product_dtype=context.product_dtype,
+            batch.teacher.to(cross.dtype), batch.labels, weights, margin.scale, self.config.temperature
         )
-        return logit_distillation(
-            cross,
-            batch.labels,
-            weight,
-            teacher,
-            context.margin,
-            inverse_norms=norms,
-            class_start=self.shard.start,
-            index=index,
-            ranks=context.ranks,
-            product_dtype=context.product_dtype,
-        ).primary
+        return logit_distillation(cross, batch.labels, weights, teacher, margin).primary
 
     def observations(self) -> dict[str, Tensor]:
         """The mean cosine of cross and teacher embeddings over the last gathered batch."""

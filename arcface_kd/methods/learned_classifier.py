@@ -5,7 +5,7 @@ from typing import ClassVar
 
 from torch import Tensor, nn
 
-from arcface_kd.losses.margin_softmax import margin_softmax
+from arcface_kd.losses.margin_softmax import sharded_margin_softmax
 from arcface_kd.methods.base import Batch, Method, RunContext
 from arcface_kd.methods.class_centers import initial_centers
 from arcface_kd.methods.class_sampling import sample_classes
@@ -45,14 +45,5 @@ class LearnedClassifier(Method):
             ``{"ce": scalar}``.
         """
         index = sample_classes(self.shard, batch.labels, self.context, batch.step, self.weight.device)
-        loss = margin_softmax(
-            batch.embeddings,
-            batch.labels,
-            self.weight,
-            self.context.margin,
-            class_start=self.shard.start,
-            index=index,
-            ranks=self.context.ranks,
-            product_dtype=self.context.product_dtype,
-        )
-        return {"ce": loss}
+        weights = self.context.class_weights(self.weight, index)
+        return {"ce": sharded_margin_softmax(batch.embeddings, batch.labels, weights, self.context.margin)}

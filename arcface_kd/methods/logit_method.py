@@ -5,6 +5,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from arcface_kd.losses.class_weights import ClassWeights, inverse_norm
 from arcface_kd.losses.logit_distillation import (
     Distillation,
     Grouping,
@@ -13,7 +14,6 @@ from arcface_kd.losses.logit_distillation import (
     logit_distillation,
     teacher_logits,
 )
-from arcface_kd.losses.margin_softmax import inverse_norm
 from arcface_kd.methods.base import Batch, Method, Requirement, RunContext
 from arcface_kd.methods.class_sampling import sample_classes
 from arcface_kd.methods.learned_classifier import LearnedClassifier
@@ -81,6 +81,14 @@ class TwoClassifiers(Method):
         classifier = self.classifier
         return sample_classes(classifier.shard, batch.labels, self.context, batch.step, classifier.weight.device)
 
+    def teacher_classes(self, index: Tensor | None) -> ClassWeights:
+        """The teacher's classifier in a step.
+
+        Args:
+            index: what :meth:`drawn_classes` returned.
+        """
+        return self.context.class_weights(self.teacher_weight, index, self.teacher_inverse_norms)
+
     def teacher_logits(self, batch: Batch, index: Tensor | None, temperature: float) -> TeacherLogits:
         """The teacher's own logits of the batch.
 
@@ -94,13 +102,9 @@ class TwoClassifiers(Method):
         return teacher_logits(
             batch.teacher.double() if in_double else batch.teacher,
             batch.labels,
-            self.teacher_weight,
+            self.teacher_classes(index),
             self.context.margin.scale,
             temperature,
-            inverse_norms=self.teacher_inverse_norms,
-            class_start=self.classifier.shard.start,
-            index=index,
-            product_dtype=self.context.product_dtype,
         )
 
     def distil(
@@ -123,13 +127,9 @@ class TwoClassifiers(Method):
         return logit_distillation(
             batch.embeddings,
             batch.labels,
-            self.classifier.weight,
+            self.context.class_weights(self.classifier.weight, index),
             teacher,
             self.context.margin,
             grouping=grouping,
             logits=logits,
-            class_start=self.classifier.shard.start,
-            index=index,
-            ranks=self.context.ranks,
-            product_dtype=self.context.product_dtype,
         )

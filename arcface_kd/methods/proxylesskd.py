@@ -15,8 +15,9 @@ from typing import ClassVar
 
 from torch import Tensor
 
+from arcface_kd.losses.class_weights import inverse_norm
 from arcface_kd.losses.margin import Margin
-from arcface_kd.losses.margin_softmax import inverse_norm, margin_softmax
+from arcface_kd.losses.margin_softmax import sharded_margin_softmax
 from arcface_kd.methods.base import Batch, Method, Requirement, RunContext
 from arcface_kd.methods.class_sampling import sample_classes
 
@@ -107,17 +108,10 @@ class ProxylessKD(Method):
         Returns:
             ``{"ce": scalar}``.
         """
-        loss = margin_softmax(
-            batch.projected,
-            batch.labels,
-            self.weight,
-            self.margin,
-            inverse_norms=self.inverse_norms,
-            class_start=self.shard.start,
-            index=sample_classes(self.shard, batch.labels, self.context, batch.step, self.weight.device),
-            ranks=self.context.ranks,
-            product_dtype=self.context.product_dtype,
-            row_m2=self.row_margins(batch),
+        index = sample_classes(self.shard, batch.labels, self.context, batch.step, self.weight.device)
+        weights = self.context.class_weights(self.weight, index, self.inverse_norms)
+        loss = sharded_margin_softmax(
+            batch.projected, batch.labels, weights, self.margin, row_m2=self.row_margins(batch)
         )
         return {"ce": loss}
 

@@ -90,15 +90,10 @@ class THKD(TwoClassifiers):
         through = logit_distillation(
             batch.projected,
             batch.labels,
-            self.teacher_weight,
+            self.teacher_classes(index),
             teacher,
             self.context.margin,
             logits=config.logits,
-            inverse_norms=self.teacher_inverse_norms,
-            class_start=self.classifier.shard.start,
-            index=index,
-            ranks=self.context.ranks,
-            product_dtype=self.context.product_dtype,
         )
         if config.form == "additive":
             return {

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from arcface_kd.distributed.ranks import RankGroup
 from arcface_kd.losses.class_groups import BatchMass, FixedSize, GroupRule, RankedLogits, SampleMass
-from arcface_kd.losses.margin_softmax import visited_classes
+from arcface_kd.losses.class_weights import ClassWeights, visited_classes
 from arcface_kd.losses.sharded_logits import HIDDEN
 from tests.reference.logit_distillation import sorted_groups
 
@@ -33,7 +33,7 @@ def found_groups(
     valid = labels >= 0
     values, target = logits.T.clone(), logits.gather(1, labels.clamp_min(0).unsqueeze(1)).squeeze(1)
     values[labels[valid], valid.nonzero().squeeze(1)] = HIDDEN
-    classes = visited_classes(values.new_ones(len(values), 1), None, labels, 0, None)
+    classes = visited_classes(ClassWeights(values.new_ones(len(values), 1)), labels)
     ranked = RankedLogits(values, target, valid, classes, LIMIT, TEMPERATURE, shift, RankGroup(alone=True), chunk)
     primary = (values >= ranked.thresholds(rule)).T
     primary[valid, labels[valid]] = True

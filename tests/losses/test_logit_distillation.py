@@ -12,6 +12,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.functional import normalize
 
 from arcface_kd.losses.class_groups import BatchMass, FixedSize, SampleMass
+from arcface_kd.losses.class_weights import ClassWeights
 from arcface_kd.losses.logit_distillation import (
     Distillation,
     Grouping,
@@ -71,12 +72,10 @@ def of_teacher(
     return teacher_logits(
         given.teacher_embeddings,
         given.labels,
-        given.teacher_centers,
+        ClassWeights(given.teacher_centers, index=index, product_dtype=product_dtype),
         margin.scale,
         temperature,
-        index=index,
         chunk=chunk,
-        product_dtype=product_dtype,
     )
 
 
@@ -97,14 +96,12 @@ def ours(
     found = logit_distillation(
         embeddings,
         given.labels,
-        centers,
+        ClassWeights(centers, index=index, product_dtype=product_dtype),
         teacher,
         margin,
         grouping=grouping,
         logits=logits,
-        index=index,
         chunk=chunk,
-        product_dtype=product_dtype,
     )
     terms = torch.stack(found[:4])
     total = factor * (terms * WEIGHTS.to(terms.dtype)).sum()
@@ -201,7 +198,13 @@ def test_kl_is_binary_and_the_groups_shares_of_theirs(rule: FixedSize, logits: L
 
         def terms(grouping: Grouping | None, only: Sides = only, teacher: TeacherLogits = teacher) -> Distillation:
             return logit_distillation(
-                only.embeddings, only.labels, only.centers, teacher, COSFACE, grouping=grouping, logits=logits
+                only.embeddings,
+                only.labels,
+                ClassWeights(only.centers),
+                teacher,
+                COSFACE,
+                grouping=grouping,
+                logits=logits,
             )
 
         whole, split = terms(None), terms(Grouping(rule, secondary=True))
@@ -220,7 +223,7 @@ def test_the_cross_entropy_is_margin_softmax(name: str, sampled: bool) -> None:
     index = torch.arange(0, 23, 2) if sampled else None
     embeddings, centers = given.embeddings.clone().requires_grad_(), given.centers.clone().requires_grad_()
     teacher = of_teacher(given, margin, 4.0, index)
-    met = logit_distillation(embeddings, given.labels, centers, teacher, margin, index=index).ce
+    met = logit_distillation(embeddings, given.labels, ClassWeights(centers, index=index), teacher, margin).ce
     wanted = margin_softmax(embeddings, given.labels, centers, margin, index=index)
     torch.testing.assert_close(met, wanted, rtol=1e-12, atol=1e-12)
     for a, b in zip(
@@ -237,7 +240,7 @@ def test_each_term_can_be_differentiated_by_itself(name: str) -> None:
     given, grouping = sides(4), GROUPINGS[name]
     embeddings, centers = given.embeddings.clone().requires_grad_(), given.centers.clone().requires_grad_()
     found = logit_distillation(
-        embeddings, given.labels, centers, of_teacher(given, ARCFACE, 4.0), ARCFACE, grouping=grouping
+        embeddings, given.labels, ClassWeights(centers), of_teacher(given, ARCFACE, 4.0), ARCFACE, grouping=grouping
     )
     parts = [
         torch.autograd.grad(weight * term, [embeddings, centers], retain_graph=True)
@@ -253,7 +256,7 @@ def test_each_term_can_be_differentiated_by_itself(name: str) -> None:
 def test_what_is_observed() -> None:
     given = sides(5)
     teacher = of_teacher(given, COSFACE, 4.0)
-    arguments = (given.embeddings, given.labels, given.centers, teacher, COSFACE)
+    arguments = (given.embeddings, given.labels, ClassWeights(given.centers), teacher, COSFACE)
     found = logit_distillation(*arguments, grouping=Grouping(FixedSize(5)))
     assert found.group_size == pytest.approx(5)
     assert 0 < found.student_mass < 1
@@ -274,7 +277,7 @@ def test_gradcheck(grouping: Grouping | None) -> None:
         lambda e, c: tuple(
             term
             for term in logit_distillation(
-                e, given.labels, c, teacher, soft, grouping=grouping, logits="margin", chunk=3
+                e, given.labels, ClassWeights(c), teacher, soft, grouping=grouping, logits="margin", chunk=3
             )[:4]
             if term.requires_grad
         ),
@@ -285,7 +288,9 @@ def test_gradcheck(grouping: Grouping | None) -> None:
 def test_a_second_derivative_is_refused_and_not_silently_wrong() -> None:
     given = sides(1)
     embeddings = given.embeddings.requires_grad_()
-    terms = logit_distillation(embeddings, given.labels, given.centers, of_teacher(given, ARCFACE, 4.0), ARCFACE)
+    terms = logit_distillation(
+        embeddings, given.labels, ClassWeights(given.centers), of_teacher(given, ARCFACE, 4.0), ARCFACE
+    )
     (gradient,) = torch.autograd.grad(terms.primary, embeddings, create_graph=True)
     with pytest.raises(RuntimeError, match=r"differentiate twice|does not require grad"):
         gradient.sum().backward()
@@ -296,8 +301,8 @@ def test_frozen_centers_and_the_teacher_get_no_gradient() -> None:
     given = sides(6)
     student = random_problem(6, dimension=9).embeddings.requires_grad_()
     frozen, teacher_embeddings = given.teacher_centers, given.teacher_embeddings.clone().requires_grad_()
-    teacher = teacher_logits(teacher_embeddings, given.labels, frozen, 64.0, 4.0)
-    terms = logit_distillation(student, given.labels, frozen, teacher, ARCFACE)
+    teacher = teacher_logits(teacher_embeddings, given.labels, ClassWeights(frozen), 64.0, 4.0)
+    terms = logit_distillation(student, given.labels, ClassWeights(frozen), teacher, ARCFACE)
     (terms.ce + terms.primary).backward()
     assert frozen.grad is None
     assert teacher_embeddings.grad is None
@@ -323,7 +328,9 @@ def test_a_student_that_is_the_teacher_has_nothing_to_learn_from_it() -> None:
     for grouping in GROUPINGS.values():
         embeddings = same.embeddings.clone().requires_grad_()
         teacher = of_teacher(same, ARCFACE, 4.0)
-        terms = logit_distillation(embeddings, same.labels, same.centers, teacher, ARCFACE, grouping=grouping)
+        terms = logit_distillation(
+            embeddings, same.labels, ClassWeights(same.centers), teacher, ARCFACE, grouping=grouping
+        )
         divergence = terms.primary + terms.binary + terms.secondary
         assert divergence.abs() < 1e-12
         divergence.backward()
@@ -391,7 +398,7 @@ def test_half_embeddings_get_fp32_terms_and_a_gradient_of_their_own_format(dtype
     embeddings = given.embeddings.to(dtype).requires_grad_()
     with torch.autocast("cpu", dtype=torch.bfloat16):
         teacher = of_teacher(given, ARCFACE, 4.0)
-        terms = logit_distillation(embeddings, given.labels, given.centers, teacher, ARCFACE)
+        terms = logit_distillation(embeddings, given.labels, ClassWeights(given.centers), teacher, ARCFACE)
         (terms.ce + terms.primary).backward()
     assert terms.ce.dtype == terms.primary.dtype == torch.float32
     assert embeddings.grad is not None
@@ -424,16 +431,14 @@ def test_no_step_asks_for_a_value(name: str, product_dtype: torch.dtype | None) 
         embeddings, centers = torch.randn(12, 8, requires_grad=True), torch.randn(50, 8, requires_grad=True)
         labels = torch.randint(-1, 50, (12,))
         index = torch.arange(0, 50, 2)
-        teacher = teacher_logits(torch.randn(12, 9), labels, torch.randn(50, 9), 80.0, 4.0, index=index)
+        teacher = teacher_logits(torch.randn(12, 9), labels, ClassWeights(torch.randn(50, 9), index=index), 80.0, 4.0)
         terms = logit_distillation(
             embeddings,
             labels,
-            centers,
+            ClassWeights(centers, index=index, product_dtype=product_dtype),
             teacher,
             filtered,
             grouping=GROUPINGS[name],
-            index=index,
-            product_dtype=product_dtype,
         )
         torch.stack(terms[:4]).sum().backward()
         assert embeddings.grad is not None
@@ -449,15 +454,16 @@ def test_shapes_that_do_not_belong_together_are_named() -> None:
     with pytest.raises(
         ValueError, match=r"student's embeddings \(12, 5\) and class centers \(23, 6\) must be matrices"
     ):
-        logit_distillation(given.embeddings[:, :5], given.labels, given.centers, teacher, ARCFACE)
+        logit_distillation(given.embeddings[:, :5], given.labels, ClassWeights(given.centers), teacher, ARCFACE)
     with pytest.raises(ValueError, match=r"labels \(3,\) must be one a row of the student's embeddings \(12, 6\)"):
-        logit_distillation(given.embeddings, given.labels[:3], given.centers, teacher, ARCFACE)
+        logit_distillation(given.embeddings, given.labels[:3], ClassWeights(given.centers), teacher, ARCFACE)
     with pytest.raises(
         ValueError, match=r"teacher's embeddings \(12, 9\) and class centers \(23, 6\) must be matrices"
     ):
-        teacher_logits(given.teacher_embeddings, given.labels, given.centers, 64.0, 4.0)
+        teacher_logits(given.teacher_embeddings, given.labels, ClassWeights(given.centers), 64.0, 4.0)
     with pytest.raises(ValueError, match=r"teacher's logits are \(23, 12\) of torch.float64; wanted \(2, 12\)"):
-        logit_distillation(given.embeddings, given.labels, given.centers, teacher, ARCFACE, index=torch.tensor([0, 1]))
+        two = ClassWeights(given.centers, index=torch.tensor([0, 1]))
+        logit_distillation(given.embeddings, given.labels, two, teacher, ARCFACE)
     single = given.to(torch.float32)
     with pytest.raises(ValueError, match=r"of torch.float64; wanted \(23, 12\) of torch.float32"):
-        logit_distillation(single.embeddings, single.labels, single.centers, teacher, ARCFACE)
+        logit_distillation(single.embeddings, single.labels, ClassWeights(single.centers), teacher, ARCFACE)

@@ -12,8 +12,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.nn.functional import normalize
 
+from arcface_kd.losses.class_weights import inverse_norm
 from arcface_kd.losses.margin import Margin
-from arcface_kd.losses.margin_softmax import chunk_size, inverse_norm, margin_softmax
+from arcface_kd.losses.margin_softmax import chunk_size, margin_softmax
 from tests.reference.margin_softmax import dense_margin_softmax
 from tests.reference.problems import ARCFACE, COMBINED, COSFACE, MARGINS, Problem, random_problem
 

@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from arcface_kd.distributed.class_shard import ClassShard
-from arcface_kd.losses.margin_softmax import inverse_norm
+from arcface_kd.losses.class_weights import inverse_norm
 from arcface_kd.methods.class_centers import DistilledCenters, Repeated, initial_centers, repetition_weights
 
 # More classes than one block of the draw, cut at places that are no block's edge.
