@@ -114,6 +114,10 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
+    if name == "__version__":
+        from importlib import metadata
+
+        return metadata.version("arcface_kd")
     if name not in _MODULES:
         raise AttributeError(f"module 'arcface_kd' has no attribute {name!r}")
     return getattr(importlib.import_module(f"arcface_kd.{_MODULES[name]}"), name)

@@ -6,7 +6,7 @@ import subprocess
 import sys
 from argparse import ArgumentParser, _SubParsersAction
 from collections.abc import Callable, Iterator
-from importlib.metadata import EntryPoint
+from importlib.metadata import EntryPoint, version
 from pathlib import Path
 
 import cv2
@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 
+import arcface_kd
 from arcface_kd import registry
 from arcface_kd.backbones import get_backbone
 from arcface_kd.cli.main import build_parser, main
@@ -212,6 +213,14 @@ def test_no_such_config(capsys: pytest.CaptureFixture[str]) -> None:
     assert "looked for configs/nosuch" in capsys.readouterr().err
 
 
+def test_the_version_is_the_package_s(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        main(["--version"])
+    assert stopped.value.code == 0
+    assert capsys.readouterr().out == f"arcface-kd {version('arcface_kd')}\n"
+    assert arcface_kd.__version__ == version("arcface_kd")
+
+
 def test_unknown_command_exits_with_2() -> None:
     with pytest.raises(SystemExit) as stopped:
         main(["trian"])
@@ -250,7 +259,7 @@ def test_a_verification_set_of_one_kind_of_pair_ends_a_run_before_its_first_step
 
 
 @pytest.mark.parametrize("words", ["FOLDER kd_flag --check", "FOLDER --check kd_flag", "--check FOLDER kd_flag"])
-def test_a_patch_s_flags_may_stand_anywhere(words: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_flags_may_stand_anywhere(words: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["patch", *words.replace("FOLDER", str(tmp_path)).split()]) == 2
     assert f"arcface-kd: {tmp_path} is no checkout of arcface_torch" in capsys.readouterr().err
 

@@ -1,0 +1,47 @@
+"""Commands that make data sets: ``data pack`` and ``data subset``."""
+
+import argparse
+from pathlib import Path
+
+from arcface_kd.cli.command import Commands
+
+
+def add_commands(commands: Commands) -> None:
+    """Add the family.
+
+    Args:
+        commands: of the command line.
+    """
+    data = commands.group("data", "make and look at data sets", "arcface-kd data pack aligned_faces/ faces_own/")
+    pack = data.add(
+        "pack",
+        _pack,
+        "write train.rec, train.idx and property from a folder of identities",
+        "arcface-kd data pack aligned_faces/ faces_own/",
+    )
+    pack.add_argument("folder", type=Path, help="one sub-folder of aligned face images for each identity")
+    pack.add_argument("out", type=Path, help="folder for the three files")
+
+    subset = data.add(
+        "subset",
+        _subset,
+        "write records with a few images of each identity, for few-shot runs",
+        "arcface-kd data subset faces_emore/ faces_5/ --images-per-identity 5 --seed 0",
+    )
+    subset.add_argument("folder", type=Path, help="a folder with train.rec and train.idx")
+    subset.add_argument("out", type=Path, help="folder for the subset; verification sets come along")
+    subset.add_argument("--images-per-identity", type=int, required=True, metavar="N", help="at most so many")
+    subset.add_argument("--seed", type=int, default=0, help="decides which ones (default: 0)")
+
+
+def _pack(arguments: argparse.Namespace) -> None:
+    from arcface_kd.data.pack import pack_folder
+
+    print(pack_folder(arguments.folder, arguments.out))
+
+
+def _subset(arguments: argparse.Namespace) -> None:
+    from arcface_kd.data.subset import write_subset
+
+    per_identity, seed = arguments.images_per_identity, arguments.seed
+    print(write_subset(arguments.folder, arguments.out, images_per_identity=per_identity, seed=seed))

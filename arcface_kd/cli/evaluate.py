@@ -1,0 +1,147 @@
+"""Commands that judge and ship: ``check``, ``compare``, ``eval`` and ``export``."""
+
+import argparse
+from pathlib import Path
+
+from arcface_kd.cli.command import Commands, add_teacher_options, teacher_options_of
+from arcface_kd.errors import ConfigError
+
+
+def add_commands(commands: Commands) -> None:
+    """Add the family.
+
+    Args:
+        commands: of the command line.
+    """
+    check = commands.add(
+        "check",
+        _check,
+        "describe a teacher and, with verification pairs, find out how its input should be prepared",
+        "arcface-kd check --kd-teacher w600k_r50.onnx --bin faces_emore/lfw.bin",
+    )
+    check.add_argument("--kd-teacher", metavar="FILE", required=True, help="a checkpoint, an ONNX file, ...")
+    add_teacher_options(check, "such as teacher.std=128")
+    check.add_argument("--bin", metavar="FILE", type=Path, help="verification pairs to try preprocessings on")
+
+    compare = commands.add(
+        "compare",
+        _compare,
+        "judge runs side by side and write report.html and report.md: scores with intervals, curves, pairs, cost",
+        "arcface-kd compare work_dirs/alone work_dirs/adadistill --data faces_emore --out report --no-faces",
+    )
+    compare.add_argument("runs", metavar="RUN", nargs="+", help="a run's output folder, of the host or of `train`")
+    compare.add_argument(
+        "--data", metavar="DIR", type=Path, help="folder with verification sets, *.bin (default: the runs' own `rec`)"
+    )
+    compare.add_argument(
+        "--out", metavar="FOLDER", type=Path, default=Path("report"), help="folder for the report (default: report)"
+    )
+    compare.add_argument(
+        "--no-faces", action="store_true", help="list the hardest pairs by number and leave their images out"
+    )
+    compare.add_argument("--kd-teacher", metavar="FILE", help="judge a teacher too: a checkpoint, an ONNX file, ...")
+    add_teacher_options(compare, "of the teacher: teacher.std=128")
+
+    judge = commands.add(
+        "eval",
+        _eval,
+        "judge models on verification sets and IJB: accuracy, TAR at FAR, EER, AUC, identification",
+        "arcface-kd eval work_dirs/mbf_adadistill student.onnx --data faces_emore IJB_release/IJBC --out results.json",
+    )
+    judge.add_argument(
+        "models",
+        metavar="MODEL",
+        nargs="+",
+        help="a run's output folder, a model.pt, an ONNX file or any other teacher; float32 unless an option says more",
+    )
+    judge.add_argument(
+        "--data",
+        metavar="DIR",
+        nargs="+",
+        required=True,
+        help="folders with verification sets (*.bin), one such file, or IJB-B or IJB-C with meta/ and loose_crop/",
+    )
+    add_teacher_options(
+        judge, "how the input of models that are no run folders is prepared, such as teacher.channels=bgr"
+    )
+    judge.add_argument("--out", metavar="FILE", type=Path, help="write the numbers as JSON, one object a row")
+    judge.add_argument("--batch-size", type=int, default=128, help="images a forward pass (default: 128)")
+
+    export = commands.add(
+        "export",
+        _export,
+        "write a student as an ONNX file for insightface, float32 or int8, checked against it on faces",
+        "arcface-kd export work_dirs/mbf_adadistill mbf_int8.onnx --int8 --calibration faces_emore",
+    )
+    export.add_argument("run_folder", metavar="RUN", type=Path, help="a run's output folder, or its model.pt")
+    export.add_argument("out", metavar="OUT.onnx", type=Path, help="the file; written when it has passed the check")
+    export.add_argument("--int8", action="store_true", help="quantise weights and activations to 8 bits")
+    export.add_argument(
+        "--calibration", metavar="DIR", help="records whose faces quantise and check (default: drawn faces check)"
+    )
+    export.add_argument(
+        "--images", metavar="N", type=int, default=256, help="quantise with so many faces at most (default: 256)"
+    )
+
+
+def _check(arguments: argparse.Namespace) -> None:
+    from arcface_kd.data.formats.verification_bin import read_bin
+    from arcface_kd.evaluation.teacher_check import check_teacher
+    from arcface_kd.teachers.base import load_teacher
+
+    options = teacher_options_of(arguments)
+    pairs = None if arguments.bin is None else read_bin(arguments.bin)
+    print(check_teacher(load_teacher(arguments.kd_teacher, options), pairs))
+
+
+def _compare(arguments: argparse.Namespace) -> None:
+    from arcface_kd.evaluation.report.comparison import (
+        Contestant,
+        compare,
+        data_of,
+        read_runs,
+        run_contestant,
+        verification_files,
+    )
+    from arcface_kd.evaluation.report.page import write_report
+    from arcface_kd.evaluation.report.pictures import require_matplotlib
+    from arcface_kd.system.device import training_device
+    from arcface_kd.teachers.base import load_teacher
+
+    require_matplotlib()
+    options = teacher_options_of(arguments)
+    if arguments.kd_teacher is None and options:
+        raise ConfigError("teacher options were given without a teacher; add --kd-teacher FILE")
+    runs = read_runs(arguments.runs)
+    files = verification_files(arguments.data if arguments.data is not None else data_of(runs))
+    device = training_device()
+    models = [run_contestant(run, device) for run in runs]
+    if arguments.kd_teacher is not None:
+        teacher = load_teacher(arguments.kd_teacher, options, device=device)
+        models.append(
+            Contestant("teacher", lambda: teacher, "teacher", teacher.description, parameters=teacher.parameter_count)
+        )
+    compared = compare(models, files, device, progress=True)
+    for path in write_report(compared, arguments.out, faces=not arguments.no_faces):
+        print(path)
+
+
+def _eval(arguments: argparse.Namespace) -> None:
+    from arcface_kd.evaluation.scoring import run_eval
+
+    options = teacher_options_of(arguments)
+    run_eval(arguments.models, arguments.data, options, out=arguments.out, batch_size=arguments.batch_size)
+
+
+def _export(arguments: argparse.Namespace) -> None:
+    from arcface_kd.export.onnx import export
+
+    print(
+        export(
+            arguments.run_folder,
+            arguments.out,
+            int8=arguments.int8,
+            calibration=arguments.calibration,
+            images=arguments.images,
+        )
+    )

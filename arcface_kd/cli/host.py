@@ -1,0 +1,110 @@
+"""Commands for arcface_torch's own trainer: ``patch``, ``recipe``, ``merge-head`` and ``methods``."""
+
+import argparse
+import shlex
+from pathlib import Path
+from typing import Any
+
+from arcface_kd.cli.command import Commands
+from arcface_kd.config.flags import add_arguments
+from arcface_kd.errors import ConfigError
+
+
+def add_commands(commands: Commands) -> None:
+    """Add the family.
+
+    Args:
+        commands: of the command line.
+    """
+    patch = commands.add(
+        "patch",
+        _patch,
+        "add --kd to a checkout of arcface_torch, or other patches: kd_flag, current_stack, cpu_gloo",
+        "arcface-kd patch insightface/recognition/arcface_torch",
+    )
+    patch.add_argument("folder", type=Path, help="arcface_torch, or a checkout of insightface")
+    patch.add_argument("names", nargs="*", default=["kd_flag"], help="which patches (default: kd_flag)")
+    patch.add_argument("--check", action="store_true", help="say what would happen and write nothing")
+    patch.add_argument("--revert", action="store_true", help="take the patches out again, byte for byte")
+
+    recipe = commands.add(
+        "recipe",
+        _recipe,
+        "run arcface_torch as often as a method takes it (shkd: three times); all paths are the trainer's own",
+        "arcface-kd recipe insightface/recognition/arcface_torch configs/ms1mv2_mbf_shkd --nproc 8",
+    )
+    recipe.add_argument("folder", type=Path, help="arcface_torch")
+    recipe.add_argument("config", help="as train_v2.py takes it: configs/NAME; --kd flags need the patched trainer")
+    recipe.add_argument("--nproc", type=int, default=1, help="processes on this machine (default: 1)")
+    recipe.add_argument(
+        "--torchrun",
+        metavar="WORDS",
+        type=shlex.split,
+        default=[],
+        help='its further options: --torchrun="--nnodes=2 ..."',
+    )
+    recipe.add_argument("--print", action="store_true", help="print the command of one run and start nothing")
+    add_arguments(recipe)
+
+    merge = commands.add(
+        "merge-head",
+        _merge_head,
+        "join the class centers that the ranks of a run have saved, ours or arcface_torch's, into one file",
+        "arcface-kd merge-head work_dirs/ms1mv2_mbf_adadistill head.pt",
+    )
+    merge.add_argument("run_folder", metavar="RUN", type=Path, help="the run's output, with checkpoint_gpu_*.pt")
+    merge.add_argument("out", metavar="OUT", type=Path, help='the file: {"weight": (C, D), "num_classes": C}')
+
+    commands.add("methods", _methods, "list the installed methods", "arcface-kd methods")
+
+
+def _patch(arguments: argparse.Namespace) -> None:
+    from arcface_kd.host.patching import patch_checkout
+
+    for outcome in patch_checkout(arguments.folder, arguments.names, check=arguments.check, revert=arguments.revert):
+        print(outcome)
+
+
+def _recipe(arguments: argparse.Namespace) -> None:
+    from arcface_kd.config.arcface_torch import load_config
+    from arcface_kd.config.flags import flags_of, merge_arguments
+    from arcface_kd.host.recipe import command, run_in_host, shell_line
+    from arcface_kd.methods.shkd.stages import MOST_RUNS
+
+    folder: Path = arguments.folder
+    if not (folder / "train_v2.py").is_file():
+        raise ConfigError(f"{folder} has no train_v2.py; wanted insightface's recognition/arcface_torch")
+    name = f"configs/{Path(arguments.config).stem}"
+    flags = flags_of(arguments)
+
+    def settings() -> dict[str, object]:
+        config = load_config(str(folder / f"{name}.py"))
+        merge_arguments(config, arguments)
+        return dict(config)
+
+    if arguments.print:
+        line = shell_line(folder, command(name, flags, arguments.nproc, arguments.torchrun))
+        print(f"# {MOST_RUNS} times: each makes the run that is next, and goes on where it was interrupted\n{line}")
+        return
+    run_in_host(folder, name, flags, settings, arguments.nproc, arguments.torchrun)
+
+
+def _merge_head(arguments: argparse.Namespace) -> None:
+    from arcface_kd.checkpoints.shards import merge_head
+
+    classes, dimension = merge_head(arguments.run_folder, arguments.out)
+    print(f"{arguments.out}: {classes} class centers of {dimension} dimensions")
+
+
+def _methods(arguments: argparse.Namespace) -> None:
+    from arcface_kd import registry
+
+    for name in registry.entry_points(registry.METHODS):
+        try:
+            method: Any = registry.load(registry.METHODS, name)
+        except ConfigError as error:
+            print(f"{name:20} {' '.join(str(error).split())}")
+            continue
+        summary = (method.__doc__ or f"{method.__module__}.{method.__name__}.").strip().splitlines()[0]
+        needs = sorted(requirement.name.lower().replace("_", " ") for requirement in method.requires)
+        print(f"{name:20} {summary} Needs: {', '.join(needs) or 'nothing'}.")

@@ -1,0 +1,96 @@
+"""Commands that train: ``train``, ``cache`` and ``demo``."""
+
+import argparse
+import os
+from pathlib import Path
+
+from arcface_kd.cli.command import Commands, add_config, settings_of
+from arcface_kd.config.flags import add_arguments
+
+
+def add_commands(commands: Commands) -> None:
+    """Add the family.
+
+    Args:
+        commands: of the command line.
+    """
+    train = commands.add(
+        "train",
+        _train,
+        "train a student from an arcface_torch config, on a CPU, a GPU or many under torchrun",
+        "arcface-kd train configs/ms1mv2_mbf_adadistill.py --kd-teacher r50.pt --set batch_size=64",
+    )
+    add_config(train)
+    add_arguments(train)
+
+    cache = commands.add(
+        "cache",
+        _cache,
+        "embed all training images beforehand, so that no run asks the teacher again (11.9 GB for MS1MV2)",
+        "arcface-kd cache configs/ms1mv2_mbf_adadistill.py --kd-teacher r50.pt --out /train_tmp/r50.cache",
+    )
+    add_config(cache)
+    cache.add_argument("--out", metavar="FILE", help="the cache (default: the config's kd_cache)")
+    add_arguments(cache)
+
+    demo = commands.add(
+        "demo",
+        _demo,
+        "the whole job in minutes: data, teacher, student alone, student distilled, a table and pictures",
+        "arcface-kd demo --data faces --kd-teacher teacher.onnx --kd-option teacher.channels=bgr --seeds 3",
+    )
+    demo.add_argument("--out", type=Path, default=Path("demo"), help="folder for everything it writes (default: demo)")
+    demo.add_argument("--data", type=Path, help="a folder with train.rec and .bin sets instead of the drawn faces")
+    demo.add_argument("--seeds", type=int, default=1, help="train each student this often and give means (default: 1)")
+    demo.add_argument("--epochs", type=int, help="epochs of the students (default: chosen for the data)")
+    add_arguments(demo)
+
+
+def _train(arguments: argparse.Namespace) -> None:
+    from arcface_kd.config.arcface_torch import load_config
+    from arcface_kd.config.flags import merge_arguments, refuse_flags_without_method
+    from arcface_kd.methods.shkd.stages import wants_stages
+    from arcface_kd.training.stages import train_stages
+    from arcface_kd.training.trainer import train
+
+    config = load_config(arguments.config, settings_of(arguments))
+    merge_arguments(config, arguments)
+    refuse_flags_without_method(config, arguments)
+    first = os.environ.get("RANK", "0") == "0"
+    result = train_stages(config, print if first else None) if wants_stages(config) else train(config)
+    for name, verification in result.verification.items():
+        print(f"{name}: accuracy {verification.accuracy:.5f} +- {verification.accuracy_std:.5f}")
+    print(f"{result.output / 'model.pt'}: {result.steps} steps, {result.images_per_second:.0f} images/s")
+
+
+def _cache(arguments: argparse.Namespace) -> None:
+    from arcface_kd.config.arcface_torch import load_config
+    from arcface_kd.config.flags import merge_arguments
+    from arcface_kd.teachers.cache.fill import fill_cache
+
+    config = load_config(arguments.config, settings_of(arguments))
+    merge_arguments(config, arguments)
+    if arguments.out is not None:
+        config.kd_cache = arguments.out
+    report = fill_cache(config)
+    if int(os.environ.get("RANK", "0")) == 0:
+        print(report)
+
+
+def _demo(arguments: argparse.Namespace) -> None:
+    from arcface_kd.demo import DemoSettings, run_demo
+
+    run_demo(
+        DemoSettings(
+            out=arguments.out,
+            data=arguments.data,
+            teacher=arguments.kd_teacher,
+            options=arguments.kd_option or [],
+            method=arguments.kd or "adadistill",
+            classifier=arguments.kd_classifier,
+            cache=None if arguments.kd_cache is None else Path(arguments.kd_cache),
+            on_bad_record=arguments.kd_on_bad_record or "stop",
+            seeds=arguments.seeds,
+            epochs=arguments.epochs,
+        )
+    )
