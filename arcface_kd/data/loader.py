@@ -100,6 +100,7 @@ class FaceLoader(DataLoader[Any]):
     Attributes:
         on_batch: called with the ``BatchViews`` of a batch just before that batch is handed out, or None.
         device: where the batches are.
+        even: whether every rank gets equally many batches, each of as many records, where all have one batch size.
         skipped: the bad records that were passed over, where the data set passes over them.
 
     Args:
@@ -142,6 +143,7 @@ class FaceLoader(DataLoader[Any]):
             )
         self.device = device if device is not None else torch.device("cpu")
         self.on_batch = None
+        self.even = type(sampler) is ViewSampler
         self.skipped = skipped if skipped is not None else SkippedRecords()
         super().__init__(
             _BatchReader(dataset),

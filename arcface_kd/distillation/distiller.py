@@ -80,6 +80,7 @@ class Distiller:
         self.student: nn.Module | None = None
         self.faces: FaceDataset | None = None
         self.cache: EmbeddingCache | None = None
+        self.even_batches = False
         self._views: BatchViews | None = None
         self._shown: BatchViews | None = None
         self._seen: Tensor | None = None
@@ -114,6 +115,7 @@ class Distiller:
         """
         self.faces = loader.faces
         loader.on_batch = self._next_views
+        self.even_batches = loader.even
         if self.from_cache_alone:
             self._open_full_cache(loader)
             return

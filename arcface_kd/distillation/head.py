@@ -119,7 +119,8 @@ class DistillationHead(nn.Module):
         )
         self.register_buffer("class_range", torch.tensor([shard.start, shard.start + shard.size, num_classes]))
         self.register_buffer("step", torch.zeros((), dtype=torch.int64))
-        self._steps_done: int | None = None
+        self._steps_done = 0
+        self._rows_of_each: int | None = None
         context = RunContext(
             num_classes=num_classes,
             embedding_size=embedding_size,
@@ -146,6 +147,9 @@ class DistillationHead(nn.Module):
         self._scores_classes = any(method.classifies for method in methods.values())
         self.numbers = NumberWatch()
         self.register_state_dict_pre_hook(_settle_numbers)
+        self.register_load_state_dict_post_hook(_count_from_state)
+        if distiller.student is not None:
+            distiller.student.register_state_dict_pre_hook(_SettleFirst(self))
         self._watches_gradients = not loss_is_scaled
         if self._watches_gradients:
             _watch_optimizers(self)
@@ -177,7 +181,8 @@ class DistillationHead(nn.Module):
         teacher = self._distiller.take_teacher_embeddings(rows)
         maps = self._distiller.maps
         student_map, teacher_map = (None, None) if maps is None else maps.take(rows)
-        sizes = self.ranks.sizes(rows)
+        views = self._distiller.take_views(rows)
+        sizes = self._sizes(rows, announced=views is not None)
         embeddings = self._gather(local_embeddings, sizes)
         batch = Batch(
             embeddings=embeddings,
@@ -191,12 +196,9 @@ class DistillationHead(nn.Module):
             student_map=student_map,
             teacher_map=teacher_map,
         )
-        shown = BatchRows(
-            batch.step + 1, sizes, self.ranks.rank, self._distiller.take_views(rows), self._distiller.faces
-        )
-        if self._scores_classes:
-            self.numbers.labels(batch.labels, self._num_classes, shown)
-        self.numbers.embeddings(batch.embeddings, batch.teacher, shown)
+        shown = BatchRows(batch.step + 1, sizes, self.ranks.rank, views, self._distiller.faces)
+        classes = self._num_classes if self._scores_classes else None
+        self.numbers.inputs(batch.labels, classes, batch.embeddings, batch.teacher, shown)
         terms = _by_name({name: method(batch) for name, method in self.methods.items()})
         self.numbers.terms(list(terms), list(terms.values()), shown)
         self.last_terms = {name: term.detach() for name, term in terms.items()}
@@ -206,13 +208,27 @@ class DistillationHead(nn.Module):
             local_embeddings.register_hook(lambda gradient: self.numbers.embedding_gradient(gradient, shown))
         return torch.stack(list(terms.values())).sum()
 
+    def _sizes(self, rows: int, *, announced: bool) -> list[int]:
+        """Rows of each rank; where the loader brings all ranks equally many, exchanged when their number changes.
+
+        The exchange makes the host wait for the other ranks.
+        """
+        if not (announced and self._distiller.even_batches):
+            return self.ranks.sizes(rows)
+        if rows != self._rows_of_each:
+            sizes = self.ranks.sizes(rows)
+            if min(sizes) != max(sizes):
+                # batch_size differs from rank to rank.
+                self._distiller.even_batches = False
+                return sizes
+            self._rows_of_each = rows
+        return [rows] * self.ranks.world_size
+
     def _gather(self, rows: Tensor, sizes: list[int]) -> Tensor:
         return self.ranks.gather_with_gradient(for_ddp(rows, self.ranks.world_size), sizes)
 
     def _count_step(self) -> int:
-        """Steps done before this one; the number is read from the device once, when a run begins or resumes."""
-        if self._steps_done is None:
-            self._steps_done = int(self.step)
+        """Steps done before this one."""
         done, self._steps_done = self._steps_done, self._steps_done + 1
         self.step.fill_(self._steps_done)
         return done
@@ -236,7 +252,6 @@ class DistillationHead(nn.Module):
             CheckpointError: a state of other methods, of another teacher, other images, another seed or other options,
                 or checkpoints that are missing or do not belong together.
         """
-        self._steps_done = None
         known = {**state_dict, _SETTINGS: as_tensor(self._settings)}
         fitted = fit_head_state(known, self.shard, self.sharded_entries(), self.run_folder)
         has, wants = set(fitted), set(self.state_dict())
@@ -279,7 +294,7 @@ class DistillationHead(nn.Module):
             if id(parameter) in held and parameter.grad is not None
         }
         if found:
-            self.numbers.weight_gradients(list(found), list(found.values()), self._steps_done or 0)
+            self.numbers.weight_gradients(list(found), list(found.values()), self._steps_done)
 
     def sharded_entries(self) -> tuple[str, ...]:
         """Names of the state's entries that have one row for each class of this rank."""
@@ -305,12 +320,37 @@ class DistillationHead(nn.Module):
             shares = norms / norms.sum().clamp_min(torch.finfo(norms.dtype).tiny)
             for name, norm, share in zip(terms, norms, shares, strict=True):
                 values[f"gradient_norm/{name}"], values[f"gradient_share/{name}"] = norm, share
-        return {name: float(value) for name, value in values.items()}
+        # One copy from the device for all of them.
+        found = torch.stack([value.to(torch.float64).reshape(()) for value in values.values()])
+        return dict(zip(values, found.tolist(), strict=True))
 
 
 def _settle_numbers(head: nn.Module, prefix: str, keep_vars: bool) -> None:
     """Before a state is saved, so that none is that has met NaN or inf."""
     cast(DistillationHead, head).numbers.settle()
+
+
+def _count_from_state(head: nn.Module, keys: Any) -> None:
+    """Read the number of steps from the device when a state is loaded, and never in a step."""
+    cast(DistillationHead, head)._steps_done = int(cast(DistillationHead, head).step)
+
+
+class _SettleFirst:
+    """The student's hook before its state is saved: the trainer may save that one and never the head's."""
+
+    def __init__(self, head: DistillationHead) -> None:
+        self._head: weakref.ref[DistillationHead] | None = weakref.ref(head)
+
+    def __call__(self, student: nn.Module, prefix: str, keep_vars: bool) -> None:
+        head = None if self._head is None else self._head()
+        if head is not None:
+            head.numbers.settle()
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "_SettleFirst":
+        return self
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"_head": None}
 
 
 def _watch_optimizers(head: DistillationHead) -> None:

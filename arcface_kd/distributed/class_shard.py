@@ -1,12 +1,25 @@
 """Which classes a rank holds, and where a label stands among them."""
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 
-def positions_in_shard(labels: Tensor, start: int, size: int) -> tuple[Tensor, Tensor]:
+class ShardPositions(NamedTuple):
+    """Where a batch's labels are in a range of classes.
+
+    Attributes:
+        position: (B,) int64 in [0, size); of no meaning where the label is not in the range.
+        owned: (B,) bool, whether it is.
+    """
+
+    position: Tensor
+    owned: Tensor
+
+
+def positions_in_shard(labels: Tensor, start: int, size: int) -> ShardPositions:
     """Positions of labels inside the range of classes [start, start + size).
 
     Args:
@@ -15,12 +28,12 @@ def positions_in_shard(labels: Tensor, start: int, size: int) -> tuple[Tensor, T
         size: number of classes.
 
     Returns:
-        ``(position, owned)``: (B,) int64 positions in [0, size), 0 where the label is not in the range, and (B,) bool,
-        whether it is.
+        Them; in an empty range nothing is owned, and positions are -1.
     """
-    position = labels - start
-    owned = (labels >= 0) & (position >= 0) & (position < size)
-    return torch.where(owned, position, torch.zeros_like(position)), owned
+    shifted = labels - start if start else labels
+    position = shifted.clamp(0, size - 1)
+    owned = position == shifted
+    return ShardPositions(position, owned if size else torch.zeros_like(owned))
 
 
 @dataclass(frozen=True)
@@ -53,6 +66,6 @@ class ClassShard:
         """The first class of this rank."""
         return self.num_classes // self.world_size * self.rank + min(self.rank, self.num_classes % self.world_size)
 
-    def local(self, labels: Tensor) -> tuple[Tensor, Tensor]:
+    def local(self, labels: Tensor) -> ShardPositions:
         """Positions of labels inside this shard, as :func:`positions_in_shard` gives them."""
         return positions_in_shard(labels, self.start, self.size)

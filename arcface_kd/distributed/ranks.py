@@ -4,6 +4,7 @@ Classes are split over ranks as PartialFC splits them: contiguous ranges, the fi
 hold one more. Batches may differ in size from rank to rank.
 """
 
+import weakref
 from collections.abc import Callable
 from typing import Any, TypeVar
 
@@ -11,12 +12,29 @@ import torch
 from torch import Tensor, distributed
 
 from arcface_kd.distributed.class_shard import ClassShard
+from arcface_kd.distributed.process_group import job_timeout
 
 T = TypeVar("T")
 
 # torch 2.13 gave them new names and warns about the old ones.
 _all_gather = getattr(distributed, "all_gather_single", None) or distributed.all_gather_into_tensor
 _reduce_scatter = getattr(distributed, "reduce_scatter_single", None) or distributed.reduce_scatter_tensor
+
+
+# One for each process group: opening another connects every rank with every other.
+_host_groups: weakref.WeakKeyDictionary[distributed.ProcessGroup, distributed.ProcessGroup] = (
+    weakref.WeakKeyDictionary()
+)
+
+
+def _host_group(group: distributed.ProcessGroup | None) -> distributed.ProcessGroup:
+    """The same ranks over gloo; as patient as ``ARCFACE_KD_TIMEOUT`` says."""
+    group = group or distributed.group.WORLD
+    assert group is not None
+    if group not in _host_groups:
+        ranks = distributed.get_process_group_ranks(group)
+        _host_groups[group] = distributed.new_group(ranks, timeout=job_timeout(), backend="gloo")
+    return _host_groups[group]
 
 
 class RankGroup:
@@ -38,8 +56,7 @@ class RankGroup:
         self._host_group = group
         self._scatters = False
         if self.world_size > 1 and "gloo" not in str(distributed.get_backend(group)):
-            ranks = distributed.get_process_group_ranks(group or distributed.group.WORLD)
-            self._host_group = distributed.new_group(ranks, backend="gloo")
+            self._host_group = _host_group(group)
             self._scatters = True
 
     def shard(self, num_classes: int) -> ClassShard:
@@ -125,6 +142,14 @@ class RankGroup:
         """Sum over ranks, in place."""
         if self.world_size > 1:
             distributed.all_reduce(values, distributed.ReduceOp.SUM, group=self.group)
+        return values
+
+    def sum_on_hosts(self, values: Tensor) -> Tensor:
+        """The sum over ranks of a tensor on the CPU, whatever device the ranks train on."""
+        if self.world_size == 1:
+            return values
+        values = values.clone()
+        distributed.all_reduce(values, distributed.ReduceOp.SUM, group=self._host_group)
         return values
 
     def computed_by_all(self, loss: Tensor) -> Tensor:

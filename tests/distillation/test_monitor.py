@@ -1,5 +1,7 @@
 """NaN and inf: caught at their step and named, and looked at late where they come from a GPU."""
 
+import copy
+import pickle
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -258,93 +260,113 @@ def test_other_ranks_are_named_by_their_number() -> None:
 
 
 class Arrival:
-    """An event that comes when the test says so."""
+    """An event that tells whether somebody waited for it."""
 
     def __init__(self) -> None:
-        self.here, self.waited = False, False
-
-    def query(self) -> bool:
-        return self.here
+        self.waited = False
 
     def synchronize(self) -> None:
-        self.waited = not self.here
-        self.here = True
+        self.waited = True
 
 
 class Slow(NumberWatch):
-    """Flags that are on their way until the test lets them arrive."""
+    """Takes every tensor for one on a GPU."""
 
     def __init__(self) -> None:
         super().__init__()
         self.arrivals: list[Arrival] = []
 
-    def _send(self, flags: Tensor, fault: Callable[[Tensor], str]) -> Any:
+    @staticmethod
+    def _is_slow(values: Tensor) -> bool:
+        return True
+
+    def _send(self, values: Tensor) -> tuple[Any, Tensor]:  # type: ignore[override]
         self.arrivals.append(Arrival())
-        return super()._send(flags, fault)._replace(arrival=self.arrivals[-1])
+        return self.arrivals[-1], values.clone()
 
 
-def say(text: str) -> Callable[[Tensor], str]:
-    return lambda flags: text
+def look(watch: NumberWatch, step: int, *flags: bool) -> None:
+    for number, flag in enumerate(flags):
+        watch.look(torch.tensor([flag]), lambda met, number=number: f"step {step}, {number}" if met.any() else None)
+    watch.end_step(step)
 
 
-def test_what_has_not_arrived_is_not_waited_for() -> None:
+def test_a_step_is_sent_in_one_piece_and_looked_at_two_steps_later() -> None:
     watch = Slow()
-    watch.look(torch.tensor([True]), say("step 1"))
-    watch.look(torch.tensor([False]), say("step 2"))
+    look(watch, 1, False, True)
+    look(watch, 2, True)
     assert not any(arrival.waited for arrival in watch.arrivals)
-    watch.arrivals[0].here = True
-    with pytest.raises(NumberError, match="step 1"):
-        watch.look(torch.tensor([True]), say("step 3"))
+    assert len(watch.arrivals) == 2
+    with pytest.raises(NumberError, match="step 1, 1"):
+        look(watch, 3, False)
     # What came after it follows from it.
     watch.settle()
 
 
+def test_every_rank_stops_at_one_place_whenever_its_numbers_arrive() -> None:
+    """Two ranks with the same numbers, of which one has its copies at once: neither looks before the other."""
+    watches = [Slow(), Slow()]
+    stopped = []
+    for watch in watches:
+        for step in range(1, 6):
+            try:
+                look(watch, step, step >= 2)
+            except NumberError as error:
+                stopped.append((step, str(error)))
+                break
+    assert stopped == [(4, "step 2, 0")] * 2
+
+
+def test_numbers_that_come_after_the_step_s_end_go_with_the_next() -> None:
+    watch = Slow()
+    look(watch, 1, False)
+    watch.weight_gradients(["w"], [torch.tensor([NAN])], 1)
+    look(watch, 2, False)
+    look(watch, 3, False)
+    with pytest.raises(NumberError, match="step 1: the gradient of the student's w"):
+        look(watch, 4, False)
+
+
 def test_they_are_looked_at_in_their_order() -> None:
     watch = Slow()
-    watch.look(torch.tensor([True]), say("first"))
-    watch.look(torch.tensor([True]), say("second"))
-    watch.arrivals[1].here = True
-    watch.look(torch.tensor([False]), say("third"))
-    with pytest.raises(NumberError, match="first"):
+    look(watch, 1, False)
+    look(watch, 2, False, True, True)
+    with pytest.raises(NumberError, match="step 2, 1"):
         watch.settle()
 
 
-def test_the_host_never_runs_far_ahead() -> None:
-    watch = Slow()
-    watch.look(torch.tensor([True]), say("step 1"))
-    for number in range(2, 17):
-        watch.look(torch.tensor([False]), say(f"step {number}"))
-    with pytest.raises(NumberError, match="step 1"):
-        watch.look(torch.tensor([False]), say("step 17"))
-    assert watch.arrivals[0].waited
-
-
-def test_nothing_is_saved_before_all_has_been_looked_at(folder: Path) -> None:
+@pytest.mark.parametrize("saved", ["head", "student"])
+def test_nothing_is_saved_before_all_has_been_looked_at(folder: Path, saved: str) -> None:
     run = Run(folder)
     run.head.numbers = Slow()
     run.student.spoil = with_rows([1], NAN)
     images, labels = next(iter(run.loader))
-    run.head(run.student(images), labels)
+    run.head(run.student(images), labels).backward()
     with pytest.raises(NumberError, match=r"step 1: the student's embedding of 1 of 4"):
-        run.head.state_dict()
-    run.head.state_dict()
+        getattr(run, saved).state_dict()
+    getattr(run, saved).state_dict()
+
+
+def test_copies_of_a_student_can_be_saved(folder: Path) -> None:
+    run = Run(folder)
+    # A function that can be pickled.
+    run.student.spoil = nn.functional.relu
+    for student in (copy.deepcopy(run.student), pickle.loads(pickle.dumps(run.student))):
+        assert student.state_dict().keys() == run.student.state_dict().keys()
 
 
 def test_looking_asks_for_no_value() -> None:
-    """Tensors without storage refuse every value; only what receives flags may ask for one."""
-
-    class Sent(NumberWatch):
-        def _send(self, flags: Tensor, fault: Callable[[Tensor], str]) -> Any:
-            return super()._send(flags, fault)._replace(arrival=Arrival())
-
-    watch = Sent()
+    """Tensors without storage refuse every value."""
+    watch = Slow()
     with FakeTensorMode():
         rows = BatchRows(1, [3], 0)
         student = torch.randn(3, 4, requires_grad=True)
-        watch.embeddings(student, normalize(torch.randn(3, 4)), rows)
+        watch.inputs(torch.tensor([0, 1, 2]), 3, student, normalize(torch.randn(3, 4)), rows)
         watch.terms(["a", "b"], [student.sum(), student.mean()], rows)
         watch.embedding_gradient(torch.randn(3, 4), rows)
         watch.weight_gradients(["w"], [torch.randn(5)], 1)
+        watch.end_step(2)
+    assert len(watch.arrivals) == 2
 
 
 @pytest.mark.gpu
@@ -357,7 +379,7 @@ def test_a_gpu_is_never_waited_for() -> None:
     torch.cuda.synchronize()
     torch.cuda.set_sync_debug_mode("error")
     try:
-        watch.embeddings(student, teacher, rows)
+        watch.inputs(torch.zeros(3, device="cuda", dtype=torch.int64), 3, student, teacher, rows)
         watch.terms(["a"], [student.sum()], rows)
         watch.embedding_gradient(student, rows)
         watch.weight_gradients(["w"], [student], 1)

@@ -1,9 +1,16 @@
 """The collectives of a rank group, with batches that differ in size."""
 
+from datetime import timedelta
+
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, distributed
 
+from arcface_kd.config.kd import KDConfig
+from arcface_kd.data.loader import BatchViews
+from arcface_kd.distillation.distiller import Distiller
+from arcface_kd.distillation.head import DistillationHead
+from arcface_kd.distributed.process_group import TIMEOUT
 from arcface_kd.distributed.ranks import RankGroup, for_ddp, on_first_rank_first
 from arcface_kd.losses.margin_softmax import margin_softmax
 from tests.distributed.pool import RankPool
@@ -120,3 +127,58 @@ def _made_in_turn(ranks: RankGroup) -> int:
 @pytest.mark.parametrize("world_size", [1, 3])
 def test_every_rank_makes_it_once_whatever_it_returns(ranks: RankPool, world_size: int) -> None:
     assert ranks.run(world_size, _made_in_turn) == [1] * world_size
+
+
+def _host_groups(ranks: RankGroup) -> tuple[bool, list[object], list[int]]:
+    """What two rank groups over nccl open for their hosts."""
+    made: list[object] = []
+
+    def open_group(members: list[int], timeout: object, backend: str) -> object:
+        made.append((members, timeout, backend))
+        return ranks.group
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv(TIMEOUT, "7")
+        patch.setattr(distributed, "get_backend", lambda group: "nccl")
+        # The pool's store is gone by now, and a group of its own with it.
+        patch.setattr(distributed, "new_group", open_group)
+        one, other = RankGroup(ranks.group), RankGroup(ranks.group)
+    return one._host_group is other._host_group, made, one.sizes(ranks.rank)
+
+
+def test_hosts_have_one_group_that_is_as_patient_as_the_job(ranks: RankPool) -> None:
+    for same, made, sizes in ranks.run(3, _host_groups):
+        assert same
+        assert made == [([0, 1, 2], timedelta(seconds=7), "gloo")]
+        assert sizes == [0, 1, 2]
+
+
+def _exchanges(ranks: RankGroup, batches: list[list[int]], announced: bool) -> list[int]:
+    """After which of some batches the ranks have told each other their sizes, by a loader that makes them even."""
+    distiller = Distiller(KDConfig())
+    distiller.even_batches = True
+    asked: list[int] = []
+    exchange = ranks.sizes
+    ranks.sizes = lambda size: asked.append(step) or exchange(size)  # type: ignore[func-returns-value, method-assign]
+    head = DistillationHead(distiller, ARCFACE, 4, 7, ranks=ranks)
+    for step, sizes in enumerate(batches):  # noqa: B007
+        rows = sizes[ranks.rank]
+        if announced:
+            distiller._next_views(BatchViews(torch.arange(rows), torch.zeros(rows, dtype=torch.bool)))
+        head(torch.ones(rows, 4), torch.zeros(rows, dtype=torch.int64))
+    return asked
+
+
+@pytest.mark.parametrize(
+    ("batches", "announced", "wanted"),
+    [
+        ([[2, 2], [2, 2], [1, 1], [1, 1], [2, 2]], True, [0, 2, 4]),
+        ([[2, 2], [2, 2]], False, [0, 1]),
+        ([[2, 1], [2, 1], [2, 1]], True, [0, 1, 2]),
+    ],
+    ids=["even", "unannounced", "uneven"],
+)
+def test_sizes_are_exchanged_where_they_may_differ(
+    ranks: RankPool, batches: list[list[int]], announced: bool, wanted: list[int]
+) -> None:
+    assert ranks.run(2, _exchanges, batches, announced) == [wanted, wanted]

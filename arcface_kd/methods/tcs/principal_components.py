@@ -22,7 +22,6 @@ from torch import Tensor
 
 from arcface_kd.distributed.ranks import RankGroup
 from arcface_kd.errors import TeacherError
-from arcface_kd.system.device import training_device
 from arcface_kd.system.files import atomic_write
 from arcface_kd.teachers.cache.embedding_cache import EmbeddingCache, how_to_fill
 
@@ -128,7 +127,7 @@ def _summed(values: Tensor, ranks: RankGroup) -> Tensor:
     """Summed over ranks; rank 0's values where the others bring zeros."""
     if ranks.world_size == 1:
         return values
-    return ranks.sum_(values.to(training_device())).cpu()
+    return ranks.sum_on_hosts(values)
 
 
 def components_of_blocks(blocks: Iterable[Tensor], dimension: int) -> PrincipalComponents:
