@@ -1,5 +1,6 @@
-"""Networks that embed aligned faces, by arcface_torch's names."""
+"""Networks that embed aligned faces, by arcface_torch's names or by a Python function of the user's own."""
 
+import importlib
 from collections.abc import Callable, Mapping
 from functools import partial
 
@@ -9,7 +10,10 @@ from arcface_kd.backbones.mobilefacenet import MobileFaceNet, NarrowMobileFaceNe
 from arcface_kd.backbones.thin_resnet import ThinResNet
 from arcface_kd.errors import ConfigError
 
-__all__ = ["NETWORKS", "FaceBackbone", "get_backbone"]
+__all__ = ["NETWORKS", "FaceBackbone", "find_own_network", "get_backbone"]
+
+OWN = "python:"
+"""What the name of a user's own network begins with: ``python:MODULE:FUNCTION``."""
 
 _WITH_DROPOUT: Mapping[str, Callable[..., FaceBackbone]] = {
     "r18": partial(IResNet, (2, 2, 2, 2)),
@@ -28,12 +32,39 @@ NETWORKS: Mapping[str, Callable[..., FaceBackbone]] = {**_WITH_DROPOUT, **_WITHO
 """Each network's name and what builds it, with the keywords ``fp16`` and ``num_features``."""
 
 
+def find_own_network(name: str) -> Callable[..., FaceBackbone]:
+    """Import the function that builds a user's own network.
+
+    Args:
+        name: ``python:MODULE:FUNCTION``. The module is imported, and so run; the function takes ``num_features`` (the
+            embedding size D) and ``fp16`` by name and returns a module that maps (B, 3, 112, 112) RGB images in
+            [-1, 1] to (B, D) embeddings.
+
+    Returns:
+        The function. Its module may be any ``nn.Module``.
+
+    Raises:
+        ConfigError: another form, a module that cannot be imported, or one without such a function.
+    """
+    module, _, function = name.removeprefix(OWN).partition(":")
+    if not module or not function:
+        raise ConfigError(f"network {name!r}: wanted python:MODULE:FUNCTION, such as python:my_networks:tiny")
+    try:
+        build = getattr(importlib.import_module(module), function)
+    except (ImportError, AttributeError) as error:
+        raise ConfigError(f"network {name!r} cannot be imported: {error}; is its folder on PYTHONPATH?") from error
+    if not callable(build):
+        raise ConfigError(f"network {name!r}: {function} is a {type(build).__name__}, wanted a function")
+    return build  # type: ignore[no-any-return]
+
+
 def get_backbone(name: str, *, dropout: float = 0.0, fp16: bool = False, num_features: int = 512) -> FaceBackbone:
     """Build a network with fresh weights.
 
     Args:
         name: one of ``NETWORKS``. ``r18 r34 r50 r100 r200 mbf mbf_large`` have arcface_torch's parameters,
-            ``mobilefacenet`` AdaDistill's (64 and 128 channels), ``thin_r18`` is the demo's.
+            ``mobilefacenet`` AdaDistill's (64 and 128 channels), ``thin_r18`` is the demo's. ``python:MODULE:FUNCTION``
+            is a network of the user's own, see `find_own_network`.
         dropout: probability of dropping a value before the embedding layer, in [0, 1); MobileFaceNets have none.
         fp16: autocast of the convolutions, float16 on GPUs and bfloat16 on CPUs; the embedding layer is float32.
         num_features: embedding size D, at least 1.
@@ -44,8 +75,8 @@ def get_backbone(name: str, *, dropout: float = 0.0, fp16: bool = False, num_fea
     Raises:
         ConfigError: an unknown name, a dropout out of range or for a network without one, an embedding size below 1.
     """
-    if name not in NETWORKS:
-        raise ConfigError(f"no network named {name!r}; there are: {', '.join(NETWORKS)}")
+    if name not in NETWORKS and not name.startswith(OWN):
+        raise ConfigError(f"no network named {name!r}; there are: {', '.join(NETWORKS)}, and python:MODULE:FUNCTION")
     if isinstance(num_features, bool) or not isinstance(num_features, int) or num_features < 1:
         raise ConfigError(f"embedding size {num_features!r}: wanted a whole number of at least 1, such as 512")
     if not 0 <= dropout < 1:
@@ -57,4 +88,5 @@ def get_backbone(name: str, *, dropout: float = 0.0, fp16: bool = False, num_fea
             f"dropout {dropout!r}: {name} has no dropout layer; set dropout to 0 or take one of "
             f"{', '.join(_WITH_DROPOUT)}"
         )
-    return _WITHOUT_DROPOUT[name](fp16=fp16, num_features=num_features)
+    build = find_own_network(name) if name.startswith(OWN) else _WITHOUT_DROPOUT[name]
+    return build(fp16=fp16, num_features=num_features)

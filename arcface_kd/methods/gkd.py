@@ -8,8 +8,8 @@ long rest, in which the teacher's probabilities are mostly noise. With p = softm
                 + l3 T^2 KL(p_t in S || p_s in S))
 
 as means over the batch. l3 is 0 in GKD and there for the ablation. The ground truth is always in P and counts as one of
-its classes. The ramp r is ``min(epoch / ramp_epochs, 1)`` in whole epochs done, so that the first epoch trains without a
-teacher, as published.
+its classes. The ramp r is ``min(epoch / ramp_epochs, 1)`` in whole epochs done, so that the first epoch trains without
+a teacher, as published.
 
 Published settings: l1 = 8 with a fixed K = 10,000, or l1 = 4 with a cumulative probability of 0.93; l2 = 1, T = 4,
 logits with CosFace's margin (m = 0.4, s = 64, the trainer's own margin here) on both sides, a ramp of 10 epochs of 20.

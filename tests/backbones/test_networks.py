@@ -237,3 +237,14 @@ def test_float16_on_a_gpu_is_the_hosts(name: str, host_backbones: ModuleType) ->
     ours.load_state_dict(theirs.state_dict(), strict=True)
     with torch.no_grad():
         torch.testing.assert_close(ours(images), theirs(images), rtol=1e-3, atol=1e-3)
+
+
+def test_a_network_of_the_users_own_is_found_by_module_and_function() -> None:
+    network = get_backbone("python:tests.networks:tiny", num_features=16)
+    assert network(torch.zeros(2, 3, 112, 112)).shape == (2, 16)
+
+
+@pytest.mark.parametrize("name", ["python:", "python:tests.networks", "python:tests.networks:none", "python:no.such:f"])
+def test_a_network_that_cannot_be_imported_is_named(name: str) -> None:
+    with pytest.raises(ConfigError, match=name):
+        get_backbone(name)
