@@ -55,7 +55,7 @@ def find_own_network(name: str) -> Callable[..., FaceBackbone]:
         raise ConfigError(f"network {name!r} cannot be imported: {error}; is its folder on PYTHONPATH?") from error
     if not callable(build):
         raise ConfigError(f"network {name!r}: {function} is a {type(build).__name__}, wanted a function")
-    return build  # type: ignore[no-any-return]
+    return build
 
 
 def get_backbone(name: str, *, dropout: float = 0.0, fp16: bool = False, num_features: int = 512) -> FaceBackbone:
