@@ -1,12 +1,15 @@
 """Methods and teacher sources, found through entry points.
 
-Built-ins come through the same groups as a stranger's, so that nothing the package ships is easier to reach than what
-others add. Entry points are loaded when their name is asked for, not before.
+Built-ins come through the same groups as third-party plug-ins. Entry points are loaded when their name is asked for,
+not before.
 """
 
+import logging
 from importlib import metadata
 
-from arcface_kd.errors import ConfigError, suggestion
+from arcface_kd.errors import ConfigError, first_line, suggestion
+
+logger = logging.getLogger(__name__)
 
 METHODS = "arcface_kd.methods"
 TEACHERS = "arcface_kd.teachers"
@@ -61,5 +64,29 @@ def load(group: str, name: str) -> object:
         raise ConfigError(f"no {kind} named {name!r}; there are: {', '.join(known)}{suggestion(name, known)}")
     try:
         return known[name].load()
-    except (ImportError, AttributeError) as error:
-        raise ConfigError(f"{group} {name!r} of {_distribution(known[name])} cannot be loaded: {error}") from error
+    # A plug-in is anybody's code and may raise anything when it is imported.
+    except Exception as error:
+        raise ConfigError(
+            f"{group} {name!r} of {_distribution(known[name])} cannot be loaded: {first_line(error)}"
+        ) from error
+
+
+def load_all(group: str) -> dict[str, object]:
+    """Load whatever a group holds; a plug-in that cannot be imported is named in a warning and left out.
+
+    Args:
+        group: the entry-point group.
+
+    Returns:
+        What the entry points name, by name.
+
+    Raises:
+        ConfigError: two distributions claim one name, or the package itself is not installed.
+    """
+    loaded = {}
+    for name in entry_points(group):
+        try:
+            loaded[name] = load(group, name)
+        except ConfigError as error:
+            logger.warning("%s; the others are not affected", error)
+    return loaded

@@ -4,6 +4,7 @@ import sys
 import types
 from collections.abc import Iterator
 from importlib import metadata
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -102,6 +103,21 @@ def test_an_unknown_name_lists_the_known_and_offers_the_closest() -> None:
         registry.load(registry.METHODS, "adadistil")
     with pytest.raises(ConfigError, match=r"no teacher named 'xyz'; there are: .*checkpoint.*onnx[^;]*$"):
         registry.load(registry.TEACHERS, "xyz")
+
+
+def test_a_plug_in_that_fails_on_import_breaks_only_its_own_name(
+    installed: list[_Distribution], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / "fails_on_import.py").write_text("raise RuntimeError('no licence')\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    installed.append(_Distribution("broken-kd", _entry(registry.METHODS, "extra", "fails_on_import:Extra")))
+    found = registry.load_all(registry.METHODS)
+    assert set(found) == set(registry.entry_points(registry.METHODS)) - {"extra"}
+    (warning,) = caplog.messages
+    assert "'extra' of broken-kd" in warning
+    assert "no licence" in warning
+    with pytest.raises(ConfigError, match="broken-kd"):
+        registry.load(registry.METHODS, "extra")
 
 
 @pytest.mark.parametrize("value", ["no_such_module_of_anybody:Extra", "arcface_kd.errors:NoSuchClass"])

@@ -402,8 +402,8 @@ def load_teacher(
         ConfigError: an option is unknown, out of range or without meaning for this source.
     """
     checked = TeacherOptions.of(options)
-    sources = {name: registry.load(registry.TEACHERS, name) for name in registry.entry_points(registry.TEACHERS)}
-    willing = {name: kind for name, kind in sources.items() if kind.accepts(source)}  # type: ignore[attr-defined]
+    sources = registry.load_all(registry.TEACHERS)
+    willing = {name: kind for name, kind in sources.items() if _accepts(name, kind, source)}
     if len(willing) > 1:
         raise TeacherError(f"teacher {source!s} is claimed by several sources: {', '.join(willing)}; uninstall one")
     if not willing:
@@ -414,6 +414,17 @@ def load_teacher(
         teacher.to(device)
     logger.info("teacher: %s, %d-d, %s", teacher.description, teacher.embedding_size, teacher.preprocessing)
     return teacher
+
+
+def _accepts(name: str, kind: Any, source: object) -> bool:
+    try:
+        return bool(kind.accepts(source))
+    except TeacherError:
+        raise
+    # A plug-in's fault must not keep the other sources from their teachers.
+    except Exception as error:
+        logger.warning("teacher source %r is passed over: %s", name, first_line(error))
+        return False
 
 
 def _nobody_accepts(source: object, sources: Mapping[str, object]) -> str:

@@ -461,8 +461,8 @@ def test_shapes_that_do_not_belong_together_are_named() -> None:
         ValueError, match=r"teacher's embeddings \(12, 9\) and class centers \(23, 6\) must be matrices"
     ):
         teacher_logits(given.teacher_embeddings, given.labels, ClassWeights(given.centers), 64.0, 4.0)
+    two = ClassWeights(given.centers, index=torch.tensor([0, 1]))
     with pytest.raises(ValueError, match=r"teacher's logits are \(23, 12\) of torch.float64; wanted \(2, 12\)"):
-        two = ClassWeights(given.centers, index=torch.tensor([0, 1]))
         logit_distillation(given.embeddings, given.labels, two, teacher, ARCFACE)
     single = given.to(torch.float32)
     with pytest.raises(ValueError, match=r"of torch.float64; wanted \(23, 12\) of torch.float32"):

@@ -361,6 +361,20 @@ def test_a_strangers_source_is_asked_like_our_own(monkeypatch: pytest.MonkeyPatc
         load_teacher("other:any")
 
 
+class BrokenSource(StrangerSource):
+    @staticmethod
+    def accepts(source: object) -> bool:
+        raise RuntimeError("no licence")
+
+
+def test_a_source_that_fails_keeps_no_other_from_its_teacher(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    _sources(monkeypatch, broken=BrokenSource, stranger=StrangerSource)
+    assert load_teacher("stranger:any").embedding_size > 0
+    assert any("'broken'" in message and "no licence" in message for message in caplog.messages)
+
+
 def test_two_sources_for_one_teacher_are_not_chosen_between(monkeypatch: pytest.MonkeyPatch) -> None:
     _sources(monkeypatch, one=StrangerSource, two=StrangerSource)
     with pytest.raises(TeacherError, match="claimed by several sources: one, two"):
