@@ -26,7 +26,7 @@ from arcface_kd.config.kd import KDConfig
 from arcface_kd.distillation.distiller import Distiller
 from arcface_kd.distillation.drop_ins import drop_ins
 from arcface_kd.losses.margin import Margin
-from arcface_kd.system.device import narrow_format
+from arcface_kd.system.device import autocast_dtype
 from arcface_kd.teachers.base import Teacher, load_teacher
 from arcface_kd.teachers.cache.embedding_cache import readable_size
 from arcface_kd.teachers.cache.fill import fill_cache
@@ -94,7 +94,7 @@ def teacher_of(pair: Pair, dimension: int, device: torch.device) -> Teacher:
         assert real is not None
         options = {"channels": "bgr", "mean": 127, "std": 128}
         return load_teacher(Path(real) / "teachers" / pair.teacher, options, device=device)
-    narrow = {torch.bfloat16: "bf16", torch.float16: "fp16"}.get(narrow_format(device) or torch.float32, "fp32")
+    narrow = {torch.bfloat16: "bf16", torch.float16: "fp16"}.get(autocast_dtype(device) or torch.float32, "fp32")
     torch.manual_seed(0)
     network = get_backbone(pair.teacher, num_features=dimension)
     # With random weights the activations of a deep network grow from unit to unit until they are inf, unless its batch
@@ -134,7 +134,7 @@ def epoch_of(config: EasyDict, distiller: Distiller, device: torch.device) -> Ca
     """
     made = drop_ins(lambda: config, distiller=distiller)
     loader = made.get_dataloader(config.rec, device.index or 0, config.batch_size, num_workers=config.num_workers)
-    narrow = narrow_format(device) is not None
+    narrow = autocast_dtype(device) is not None
     student = made.get_model(config.network, dropout=0.0, fp16=narrow, num_features=config.embedding_size)
     student.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
     head = made.PartialFC_V2(MARGIN, config.embedding_size, config.num_classes, 1.0, False).to(device)

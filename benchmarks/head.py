@@ -23,7 +23,7 @@ from arcface_kd.distributed.ranks import RankGroup
 from arcface_kd.losses.margin import Margin
 from arcface_kd.methods.adadistill import AdaDistill, AdaDistillConfig
 from arcface_kd.methods.base import Batch, RunContext
-from arcface_kd.system.device import narrow_format
+from arcface_kd.system.device import autocast_dtype
 from benchmarks.dense_heads import DenseAdaDistill
 from benchmarks.peak_memory import can_measure, peak_mb
 from benchmarks.record import Recorder, Row, print_table, print_verdict, size
@@ -140,7 +140,7 @@ def _compare(sizes: Sizes, device: torch.device, recorder: Recorder) -> None:
         "arcface_kd": _step_of(head, classes, batch, dimension, device),
         "dense_reference": dense_step(classes, batch, dimension, device),
     }
-    narrow = narrow_format(device)
+    narrow = autocast_dtype(device)
     if narrow is not None:
         narrow_head = _adadistill(classes, dimension, device, narrow)
         name = f"arcface_kd_{'bf16' if narrow == torch.bfloat16 else 'fp16'}"

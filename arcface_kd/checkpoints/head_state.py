@@ -61,7 +61,7 @@ def fit_head_state(
     return {**state, **own, "class_range": torch.tensor(wanted)}
 
 
-def bring_momentum(
+def reshard_momentum(
     parameters: Sequence[nn.Parameter], sharded: Sequence[nn.Parameter], shard: ClassShard, folder: Path
 ) -> None:
     """Let the momentum of a run that was saved by another number of ranks follow its classes to this one.

@@ -105,7 +105,7 @@ def _compare(arguments: argparse.Namespace) -> None:
     )
     from arcface_kd.evaluation.report.page import write_report
     from arcface_kd.evaluation.report.pictures import require_matplotlib
-    from arcface_kd.system.device import training_device
+    from arcface_kd.system.device import default_device
     from arcface_kd.teachers.base import load_teacher
 
     require_matplotlib()
@@ -114,7 +114,7 @@ def _compare(arguments: argparse.Namespace) -> None:
         raise ConfigError("teacher options were given without a teacher; add --kd-teacher FILE")
     runs = read_runs(arguments.runs)
     files = verification_files(arguments.data if arguments.data is not None else data_of(runs))
-    device = training_device()
+    device = default_device()
     models = [run_contestant(run, device) for run in runs]
     if arguments.kd_teacher is not None:
         teacher = load_teacher(arguments.kd_teacher, options, device=device)

@@ -79,9 +79,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         flush_or_stop()
         return 2
     except (MemoryError, RuntimeError) as error:
-        from arcface_kd.system.memory import shortage
+        from arcface_kd.system.memory import out_of_memory_message
 
-        lacked = shortage(error, "lower batch_size, or use a machine with more")
+        lacked = out_of_memory_message(error, "lower batch_size, or use a machine with more")
         if lacked is None:
             raise
         _complain(error, lacked)

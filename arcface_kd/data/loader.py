@@ -13,7 +13,7 @@ from arcface_kd.data.bad_records import BadRecord, SkippedRecords
 from arcface_kd.data.dataset import IMAGE_SIZE, FaceDataset, View, open_dataset
 from arcface_kd.data.sampler import ViewSampler
 from arcface_kd.errors import ConfigError, DataError, OnBadRecord
-from arcface_kd.system.device import training_device
+from arcface_kd.system.device import default_device
 
 
 class BatchViews(NamedTuple):
@@ -304,7 +304,7 @@ def get_dataloader(
         batch_size=batch_size,
         sampler=sampler,
         num_workers=num_workers,
-        device=training_device(local_rank),
+        device=default_device(local_rank),
         drop_last=drop_last,
         skipped=SkippedRecords(of_all_ranks=True),
     )

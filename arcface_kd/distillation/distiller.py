@@ -23,13 +23,13 @@ from arcface_kd.distributed.ranks import RankGroup, on_first_rank_first
 from arcface_kd.errors import ConfigError, TeacherError
 from arcface_kd.methods.base import Method, Requirement
 from arcface_kd.teachers.base import Teacher, load_teacher
-from arcface_kd.teachers.cache.embedding_cache import EmbeddingCache, how_to_fill, identity_in, identity_of
+from arcface_kd.teachers.cache.embedding_cache import EmbeddingCache, fill_hint, identity_in, identity_of
 
 logger = logging.getLogger(__name__)
 
 NO_CACHE = (
     "{} takes the teacher's embeddings from a cache by the records that a batch shows, and the loader does not say "
-    "which these are: set dali=False; in a loop of your own, call read_through_cache with the loader"
+    "which these are: set dali=False; in a loop of your own, call use_cache with the loader"
 )
 
 
@@ -96,7 +96,7 @@ class Distiller:
         twin.__dict__ = copy.deepcopy(self.__dict__, memo)
         return twin
 
-    def read_through_cache(self, loader: FaceLoader, ranks: RankGroup | None = None) -> None:
+    def use_cache(self, loader: FaceLoader, ranks: RankGroup | None = None) -> None:
         """Keep the teacher's embeddings in the file that ``kd_cache`` names, and ask the teacher for missing ones only.
 
         The loader says which records a batch shows and which of them mirrored; its records are what the teacher's
@@ -138,6 +138,9 @@ class Distiller:
             return
         identity = identity_of(self.teacher, fingerprint(loader.faces), len(loader.faces))
         self.cache = on_first_rank_first(lambda: EmbeddingCache(str(self.kd.cache), identity), ranks)
+
+    # The name that loops of users' own know.
+    read_through_cache = use_cache
 
     def _open_full_cache(self, loader: FaceLoader) -> None:
         """Let the cache stand for the teacher, which is given up where one was given to compare with."""
@@ -271,7 +274,7 @@ class Distiller:
             if teacher is None:
                 raise TeacherError(
                     f"the cache {self.cache.path} lacks embeddings of images {index[:5].tolist()}: "
-                    f"{how_to_fill(self.cache.path)}"
+                    f"{fill_hint(self.cache.path)}"
                 )
             self.cache.store(index, flipped, teacher(images[missing.to(images.device)]))
             # Read back: the step that fills a row and the one that finds it see the same rounded numbers.

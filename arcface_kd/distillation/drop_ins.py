@@ -12,11 +12,11 @@ from arcface_kd.config.kd import KDConfig
 from arcface_kd.data.loader import get_dataloader as open_loader
 from arcface_kd.distillation.distiller import Distiller
 from arcface_kd.distillation.head import DistillationHead
-from arcface_kd.distillation.tensorboard_log import StepLog
+from arcface_kd.distillation.tensorboard_log import TensorBoardLog
 from arcface_kd.distributed.ranks import RankGroup
 from arcface_kd.errors import ConfigError
 from arcface_kd.losses.margin import Margin
-from arcface_kd.system.device import narrow_format, training_device
+from arcface_kd.system.device import autocast_dtype, default_device
 from arcface_kd.teachers.student_init import prepare_images, start_from
 
 logger = logging.getLogger(__name__)
@@ -132,7 +132,7 @@ def drop_ins(
             num_classes=num_classes,
             on_bad_record=shared.kd.on_bad_record,
         )
-        shared.read_through_cache(loader)
+        shared.use_cache(loader)
         return loader
 
     def partial_fc(
@@ -152,13 +152,13 @@ def drop_ins(
             embedding_size,
             num_classes,
             float(sample_rate),
-            narrow_format(training_device()) if fp16 else None,
+            autocast_dtype(default_device()) if fp16 else None,
             seed=int(settings["seed"]),
             steps_per_epoch=steps_per_epoch,
-            loss_is_scaled=bool(settings.get("fp16")) and training_device().type == "cuda",
+            loss_is_scaled=bool(settings.get("fp16")) and default_device().type == "cuda",
             total_steps=None if epochs is None else max(1, steps_per_epoch * int(epochs)),
             ranks=ranks,
-            log=StepLog(Path(settings["output"]) / "tensorboard", int(settings["frequent"]), ranks.rank == 0),
+            log=TensorBoardLog(Path(settings["output"]) / "tensorboard", int(settings["frequent"]), ranks.rank == 0),
             run_folder=Path(settings["output"]),
         )
 

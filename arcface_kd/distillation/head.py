@@ -16,11 +16,11 @@ import torch
 from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
-from arcface_kd.checkpoints.head_state import bring_momentum, fit_head_state
+from arcface_kd.checkpoints.head_state import fit_head_state, reshard_momentum
 from arcface_kd.checkpoints.run_settings import as_tensor, from_tensor, require_agreement, require_same_run
 from arcface_kd.distillation.distiller import NO_CACHE, Distiller
-from arcface_kd.distillation.monitor import BatchRows, NumberWatch
-from arcface_kd.distillation.tensorboard_log import StepLog
+from arcface_kd.distillation.monitor import BatchRows, NaNMonitor
+from arcface_kd.distillation.tensorboard_log import TensorBoardLog
 from arcface_kd.distributed.ranks import RankGroup, for_ddp
 from arcface_kd.errors import CheckpointError, ConfigError, TeacherError
 from arcface_kd.losses.margin import Margin
@@ -79,7 +79,7 @@ class DistillationHead(nn.Module):
         total_steps: int | None = None,
         loss_is_scaled: bool = False,
         ranks: RankGroup | None = None,
-        log: StepLog | None = None,
+        log: TensorBoardLog | None = None,
         run_folder: Path | None = None,
     ) -> None:
         super().__init__()
@@ -145,7 +145,7 @@ class DistillationHead(nn.Module):
         self.methods = nn.ModuleDict(methods)
         self._num_classes = num_classes
         self._scores_classes = any(method.classifies for method in methods.values())
-        self.numbers = NumberWatch()
+        self.numbers = NaNMonitor()
         self.register_state_dict_pre_hook(_settle_numbers)
         self.register_load_state_dict_post_hook(_count_from_state)
         if distiller.student is not None:
@@ -265,7 +265,7 @@ class DistillationHead(nn.Module):
             require_same_run(from_tensor(state_dict[_SETTINGS]), self._settings)
         result = super().load_state_dict(fitted, strict, assign)
         if fitted is not known and self.run_folder is not None:
-            bring_momentum(list(self.parameters()), self.sharded_parameters(), self.shard, self.run_folder)
+            reshard_momentum(list(self.parameters()), self.sharded_parameters(), self.shard, self.run_folder)
         return result
 
     def get_extra_state(self) -> Tensor:

@@ -83,7 +83,7 @@ class _OnTheWay(NamedTuple):
     measured: list[_Measured]
 
 
-class NumberWatch:
+class NaNMonitor:
     """Looks at a run's numbers as they pass; one for each head."""
 
     def __init__(self) -> None:

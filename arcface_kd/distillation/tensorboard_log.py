@@ -15,7 +15,7 @@ logger = logging.getLogger(__name__)
 _NOT_IN_LINES = "gradient_"
 
 
-class StepLog:
+class TensorBoardLog:
     """Writes scalars under ``kd/`` beside the trainer's own, and a line to the log where the trainer shows one.
 
     The event file is opened at the first writing and not before: the trainer's ``wandb.init(sync_tensorboard=True)``,
@@ -33,7 +33,7 @@ class StepLog:
         self.writes = writes
         self._writer: SummaryWriter | None = None
 
-    def __deepcopy__(self, memo: dict[int, object]) -> "StepLog":
+    def __deepcopy__(self, memo: dict[int, object]) -> "TensorBoardLog":
         """The same log: there is one file."""
         return self
 

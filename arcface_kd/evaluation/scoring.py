@@ -15,7 +15,7 @@ from arcface_kd.errors import ConfigError, DataError
 from arcface_kd.evaluation.embedding import embed
 from arcface_kd.evaluation.templates import evaluate_ijb
 from arcface_kd.evaluation.verification import read_pairs, verify
-from arcface_kd.system.device import training_device
+from arcface_kd.system.device import default_device
 from arcface_kd.system.files import atomic_write, require_folder_of
 from arcface_kd.teachers.base import Teacher, load_teacher
 from arcface_kd.teachers.checkpoint import is_run_folder
@@ -253,7 +253,7 @@ def run_eval(
     # Hours of IJB-C must not end in a missing folder.
     if out is not None:
         require_folder_of(out)
-    device = training_device()
+    device = default_device()
     sets = find_sets(folders)
     models = load_models(sources, options, device=device)
     scores: list[Score] = []

@@ -25,7 +25,7 @@ from torch import Tensor
 from arcface_kd.losses.class_groups import BatchMass, FixedSize, GroupRule, SampleMass
 from arcface_kd.losses.logit_distillation import Distillation, Grouping, Logits, RankedBy
 from arcface_kd.methods.base import Batch, RunContext
-from arcface_kd.methods.logit_method import TwoClassifiers, check_temperature, check_weights
+from arcface_kd.methods.logit_method import LogitMethod, check_temperature, check_weights
 
 Group = Literal["batch", "sample", "fixed"]
 
@@ -100,7 +100,7 @@ class GKDConfig:
         return ramp * primary, ramp * self.binary_weight, ramp * self.secondary_weight
 
 
-class GKD(TwoClassifiers):
+class GKD(LogitMethod):
     """The learned classifier's margin softmax, and KLs of teacher and student by groups of classes.
 
     Terms: ``ce``, the margin softmax; ``primary_kd``; ``binary_kd``; ``secondary_kd`` where it has a weight.

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from arcface_kd.losses.logit_distillation import Logits
 from arcface_kd.methods.base import Batch
-from arcface_kd.methods.logit_method import TwoClassifiers, check_temperature, check_weights
+from arcface_kd.methods.logit_method import LogitMethod, check_temperature, check_weights
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,7 @@ class LogitKDConfig:
             raise ValueError(f"logits is {self.logits!r}; it must be one of {', '.join(get_args(Logits))}")
 
 
-class LogitKD(TwoClassifiers):
+class LogitKD(LogitMethod):
     """The learned classifier's margin softmax, and the KL of the teacher's and the student's softened probabilities.
 
     Terms: ``ce``, the margin softmax; ``kd``.

@@ -43,7 +43,7 @@ def check_weights(**weights: float | None) -> None:
             raise ValueError(f"{name} is {weight}; it must be finite and at least 0")
 
 
-class TwoClassifiers(Method):
+class LogitMethod(Method):
     """Base of the methods that compare the logits of two classifiers, each on its own embedding.
 
     The student's classifier is the trainer's own learned one, with its margin and class sampling. The teacher's stands,

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from arcface_kd.losses.logit_distillation import Logits, logit_distillation
 from arcface_kd.methods.base import Batch
-from arcface_kd.methods.logit_method import TwoClassifiers, check_temperature, check_weights
+from arcface_kd.methods.logit_method import LogitMethod, check_temperature, check_weights
 
 Form = Literal["mixed", "additive"]
 
@@ -59,7 +59,7 @@ class THKDConfig:
         check_weights(weight=self.weight, kd_weight=self.kd_weight, teacher_head_weight=self.teacher_head_weight)
 
 
-class THKD(TwoClassifiers):
+class THKD(LogitMethod):
     """The learned classifier and the teacher's frozen one on the same student, both taught by the teacher.
 
     Terms: ``ce`` and ``kd`` of the student's classifier, ``ce_teacher_head`` (mixed form) and ``kd_teacher_head`` of

@@ -3,7 +3,7 @@
 import torch
 
 
-def training_device(local_rank: int = 0) -> torch.device:
+def default_device(local_rank: int = 0) -> torch.device:
     """The device of a rank: its own GPU where there is one, the CPU elsewhere.
 
     Args:
@@ -15,7 +15,7 @@ def training_device(local_rank: int = 0) -> torch.device:
     return torch.device("cuda", local_rank) if torch.cuda.is_available() else torch.device("cpu")
 
 
-def narrow_format(device: torch.device) -> torch.dtype | None:
+def autocast_dtype(device: torch.device) -> torch.dtype | None:
     """The 16-bit format that a device multiplies fast: fp16 on a GPU, bf16 on a CPU that has it, None elsewhere."""
     if device.type == "cuda":
         return torch.float16

@@ -1,4 +1,4 @@
-"""What a machine did not give, in one line: memory, or a process that it has ended to get some back."""
+"""Turn out-of-memory errors into one line, and those of processes that were ended to free memory."""
 
 import contextlib
 from collections.abc import Callable, Iterator
@@ -9,8 +9,8 @@ import torch
 from arcface_kd.errors import ArcfaceKDError, ResourceError
 
 
-def shortage(error: BaseException, remedy: str) -> str | None:
-    """What the machine lacked, where that is what an error says.
+def out_of_memory_message(error: BaseException, remedy: str) -> str | None:
+    """One line for an error that says that memory has run out.
 
     Args:
         error: any.
@@ -49,7 +49,7 @@ def named_shortages(place: Callable[[], str], remedy: str) -> Iterator[None]:
     try:
         yield
     except (MemoryError, RuntimeError) as error:
-        lacked = shortage(error, remedy)
+        lacked = out_of_memory_message(error, remedy)
         if lacked is None:
             raise
         raise ResourceError(f"{place()}: {lacked}") from error

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from arcface_kd.backbones.face_backbone import FaceBackbone
 from arcface_kd.errors import TeacherError, first_line
-from arcface_kd.system.device import narrow_format
+from arcface_kd.system.device import autocast_dtype
 from arcface_kd.teachers.base import Teacher, load_teacher, prepared
 from arcface_kd.teachers.onnx.graph import OnnxGraph
 from arcface_kd.teachers.onnx.source import OnnxNetwork
@@ -43,7 +43,7 @@ class TrainedGraph(TorchGraph):
             (B, D) embeddings, not normalised.
         """
         device = images.device
-        narrow = narrow_format(device) if self.fp16 else None
+        narrow = autocast_dtype(device) if self.fp16 else None
         # A network's precision is its own, whatever is around it.
         in_full = torch.autocast(device.type, enabled=False)
         if narrow is None or self._layer_input is None:

@@ -23,8 +23,8 @@ from arcface_kd.distillation.drop_ins import DropIns
 from arcface_kd.distributed.ranks import on_first_rank_first
 from arcface_kd.errors import ArcfaceKDError, CheckpointError, ConfigError, DataError, NumberError, first_line
 from arcface_kd.evaluation.verification import VerificationResult, evaluate, read_pairs
-from arcface_kd.system.device import narrow_format, training_device
-from arcface_kd.system.memory import shortage
+from arcface_kd.system.device import autocast_dtype, default_device
+from arcface_kd.system.memory import out_of_memory_message
 from arcface_kd.training.config_check import margin_of_config
 from arcface_kd.training.schedule import linear_with_warmup
 
@@ -59,7 +59,7 @@ def _named_damage(path: Path) -> Iterator[None]:
         raise
     # Whatever torch's optimisers, schedules and generators stumble over.
     except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:
-        if shortage(error, "") is not None:
+        if out_of_memory_message(error, "") is not None:
             raise
         raise CheckpointError(
             f"{path} is no checkpoint to go on from: {type(error).__name__} {first_line(error)}; it is damaged, or of "
@@ -92,7 +92,7 @@ class Run:
         self.methods = "+".join(made.distiller.kd.methods)
         self.logger = logging.getLogger("arcface_kd.run")
         self.notes: list[str] = []
-        self.device = training_device(local_rank)
+        self.device = default_device(local_rank)
         self.folder = Path(config.output)
         self.loader = made.get_dataloader(
             config.rec, local_rank, config.batch_size, config.dali, config.dali_aug, config.seed, config.num_workers
@@ -101,7 +101,7 @@ class Run:
             raise DataError(
                 f"{config.rec} has less than one batch of {config.batch_size} on {world_size} ranks: lower batch_size"
             )
-        narrow = bool(config.fp16) and narrow_format(self.device) is not None
+        narrow = bool(config.fp16) and autocast_dtype(self.device) is not None
         if config.fp16 and not narrow:
             self.notes.append("fp16 is on but this processor has no bf16 units: training in fp32")
         student = made.get_model(config.network, dropout=0.0, fp16=narrow, num_features=config.embedding_size)

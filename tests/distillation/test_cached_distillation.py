@@ -82,7 +82,7 @@ def distil(
     distiller = Distiller(KDConfig(methods=("adadistill",), cache=None if cache is None else str(cache)), teacher)
     dataset = RecordDataset(faces.folder)
     loader = FaceLoader(dataset, batch_size=9, sampler=ViewSampler(len(dataset), seed=4), num_workers=workers)
-    distiller.read_through_cache(loader)
+    distiller.use_cache(loader)
     views: list[tuple[int, bool]] = []
     tell = loader.on_batch
 
@@ -175,7 +175,7 @@ def test_a_loop_that_leaves_the_loader_out_is_told(faces: Faces, tmp_path: Path)
     """Images that did not come from the loader have no rows: those of the last batch would be wrong."""
     distiller = Distiller(KDConfig(methods=("adadistill",), cache=str(tmp_path / "rows")), teacher_of(Network(1)))
     loader = FaceLoader(RecordDataset(faces.folder), batch_size=9, num_workers=0)
-    distiller.read_through_cache(loader)
+    distiller.use_cache(loader)
     student = distiller.watch(Network(2))
     images, _ = next(iter(loader))
     student(images)
@@ -197,7 +197,7 @@ def test_an_augmentation_switches_the_cache_off_loudly(
     distiller = Distiller(KDConfig(methods=("adadistill",), cache=str(tmp_path / "rows")), teacher_of(network))
     loader = FaceLoader(_Augmented(faces.folder), batch_size=9, num_workers=0)
     with caplog.at_level(logging.WARNING):
-        distiller.read_through_cache(loader)
+        distiller.use_cache(loader)
     assert "kd_cache is off: a _Augmented may show an image in other ways" in caplog.text
     assert distiller.cache is None
     assert list(tmp_path.iterdir()) == []

@@ -12,7 +12,7 @@ from arcface_kd.config.arcface_torch import BASE
 from arcface_kd.config.kd import KDConfig
 from arcface_kd.distillation.distiller import Distiller
 from arcface_kd.distillation.head import DistillationHead
-from arcface_kd.distillation.tensorboard_log import StepLog
+from arcface_kd.distillation.tensorboard_log import TensorBoardLog
 from arcface_kd.distributed.ranks import RankGroup
 from arcface_kd.errors import ConfigError
 from arcface_kd.evaluation.report.scalars import read_scalars
@@ -36,7 +36,7 @@ def _step(kd: str, folder: Path, **options: dict[str, object]) -> tuple[float, d
     config = KDConfig(tuple(kd.split("+")), options=options, classifier=str(folder / "head.pt"))
     distiller = Distiller(config, teacher)
     student = distiller.watch(Embedder(5, 2, [], "student"))
-    log = StepLog(folder / "log", 1, writes=True)
+    log = TensorBoardLog(folder / "log", 1, writes=True)
     head = DistillationHead(distiller, ARCFACE, 5, CLASSES, seed=4, ranks=RankGroup(alone=True), log=log)
     loss = head(student(images()), LABELS)
     loss.backward()

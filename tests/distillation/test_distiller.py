@@ -17,7 +17,7 @@ from arcface_kd.config.kd import KDConfig
 from arcface_kd.distillation.distiller import Distiller
 from arcface_kd.distillation.drop_ins import margin_of
 from arcface_kd.distillation.head import DistillationHead
-from arcface_kd.distillation.tensorboard_log import StepLog
+from arcface_kd.distillation.tensorboard_log import TensorBoardLog
 from arcface_kd.distributed.ranks import RankGroup
 from arcface_kd.errors import CheckpointError, ConfigError, TeacherError
 from arcface_kd.evaluation.report.scalars import read_scalars
@@ -58,7 +58,7 @@ class Run:
 def make(
     kd: str = "adadistill",
     dimensions: tuple[int, int] = (5, 5),
-    log: StepLog | None = None,
+    log: TensorBoardLog | None = None,
     **options: dict[str, object],
 ) -> Run:
     """Student and teacher of these dimensions, wired."""
@@ -187,7 +187,7 @@ def test_any_network_may_be_given_as_the_teacher() -> None:
 
 @pytest.mark.parametrize("kd", ["adadistill", "embedding+rkd"])
 def test_a_copied_run_goes_on_by_itself_with_the_same_teacher(kd: str, tmp_path: Path) -> None:
-    run = make(kd, log=StepLog(tmp_path, 1, True))
+    run = make(kd, log=TensorBoardLog(tmp_path, 1, True))
     run.head(run.student(images()), LABELS)
     student, head = copy.deepcopy((run.student, run.head))
     run.calls.clear()
@@ -368,7 +368,7 @@ def test_a_method_that_classifies_combines_with_one_that_does_not() -> None:
 def test_terms_of_one_name_are_both_trained_on_and_logged_under_their_methods(
     kd: str, other: str, tmp_path: Path
 ) -> None:
-    run = make(kd=kd, log=StepLog(tmp_path, 1, writes=True))
+    run = make(kd=kd, log=TensorBoardLog(tmp_path, 1, writes=True))
     embeddings = run.student(images())
     total = run.head(embeddings, LABELS)
     scalars = {name.removeprefix("kd/"): values.y[-1] for name, values in read_scalars(tmp_path).items()}
@@ -381,7 +381,7 @@ def test_terms_of_one_name_are_both_trained_on_and_logged_under_their_methods(
 
 @pytest.mark.usefixtures("strangers")
 def test_a_term_that_no_embedding_moves_is_logged_with_a_share_of_0(tmp_path: Path) -> None:
-    run = make(kd="constant", log=StepLog(tmp_path, 1, writes=True))
+    run = make(kd="constant", log=TensorBoardLog(tmp_path, 1, writes=True))
     run.head(run.student(images()), LABELS).backward()
     scalars = {name.removeprefix("kd/"): values.y[-1] for name, values in read_scalars(tmp_path).items()}
     assert scalars["plain"] == scalars["learned"] == 2
@@ -390,7 +390,9 @@ def test_a_term_that_no_embedding_moves_is_logged_with_a_share_of_0(tmp_path: Pa
 
 
 def test_shares_of_gradients_that_are_all_0_are_0(tmp_path: Path) -> None:
-    run = make(kd="embedding", log=StepLog(tmp_path, 1, writes=True), embedding={"labels": "none", "weight": 0.0})
+    run = make(
+        kd="embedding", log=TensorBoardLog(tmp_path, 1, writes=True), embedding={"labels": "none", "weight": 0.0}
+    )
     run.head(run.student(images()), LABELS)
     assert read_scalars(tmp_path)["kd/gradient_share/embedding"].y.tolist() == [0]
 
@@ -515,7 +517,7 @@ def test_the_entries_that_are_split_over_ranks_are_known_by_name() -> None:
 
 @pytest.mark.usefixtures("strangers")
 def test_terms_and_their_gradient_norms_are_logged_apart(tmp_path: Path) -> None:
-    run = make(kd="adadistill+pull", log=StepLog(tmp_path, 2, writes=True))
+    run = make(kd="adadistill+pull", log=TensorBoardLog(tmp_path, 2, writes=True))
     for step in range(4):
         embeddings = run.student(images(seed=step))
         loss = run.head(embeddings, LABELS)

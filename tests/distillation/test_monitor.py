@@ -17,7 +17,7 @@ from arcface_kd.data.dataset import RecordDataset
 from arcface_kd.data.loader import BatchViews, FaceLoader
 from arcface_kd.distillation.distiller import Distiller
 from arcface_kd.distillation.head import DistillationHead
-from arcface_kd.distillation.monitor import BatchRows, NumberWatch
+from arcface_kd.distillation.monitor import BatchRows, NaNMonitor
 from arcface_kd.distributed.ranks import RankGroup
 from arcface_kd.errors import NumberError
 from arcface_kd.teachers.base import load_teacher
@@ -76,7 +76,7 @@ class Run:
         self.tutor = Tutor()
         self.distiller = Distiller(KDConfig(tuple(kd.split("+"))), load_teacher(self.tutor, TeacherOptions(size=8)))
         self.loader = FaceLoader(self.faces, batch_size=4, num_workers=0)
-        self.distiller.read_through_cache(self.loader)
+        self.distiller.use_cache(self.loader)
         self.student = Student()
         self.distiller.watch(self.student)
         self.head = DistillationHead(self.distiller, ARCFACE, 6, 3, ranks=RankGroup(alone=True), **head)
@@ -269,7 +269,7 @@ class Arrival:
         self.waited = True
 
 
-class Slow(NumberWatch):
+class Slow(NaNMonitor):
     """Takes every tensor for one on a GPU."""
 
     def __init__(self) -> None:
@@ -285,7 +285,7 @@ class Slow(NumberWatch):
         return self.arrivals[-1], values.clone()
 
 
-def look(watch: NumberWatch, step: int, *flags: bool) -> None:
+def look(watch: NaNMonitor, step: int, *flags: bool) -> None:
     for number, flag in enumerate(flags):
         watch.look(torch.tensor([flag]), lambda met, number=number: f"step {step}, {number}" if met.any() else None)
     watch.end_step(step)
@@ -373,7 +373,7 @@ def test_looking_asks_for_no_value() -> None:
 def test_a_gpu_is_never_waited_for() -> None:
     if not torch.cuda.is_available():
         pytest.skip("no CUDA device here: torch.cuda.is_available() is False")
-    watch, rows = NumberWatch(), BatchRows(1, [3], 0)
+    watch, rows = NaNMonitor(), BatchRows(1, [3], 0)
     student = torch.randn(3, 4, device="cuda")
     teacher = normalize(torch.randn(3, 4, device="cuda"))
     torch.cuda.synchronize()

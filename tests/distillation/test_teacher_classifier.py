@@ -274,7 +274,7 @@ def head_of(
         methods=("proxylesskd",), cache=None if cache is None else str(cache), classifier=str(classifier), **keys
     )
     distiller = Distiller(kd, teacher)
-    distiller.read_through_cache(FaceLoader(RecordDataset(faces.folder), batch_size=8, num_workers=0))
+    distiller.use_cache(FaceLoader(RecordDataset(faces.folder), batch_size=8, num_workers=0))
     return DistillationHead(distiller, ARCFACE, 108, IDENTITIES, ranks=RankGroup(alone=True))
 
 
@@ -303,7 +303,7 @@ def test_the_order_of_classes_is_checked_from_the_cache_as_far_as_it_goes(
     torch.save(made_by(teacher, faces), tmp_path / "head.pt")
     kd = KDConfig(("margindistillation",), cache=str(tmp_path / "rows"), classifier=str(tmp_path / "head.pt"))
     distiller = Distiller(kd, teacher)
-    distiller.read_through_cache(FaceLoader(dataset, batch_size=8, num_workers=0))
+    distiller.use_cache(FaceLoader(dataset, batch_size=8, num_workers=0))
     assert distiller.cache is not None
     if filled:
         images = torch.stack([dataset[index].image for index in range(filled)]).float() / 127.5 - 1

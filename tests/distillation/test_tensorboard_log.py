@@ -10,12 +10,12 @@ import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch.utils.tensorboard import SummaryWriter
 
-from arcface_kd.distillation.tensorboard_log import StepLog
+from arcface_kd.distillation.tensorboard_log import TensorBoardLog
 from arcface_kd.evaluation.report.scalars import read_scalars
 
 
 def test_the_trainers_scalars_survive(tmp_path: Path) -> None:
-    log = StepLog(tmp_path, every=2, writes=True)
+    log = TensorBoardLog(tmp_path, every=2, writes=True)
     with SummaryWriter(log_dir=str(tmp_path)) as trainer:
         for step in range(1, 9):
             trainer.add_scalar("loss", float(step), step)
@@ -30,7 +30,7 @@ def test_the_trainers_scalars_survive(tmp_path: Path) -> None:
 
 def test_a_rank_that_does_not_write_leaves_nothing(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO)
-    StepLog(tmp_path, every=1, writes=False).write(1, {"ce": 1.0})
+    TensorBoardLog(tmp_path, every=1, writes=False).write(1, {"ce": 1.0})
     assert list(tmp_path.iterdir()) == []
     assert caplog.messages == []
 
@@ -38,7 +38,7 @@ def test_a_rank_that_does_not_write_leaves_nothing(tmp_path: Path, caplog: pytes
 def test_the_log_has_a_line_of_terms_and_observations(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO)
     values = {"ce": 12.25, "kd/binary_kd": 0.5, "gradient_norm/ce": 3.0, "gradient_share/ce": 0.75, "alpha_mean": 0.1}
-    StepLog(tmp_path, every=1, writes=True).write(7, values)
+    TensorBoardLog(tmp_path, every=1, writes=True).write(7, values)
     assert caplog.messages == ["kd: ce 12.2500   kd/binary_kd 0.5000   alpha_mean 0.1000   Global Step: 7"]
     assert read_scalars(tmp_path)["kd/gradient_share/ce"].y.tolist() == [0.75]
 
@@ -54,7 +54,7 @@ def test_event_files_are_opened_late_enough_for_wandb(tmp_path: Path, monkeypatc
             heard.append(logdir)
             super().__init__(logdir, *arguments, **options)
 
-    log = StepLog(tmp_path / "tensorboard", every=1, writes=True)
+    log = TensorBoardLog(tmp_path / "tensorboard", every=1, writes=True)
     monkeypatch.setattr(torch_writer, "EventFileWriter", Listening)
     log.write(1, {"ce": 1.0})
     assert heard == [str(tmp_path / "tensorboard")]
@@ -63,10 +63,10 @@ def test_event_files_are_opened_late_enough_for_wandb(tmp_path: Path, monkeypatc
 _WANDB_RUN = """
 import sys
 import wandb
-from arcface_kd.distillation.tensorboard_log import StepLog
+from arcface_kd.distillation.tensorboard_log import TensorBoardLog
 
 folder = sys.argv[1]
-log = StepLog(folder + "/tensorboard", 2, True)
+log = TensorBoardLog(folder + "/tensorboard", 2, True)
 run = wandb.init(project="p", sync_tensorboard=True, dir=folder)
 for step in range(1, 9):
     if log.due(step):

@@ -49,7 +49,7 @@ def _distil(
     dataset = RecordDataset(faces.folder)
     sampler = ViewSampler(len(dataset), rank=ranks.rank, world_size=ranks.world_size, seed=4)
     loader = FaceLoader(dataset, batch_size=8, sampler=sampler, num_workers=workers)
-    distiller.read_through_cache(loader, ranks)
+    distiller.use_cache(loader, ranks)
     student = distiller.watch(Network(2))
     backbone = DistributedDataParallel(student, process_group=ranks.group)
     head = DistillationHead(distiller, ARCFACE, DIMENSION, faces.num_classes, ranks=ranks)

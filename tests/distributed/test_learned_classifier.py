@@ -10,7 +10,7 @@ from torch import Tensor
 from arcface_kd.config.kd import KDConfig
 from arcface_kd.distillation.distiller import Distiller
 from arcface_kd.distillation.head import DistillationHead
-from arcface_kd.distillation.tensorboard_log import StepLog
+from arcface_kd.distillation.tensorboard_log import TensorBoardLog
 from arcface_kd.distributed.class_shard import ClassShard
 from arcface_kd.distributed.ranks import RankGroup
 from arcface_kd.methods.base import RunContext
@@ -47,7 +47,7 @@ def _run(ranks: RankGroup, sizes: list[int], sample_rate: float, log: Path | Non
         sample_rate,
         seed=5,
         ranks=ranks,
-        log=None if log is None else StepLog(log, 1, ranks.rank == 0),
+        log=None if log is None else TensorBoardLog(log, 1, ranks.rank == 0),
     ).double()
     classifier: Any = head.methods["classifier"]
     answer = Answer([], [], [])

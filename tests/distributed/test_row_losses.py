@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from arcface_kd.config.kd import KDConfig
 from arcface_kd.distillation.distiller import Distiller
 from arcface_kd.distillation.head import DistillationHead
-from arcface_kd.distillation.tensorboard_log import StepLog
+from arcface_kd.distillation.tensorboard_log import TensorBoardLog
 from arcface_kd.distributed.ranks import RankGroup
 from arcface_kd.evaluation.report.scalars import read_scalars
 from arcface_kd.losses.embedding_losses import squared_distance
@@ -65,7 +65,7 @@ def _steps(ranks: RankGroup, methods: str, sizes: list[int], file: Path, log: Pa
         DIMENSION,
         CLASSES,
         ranks=ranks,
-        log=None if log is None else StepLog(log, 1, ranks.rank == 0),
+        log=None if log is None else TensorBoardLog(log, 1, ranks.rank == 0),
     ).double()
     if "classifier" in head.methods:
         shard = ranks.shard(CLASSES)

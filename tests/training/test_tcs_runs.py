@@ -206,7 +206,7 @@ class _Augmented(RecordDataset):
 
 def test_data_that_shows_images_in_other_ways_is_refused(faces: Faces, cache: Path) -> None:
     with pytest.raises(TeacherError, match="a _Augmented may show an image in other ways than plain and mirrored"):
-        distiller_for(cache).read_through_cache(FaceLoader(_Augmented(faces.folder), batch_size=9, num_workers=0))
+        distiller_for(cache).use_cache(FaceLoader(_Augmented(faces.folder), batch_size=9, num_workers=0))
 
 
 def test_a_row_that_is_lost_on_the_way_is_named(faces: Faces, cache: Path, tmp_path: Path) -> None:
@@ -214,7 +214,7 @@ def test_a_row_that_is_lost_on_the_way_is_named(faces: Faces, cache: Path, tmp_p
         (tmp_path / name).write_bytes((cache.parent / name).read_bytes())
     distiller = distiller_for(tmp_path / "rows", drop=0)
     loader = FaceLoader(RecordDataset(faces.folder), batch_size=9, num_workers=0)
-    distiller.read_through_cache(loader)
+    distiller.use_cache(loader)
     student = distiller.watch(get_backbone("thin_r18", num_features=STUDENT_DIMENSION))
     head = DistillationHead(distiller, ARCFACE, STUDENT_DIMENSION, 6, ranks=RankGroup(alone=True))
     with (tmp_path / "rows").open("r+b") as stream:

@@ -13,7 +13,7 @@ from arcface_kd.backbones import NETWORKS
 from arcface_kd.backbones.vit import HOST_NAMES, VITS
 from arcface_kd.errors import ConfigError, DataError
 from arcface_kd.evaluation.report.scalars import Curve, read_scalars
-from arcface_kd.system.device import narrow_format
+from arcface_kd.system.device import autocast_dtype
 from arcface_kd.teachers.checkpoint import load_network
 
 # Both trainers write each key of their config as `: key` and spaces up to the value.
@@ -91,7 +91,7 @@ class RunFolder:
             )
         where = torch.device(device)
         student = load_network(self.folder / "model.pt", network).network
-        student.fp16 = self.half and narrow_format(where) is not None
+        student.fp16 = self.half and autocast_dtype(where) is not None
         placed: nn.Module = student.to(where)
         placed.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         return placed.eval()

@@ -110,7 +110,7 @@ def identity_in(path: str | os.PathLike[str], data_fingerprint: str, images: int
     return {**found, "format": _FORMAT, "data": data_fingerprint, "images": images}
 
 
-def how_to_fill(path: str | os.PathLike[str]) -> str:
+def fill_hint(path: str | os.PathLike[str]) -> str:
     """The command that fills a cache, for messages."""
     return f"fill it beforehand with `arcface-kd cache CONFIG --kd-teacher FILE --out {path}`"
 
@@ -350,7 +350,7 @@ def _header_of(path: Path) -> Path:
 
 
 def _not_there(path: Path) -> str:
-    return f"there is no cache of a teacher's embeddings at {path}: {how_to_fill(path)}"
+    return f"there is no cache of a teacher's embeddings at {path}: {fill_hint(path)}"
 
 
 def _refuse_special_files(*paths: Path) -> None:

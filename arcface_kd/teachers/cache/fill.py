@@ -23,7 +23,7 @@ from arcface_kd.data.sampler import ViewSampler
 from arcface_kd.distributed.process_group import process_group
 from arcface_kd.distributed.ranks import RankGroup, on_first_rank_first
 from arcface_kd.errors import ConfigError, TeacherError
-from arcface_kd.system.device import training_device
+from arcface_kd.system.device import default_device
 from arcface_kd.system.memory import named_shortages
 from arcface_kd.teachers.base import Teacher, load_teacher
 from arcface_kd.teachers.cache.embedding_cache import EmbeddingCache, identity_of, readable_size
@@ -121,7 +121,7 @@ def fill_cache(config: Mapping[str, Any], *, teacher: Teacher | None = None) -> 
         faces = open_dataset(config["rec"], config.get("num_classes"), kd.on_bad_record)
         identity = identity_of(teacher, fingerprint(faces), len(faces))
         cache = on_first_rank_first(lambda: EmbeddingCache(str(kd.cache), identity))
-        device = training_device(local_rank)
+        device = default_device(local_rank)
         missing = ~_known(cache, RankGroup(), device)
         records = np.flatnonzero(missing.any(1))
         own = _share(records, RankGroup())

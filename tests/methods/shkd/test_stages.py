@@ -14,7 +14,7 @@ from arcface_kd.backbones import get_backbone
 from arcface_kd.config.arcface_torch import BASE
 from arcface_kd.errors import ConfigError, TeacherError
 from arcface_kd.methods.shkd.stages import Stage, next_stage, wants_stages
-from arcface_kd.system.device import narrow_format
+from arcface_kd.system.device import autocast_dtype
 from arcface_kd.teachers.base import load_teacher
 from arcface_kd.teachers.student_init import start_from
 from arcface_kd.training.stages import train_stages
@@ -375,7 +375,7 @@ def test_a_graph_trains_in_the_narrow_format_up_to_its_embedding_layer(graph: Pa
     wanted, formats, gradients = products_of(fp16=False)
     assert {dtype for _, dtype in formats} == {torch.float32}
     found, formats, narrow_gradients = products_of(fp16=True)
-    narrow = narrow_format(images.device) or torch.float32
+    narrow = autocast_dtype(images.device) or torch.float32
     assert formats == {(torch.ops.aten.convolution.default, narrow), (torch.ops.aten.mm.default, torch.float32)}
     assert found.dtype == torch.float32
     torch.testing.assert_close(found, wanted, rtol=0.05, atol=0.05 * float(wanted.abs().max()))
