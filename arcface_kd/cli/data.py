@@ -21,6 +21,13 @@ def add_commands(commands: Commands) -> None:
     )
     pack.add_argument("folder", type=Path, help="one sub-folder of aligned face images for each identity")
     pack.add_argument("out", type=Path, help="folder for the three files")
+    pack.add_argument(
+        "--on-bad-record",
+        choices=("stop", "skip"),
+        default="stop",
+        help="images that cannot be read: name them all and stop, or leave them out (default: stop)",
+    )
+    pack.add_argument("--follow-links", action="store_true", help="follow symbolic links, which are refused otherwise")
 
     subset = data.add(
         "subset",
@@ -37,7 +44,8 @@ def add_commands(commands: Commands) -> None:
 def _pack(arguments: argparse.Namespace) -> None:
     from arcface_kd.data.pack import pack_folder
 
-    print(pack_folder(arguments.folder, arguments.out))
+    on_bad_record, follow_links = arguments.on_bad_record, arguments.follow_links
+    print(pack_folder(arguments.folder, arguments.out, on_bad_record=on_bad_record, follow_links=follow_links))
 
 
 def _subset(arguments: argparse.Namespace) -> None:

@@ -1,5 +1,6 @@
 """Pack a folder of face images into RecordIO in InsightFace's layout."""
 
+import logging
 import os
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
@@ -12,8 +13,10 @@ from arcface_kd.data.dataset import IMAGE_SIZE
 from arcface_kd.data.formats.image import decode_rgb, is_read_by_mxnet
 from arcface_kd.data.formats.image_folder import list_identities, read_image_file
 from arcface_kd.data.formats.recordio import RecordHeader, RecordWriter, pack
-from arcface_kd.errors import DataError
+from arcface_kd.errors import BadRecordError, DataError, OnBadRecord
 from arcface_kd.system.files import atomic_write
+
+logger = logging.getLogger(__name__)
 
 _MAX_IDENTITIES = 1 << 24
 _JPEG_QUALITY = 95
@@ -26,26 +29,43 @@ class PackCounts(NamedTuple):
         identities: number of identities, the classes of the data set.
         images: number of images.
         resized: how many of them were not 112x112 and have been scaled.
+        skipped: images that could not be read and were left out.
+        emptied: identities of which no image is left; they keep their labels.
     """
 
     identities: int
     images: int
     resized: int
+    skipped: int = 0
+    emptied: int = 0
 
     def __str__(self) -> str:
-        scaled = f"; {self.resized} images were not 112x112 and have been scaled" if self.resized else ""
-        return f"num_classes={self.identities} num_image={self.images}{scaled}"
+        words = f"num_classes={self.identities} num_image={self.images}"
+        if self.resized:
+            words += f"; {self.resized} images were not 112x112 and have been scaled"
+        if self.skipped:
+            words += f"; {self.skipped} images could not be read and were left out"
+        if self.emptied:
+            words += f"; {self.emptied} identities have no image left and keep their labels"
+        return words
 
 
 def _as_stored(path: str) -> tuple[bytes, bool]:
-    """The bytes to store for an image file, and whether it had to be scaled."""
+    """The bytes to store for an image file, and whether it had to be scaled.
+
+    Raises:
+        BadRecordError: the file cannot be read, or is no image.
+    """
     import cv2
 
-    data = read_image_file(path)
+    try:
+        data = read_image_file(path)
+    except DataError as error:
+        raise BadRecordError(str(error)) from None
     try:
         pixels = decode_rgb(data)
     except DataError as error:
-        raise DataError(f"{path}: {error}") from None
+        raise BadRecordError(f"{path}: {error}") from None
     height, width = pixels.shape[:2]
     bgr = cv2.cvtColor(pixels, cv2.COLOR_RGB2BGR)
     if (height, width) != IMAGE_SIZE:
@@ -58,23 +78,31 @@ def _as_stored(path: str) -> tuple[bytes, bool]:
     return data, False
 
 
-def _write_records(writer: RecordWriter, sizes: Sequence[int], images: Iterable[bytes]) -> None:
-    first_identity = sum(sizes) + 1
+def _header(sizes: Sequence[int]) -> bytes:
+    """Record 0: where the images end, and where the identities do."""
+    end = sum(sizes) + 1
+    return pack(RecordHeader(0, np.array([end, end + len(sizes)]), 0, 0), b"")
 
-    def write(key: int, label: float | np.ndarray, payload: bytes) -> None:
-        writer.write(key, pack(RecordHeader(0, label, key, 0), payload))
 
-    write(0, np.array([first_identity, first_identity + len(sizes)]), b"")
+def _write_records(writer: RecordWriter, sizes: Sequence[int], images: Iterable[bytes | None]) -> None:
+    writer.write(0, _header(sizes))
+    kept = [0] * len(sizes)
     labels = (label for label, size in enumerate(sizes) for _ in range(size))
-    for key, (label, payload) in enumerate(zip(labels, images, strict=True), start=1):
-        write(key, float(label), payload)
+    key = 1
+    for label, image in zip(labels, images, strict=True):
+        if image is not None:
+            writer.write(key, pack(RecordHeader(0, float(label), key, 0), image))
+            kept[label] += 1
+            key += 1
     start = 1
-    for key, size in enumerate(sizes, start=first_identity):
-        write(key, np.array([start, start + size]), b"")
+    for size in kept:
+        writer.write(key, pack(RecordHeader(0, np.array([start, start + size]), key, 0), b""))
         start += size
+        key += 1
+    writer.replace_first(_header(kept))
 
 
-def write_identities(out: str | os.PathLike[str], sizes: Sequence[int], images: Iterable[bytes]) -> None:
+def write_identities(out: str | os.PathLike[str], sizes: Sequence[int], images: Iterable[bytes | None]) -> None:
     """Write encoded images as ``train.rec``, ``train.idx`` and ``property`` in InsightFace's layout.
 
     Record 0 is a header with the labels [n + 1, n + 1 + identities]; records 1 .. n are the images with their labels;
@@ -83,7 +111,7 @@ def write_identities(out: str | os.PathLike[str], sizes: Sequence[int], images: 
     Args:
         out: where the three files go; made when missing. Files of these names are replaced.
         sizes: number of images of each identity; its place is its label.
-        images: encoded 112x112 images, ``sum(sizes)`` of them, identity by identity.
+        images: encoded 112x112 images, ``sum(sizes)`` of them, identity by identity; None for one to leave out.
 
     Raises:
         DataError: more identities than labels can tell apart, or ``out`` cannot be written; it is as it was before.
@@ -127,7 +155,13 @@ def refuse_records(out: str | os.PathLike[str]) -> None:
             raise DataError(f"{path} exists; remove it or choose another folder")
 
 
-def pack_folder(folder: str | os.PathLike[str], out: str | os.PathLike[str]) -> PackCounts:
+def pack_folder(
+    folder: str | os.PathLike[str],
+    out: str | os.PathLike[str],
+    *,
+    on_bad_record: OnBadRecord = "stop",
+    follow_links: bool = False,
+) -> PackCounts:
     """Pack a folder of face images into ``train.rec``, ``train.idx`` and ``property``.
 
     The layout is that of :func:`write_identities`. Labels number the identities' folders in the order of their names.
@@ -139,31 +173,53 @@ def pack_folder(folder: str | os.PathLike[str], out: str | os.PathLike[str]) -> 
     Args:
         folder: one sub-folder of images per identity.
         out: where the three files go; made when missing. It must not hold records already.
+        on_bad_record: what becomes of images that cannot be read, each of which is told with a warning: ``stop`` looks
+            at all images and packs nothing, ``skip`` leaves the bad ones out.
+        follow_links: whether symbolic links are followed; they are refused otherwise.
 
     Returns:
         How much was packed.
 
     Raises:
-        DataError: nothing to pack, an image that cannot be decoded, or ``out`` cannot be written; ``out`` is as it was
+        DataError: nothing to pack, images that cannot be read, or ``out`` cannot be written; ``out`` is as it was
             before.
     """
-    from tqdm import tqdm
-
-    identities = list_identities(folder)
+    identities = list_identities(folder, follow_links=follow_links)
     refuse_records(out)
     sizes = [len(identity.images) for identity in identities]
+    bad = np.zeros(len(sizes), dtype=np.int64)
     resized = 0
+
+    def stored() -> Iterator[bytes | None]:
+        nonlocal resized
+        first = None
+        for label, path in _with_progress(
+            [(label, path) for label, (_, paths) in enumerate(identities) for path in paths]
+        ):
+            try:
+                payload, scaled = _as_stored(path)
+            except BadRecordError as error:
+                logger.warning("cannot be packed: %s", error)
+                first = first or error
+                bad[label] += 1
+                yield None
+            else:
+                resized += scaled
+                yield payload
+        if first is not None and (on_bad_record == "stop" or bad.sum() == sum(sizes)):
+            raise DataError(
+                f"{bad.sum()} of {sum(sizes)} images cannot be packed, the first: {first}; mend or remove them, or "
+                "leave them out with --on-bad-record skip"
+            )
+
+    write_identities(out, sizes, stored())
+    emptied = int((bad == sizes).sum())
+    return PackCounts(len(identities), sum(sizes) - int(bad.sum()), resized, int(bad.sum()), emptied)
+
+
+def _with_progress(images: list[tuple[int, str]]) -> Iterable[tuple[int, str]]:
+    from tqdm import tqdm
+
     # None shows the bar on a terminal only.
-    with tqdm(total=sum(sizes), desc="packing", unit="image", disable=None) as progress:
-
-        def stored() -> Iterator[bytes]:
-            nonlocal resized
-            for identity in identities:
-                for path in identity.images:
-                    payload, scaled = _as_stored(path)
-                    resized += scaled
-                    yield payload
-                    progress.update()
-
-        write_identities(out, sizes, stored())
-    return PackCounts(len(identities), sum(sizes), resized)
+    bar: Iterable[tuple[int, str]] = tqdm(images, desc="packing", unit="image", disable=None)
+    return bar

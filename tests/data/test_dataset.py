@@ -9,6 +9,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from PIL import Image
 from torch.utils.data import DataLoader
 
 from arcface_kd.data import dataset as dataset_module
@@ -393,15 +394,69 @@ def test_folders_are_listed_as_the_host_lists_them(tmp_path: Path) -> None:
 def test_bad_folders_are_refused(tmp_path: Path) -> None:
     assert f"no data set in {tmp_path}; wanted train.rec and train.idx, or one folder" in refused(tmp_path)
     (tmp_path / "a").mkdir()
-    assert f"the identity folder {tmp_path}/a holds no image" in refused(tmp_path)
+    assert f"{tmp_path}/a" in refused(tmp_path)
     write_image(tmp_path / "a" / "1.jpg", 0)
     (tmp_path / "a" / "2.jpg").write_bytes(b"no image")
     faces = open_dataset(tmp_path)
-    with pytest.raises(DataError, match=r"a/2\.jpg: not a JPEG"):
+    with pytest.raises(DataError, match=r"a/2\.jpg"):
         faces[1]
     (tmp_path / "a" / "2.jpg").unlink()
     with pytest.raises(DataError, match=r"cannot read .*a/2\.jpg: No such file"):
         faces[1]
+
+
+def told(caplog: pytest.LogCaptureFixture) -> str:
+    return "\n".join(entry.getMessage() for entry in caplog.records)
+
+
+def test_what_systems_leave_is_neither_identity_nor_face(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    write_image(tmp_path / "a" / "1.jpg", 0)
+    write_image(tmp_path / "b" / "1.jpg", 1)
+    strays = [
+        *(".ipynb_checkpoints/1-checkpoint.jpg", "@eaDir/a.jpg", "__MACOSX/a/._1.jpg", "a/._1.jpg"),
+        *("a/@eaDir/1.jpg/SYNOPHOTO_THUMB_S.jpg", "b/.thumbnails/1.jpg", "$RECYCLE.BIN/x.jpg", "lost+found/x.png"),
+    ]
+    for place in strays:
+        write_image(tmp_path / place, 2)
+    for place in (".DS_Store", "a/Thumbs.db", "b/desktop.ini", "a/notes.txt", "b/a.HEIC", "b/b.heic", "b/README"):
+        (tmp_path / place).write_text("x")
+    write_image(tmp_path / "sheet.jpg", 3)
+    faces = FolderDataset(tmp_path)
+    assert faces.names == ["a", "b"]
+    assert [faces.where(index) for index in range(len(faces))] == [f"{tmp_path}/a/1.jpg", f"{tmp_path}/b/1.jpg"]
+    for counted in ("4 files that are no images", "2 .heic", "1 .txt", "1 images beside", "@eaDir", "and 6 more"):
+        assert counted in told(caplog)
+    assert len(caplog.records) == 1
+
+
+def test_a_clean_folder_is_listed_without_a_word(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    write_image(tmp_path / "a" / "1.jpg", 0)
+    write_image(tmp_path / "a" / "more" / "1.jpg", 0)
+    FolderDataset(tmp_path)
+    assert not caplog.records
+
+
+@pytest.mark.parametrize("suffix", ["jpe", "jfif", "tif", "TIFF", "ppm", "pgm", "pbm", "gif", "jp2", "dib", "bmp"])
+def test_images_of_other_suffixes_are_faces(tmp_path: Path, suffix: str) -> None:
+    kind = {"jpe": "JPEG", "jfif": "JPEG", "tif": "TIFF", "gif": "GIF", "jp2": "JPEG2000"}.get(suffix.lower())
+    kind = kind or {"tiff": "TIFF", "dib": "BMP", "bmp": "BMP"}.get(suffix.lower(), "PPM")
+    picture = Image.fromarray(pixels(1)[..., ::-1])
+    picture = picture.convert({"pgm": "L", "pbm": "1", "gif": "P"}.get(suffix, "RGB"))
+    (tmp_path / "a").mkdir()
+    with open(tmp_path / "a" / f"1.{suffix}", "wb") as stream:
+        picture.save(stream, kind)
+    sample = FolderDataset(tmp_path)[0]
+    with Image.open(tmp_path / "a" / f"1.{suffix}") as image:
+        theirs = np.array(image.convert("RGB"))
+    np.testing.assert_array_equal(sample.image.permute(1, 2, 0).numpy(), theirs)
+
+
+def test_identities_one_level_too_deep_are_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    for place in ("train/p1/1.jpg", "train/p2/1.jpg", "val/p3/1.jpg", "extra/1.jpg"):
+        write_image(tmp_path / place, 0)
+    assert FolderDataset(tmp_path).names == ["extra", "train", "val"]
+    assert "2 of 3 identities" in told(caplog)
+    assert f"{tmp_path}/train/p1" in told(caplog)
 
 
 @pytest.mark.parametrize("place", ["a/link.jpg", "a/link", "link"])

@@ -1,14 +1,26 @@
 """Folders of face images, one sub-folder per identity."""
 
+import logging
 import os
+from collections import Counter
+from pathlib import Path
 from typing import NamedTuple
 
 from arcface_kd.errors import DataError
 from arcface_kd.system.files import open_regular
 
-IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp")
+logger = logging.getLogger(__name__)
+
+_JPEG = (".jpg", ".jpeg", ".jpe", ".jfif")
+IMAGE_SUFFIXES = (*_JPEG, ".png", ".bmp", ".dib", ".webp", ".tif", ".tiff", ".ppm", ".pgm", ".pbm", ".gif", ".jp2")
+# Put there by Synology, macOS, Windows and fsck; names that begin with a dot are passed over besides.
+_NO_IDENTITIES = frozenset(
+    ("@eaDir", "#recycle", "#snapshot", "__MACOSX", "$RECYCLE.BIN", "System Volume Information", "lost+found")
+)
+_NO_FACES = frozenset(("thumbs.db", "desktop.ini"))
 # The most pixels that are decoded, in four channels of 16 bits without compression.
 _LARGEST_FILE = 1 << 29
+_SHOWN = 5
 
 
 class Identity(NamedTuple):
@@ -18,52 +30,83 @@ class Identity(NamedTuple):
     images: list[str]
 
 
-def _scan(folder: str) -> list[os.DirEntry[str]]:
-    try:
-        with os.scandir(folder) as entries:
-            return list(entries)
-    except OSError as error:
-        raise DataError(f"cannot list {folder}: {error.strerror}") from None
+class _Listing:
+    """Goes through the folders of one data set, and counts what it passes over.
+
+    Args:
+        follow_links: whether symbolic links are followed; refused otherwise, since an unpacked archive may hold links
+            to anywhere on this machine.
+    """
+
+    def __init__(self, follow_links: bool) -> None:
+        self.follow_links = follow_links
+        self.hidden: list[str] = []
+        self.suffixes: Counter[str] = Counter()
+
+    def entries(self, folder: str) -> list[os.DirEntry[str]]:
+        """What lies in a folder, without what systems and tools have put there."""
+        try:
+            with os.scandir(folder) as scanned:
+                found = list(scanned)
+        except OSError as error:
+            raise DataError(f"cannot list {folder}: {error.strerror}") from None
+        kept = []
+        for entry in found:
+            if entry.name.startswith(".") or entry.name in _NO_IDENTITIES or entry.name.lower() in _NO_FACES:
+                self.hidden.append(entry.path)
+            else:
+                kept.append(entry)
+        return kept
+
+    def is_folder(self, entry: os.DirEntry[str]) -> bool:
+        try:
+            return entry.is_dir()
+        except OSError:
+            # A link that leads back to itself, which is refused as any other.
+            return True
+
+    def check_link(self, entry: os.DirEntry[str]) -> None:
+        if entry.is_symlink() and not self.follow_links:
+            raise DataError(
+                f"{entry.path} is a symbolic link; put the file or folder itself there, or let `arcface-kd data pack` "
+                "follow it with --follow-links"
+            )
+
+    def images(self, folder: str) -> list[tuple[str, str]]:
+        """Folder and name of every image below a folder."""
+        found: list[tuple[str, str]] = []
+        pending, visited = [folder], set[str]()
+        while pending:
+            current = pending.pop()
+            if self.follow_links:
+                real = os.path.realpath(current)
+                if real in visited:
+                    # A link back to where it comes from.
+                    continue
+                visited.add(real)
+            for entry in self.entries(current):
+                if self.is_folder(entry):
+                    self.check_link(entry)
+                    pending.append(entry.path)
+                elif entry.name.lower().endswith(IMAGE_SUFFIXES):
+                    self.check_link(entry)
+                    found.append((current, entry.name))
+                else:
+                    self.suffixes[Path(entry.name).suffix.lower() or "no suffix"] += 1
+        return found
 
 
-def _is_folder(entry: os.DirEntry[str]) -> bool:
-    try:
-        return entry.is_dir()
-    except OSError:
-        # A link that leads back to itself, which is refused as any other.
-        return True
-
-
-def _refuse_link(entry: os.DirEntry[str]) -> None:
-    # An unpacked archive may hold links to anywhere on this machine.
-    if entry.is_symlink():
-        raise DataError(f"{entry.path} is a symbolic link; put the file or folder itself there")
-
-
-def _images(folder: str) -> list[tuple[str, str]]:
-    """Folder and name of every image below a folder."""
-    found: list[tuple[str, str]] = []
-    pending = [folder]
-    while pending:
-        current = pending.pop()
-        for entry in _scan(current):
-            if _is_folder(entry):
-                _refuse_link(entry)
-                pending.append(entry.path)
-            elif entry.name.lower().endswith(IMAGE_SUFFIXES):
-                _refuse_link(entry)
-                found.append((current, entry.name))
-    return found
-
-
-def list_identities(root: str | os.PathLike[str]) -> list[Identity]:
+def list_identities(root: str | os.PathLike[str], *, follow_links: bool = False) -> list[Identity]:
     """List a folder of identities as torchvision's ``ImageFolder`` orders it, so that labels are the host's.
 
-    The label of an identity is its place in the list. Images may lie in sub-folders of an identity's folder. Files
-    without an image's suffix, and files directly in ``root``, are passed over.
+    The label of an identity is its place in the list. Images may lie in sub-folders of an identity's folder. Hidden
+    files and folders, those of systems (``@eaDir``, ``__MACOSX``, ...) and files that are no images are passed over;
+    a warning counts them. Another one tells of identities whose images lie in sub-folders only, as those of a folder
+    one level too high do.
 
     Args:
         root: a folder with one sub-folder per identity.
+        follow_links: whether symbolic links are followed; they are refused otherwise.
 
     Returns:
         The identities sorted by name; the images of each sorted by folder, then by name.
@@ -71,20 +114,51 @@ def list_identities(root: str | os.PathLike[str]) -> list[Identity]:
     Raises:
         DataError: not a folder, no identity in it, an identity without an image, or a symbolic link.
     """
-    identities: list[Identity] = []
-    for entry in sorted(_scan(os.fspath(root)), key=lambda entry: entry.name):
-        if not _is_folder(entry):
+    listing = _Listing(follow_links)
+    identities, nested, empty, outside = [], [], [], 0
+    for entry in sorted(listing.entries(os.fspath(root)), key=lambda entry: entry.name):
+        if not listing.is_folder(entry):
+            outside += entry.name.lower().endswith(IMAGE_SUFFIXES)
             continue
-        _refuse_link(entry)
-        images = [os.path.join(folder, name) for folder, name in sorted(_images(entry.path))]
+        listing.check_link(entry)
+        images = sorted(listing.images(entry.path))
         if not images:
-            raise DataError(
-                f"the identity folder {entry.path} holds no image ({', '.join(IMAGE_SUFFIXES)}); add one or remove it"
-            )
-        identities.append(Identity(entry.name, images))
+            empty.append(entry.path)
+        elif all(folder != entry.path for folder, _ in images):
+            nested.append(images[0][0])
+        identities.append(Identity(entry.name, [os.path.join(folder, name) for folder, name in images]))
     if not identities:
         raise DataError(f"{root} holds no identity folders; wanted one folder of images per identity")
+    _warn(root, listing, outside, nested, len(identities))
+    if empty:
+        raise DataError(
+            f"identity folders without an image ({', '.join(IMAGE_SUFFIXES)}): {_some(empty)}; add one or remove them"
+        )
     return identities
+
+
+def _some(paths: list[str]) -> str:
+    more = f" and {len(paths) - _SHOWN} more" if len(paths) > _SHOWN else ""
+    return ", ".join(paths[:_SHOWN]) + more
+
+
+def _warn(root: str | os.PathLike[str], listing: _Listing, outside: int, nested: list[str], identities: int) -> None:
+    passed_over = []
+    if listing.suffixes:
+        kinds = ", ".join(f"{count} {suffix}" for suffix, count in listing.suffixes.most_common())
+        passed_over.append(f"{listing.suffixes.total()} files that are no images ({kinds})")
+    if outside:
+        passed_over.append(f"{outside} images beside the identities' folders")
+    if listing.hidden:
+        passed_over.append(f"hidden files and folders: {_some(listing.hidden)}")
+    if passed_over:
+        logger.warning("%s: passed over %s", root, "; ".join(passed_over))
+    if nested:
+        logger.warning(
+            "%s: the images of %d of %d identities lie in sub-folders only, such as %s, and each folder directly in %s "
+            "is taken for one person; where the sub-folders are the people, give the folder that holds them",
+            *(root, len(nested), identities, nested[0], root),
+        )
 
 
 def read_image_file(path: str | os.PathLike[str]) -> bytes:

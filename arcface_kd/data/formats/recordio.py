@@ -564,6 +564,16 @@ class RecordWriter:
             start = cut + len(_MAGIC_BYTES)
         self._write_part(_LAST if start else _WHOLE, record[start:])
 
+    def replace_first(self, record: bytes) -> None:
+        """Put another record in the place of the first one, which must be whole and have the same length.
+
+        Args:
+            record: its bytes.
+        """
+        self._rec.seek(_PART.size)
+        self._rec.write(record)
+        self._rec.seek(0, os.SEEK_END)
+
     def _write_part(self, flag: int, part: bytes) -> None:
         padding = b"\0" * (-len(part) % 4)
         self._rec.write(_PART.pack(_MAGIC, flag << _LENGTH_BITS | len(part)))

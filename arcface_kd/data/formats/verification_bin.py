@@ -91,7 +91,7 @@ def _scan(data: mmap.mmap) -> None:
             # pickletools' own reader wants ASCII, which Python 2's images are not.
             data.readline()
         elif opcode.arg is not None:
-            argument = opcode.arg.reader(data)
+            argument = opcode.arg.reader(data)  # type: ignore[arg-type]
         if opcode.name in _MEMO_OPCODES and argument > most:
             raise _Refused(f"memo entry {argument} of a pickle of {len(data)} bytes")
         if opcode.name == "STOP":
