@@ -4,6 +4,7 @@ The command line prints them as one line and ends with exit code 2; anything els
 """
 
 import difflib
+import re
 from collections.abc import Iterable
 from typing import Literal
 
@@ -63,10 +64,13 @@ OnBadRecord = Literal["stop", "skip"]
 
 
 def first_line(error: BaseException) -> str:
-    """A foreign exception's message on one line, cut to a readable length.
+    """A foreign exception's message on one line without a terminal's codes, cut to whole sentences or words.
 
     Args:
         error: what was raised.
     """
-    text = " ".join(str(error).split()) or type(error).__name__
-    return text if len(text) <= 240 else text[:237] + "..."
+    text = " ".join(re.sub(r"\x1b\[[\d;]*[A-Za-z]", "", str(error)).split()) or type(error).__name__
+    if len(text) <= 240:
+        return text
+    sentences = text[:240].rpartition(". ")[0]
+    return f"{sentences}." if sentences else f"{text[:237].rpartition(' ')[0] or text[:237]}..."

@@ -7,7 +7,7 @@ classes and their order are checked.
 import logging
 import os
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -22,11 +22,14 @@ from arcface_kd.data.dataset import FaceDataset, View
 from arcface_kd.distributed.class_shard import ClassShard
 from arcface_kd.errors import BadRecordError, CheckpointError, TeacherError
 from arcface_kd.teachers.cache.embedding_cache import EmbeddingCache
-from arcface_kd.teachers.checkpoint import read_content
+from arcface_kd.teachers.checkpoint import find_backbones
+from arcface_kd.teachers.state_dict import outlined, read_content, short, state_dicts
 
 logger = logging.getLogger(__name__)
 
 
+# What a classifier's matrix is called, (C, D) and (D, C).
+_NAMES = ("weight", "kernel")
 _OF_A_RUN = re.compile(r"checkpoint_gpu_\d+\.pt")
 # One file a rank, as arcface_torch left them until 2021: a bare matrix, or a state dict of PartialFC.
 _OLDER_SHARDS = ("rank_{}_softmax_weight.pt", "softmax_fc_gpu_{}.pt")
@@ -44,8 +47,9 @@ def read_classifier(source: str | os.PathLike[str], shard: ClassShard) -> Tensor
     Args:
         source: the folder of a run of arcface_torch or of this package (``checkpoint_gpu_*.pt``), or one of its files;
             the same with the files of arcface_torch's first years (``softmax_fc_gpu_*.pt``,
-            ``rank_*_softmax_weight.pt``); AdaDistill's ``header.pth`` (``kernel``, (D, C)); or one file with
-            ``{"weight": (C, D)}``, as ``arcface-kd merge-head`` writes it, or a bare (C, D) tensor.
+            ``rank_*_softmax_weight.pt``); or one file with the matrix, (C, D) or (D, C), alone or by any name, with or
+            without a backbone: what ``arcface-kd merge-head`` writes, AdaDistill's ``header.pth``, AdaFace's
+            ``head.kernel``.
         shard: the classes that are wanted.
 
     Returns:
@@ -102,9 +106,11 @@ def _older_shards(folder: Path, name: str) -> list[Path]:
 
 
 def _rows_of_files(files: list[Path], shard: ClassShard) -> Tensor:
-    matrices = [_matrix(read_content(path), path) for path in files]
+    # A rank's own file has its share of the classes.
+    num_classes = shard.num_classes if len(files) == 1 else None
+    matrices = [_matrix(read_content(path), path, num_classes) for path in files]
     count = sum(matrix.shape[0] for matrix in matrices)
-    _check_count(count, shard, files[0], matrices[0])
+    _check_count(count, shard, files[0])
     parts, first = [], 0
     for rank, (path, matrix) in enumerate(zip(files, matrices, strict=True)):
         whole = ClassShard(count, rank, len(files))
@@ -119,32 +125,44 @@ def _rows_of_files(files: list[Path], shard: ClassShard) -> Tensor:
     return torch.cat(parts)
 
 
-def _matrix(content: object, path: Path) -> Tensor:
-    """The (C, D) matrix of a file."""
-    found = content
-    if isinstance(content, Mapping):
-        named = {str(name).rpartition(".")[2]: value for name, value in content.items()}
-        if "kernel" in named:
-            found = named["kernel"].T if isinstance(named["kernel"], Tensor) else None
-        else:
-            found = named.get("weight")
-    if not isinstance(found, Tensor) or found.ndim != 2 or not found.is_floating_point():
-        holds = f"{', '.join(map(str, list(content)[:5]))}" if isinstance(content, Mapping) else type(content).__name__
+def _matrix(content: object, path: Path, num_classes: int | None = None) -> Tensor:
+    """The (C, D) matrix of a file: its only one, or the one that has a row or a column for each class."""
+    matrices = _matrices({"weight": content} if isinstance(content, Tensor) else content)
+    fitting = {where: each for where, each in matrices.items() if num_classes in each.shape} or matrices
+    found = {where: each for where, each in fitting.items() if where[-1] in _NAMES} or fitting
+    if not found:
+        raise TeacherError(f"{path} holds no classifier but {outlined(content)}; wanted a matrix (classes, dimension)")
+    # Averaged copies lie under other keys.
+    first = next(iter(found))
+    here = [where for where in found if where[0] == first[0]]
+    if len(here) > 1:
+        told = ", ".join(f"{short('.'.join(where[1:]))} {tuple(found[where].shape)}" for where in here[:5])
         raise TeacherError(
-            f"{path} holds no classifier but {holds}; wanted a matrix (classes, dimension), alone or as 'weight', or "
-            "AdaDistill's 'kernel'"
+            f"{path} does not show which of its matrices is the classifier: {told}; save that one by itself"
         )
-    return found
+    matrix = found[first]
+    if num_classes in matrix.shape and matrix.shape[0] != matrix.shape[1]:
+        return matrix if matrix.shape[0] == num_classes else matrix.T
+    return matrix.T if first[-1] == "kernel" else matrix
 
 
-def _check_count(count: int, shard: ClassShard, path: Path, matrix: Tensor | None = None) -> None:
-    if count == shard.num_classes:
-        return
-    turned = matrix is not None and matrix.shape[1] == shard.num_classes
-    hint = "it lies on its side: save its transpose" if turned else "the teacher was trained on other records"
-    raise TeacherError(
-        f"the teacher's classifier {path} has {count} classes, the run has num_classes={shard.num_classes}: {hint}"
-    )
+def _matrices(content: object) -> dict[tuple[str, ...], Tensor]:
+    """The matrices of a file outside its backbone, by the state dict and the parts of the name."""
+    backbones = {(found.place, found.prefix + name) for found in find_backbones(content) for name in found.tensors}
+    return {
+        (place, *name.split(".")): tensor
+        for place, tensors in state_dicts(content).items()
+        for name, tensor in tensors.items()
+        if tensor.ndim == 2 and tensor.is_floating_point() and (place, name) not in backbones
+    }
+
+
+def _check_count(count: int, shard: ClassShard, path: Path) -> None:
+    if count != shard.num_classes:
+        raise TeacherError(
+            f"the teacher's classifier {path} has {count} classes, the run has num_classes={shard.num_classes}: the "
+            "teacher was trained on other records"
+        )
 
 
 def _sound(rows: Tensor, shard: ClassShard, path: Path) -> Tensor:

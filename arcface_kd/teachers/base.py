@@ -197,7 +197,10 @@ class Teacher(nn.Module):
         """
         super().__init__()
         if isinstance(network, nn.Module):
-            network.eval().requires_grad_(False)
+            network.eval()
+            # A TorchScript module has no requires_grad_ of its own.
+            for parameter in network.parameters():
+                parameter.requires_grad_(False)
             if channels_last:
                 network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
             if parameter_count is None:

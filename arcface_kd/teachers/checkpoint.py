@@ -1,33 +1,39 @@
-"""Teachers from PyTorch checkpoints: ``model.pt`` and ``checkpoint_gpu_*.pt`` of arcface_torch, and their relatives."""
+"""Teachers from checkpoints of known networks: PyTorch's and safetensors files, and the folders of runs."""
 
-import contextlib
+import logging
 import os
-import zipfile
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cache, partial
 from pathlib import Path
-from typing import ClassVar, TypeVar
+from typing import ClassVar, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from arcface_kd.backbones import NETWORKS, FaceBackbone
 from arcface_kd.backbones.vit import HOST_NAMES, VITS
-from arcface_kd.checkpoints.tensor_file import archive_fault, tensor_fault
 from arcface_kd.errors import ConfigError, TeacherError, first_line
-from arcface_kd.teachers.base import Teacher, existing_file, local_path, tensors_digest
-from arcface_kd.teachers.file_type import describe, signature
+from arcface_kd.teachers.base import Teacher, local_path, tensors_digest
+from arcface_kd.teachers.file_type import signature
 from arcface_kd.teachers.options import Preprocessing, TeacherOptions
+from arcface_kd.teachers.state_dict import is_trained, outlined, read_content, short, state_dicts
 
-# Where trainers put the backbone's tensors: arcface_torch's save_all_states first, then what others are used to.
-_CONTAINERS = ("state_dict_backbone", "backbone", "state_dict", "model_state_dict", "model")
-_STUDENT = "model.pt"
+logger = logging.getLogger(__name__)
+
+# What a run leaves in its folder: arcface_torch until 2021 called it backbone.pth, as its model zoo still does.
+_STUDENTS = ("model.pt", "backbone.pth")
+_SUFFIXES = (".pt", ".pth", ".ckpt", ".safetensors")
 _HALF = {"bf16": torch.bfloat16, "fp16": torch.float16}
 _WEIGHTS = frozenset((torch.float16, torch.bfloat16, torch.float32, torch.float64))
 _T = TypeVar("_T")
 _KNOWN = {**NETWORKS, **VITS}
-_PREFIXES = ("module.", "_orig_mod.", "backbone.", "model.")
+# MagFace's names for the IResNets, whose batch norms have another epsilon than arcface_torch's.
+_MAGFACE = {f"iresnet{depth}": f"r{depth}" for depth in (18, 34, 50, 100)}
+_MAGFACE_EPS, _EPS = 2e-5, 1e-5
+# Stands for tokens that training hides; nothing reads it in evaluation, and some trainers leave it out.
+_OPTIONAL = frozenset(("mask_token",))
+Shape = tuple[int, ...]
 
 
 @dataclass(frozen=True)
@@ -47,104 +53,50 @@ class NetworkCheckpoint:
     digest: str
 
 
+class Backbone(NamedTuple):
+    """Where a known network's tensors are in a file.
+
+    Attributes:
+        place: keys that lead to the state dict, as `state_dicts` gives them.
+        prefix: what all of the network's names begin with.
+        name: the network.
+        num_features: dimension of its embeddings.
+        tensors: by the network's own names.
+        beside: names of the state dict's other tensors, a head's as a rule.
+    """
+
+    place: str
+    prefix: str
+    name: str
+    num_features: int
+    tensors: dict[str, Tensor]
+    beside: tuple[str, ...]
+
+    def __str__(self) -> str:
+        where = "/".join(part for part in (self.place, self.prefix) if part)
+        return f"{self.name} under {where!r}" if where else self.name
+
+
+def backbone_file(folder: Path) -> Path | None:
+    """The student that a run of arcface_torch or of ``arcface-kd train`` has left in its folder.
+
+    Args:
+        folder: a path, existing or not.
+
+    Returns:
+        ``model.pt`` or ``backbone.pth``; None where neither is there.
+    """
+    return next((folder / name for name in _STUDENTS if (folder / name).is_file()), None)
+
+
 def is_run_folder(source: object) -> bool:
-    """Whether this is what a run of arcface_torch or of ``arcface-kd train`` leaves: a folder with ``model.pt``.
+    """Whether this is what a run of arcface_torch or of ``arcface-kd train`` leaves: a folder with its student.
 
     Args:
         source: a path or anything else.
     """
     path = local_path(source)
-    return path is not None and (path / _STUDENT).is_file()
-
-
-def _check_archive(path: Path) -> None:
-    """Refuse what torch would read without a word, and an InsightFace pack that nobody has unpacked."""
-    fault = archive_fault(path)
-    if fault is None:
-        return
-    with contextlib.suppress(Exception), zipfile.ZipFile(path) as archive:
-        if any(name.endswith(".onnx") for name in archive.namelist()):
-            fault = "it is a zip archive: an InsightFace pack? unpack it and name the folder"
-    raise TeacherError(f"teacher {path}: {fault}")
-
-
-def read_content(path: str | os.PathLike[str]) -> object:
-    """What a PyTorch file holds, without running anything that the file brings.
-
-    Args:
-        path: written by ``torch.save``.
-
-    Returns:
-        Tensors, on the CPU and mapped into memory where the format allows, in whatever they were saved in.
-
-    Raises:
-        TeacherError: the file is missing, damaged, or holds Python objects.
-    """
-    place = existing_file(Path(path))
-    kind = signature(place)
-    if kind == "zip":
-        _check_archive(place)
-    elif kind != "pickle":
-        raise TeacherError(f"teacher {place} is {describe(place)}; wanted a PyTorch checkpoint")
-    try:
-        # Mapped: a checkpoint with optimiser state and head shards is read only where the backbone lies.
-        content: object = torch.load(place, map_location="cpu", weights_only=True, mmap=kind == "zip")
-    # torch.load raises whatever its unpickler, its zip reader or a tensor constructor stumbles over.
-    except Exception as error:
-        if "weights_only" in str(error) or "Unsupported" in str(error):
-            raise TeacherError(
-                f"teacher {place} holds more than tensors, and loading it could run code; save its state_dict() and "
-                f"name that file ({first_line(error)})"
-            ) from error
-        raise TeacherError(f"teacher {place} is damaged or not a PyTorch checkpoint: {first_line(error)}") from error
-    fault = tensor_fault(content)
-    if fault is not None:
-        raise TeacherError(f"teacher {place}: {fault}")
-    return content
-
-
-def read_state(path: str | os.PathLike[str]) -> dict[str, Tensor]:
-    """The backbone's tensors in a PyTorch file.
-
-    Args:
-        path: a state dict, or a dict that holds one (``state_dict_backbone``, ``state_dict``, ...); prefixes that DDP,
-            ``torch.compile`` or a wrapping module put before every name are taken off.
-
-    Returns:
-        Names and tensors, on the CPU.
-
-    Raises:
-        TeacherError: the file is missing, damaged, holds Python objects, or no tensors by name.
-    """
-    return _named_tensors(read_content(path), Path(path))
-
-
-def _named_tensors(content: object, path: Path) -> dict[str, Tensor]:
-    for key in _CONTAINERS:
-        if isinstance(content, Mapping) and isinstance(content.get(key), Mapping):
-            content = content[key]
-            break
-    if not isinstance(content, Mapping) or not content:
-        raise TeacherError(f"teacher {path} holds a {type(content).__name__}, wanted a state dict: tensors by name")
-    state: dict[str, Tensor] = {}
-    for name, value in content.items():
-        if not isinstance(name, str) or not isinstance(value, Tensor):
-            raise TeacherError(
-                f"teacher {path}: entry {_short(name)} is a {type(value).__name__}; wanted a state dict: tensors by "
-                "name"
-            )
-        state[name] = value
-    while True:
-        prefix = next((prefix for prefix in _PREFIXES if all(name.startswith(prefix) for name in state)), None)
-        if prefix is None:
-            return state
-        state = {name.removeprefix(prefix): value for name, value in state.items()}
-
-
-def _short(name: object) -> str:
-    """A name of a file's choosing, fit for a message of one line."""
-    text = repr(name)
-    return text if len(text) <= 100 else text[:97] + "..."
+    return path is not None and backbone_file(path) is not None
 
 
 def _shapes(network: nn.Module) -> dict[str, tuple[int, ...]]:
@@ -163,34 +115,115 @@ def _outline(name: str, num_features: int) -> dict[str, tuple[int, ...]]:
         return _without_counters(_shapes(_KNOWN[name](num_features=num_features)))
 
 
-def _num_features(name: str, state: Mapping[str, tuple[int, ...]]) -> int | None:
+def _num_features(name: str, state: Mapping[str, Shape]) -> int | None:
     """The embedding dimension that makes network ``name`` fit these shapes exactly, if there is one."""
     outline = _outline(name, 512)
-    if outline.keys() != state.keys():
+    if outline.keys() - _OPTIONAL != state.keys() - _OPTIONAL:
         return None
     other = _outline(name, 513)
     for key, shape in outline.items():
         if shape != other[key] and len(shape) == len(state[key]):
             axis = next(axis for axis, size in enumerate(shape) if size != other[key][axis])
             size = state[key][axis]
-            return size if 0 < size <= 65536 and _outline(name, size) == state else None
+            fits = 0 < size <= 65536 and state.items() <= _outline(name, size).items()
+            return size if fits else None
     return None
 
 
-def _misfit(path: Path, name: str, state: dict[str, tuple[int, ...]]) -> str:
-    outline = _outline(name, 512)
-    missing = sorted(outline.keys() - state.keys())
-    foreign = sorted(state.keys() - outline.keys())
+def _own(entries: Mapping[str, _T], prefix: str, name: str) -> dict[str, _T]:
+    """What could be a network's behind a prefix: all that begins as one of its modules does, without the prefix."""
+    modules = {key.partition(".")[0] for key in _outline(name, 512)}
+    behind = {key.removeprefix(prefix): entry for key, entry in entries.items() if key.startswith(prefix)}
+    return {key: entry for key, entry in behind.items() if key.partition(".")[0] in modules}
+
+
+def _prefixes(state: Mapping[str, Shape], name: str) -> list[str]:
+    """What stands before a network's last tensor, wherever a state dict has one of its name."""
+    last = next(reversed(_outline(name, 512)))
+    return [key.removesuffix(last) for key in state if key == last or key.endswith(f".{last}")]
+
+
+def find_backbones(content: object, names: Iterable[str] = _KNOWN) -> Iterator[Backbone]:
+    """Find known networks in a file's state dicts, under any key and behind any prefix.
+
+    Args:
+        content: as `read_content` returns it.
+        names: the networks to look for.
+
+    Yields:
+        The networks whose tensors are all there, in the order of `state_dicts`.
+    """
+    for place, tensors in state_dicts(content).items():
+        shapes = _without_counters({key: tuple(value.shape) for key, value in tensors.items()})
+        for name in names:
+            for prefix in _prefixes(shapes, name):
+                size = _num_features(name, _own(shapes, prefix, name))
+                if size is not None:
+                    own = _own(tensors, prefix, name)
+                    beside = tuple(key for key in tensors if key.removeprefix(prefix) not in own)
+                    yield Backbone(place, prefix, name, size, own, beside)
+
+
+def _the_backbone(content: object, path: Path, name: str | None) -> Backbone:
+    """The one network that a file is of."""
+    found = list(find_backbones(content, _KNOWN if name is None else (name,)))
+    if not found:
+        raise TeacherError(f"teacher {path} {_misfit(content, name)}")
+    first = found[0]
+    others = [each for each in found[1:] if not _same(each, first)]
+    networks = list(dict.fromkeys(each.name for each in found if each[:2] == first[:2]))
+    if len(networks) > 1:
+        raise TeacherError(f"teacher {path} fits several networks: {', '.join(networks)}; name one as teacher.network")
+    # A copy that was averaged, say, lies under another key; two networks side by side may be teacher and student.
+    if any(not is_trained(first.place) or each.place == first.place for each in others):
+        raise TeacherError(
+            f"teacher {path} holds several networks: {', '.join(map(str, (first, *others)))}; save the state_dict() of "
+            "the one that is meant by itself"
+        )
+    if first.place or first.prefix or first.beside:
+        logger.info("%s: %s; passed over there: %s", path, first, ", ".join(map(short, first.beside[:5])) or "nothing")
+    return first
+
+
+def _same(one: Backbone, other: Backbone) -> bool:
+    return one.tensors.keys() == other.tensors.keys() and all(
+        torch.equal(tensor, other.tensors[key]) for key, tensor in one.tensors.items()
+    )
+
+
+def _misfit(content: object, name: str | None) -> str:
+    """Why a file is of none of the networks, by the one that comes nearest."""
+    states = state_dicts(content).values()
+    if not states:
+        return f"holds {outlined(content)}; wanted a state dict: tensors by name"
+    state = max(states, key=len)
+    shapes = _without_counters({key: tuple(value.shape) for key, value in state.items()})
+
+    def common(candidate: tuple[str, str]) -> int:
+        return len(_own(shapes, candidate[1], candidate[0]).keys() & _outline(candidate[0], 512).keys())
+
+    candidates = [(each, prefix) for each in ([name] if name else _KNOWN) for prefix in (*_prefixes(shapes, each), "")]
+    nearest, prefix = max(candidates, key=common)
+    outline = _outline(nearest, 512)
+    own = _own(shapes, prefix, nearest)
+    missing, foreign = sorted(outline.keys() - own.keys() - _OPTIONAL), sorted(own.keys() - outline.keys())
     words = []
     if missing:
-        words.append(f"{len(missing)} tensors missing, such as {_short(missing[0])}")
+        words.append(f"{len(missing)} tensors missing, such as {short(prefix + missing[0])}")
     if foreign:
-        words.append(f"{len(foreign)} foreign, such as {_short(foreign[0])}")
+        words.append(f"{len(foreign)} foreign, such as {short(prefix + foreign[0])}")
     if not words:
-        other = _outline(name, 513)
-        wrong = next((key for key in outline if outline[key] == other[key] != state[key]), next(iter(outline)))
-        words.append(f"{wrong!r} has shape {state[wrong]}, wanted {outline[wrong]}")
-    return f"teacher {path} does not fit network {name!r}: {'; '.join(words)}"
+        other = _outline(nearest, 513)
+        wrong = next((key for key in own if outline[key] == other[key] != own[key]), next(iter(own)))
+        words.append(f"{prefix + wrong!r} has shape {own[wrong]}, wanted {outline[wrong]}")
+    if name is not None:
+        return f"does not fit network {name!r}: {'; '.join(words)}"
+    key, shape = next(iter(shapes.items()), ("none", ()))
+    closest = f"; closest is {nearest}: {'; '.join(words)}" if common((nearest, prefix)) > len(outline) / 2 else ""
+    return (
+        f"is of none of the networks {', '.join(_KNOWN)}: it has {len(state)} tensors (the first: {short(key)} {shape})"
+        f"{closest}; load a network of your own with load_teacher(module)"
+    )
 
 
 def load_network(path: str | os.PathLike[str], name: str | None = None) -> NetworkCheckpoint:
@@ -208,42 +241,37 @@ def load_network(path: str | os.PathLike[str], name: str | None = None) -> Netwo
         TeacherError: unreadable, damaged, with NaN or inf among the weights, or of none of the known networks.
         ConfigError: ``name`` is no known network.
     """
-    place = Path(path) / _STUDENT if is_run_folder(path) else Path(path)
+    place = backbone_file(Path(path)) or Path(path)
+    magface = name in _MAGFACE
     if name is not None:
-        name = HOST_NAMES.get(name, name)
+        name = {**HOST_NAMES, **_MAGFACE}.get(name, name)
         if name not in _KNOWN:
             raise ConfigError(f"teacher.network={name!r}: no such network; there are {', '.join(_KNOWN)}")
-    state = read_state(place)
-    shapes = _without_counters({key: tuple(value.shape) for key, value in state.items()})
-    candidates = [name] if name is not None else list(_KNOWN)
-    fitting = {candidate: size for candidate in candidates if (size := _num_features(candidate, shapes)) is not None}
-    if not fitting and name is not None:
-        raise TeacherError(_misfit(place, name, shapes))
-    if not fitting:
-        key, shape = next(iter(shapes.items()), ("none", ()))
-        raise TeacherError(
-            f"teacher {place}: its {len(state)} tensors (the first: {_short(key)} {shape}) are those of none of the "
-            f"networks {', '.join(_KNOWN)}; load a network of your own with load_teacher(module)"
-        )
-    if len(fitting) > 1:
-        raise TeacherError(f"teacher {place} fits several networks: {', '.join(fitting)}; name one as teacher.network")
-    ((network_name, num_features),) = fitting.items()
-    for key, tensor in state.items():
-        if key in shapes and tensor.dtype not in _WEIGHTS:
+    found = _the_backbone(read_content(place), place, name)
+    state = found.tensors
+    for key, tensor in _without_counters(state).items():
+        called = found.prefix + key
+        if tensor.dtype not in _WEIGHTS:
             raise TeacherError(
-                f"teacher {place}: tensor {key!r} is of {tensor.dtype}; wanted float16, bfloat16, float32 or float64"
+                f"teacher {place}: tensor {called!r} is of {tensor.dtype}; wanted float16, bfloat16, float32 or float64"
             )
-        if tensor.is_floating_point() and not torch.isfinite(tensor).all():
-            raise TeacherError(f"teacher {place}: tensor {key!r} holds NaN or inf")
-    network = _KNOWN[network_name](num_features=num_features)
+        if not torch.isfinite(tensor).all():
+            raise TeacherError(f"teacher {place}: tensor {called!r} holds NaN or inf")
+    if magface or (found.name in _MAGFACE.values() and "features" in found.prefix.split(".")):
+        logger.info("%s: batch norms of MagFace, with epsilon %g", place, _MAGFACE_EPS)
+        # x / sqrt(v + 2e-5) is x / sqrt((v + 1e-5) + 1e-5): the network computes what MagFace's does.
+        for key in [key for key in state if key.endswith("running_var")]:
+            state[key] = state[key].float() + (_MAGFACE_EPS - _EPS)
+    network = _KNOWN[found.name](num_features=found.num_features)
+    state.update({key: value for key, value in network.state_dict().items() if key in _OPTIONAL - state.keys()})
     try:
         network.load_state_dict(state, strict=True)
     except RuntimeError as error:
-        raise TeacherError(f"teacher {place} does not fit network {network_name!r}: {first_line(error)}") from error
+        raise TeacherError(f"teacher {place} does not fit network {found.name!r}: {first_line(error)}") from error
     # Digested as loaded and without counters: a file in float16 or from an old torch is no other teacher.
     computing = _without_counters(network.state_dict())
-    digest = tensors_digest({f"{network_name}.{key}": value for key, value in computing.items()})
-    return NetworkCheckpoint(network.eval(), network_name, num_features, digest)
+    digest = tensors_digest({f"{found.name}.{key}": value for key, value in computing.items()})
+    return NetworkCheckpoint(network.eval(), found.name, found.num_features, digest)
 
 
 def _autocast(dtype: torch.dtype, tensor: Tensor, *, half: bool) -> torch.autocast:
@@ -252,23 +280,25 @@ def _autocast(dtype: torch.dtype, tensor: Tensor, *, half: bool) -> torch.autoca
 
 
 class CheckpointSource:
-    """PyTorch checkpoints of the networks in ``arcface_kd.backbones``, ViTs included, fed RGB as (x - 127.5) / 127.5.
+    """Checkpoints of the networks in ``arcface_kd.backbones``, ViTs included, fed RGB as (x - 127.5) / 127.5.
 
-    A run's folder stands for its ``model.pt``.
+    A run's folder stands for its ``model.pt`` or ``backbone.pth``.
     """
 
-    description: ClassVar[str] = "a PyTorch checkpoint (.pt, .pth) or a run's folder, of " + ", ".join(_KNOWN)
+    description: ClassVar[str] = (
+        "a PyTorch checkpoint (.pt, .pth), a .safetensors file or a run's folder, of " + ", ".join(_KNOWN)
+    )
 
     @staticmethod
     def accepts(source: object) -> bool:
-        """Whether this is a PyTorch file by its content, or by its name where the content says nothing."""
+        """Whether this is such a file by its content, or by its name where the content says nothing."""
         if is_run_folder(source):
             return True
         path = local_path(source)
         if path is None or not path.is_file():
             return False
         kind = signature(path)
-        return kind in ("zip", "pickle") or (kind is None and path.suffix.lower() in (".pt", ".pth", ".ckpt"))
+        return kind in ("zip", "pickle", "safetensors") or (kind is None and path.suffix.lower() in _SUFFIXES)
 
     @staticmethod
     def load(source: str | os.PathLike[str], options: TeacherOptions) -> Teacher:

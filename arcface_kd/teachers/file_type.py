@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Literal
 
-Signature = Literal["zip", "pickle", "onnx", "mxnet", "json", "git-lfs", "html"]
+Signature = Literal["zip", "pickle", "safetensors", "onnx", "mxnet", "json", "git-lfs", "html"]
 
 _MXNET_LIST_MAGIC = (0x112).to_bytes(8, "little")
 # Wire tags of the fields 2..8 and 14 of ONNX's ModelProto: one of them follows the ir_version, which is written first.
@@ -40,6 +40,9 @@ def signature(path: Path) -> Signature | None:
         return "zip"
     if start[:1] == b"\x80" and start[1:2] in (b"\x02", b"\x03", b"\x04", b"\x05"):
         return "pickle"
+    # The length of a header in JSON, then the header: the length may look like another kind's first bytes.
+    if start[8:9] == b"{" and start[4:8] == bytes(4):
+        return "safetensors"
     if start.startswith(_MXNET_LIST_MAGIC):
         return "mxnet"
     if len(start) > 2 and start[0] == 0x08 and 1 <= start[1] < 0x40 and start[2] in _ONNX_SECOND_TAGS:
@@ -72,6 +75,7 @@ def describe(path: Path) -> str:
     words = {
         "zip": "a zip archive",
         "pickle": "a Python pickle",
+        "safetensors": "a safetensors file",
         "onnx": "an ONNX file",
         "mxnet": "an MXNet parameter file",
         "json": "a JSON file",

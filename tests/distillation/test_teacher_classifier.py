@@ -11,6 +11,7 @@ from easydict import EasyDict
 from torch import Tensor, nn
 from torch.nn.functional import normalize
 
+from arcface_kd.backbones import get_backbone
 from arcface_kd.checkpoints.shards import merge_head
 from arcface_kd.cli.main import main
 from arcface_kd.config.arcface_torch import BASE
@@ -31,6 +32,7 @@ from arcface_kd.training.trainer import train
 from tests.data.record_sets import insightface_records, write_records
 from tests.host.trainer.faces import Faces, draw_faces
 from tests.reference.problems import ARCFACE
+from tests.teachers.checkpoint_files import prefixed
 
 CLASSES, DIMENSION = 11, 5
 WHOLE = ClassShard(CLASSES)
@@ -61,6 +63,26 @@ def save_older_run(folder: Path, matrix: Tensor, ranks: int, pattern: str) -> Pa
     return folder
 
 
+def heads_beside_backbones(matrix: Tensor) -> dict[str, object]:
+    """Classifiers in one file with what they were trained on, known networks and others."""
+    known = get_backbone("thin_r18", num_features=DIMENSION).state_dict()
+    other = {"fc.weight": torch.ones(DIMENSION, 3), "fc.bias": torch.ones(DIMENSION)}
+    states = {
+        "FaceX-Zoo": {**prefixed(known, "backbone."), "head.weight": matrix},
+        "AdaFace": {**prefixed(known, "model."), "head.kernel": matrix.T, "head.t": torch.ones(1)},
+        "MagFace": {**prefixed(known, "features.module."), "module.fc.weight": matrix.T},
+        "unknown backbone": {**prefixed(other, "backbone."), "module.fc.weight": matrix},
+        "odd name": {"head.proxies": matrix, "head.scale": torch.ones(())},
+    }
+    beside: dict[str, object] = {name: {"state_dict": state, "epoch": 3} for name, state in states.items()}
+    return {
+        **beside,
+        "turned": matrix.T.contiguous(),
+        "containers": {"net": known, "fc": {"weight": matrix}, "optimizer": {"state": {0: {"m": matrix}}}},
+        "averaged": {"state_dict": {"head.weight": matrix}, "state_dict_ema": {"head.weight": matrix + 1}},
+    }
+
+
 def every_source(folder: Path, matrix: Tensor) -> dict[str, Path]:
     folder.mkdir()
     torch.save(matrix, folder / "bare.pt")
@@ -68,6 +90,8 @@ def every_source(folder: Path, matrix: Tensor) -> dict[str, Path]:
     torch.save({"weight": matrix, "num_classes": CLASSES}, folder / "merged.pt")
     torch.save({"module.weight": matrix.double()}, folder / "wrapped.pt")
     torch.save({"kernel": matrix.T.contiguous()}, folder / "295672header.pth")
+    for name, content in heads_beside_backbones(matrix).items():
+        torch.save(content, folder / f"{name}.pt")
     run = save_host_run(folder / "run", matrix, 3)
     rank = save_older_run(folder / "rank", matrix, 2, "rank_{}_softmax_weight.pt")
     softmax = save_older_run(folder / "softmax", matrix, 4, "softmax_fc_gpu_{}.pt")
@@ -78,6 +102,7 @@ def every_source(folder: Path, matrix: Tensor) -> dict[str, Path]:
         "merged": folder / "merged.pt",
         "wrapped": folder / "wrapped.pt",
         "adadistill": folder / "295672header.pth",
+        **{name: folder / f"{name}.pt" for name in heads_beside_backbones(matrix)},
         "run": run,
         "run's file": run / "checkpoint_gpu_1.pt",
         "rank": rank,
@@ -122,17 +147,19 @@ def _nan_row(matrix: Tensor) -> Tensor:
     [
         (lambda m: m[:-1], r"has 10 classes, the run has num_classes=11: the teacher was trained on other records"),
         (lambda m: torch.cat([m, m]), "has 22 classes"),
-        (lambda m: m.T, "has 5 classes, .* it lies on its side"),
-        (lambda m: {"kernel": m}, "has 5 classes"),
-        (lambda m: {"weights": m, "bias": m}, "holds no classifier but weights, bias; wanted a matrix"),
-        (lambda m: {"weight": m[0]}, "holds no classifier but weight"),
-        (lambda m: m.long(), "holds no classifier but Tensor"),
-        (lambda m: {"kernel": 3}, "holds no classifier but kernel"),
-        (lambda m: [m], "holds no classifier but list"),
+        (lambda m: {"kernel": m[:-1]}, "has 5 classes"),
+        (
+            lambda m: {"head.weight": m, "margin.weight": m + 1},
+            r"which .* classifier: 'head\.weight' .*'margin\.weight'",
+        ),
+        (lambda m: {"weight": m[0]}, r"'weight': tensor \(5,\)"),
+        (lambda m: m.long(), r"tensor \(11, 5\) of int64"),
+        (lambda m: {"kernel": 3}, "'kernel': int"),
+        (lambda m: [m], "no classifier but a list"),
         (_zero_row, "class 4 is zero, NaN or inf"),
         (_nan_row, "class 4 is zero, NaN or inf"),
     ],
-    ids=range(11),
+    ids=range(10),
 )
 def test_a_file_that_does_not_fit_is_refused(matrix: Tensor, tmp_path: Path, content: Any, said: str) -> None:
     torch.save(content(matrix), tmp_path / "head.pt")
@@ -178,7 +205,7 @@ def test_what_is_no_classifier(tmp_path: Path) -> None:
     with pytest.raises(TeacherError, match=r"text\.pt is .*; wanted a PyTorch checkpoint"):
         read_classifier(tmp_path / "text.pt", WHOLE)
     torch.save(EasyDict(weight=np.zeros(3)), tmp_path / "objects.pt")
-    with pytest.raises(TeacherError, match="holds more than tensors"):
+    with pytest.raises(TeacherError, match="'weight': Python object"):
         read_classifier(tmp_path / "objects.pt", WHOLE)
     run = save_host_run(tmp_path / "run", torch.ones(CLASSES, 2), 2)
     (run / "checkpoint_gpu_1.pt").write_bytes(b"no checkpoint")

@@ -14,7 +14,7 @@ from arcface_kd.backbones.vit import HOST_NAMES, VITS
 from arcface_kd.errors import ConfigError, DataError
 from arcface_kd.evaluation.report.scalars import Curve, read_scalars
 from arcface_kd.system.device import autocast_dtype
-from arcface_kd.teachers.checkpoint import load_network
+from arcface_kd.teachers.checkpoint import backbone_file, load_network
 
 # Both trainers write each key of their config as `: key` and spaces up to the value.
 _SETTING = re.compile(r"^Training: [-0-9]+ [:0-9,]+-: (\w+) +(.*)$")
@@ -56,7 +56,7 @@ class RunFolder:
         Raises:
             TeacherError: there is no log, and the weights are damaged or of none of the known networks.
         """
-        return self.settings.get("network") or load_network(self.folder / "model.pt").name
+        return self.settings.get("network") or load_network(self.folder).name
 
     def loss_terms(self) -> dict[str, Curve]:
         """The curves of the loss terms by their names; of a run without the drop-in head, its ``loss`` alone."""
@@ -90,8 +90,13 @@ class RunFolder:
                 f"{', '.join(_NETWORKS)}"
             )
         where = torch.device(device)
+<<<<<<< HEAD
         student = load_network(self.folder / "model.pt", network).network
         student.fp16 = self.half and autocast_dtype(where) is not None
+=======
+        student = load_network(self.folder, network).network
+        student.fp16 = self.half and narrow_format(where) is not None
+>>>>>>> 3cd0917 (Checkpoints are read under any key and prefix, beside a head, plain values and counters; safetensors, model zoo folders, MagFace's epsilon, classifiers in the same file)
         placed: nn.Module = student.to(where)
         placed.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         return placed.eval()
@@ -113,12 +118,12 @@ def read_run(folder: str | os.PathLike[str], name: str | None = None) -> RunFold
         The run; its weights are read later.
 
     Raises:
-        DataError: no such folder, or one without ``model.pt``.
+        DataError: no such folder, or one without ``model.pt`` and ``backbone.pth``.
     """
     path = Path(folder)
     if not path.is_dir():
         raise DataError(f"{path} is no folder; wanted the output folder of a run")
-    if not (path / "model.pt").is_file():
+    if backbone_file(path) is None:
         raise DataError(f"{path} holds no model.pt, which a run writes after each epoch; wanted a run's output folder")
     settings: dict[str, str] = {}
     speed = None

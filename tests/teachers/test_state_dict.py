@@ -1,0 +1,237 @@
+"""Files of tensors: what is refused unread, what is passed over, and state dicts under any key."""
+
+import io
+import json
+import pickle
+import struct
+import subprocess
+import sys
+import warnings
+import zipfile
+from argparse import Namespace
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from easydict import EasyDict
+from torch import Tensor, nn
+
+from arcface_kd.errors import TeacherError
+from arcface_kd.teachers import load_teacher
+from arcface_kd.teachers.state_dict import read_content, state_dicts
+from tests.teachers.checkpoint_files import saved
+
+WEIGHTS = {"a": torch.arange(6.0).view(2, 3), "b.c": torch.ones(2)}
+
+
+@pytest.mark.parametrize("legacy", [False, True])
+@pytest.mark.parametrize(
+    "beside",
+    [
+        np.float64(0.99),
+        np.float32(0.5),
+        np.int64(7),
+        np.bool_(True),
+        np.arange(3.0),
+        0.99,
+        10**12,
+        "r50",
+        None,
+        [1, "two", (3.0,)],
+        {"lr": 0.1, "scores": {"lfw": np.float64(0.9)}},
+        Namespace(lr=0.1, output=Path("work_dirs/run")),
+        EasyDict(lr=0.1, network=EasyDict(name="r50")),
+        Path("work_dirs/run"),
+    ],
+    ids=lambda value: type(value).__name__,
+)
+def test_plain_values_beside_the_tensors_are_passed_over(tmp_path: Path, beside: object, legacy: bool) -> None:
+    content = {"best_acc": beside, "state_dict": WEIGHTS, "again": beside}
+    path = saved(tmp_path, content, _use_new_zipfile_serialization=not legacy)
+    found = state_dicts(read_content(path))
+    assert found["state_dict"].keys() == WEIGHTS.keys()
+    assert all(torch.equal(found["state_dict"][name], tensor) for name, tensor in WEIGHTS.items())
+
+
+def test_a_module_in_the_place_of_numpy_runs_nothing(tmp_path: Path) -> None:
+    """The classes that are passed over are never called with what a file says."""
+    path = saved(tmp_path, {"dtype": np.dtype("O"), "array": np.array(["x"], dtype=object), "a": torch.zeros(1)})
+    assert state_dicts(read_content(path))[""].keys() == {"a"}
+
+
+def test_state_dicts_are_found_under_any_key_and_the_trained_one_first() -> None:
+    own = {"w": torch.zeros(1)}
+    content = {
+        "ema": {"decay": 0.9, "shadow": own},
+        "optimizer": {"state": {0: {"momentum_buffer": torch.zeros(1)}}, "param_groups": [{"lr": 0.1}]},
+        "model": {"state_dict": own, "epoch": 3},
+        "total_ops": torch.zeros(1),
+        "temperature": torch.zeros(1),
+        "history": [{"w": torch.zeros(1)}, 3],
+    }
+    found = state_dicts(content)
+    assert list(found) == ["", "model/state_dict", "ema/shadow", "history/0"]
+    assert list(found[""]) == ["temperature"]
+    assert found["model/state_dict"] == own
+    assert state_dicts({}) == state_dicts(3) == state_dicts({1: torch.zeros(1)}) == {}
+
+
+def safetensors_file(path: Path, header: object, content: bytes) -> Path:
+    text = json.dumps(header).encode()
+    path.write_bytes(struct.pack("<Q", len(text)) + text + content)
+    return path
+
+
+def test_safetensors_are_read(tmp_path: Path) -> None:
+    entry = {"dtype": "F32", "shape": [2, 3], "data_offsets": [0, 24]}
+    path = safetensors_file(tmp_path / "w.safetensors", {"a": entry}, torch.arange(6.0).numpy().tobytes())
+    assert torch.equal(state_dicts(read_content(path))[""]["a"], WEIGHTS["a"])
+
+
+@pytest.mark.parametrize(
+    ("header", "size"),
+    [
+        ({"a": {"dtype": "F32", "shape": [2, 3], "data_offsets": [0, 24]}}, 20),
+        ({"a": {"dtype": "F32", "shape": [2, 300], "data_offsets": [0, 24]}}, 24),
+        ({"a": {"dtype": "X9", "shape": [6], "data_offsets": [0, 24]}}, 24),
+        ({"a": 3}, 0),
+    ],
+)
+def test_damaged_safetensors_are_refused_by_name(tmp_path: Path, header: object, size: int) -> None:
+    path = safetensors_file(tmp_path / "w.safetensors", header, bytes(size))
+    with pytest.raises(TeacherError, match=r"w\.safetensors"):
+        load_teacher(path)
+
+
+def test_a_torchscript_archive_is_called_that(tmp_path: Path) -> None:
+    path = tmp_path / "model.pt"
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)
+        torch.jit.trace(nn.Linear(2, 3), torch.zeros(1, 2)).save(str(path))
+    with pytest.raises(TeacherError, match=r"model\.pt.*TorchScript.*state_dict\(\)"):
+        load_teacher(path)
+
+
+def test_another_pickle_protocol_is_called_that(tmp_path: Path) -> None:
+    path = saved(tmp_path, WEIGHTS, pickle_protocol=4)
+    with pytest.warns(UserWarning, match="protocol 4"), pytest.raises(TeacherError, match="pickle protocol"):
+        read_content(path)
+
+
+def test_tensors_that_are_not_dense_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(TeacherError, match="not a plain dense tensor"):
+        read_content(saved(tmp_path, {"a": torch.eye(3).to_sparse()}))
+
+
+class Malicious:
+    """Runs a command when unpickled."""
+
+    def __init__(self, mark: Path) -> None:
+        self.mark = mark
+
+    def __reduce__(self) -> Any:
+        return subprocess.call, ([sys.executable, "-c", f"open({str(self.mark)!r}, 'w')"],)
+
+
+@pytest.mark.parametrize("legacy", [False, True])
+def test_a_malicious_checkpoint_runs_nothing(tmp_path: Path, legacy: bool) -> None:
+    mark = tmp_path / "mark"
+    path = saved(tmp_path, {"a": Malicious(mark)}, _use_new_zipfile_serialization=not legacy)
+    with pytest.raises(TeacherError, match=r"could run code: an object of commands\.call") as caught:
+        load_teacher(path)
+    assert not mark.exists()
+    assert not {"\n", "\x1b"} & set(str(caught.value))
+
+
+def test_a_malicious_plain_pickle_runs_nothing(tmp_path: Path) -> None:
+    mark = tmp_path / "mark"
+    path = tmp_path / "model.pt"
+    path.write_bytes(pickle.dumps({"a": Malicious(mark)}, protocol=2))
+    with pytest.raises(TeacherError):
+        load_teacher(path)
+    assert not mark.exists()
+
+
+def test_a_verification_set_is_no_checkpoint(tmp_path: Path) -> None:
+    path = tmp_path / "lfw.bin"
+    path.write_bytes(pickle.dumps(([b"jpeg"] * 2, [True]), protocol=2))
+    with pytest.raises(TeacherError, match="damaged or not a PyTorch checkpoint"):
+        load_teacher(path)
+
+
+def test_a_whole_pickled_module_asks_for_its_state_dict(tmp_path: Path) -> None:
+    with pytest.raises(TeacherError, match=r"save its state_dict\(\)"):
+        load_teacher(saved(tmp_path, nn.Linear(2, 2)))
+
+
+def test_a_flipped_bit_in_a_weight_is_found_by_its_checksum(tmp_path: Path) -> None:
+    path = saved(tmp_path, {"a": torch.arange(1000.0)})
+    content = bytearray(path.read_bytes())
+    content[content.find(torch.arange(1000.0).numpy().tobytes()) + 402] ^= 1
+    path.write_bytes(bytes(content))
+    with pytest.raises(TeacherError, match=r"checksum of record '.*data/0' is wrong"):
+        read_content(path)
+
+
+def _rezipped(path: Path, compression: int = zipfile.ZIP_STORED, replace: Mapping[bytes, bytes] | None = None) -> None:
+    with zipfile.ZipFile(path) as archive:
+        records = {record.filename: archive.read(record) for record in archive.infolist()}
+    with zipfile.ZipFile(path, "w", compression) as archive:
+        for name, content in records.items():
+            for old, new in (replace or {}).items():
+                content = content.replace(old, new) if name.endswith("data.pkl") else content
+            archive.writestr(name, content)
+
+
+def test_a_zip_bomb_is_not_unpacked(tmp_path: Path) -> None:
+    path = saved(tmp_path, {"a": torch.zeros(100_000)})
+    _rezipped(path, zipfile.ZIP_DEFLATED)
+    assert path.stat().st_size < 10_000
+    with pytest.raises(TeacherError, match=r"is compressed, which torch\.save never does"):
+        read_content(path)
+
+
+@pytest.mark.parametrize("claimed", [b"J\x00\x00\x00\x10", b"J\xff\xff\xff\x7f"])
+def test_a_tensor_larger_than_its_record_is_refused(tmp_path: Path, claimed: bytes) -> None:
+    path = saved(tmp_path, {"a": torch.zeros(1000)})
+    _rezipped(path, replace={b"M\xe8\x03": claimed})
+    with pytest.raises(TeacherError, match="damaged or not a PyTorch checkpoint"):
+        read_content(path)
+
+
+def test_a_zip_that_is_no_checkpoint_says_what_it_may_be(tmp_path: Path) -> None:
+    path = tmp_path / "buffalo_l.zip"
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("w600k_r50.onnx", b"x")
+    with pytest.raises(TeacherError, match=r"an InsightFace pack\? unpack it"):
+        load_teacher(path)
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("notes.txt", b"x")
+    with pytest.raises(TeacherError, match=r"no data\.pkl in it"):
+        load_teacher(path)
+
+
+def test_mangled_files_end_in_an_error_of_ours(tmp_path: Path) -> None:
+    stream = io.BytesIO()
+    torch.save({"a": torch.arange(10.0), "b": torch.ones(2, 2)}, stream)
+    whole = stream.getvalue()
+    generator = torch.Generator().manual_seed(0)
+    path = tmp_path / "model.pt"
+    refused = 0
+    for _ in range(300):
+        content = bytearray(whole)
+        for place, value in torch.randint(0, 1 << 30, (2, 2), generator=generator).tolist():
+            content[place % len(content)] = value % 256
+        path.write_bytes(bytes(content))
+        try:
+            state = read_content(path)
+        except TeacherError:
+            refused += 1
+        else:
+            assert all(
+                isinstance(tensor, Tensor) for tensors in state_dicts(state).values() for tensor in tensors.values()
+            )
+    assert refused > 150
