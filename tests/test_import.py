@@ -19,6 +19,7 @@ LATE = {
     "onnx",
     "onnxruntime",
     "PIL",
+    "safetensors",
     "scipy",
     "sklearn",
     "sympy",

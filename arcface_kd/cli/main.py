@@ -19,7 +19,10 @@ _NOBODY_READS = 141
 _LONGEST_MESSAGE = 4000
 # Modules of the packages that an installation of this one brings along, itself or through insightface.
 _BROUGHT_ALONG = frozenset(
-    ("cv2", "easydict", "insightface", "numpy", "onnx", "onnxruntime", "PIL", "tensorboard", "torch", "tqdm", "unidiff")
+    (
+        *("cv2", "easydict", "insightface", "numpy", "onnx", "onnxruntime", "PIL", "safetensors", "tensorboard"),
+        *("torch", "tqdm", "unidiff"),
+    )
 )
 
 

@@ -36,8 +36,8 @@ from arcface_kd.methods.tcs import principal_components
 from arcface_kd.methods.tcs.principal_components import components_file, components_of_cache
 from arcface_kd.teachers.base import load_teacher
 from arcface_kd.teachers.cache.embedding_cache import EmbeddingCache
-from arcface_kd.teachers.checkpoint import read_content
 from arcface_kd.teachers.options import TeacherOptions
+from arcface_kd.teachers.state_dict import read_content
 from tests.data.record_sets import encoded, insightface_records, write_records
 from tests.teachers.mxnet_files import write_checkpoint
 from tests.teachers.onnx_models import face_network

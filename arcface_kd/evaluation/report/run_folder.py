@@ -90,13 +90,8 @@ class RunFolder:
                 f"{', '.join(_NETWORKS)}"
             )
         where = torch.device(device)
-<<<<<<< HEAD
-        student = load_network(self.folder / "model.pt", network).network
-        student.fp16 = self.half and autocast_dtype(where) is not None
-=======
         student = load_network(self.folder, network).network
-        student.fp16 = self.half and narrow_format(where) is not None
->>>>>>> 3cd0917 (Checkpoints are read under any key and prefix, beside a head, plain values and counters; safetensors, model zoo folders, MagFace's epsilon, classifiers in the same file)
+        student.fp16 = self.half and autocast_dtype(where) is not None
         placed: nn.Module = student.to(where)
         placed.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         return placed.eval()
