@@ -1,0 +1,41 @@
+"""The files that commit a44a264 has left (see record.py), unpacked for each test."""
+
+import json
+import tarfile
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.compatibility.runs import add_network
+
+FILES = Path(__file__).with_name("files")
+
+
+@pytest.fixture(scope="session")
+def recorded() -> dict[str, Any]:
+    """What came out of the runs of that commit, and what it could be asked for."""
+    result: dict[str, Any] = json.loads((FILES / "a44a264.json").read_text(encoding="utf-8"))
+    return result
+
+
+def unpack(folder: Path) -> Path:
+    """Records, teachers, caches, runs and configs.
+
+    Args:
+        folder: where to.
+
+    Returns:
+        The folder.
+    """
+    with tarfile.open(FILES / "a44a264.tar.xz") as archive:
+        archive.extractall(folder, filter="data")
+    return folder
+
+
+@pytest.fixture
+def work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The unpacked files as the working folder, with the tiny network among those that the package knows."""
+    add_network(monkeypatch.setitem)
+    monkeypatch.chdir(unpack(tmp_path))
+    return tmp_path

@@ -1,0 +1,74 @@
+"""Whatever commit a44a264 could be asked for by name can still be asked for."""
+
+import dataclasses
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import pytest
+from torch import nn
+
+import arcface_kd
+from arcface_kd import Distiller, KDConfig, load_config, load_teacher
+from tests.compatibility.runs import DIMENSION, NETWORK, command
+
+TEACHER_OPTIONS = {
+    **{"channels": "bgr", "mean": "127.5", "std": "128,128,128", "size": "112", "precision": "fp32"},
+    **{"network": NETWORK, "embedding_size": str(DIMENSION)},
+}
+
+
+def test_names_are_exported(recorded: dict[str, Any]) -> None:
+    names = recorded["public"]["names"]
+    assert set(names) <= set(arcface_kd.__all__)
+    assert all(getattr(arcface_kd, name) is not None for name in names)
+
+
+def test_entry_points_load(recorded: dict[str, Any]) -> None:
+    for group, names in recorded["public"]["entry_points"].items():
+        found = {entry.name: entry for entry in metadata.entry_points(group=group)}
+        assert set(names) <= set(found)
+        assert all(callable(found[name].load()) for name in names)
+
+
+def test_commands_take_their_flags(recorded: dict[str, Any], capsys: pytest.CaptureFixture[str]) -> None:
+    commands = recorded["public"]["commands"]
+    assert len(commands) == 13
+    for words in commands:
+        with pytest.raises(SystemExit) as ended:
+            command(*words, "--no-such-flag")
+        assert ended.value.code == 2
+        assert capsys.readouterr().err.strip().endswith("unrecognized arguments: --no-such-flag"), words
+
+
+def test_keys_can_be_set(work: Path, recorded: dict[str, Any]) -> None:
+    keys = recorded["public"]["keys"]
+    assert {key for key in keys if key.startswith("kd")} == {
+        *("kd", "kd_teacher", "kd_cache", "kd_classifier", "kd_option", "kd_on_bad_record")
+    }
+    config = load_config("gkd-1.py", dict.fromkeys(keys, "1"))
+    assert [key for key in keys if config[key] not in (1, True, "1", ["1"], (1,))] == []
+
+
+def test_configs_are_read(work: Path, recorded: dict[str, Any]) -> None:
+    configs = recorded["public"]["configs"]
+    assert len(configs) == 38
+    for name, wanted in configs.items():
+        config = load_config(f"configs/{name}.py")
+        assert {key: list(config[key]) if isinstance(config[key], tuple) else config[key] for key in wanted} == wanted
+        KDConfig.from_config(config)
+
+
+def test_options_keep_their_names_and_defaults(work: Path, recorded: dict[str, Any]) -> None:
+    options = dict(recorded["public"]["options"])
+    assert options.pop("teacher").keys() == TEACHER_OPTIONS.keys()
+    assert load_teacher("teacher/model.pt", TEACHER_OPTIONS).preprocessing.channels == "bgr"
+    assert vars(KDConfig(methods=("kd",)).student) == options.pop("student")
+    methods = {entry.name: entry.load() for entry in metadata.entry_points(group="arcface_kd.methods")}
+    for name, wanted in options.items():
+        fields = {field.name: field.default for field in dataclasses.fields(methods[name].Config)}
+        assert {key: fields[key] for key in wanted} == wanted
+        if name != "shkd":
+            given = [f"{name}.{key}={value}" for key, value in wanted.items()]
+            keys = {"kd": name, "kd_option": given, "kd_classifier": "teacher", "kd_cache": "rows"}
+            assert vars(Distiller(KDConfig.from_config(keys), nn.Flatten()).method_configs[name]) == wanted

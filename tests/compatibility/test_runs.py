@@ -1,0 +1,108 @@
+"""Runs that commit a44a264 began go on to the losses that it gave; what it wrote for others is read as it was."""
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from arcface_kd import RecordDataset, load_teacher
+from tests.compatibility.conftest import unpack
+from tests.compatibility.runs import CLASSES, DIMENSION, IMAGES, RUNS, SHKD_OPTIONS, STEPS_AN_EPOCH, command
+from tests.compatibility.same_losses import losses_of
+
+ROOT = Path(__file__).parents[2]
+ALONE = [name for name, run in RUNS.items() if run.ranks == 1]
+TWO_RANKS = [name for name, run in RUNS.items() if run.ranks == 2]
+
+
+def assert_goes_on(output: Path, recorded: Mapping[str, float], first: int = STEPS_AN_EPOCH + 1) -> None:
+    """The losses from a step on; on another processor the last digits differ."""
+    wanted = {int(step): loss for step, loss in recorded.items() if int(step) >= first}
+    assert len(wanted) >= STEPS_AN_EPOCH
+    assert losses_of(output) == pytest.approx(wanted, rel=1e-4)
+
+
+def rows_of(path: str) -> np.ndarray:
+    """A cache's numbers: fp16 with all bits inverted."""
+    kept = np.fromfile(path, "<u2")
+    return np.invert(kept).view("<f2").astype(np.float32).reshape(CLASSES * IMAGES, 2, DIMENSION)
+
+
+@pytest.mark.parametrize("name", ALONE)
+def test_one_rank_goes_on(work: Path, recorded: dict[str, Any], name: str) -> None:
+    assert command("train", f"{name}.py", "--set", "resume=True") == 0
+    assert_goes_on(work / name, recorded["losses"][name])
+
+
+@pytest.fixture(scope="module")
+def two_ranks(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """All runs of two ranks, gone on with in one job."""
+    folder = unpack(tmp_path_factory.mktemp("two_ranks"))
+    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "-m", "tests.compatibility.runs"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    done = subprocess.run([sys.executable, *launch, str(folder), *TWO_RANKS], cwd=ROOT, env=environment)
+    assert done.returncode == 0
+    assert json.loads((folder / "codes.json").read_text()) == dict.fromkeys(TWO_RANKS, 0)
+    return folder
+
+
+@pytest.mark.parametrize("name", TWO_RANKS)
+def test_two_ranks_go_on(two_ranks: Path, recorded: dict[str, Any], name: str) -> None:
+    assert_goes_on(two_ranks / name, recorded["losses"][name])
+
+
+@pytest.mark.parametrize("name", TWO_RANKS)
+def test_one_rank_goes_on_where_two_were(work: Path, recorded: dict[str, Any], name: str) -> None:
+    assert command("train", f"{name}.py", "--set", "resume=True", "batch_size=8") == 0
+    assert_goes_on(work / name, recorded["losses"][f"{name} on one rank"])
+
+
+def test_shkd_goes_on_in_the_middle_of_its_second_run(work: Path, recorded: dict[str, Any]) -> None:
+    assert command("train", "shkd.py") == 0
+    losses, epochs = recorded["losses"]["shkd"], int(SHKD_OPTIONS["shkd.teacher_epochs"])
+    assert losses_of(work / "shkd" / "stage1_student") == {}, "the first run is done"
+    assert_goes_on(work / "shkd" / "stage2_teacher", losses["stage2_teacher"], STEPS_AN_EPOCH * (epochs - 1) + 1)
+    assert_goes_on(work / "shkd", losses["."], 1)
+
+
+def test_a_head_is_merged_to_the_same_file(work: Path) -> None:
+    assert command("merge-head", "teacher", "now.pt") == 0
+    then, now = (torch.load(name, weights_only=True) for name in ("head.pt", "now.pt"))
+    assert now.keys() == then.keys()
+    assert now["num_classes"] == then["num_classes"] == CLASSES
+    assert torch.equal(now["weight"], then["weight"])
+
+
+def test_a_student_is_a_teacher_whose_cache_is_read(work: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    before = Path("rows").read_bytes(), Path("rows.json").read_bytes()
+    assert command("cache", "tcs-1.py", "--kd-teacher", "teacher/model.pt") == 0
+    assert "nothing was missing" in capsys.readouterr().out
+    assert (Path("rows").read_bytes(), Path("rows.json").read_bytes()) == before
+    faces, teacher = RecordDataset("records"), load_teacher("teacher/model.pt")
+    images = torch.stack([faces[at].image for at in range(len(faces))]) / 127.5 - 1
+    embeddings = torch.nn.functional.normalize(teacher(images)).numpy()
+    np.testing.assert_allclose(rows_of("rows")[:, 0], embeddings, atol=1e-3)
+
+
+def test_a_half_filled_cache_is_filled(work: Path) -> None:
+    before, whole = rows_of("half"), rows_of("rows")
+    there = ~np.isnan(before).any(axis=-1)
+    assert 0.2 < there.mean() < 0.8
+    assert command("cache", "half-filled.py") == 0
+    after = rows_of("half")
+    np.testing.assert_array_equal(after[there], before[there])
+    np.testing.assert_allclose(after, whole, atol=1e-3)
+
+
+def test_principal_components_are_read(work: Path) -> None:
+    file = Path("rows.pca.npz")
+    before = file.stat().st_mtime_ns, file.read_bytes()
+    assert command("train", "tcs-1.py", "--set", "resume=True") == 0
+    assert (file.stat().st_mtime_ns, file.read_bytes()) == before
