@@ -2,8 +2,9 @@ r"""Train every method for a few steps in two checkouts, and compare what they l
 
     python tests/compatibility/same_losses.py OLD_CHECKOUT NEW_CHECKOUT [--only WORD ...] [--keep FOLDER]
 
-Each checkout needs a ``.venv`` with the package installed. Only the command line is used, so the modules may have moved.
-The exit code is 0 when nothing differs. Losses are equal to the last bit only on one machine with one torch.
+Each checkout needs a ``.venv`` with the package installed. Only the command line is used, so modules may have moved.
+The exit code is 0 when nothing differs. Losses are equal to the last bit only on one machine with one torch. Commit
+665d537 changed GKD's groups on purpose: compare GKD with that one or a later one.
 """
 
 import argparse
@@ -35,6 +36,7 @@ VARIANTS: Mapping[str, tuple[tuple[str, ...], ...]] = {
     "gkd": (
         ("gkd.ramp_epochs=1", "gkd.group=sample", "gkd.secondary_weight=1"),
         ("gkd.ramp_epochs=0", "gkd.step=2", "gkd.ranked_by=teacher", "gkd.logits=plain"),
+        ("gkd.ramp_epochs=0", "gkd.group=fixed", "gkd.size=4"),
     ),
     "kd": (("kd.logits=margin", "kd.temperature=2"),),
     "crosskd": (("crosskd.mimic=both", "crosskd.statistics=all"), ("crosskd.adapter=conv", "crosskd.tap=1")),
@@ -53,7 +55,6 @@ class Case:
         ranks: processes.
         sample_rate: share of the classes in a step.
         cached: whether the teacher's embeddings come from a cache that was filled before.
-        renamed: options of the new checkout, where they mean what ``options`` meant in the old one.
         keys: further keys of the config.
     """
 
@@ -62,7 +63,6 @@ class Case:
     ranks: int = 1
     sample_rate: float = 1.0
     cached: bool = False
-    renamed: tuple[str, ...] | None = None
     keys: Mapping[str, Any] = field(default_factory=dict)
 
     @property
@@ -89,9 +89,6 @@ def cases(methods: list[str]) -> list[Case]:
                 found += [Case(kd, options, ranks, rate, cached) for cached in (False, True)]
         for kd, variants in VARIANTS.items():
             found += [Case(kd, options, ranks, cached=kd == "tcs") for options in variants]
-        # Issue 20: the new size counts the target.
-        fixed = ("gkd.ramp_epochs=0", "gkd.group=fixed", "gkd.size=3")
-        found.append(Case("gkd", fixed, ranks, renamed=(*fixed[:2], "gkd.size=4")))
         found.append(Case("adadistill", (), ranks, keys={"gradient_acc": 3, "optimizer": "adamw", "lr": 0.001}))
         found.append(Case("kd", (), ranks, cached=True, keys={"kd_classifier": "class-means"}))
         if "shkd" in methods:
@@ -161,16 +158,15 @@ def write_config(path: Path, keys: Mapping[str, Any]) -> str:
     return str(path)
 
 
-def settings(case: Case, data: Path, output: Path, *, new: bool) -> dict[str, Any]:
+def settings(case: Case, data: Path, output: Path) -> dict[str, Any]:
     """The config of a run.
 
     Args:
         case: the run.
         data: the folder with records and teacher.
         output: its folder.
-        new: whether the checkout is the new one.
     """
-    options = list(case.options if case.renamed is None or not new else case.renamed)
+    options = list(case.options)
     keys: dict[str, Any] = {
         "rec": str(data / "records"),
         "num_classes": CLASSES,
@@ -211,20 +207,19 @@ def _arcface_kd(*words: str) -> tuple[int, str]:
     return code, printed.getvalue()
 
 
-def run_case(case: Case, data: Path, folder: Path, *, new: bool) -> dict[str, Any]:
+def run_case(case: Case, data: Path, folder: Path) -> dict[str, Any]:
     """Train once, in this process.
 
     Args:
         case: the run.
         data: the folder with records and teacher.
         folder: for what the run leaves.
-        new: whether the checkout is the new one.
 
     Returns:
         ``{"values": {"FOLDER TAG": {step: value}}, "weights": digest}``, or ``{"refused": line}``.
     """
     output = folder / "run"
-    keys = settings(case, data, output, new=new)
+    keys = settings(case, data, output)
     if case.cached:
         keys["kd_cache"] = str(folder / "rows")
     config = write_config(folder / "config.py", keys)
@@ -280,7 +275,7 @@ def child(plan: Path) -> None:
         folder.mkdir(exist_ok=True)
         if world_size > 1:
             distributed.barrier()
-        results[number] = run_case(case, Path(told["data"]), folder, new=told["new"])
+        results[number] = run_case(case, Path(told["data"]), folder)
         if rank == 0:
             print(f"{plan.parent.name}: {case.name}", file=sys.stderr, flush=True)
             plan.with_suffix(".results.json").write_text(json.dumps(results))
@@ -302,14 +297,14 @@ def _start(checkout: Path, ranks: int, *words: str, **options: Any) -> "subproce
     return subprocess.run([_python(checkout), *launch, *words], env=environment, text=True, check=True, **options)
 
 
-def _run_all(checkout: Path, runs: Mapping[str, Case], data: Path, folder: Path, *, new: bool) -> dict[str, Any]:
+def _run_all(checkout: Path, runs: Mapping[str, Case], data: Path, folder: Path) -> dict[str, Any]:
     """The results of all cases in one checkout."""
     results: dict[str, Any] = {}
     folder.mkdir()
     for ranks in sorted({case.ranks for case in runs.values()}):
         mine = {number: asdict(case) for number, case in runs.items() if case.ranks == ranks}
         plan = folder / f"plan{ranks}.json"
-        plan.write_text(json.dumps({"cases": mine, "data": str(data), "new": new}))
+        plan.write_text(json.dumps({"cases": mine, "data": str(data)}))
         _start(checkout, ranks, str(Path(__file__).absolute()), "--child", str(plan), cwd=folder)
         results |= json.loads(plan.with_suffix(".results.json").read_text())
     return results
@@ -321,7 +316,7 @@ def _prepare(checkout: Path, folder: Path) -> None:
     records = folder / "records"
     quiet: dict[str, Any] = {"cwd": folder, "stdout": subprocess.DEVNULL}
     _start(checkout, 1, "-m", "arcface_kd", "data", "pack", str(folder / "images"), str(records), **quiet)
-    keys = settings(Case(""), folder, folder / "teacher", new=False) | {"num_epoch": 12, "margin_list": (1.0, 0.0, 0.0)}
+    keys = settings(Case(""), folder, folder / "teacher") | {"num_epoch": 12, "margin_list": (1.0, 0.0, 0.0)}
     config = write_config(folder / "teacher.py", keys)
     _start(checkout, 1, "-m", "arcface_kd", "train", config, **quiet)
 
@@ -380,8 +375,8 @@ def main() -> int:
         data = folder / "data"
         data.mkdir()
         _prepare(arguments.old, data)
-        old = _run_all(arguments.old, runs, data, folder / "old", new=False)
-        new = _run_all(arguments.new, runs, data, folder / "new", new=True)
+        old = _run_all(arguments.old, runs, data, folder / "old")
+        new = _run_all(arguments.new, runs, data, folder / "new")
     failed, refused = 0, 0
     for number, case in runs.items():
         difference = compare(old[number], new[number])
