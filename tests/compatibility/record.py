@@ -16,6 +16,7 @@ import argparse
 import dataclasses
 import difflib
 import hashlib
+import importlib
 import json
 import os
 import shutil
@@ -35,7 +36,7 @@ from tests.compatibility.runs import (
     IMAGES,
     RUNS,
     SHKD,
-    SHKD_OPTIONS,
+    SHKD_TEACHER_EPOCHS,
     Run,
     add_network,
     command,
@@ -175,13 +176,12 @@ def _on_one_rank() -> dict[str, Any]:
 
 def _shkd() -> dict[str, Any]:
     """SH-KD's three runs; kept is what there is one epoch before the end of the second."""
-    from arcface_kd.recipe import train_stages  # type: ignore[import-not-found, unused-ignore]
-
+    train_stages = importlib.import_module("arcface_kd.recipe").train_stages
     write_config(Path("shkd.py"), SHKD.config("shkd"))
     stages: list[int] = []
 
     def keep(epoch: int) -> None:
-        if stages[-1] == 2 and epoch == SHKD_OPTIONS["shkd.teacher_epochs"] - 1:
+        if stages[-1] == 2 and epoch == SHKD_TEACHER_EPOCHS - 1:
             shutil.copytree("shkd", "shkd.begun", ignore=shutil.ignore_patterns("tensorboard", "*.log"))
 
     train_stages(arcface_kd.load_config("shkd.py"), lambda stage: stages.append(stage.number), keep)
@@ -193,10 +193,10 @@ def _shkd() -> dict[str, Any]:
 
 def public_face() -> dict[str, Any]:
     """Names, commands with their flags, entry points, options and configs."""
-    from arcface_kd.cli import build_parser  # type: ignore[import-not-found, unused-ignore]
-    from arcface_kd.config import BASE, RUN_KEYS  # type: ignore[attr-defined, unused-ignore]
-    from arcface_kd.teachers.options import TeacherOptions
-
+    # Where that commit had them.
+    cli, config, options_of = (
+        importlib.import_module(f"arcface_kd.{name}") for name in ("cli", "config", "teachers.options")
+    )
     groups = ("arcface_kd.methods", "arcface_kd.teachers", "console_scripts")
     entries = {
         group: sorted({e.name for e in metadata.entry_points(group=group) if e.value.startswith("arcface_kd.")})
@@ -207,9 +207,13 @@ def public_face() -> dict[str, Any]:
     return {
         "names": sorted(arcface_kd.__all__),
         "entry_points": entries,
-        "commands": _commands(build_parser(), ()),
-        "keys": sorted({**BASE, **RUN_KEYS}),
-        "options": {**options, "teacher": _fields(TeacherOptions), "student": {"projection": "none", "init": None}},
+        "commands": _commands(cli.build_parser(), ()),
+        "keys": sorted({**config.BASE, **config.RUN_KEYS}),
+        "options": {
+            **options,
+            "teacher": _fields(options_of.TeacherOptions),
+            "student": {"projection": "none", "init": None},
+        },
         "configs": {
             path.stem: json.loads(json.dumps(arcface_kd.load_config(str(path))))
             for path in sorted(Path(arcface_kd.__file__).parents[1].joinpath("configs").glob("*.py"))

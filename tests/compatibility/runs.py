@@ -132,8 +132,21 @@ RUNS: Mapping[str, Run] = {
     "half-filled": Run("adadistill", 1, {**TEACHER, "kd_cache": "half", "kd_option": {"adadistill.alpha": "plain"}}),
 }
 # Long enough for the teacher to find the classes of the first run's student, which the third run checks.
-SHKD_OPTIONS = {"shkd.distil": "kd", "shkd.student_epochs": 20, "shkd.teacher_epochs": 30, "shkd.teacher_lr": 0.1}
-SHKD = Run("shkd", 1, {**TEACHER, "lr": 0.1, "kd_option": SHKD_OPTIONS})
+SHKD_TEACHER_EPOCHS = 30
+SHKD = Run(
+    "shkd",
+    1,
+    {
+        **TEACHER,
+        "lr": 0.1,
+        "kd_option": {
+            "shkd.distil": "kd",
+            "shkd.student_epochs": 20,
+            "shkd.teacher_epochs": SHKD_TEACHER_EPOCHS,
+            "shkd.teacher_lr": 0.1,
+        },
+    },
+)
 
 
 def command(*words: str) -> int:

@@ -14,7 +14,7 @@ import torch
 
 from arcface_kd import RecordDataset, load_teacher
 from tests.compatibility.conftest import unpack
-from tests.compatibility.runs import CLASSES, DIMENSION, IMAGES, RUNS, SHKD_OPTIONS, STEPS_AN_EPOCH, command
+from tests.compatibility.runs import CLASSES, DIMENSION, IMAGES, RUNS, SHKD_TEACHER_EPOCHS, STEPS_AN_EPOCH, command
 from tests.compatibility.same_losses import losses_of
 
 ROOT = Path(__file__).parents[2]
@@ -53,6 +53,7 @@ def two_ranks(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", TWO_RANKS)
 def test_two_ranks_go_on(two_ranks: Path, recorded: dict[str, Any], name: str) -> None:
     assert_goes_on(two_ranks / name, recorded["losses"][name])
@@ -66,9 +67,11 @@ def test_one_rank_goes_on_where_two_were(work: Path, recorded: dict[str, Any], n
 
 def test_shkd_goes_on_in_the_middle_of_its_second_run(work: Path, recorded: dict[str, Any]) -> None:
     assert command("train", "shkd.py") == 0
-    losses, epochs = recorded["losses"]["shkd"], int(SHKD_OPTIONS["shkd.teacher_epochs"])
+    losses = recorded["losses"]["shkd"]
     assert losses_of(work / "shkd" / "stage1_student") == {}, "the first run is done"
-    assert_goes_on(work / "shkd" / "stage2_teacher", losses["stage2_teacher"], STEPS_AN_EPOCH * (epochs - 1) + 1)
+    assert_goes_on(
+        work / "shkd" / "stage2_teacher", losses["stage2_teacher"], STEPS_AN_EPOCH * (SHKD_TEACHER_EPOCHS - 1) + 1
+    )
     assert_goes_on(work / "shkd", losses["."], 1)
 
 
