@@ -21,6 +21,13 @@ from arcface_kd.system.files import atomic_write
 FLAG = "kd_flag"
 TRAINER = "train_v2.py"
 
+# What an earlier version's patches import from where it is no more; see also `arcface_kd/__init__.py`.
+_MOVED = {
+    b"from arcface_kd.hook import ": b"from arcface_kd import ",
+    b"from arcface_kd.data.recordio import ": b"from arcface_kd.data.formats.recordio import ",
+    b"from arcface_kd.data.verification_bin import ": b"from arcface_kd.data.formats.verification_bin import ",
+}
+
 
 @dataclass(frozen=True)
 class PatchOutcome:
@@ -64,7 +71,7 @@ class _Change:
 
 @dataclass
 class _Text:
-    """A file as lines that end in LF, and the line ending that it has on disk."""
+    """A file as lines that end in LF, as today's patches write them, and the line ending that it has on disk."""
 
     lines: list[bytes]
     crlf: bool
@@ -84,7 +91,10 @@ class _Text:
                 f"{path} has {crlf} lines that end in CRLF and {lf} that end in LF; "
                 "give all of them one ending (`git checkout` does), then patch again"
             )
-        return cls(raw.replace(b"\r\n", b"\n").splitlines(keepends=True), crlf=crlf > 0)
+        text = raw.replace(b"\r\n", b"\n")
+        for earlier, now in _MOVED.items():
+            text = text.replace(earlier, now)
+        return cls(text.splitlines(keepends=True), crlf=crlf > 0)
 
     def to_bytes(self) -> bytes:
         raw = b"".join(self.lines)

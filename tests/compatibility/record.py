@@ -48,10 +48,8 @@ HALF_FILLED = ("half", "half.json")
 # Two of our patches make the trainer run here; the third is the flag. Both ways of using it are tried.
 PATCHES = ("current_stack", "cpu_gloo", "kd_flag")
 HOST_KEYS = {
-    **Run("adadistill", 1, {"kd_teacher": "teacher.onnx"}).config("work_dirs/old"),
-    "network": "mbf",
-    "num_epoch": 1,
-    "lr": 0.001,
+    **Run(None, 1).config("work_dirs/old"),
+    **{"network": "mbf", "num_epoch": 1, "lr": 0.001, "fp16": False},
 }
 
 
@@ -277,18 +275,19 @@ def record_patched_trainer(arcface_torch: Path) -> dict[str, Any]:
     return {"files": changed, "losses": train_in_host(host)}
 
 
-def train_in_host(host: Path, *flags: str) -> Mapping[int, float]:
-    """Train with the flag in a patched trainer beside ``records`` and ``teacher.onnx``; returns its losses.
+def train_in_host(host: Path, config: str | None = None) -> Mapping[int, float]:
+    """Train in a patched trainer beside ``records`` and ``teacher.onnx``; returns its losses.
 
     Args:
         host: arcface_torch.
-        flags: for the trainer; by default those of AdaDistill.
+        config: one of its configs, with ``output = "work_dirs/old"``; None trains with AdaDistill by the flag.
     """
-    here = Path.cwd()
-    keys = {key: value for key, value in HOST_KEYS.items() if not key.startswith("kd")}
-    write_config(host / "configs" / "old.py", {**keys, "rec": str(here / "records"), "fp16": False})
-    given = flags or ("--kd", "adadistill", "--kd-teacher", str(here / "teacher.onnx"))
-    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=1", "train_v2.py", "configs/old", *given]
+    words = [f"configs/{config}"]
+    if config is None:
+        here = Path.cwd()
+        write_config(host / "configs" / "flag.py", {**HOST_KEYS, "rec": str(here / "records")})
+        words = ["configs/flag", "--kd", "adadistill", "--kd-teacher", str(here / "teacher.onnx")]
+    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=1", "train_v2.py", *words]
     environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
     done = subprocess.run([sys.executable, *launch], cwd=host, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-4000:]

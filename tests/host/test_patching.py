@@ -190,6 +190,17 @@ class TestPatchCheckout:
         assert contents(miniature) == before
         assert str(outcome) == "kd_flag: not applied, nothing to do"
 
+    @pytest.mark.parametrize("revert", [False, True])
+    def test_imports_of_an_earlier_version_count_as_todays(self, miniature: Path, revert: bool) -> None:
+        fresh = contents(miniature)
+        patch_checkout(miniature, NAMES)
+        for path in (miniature / name for name in ("train_v2.py", "scripts/shuffle_rec.py", "eval/verification.py")):
+            text = path.read_text(encoding="utf-8").replace("arcface_kd.data.formats.", "arcface_kd.data.")
+            path.write_text(text.replace("from arcface_kd import", "from arcface_kd.hook import"), encoding="utf-8")
+        earlier = contents(miniature)
+        patch_checkout(miniature, NAMES, revert=revert)
+        assert contents(miniature) == (fresh if revert else earlier)
+
     def test_a_name_given_twice_counts_once(self, miniature: Path) -> None:
         assert len(patch_checkout(miniature, ["kd_flag", "kd_flag"])) == 1
         assert (miniature / "train_v2.py").read_text(encoding="utf-8").count("attach(cfg, args)") == 1
