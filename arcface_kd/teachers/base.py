@@ -24,6 +24,7 @@ __all__ = [
     "Teacher",
     "TeacherOptions",
     "TeacherSource",
+    "as_rows",
     "existing_file",
     "first_line",
     "load_teacher",
@@ -152,6 +153,20 @@ def prepared(images: Tensor, wanted: Preprocessing) -> Tensor:
     return images
 
 
+def as_rows(embeddings: Tensor, count: int) -> Tensor:
+    """Embeddings without axes of length 1: (N, D, 1, 1), (N, 1, D), or (D,) of one image, as (N, D).
+
+    Args:
+        embeddings: of any shape; others are returned as they are.
+        count: the number of images N.
+    """
+    if count == 1 and embeddings.dim() == 1:
+        return embeddings[None]
+    if embeddings.dim() > 2 and embeddings.shape[1:].numel() == max(embeddings.shape[1:]):
+        return embeddings.flatten(1)
+    return embeddings
+
+
 class Teacher(nn.Module):
     """A frozen network that embeds the images the student sees.
 
@@ -183,7 +198,7 @@ class Teacher(nn.Module):
         """Freeze a network and look at what it returns for two images.
 
         Args:
-            network: takes (B, 3, S, S) float32, prepared; returns (B, D) or (B, D, 1, 1).
+            network: takes (B, 3, S, S) float32, prepared; returns (B, D), which may have axes of length 1 beside.
             preprocessing: what the network expects; S is its size.
             description: for messages and reports.
             weights: digest of everything that the network computes with.
@@ -313,8 +328,7 @@ class Teacher(nn.Module):
                 f"teacher {self.description} returns {type(embeddings).__name__}; wanted one tensor "
                 "(B, D) of embeddings"
             )
-        if embeddings.dim() == 4 and embeddings.shape[2:] == (1, 1):
-            embeddings = embeddings.flatten(1)
+        embeddings = as_rows(embeddings, len(images))
         if embeddings.dim() != 2 or len(embeddings) != len(images) or embeddings.shape[1] == 0:
             raise TeacherError(
                 f"teacher {self.description} returns {tuple(embeddings.shape)} for {len(images)} images; wanted "

@@ -312,6 +312,7 @@ class CheckpointSource:
             TeacherError: see `load_network`.
             ConfigError: ``network`` is unknown.
         """
+        options.refuse("output", "only an ONNX file has outputs to choose from")
         path = local_path(source)
         assert path is not None
         checkpoint = load_network(path, options.network)

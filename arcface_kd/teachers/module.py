@@ -70,6 +70,7 @@ class ModuleSource:
                 raise TeacherError(f"{source.description} is a teacher already; give the options when loading it")
             return source
         options.refuse("network", "the network is given")
+        options.refuse("output", "only an ONNX file has outputs to choose from")
         preprocessing = options.preprocessing(Preprocessing())
         if isinstance(source, nn.Module):
             source.eval()
@@ -118,6 +119,7 @@ class TimmSource:
             ConfigError: an option without meaning.
         """
         options.refuse("network", "timm:NAME names it")
+        options.refuse("output", "only an ONNX file has outputs to choose from")
         name = source[len(_TIMM) :]
         try:
             import timm

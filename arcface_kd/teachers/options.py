@@ -30,7 +30,7 @@ class Preprocessing:
     size: int = 112
 
     def __str__(self) -> str:
-        return f"{self.channels}, (x - {_short(self.mean)}) / {_short(self.std)}, {self.size}x{self.size}"
+        return f"{self.channels}, (x - {in_words(self.mean)}) / {in_words(self.std)}, {self.size}x{self.size}"
 
     def as_options(self) -> str:
         """The same as ``--kd-option`` takes it."""
@@ -42,7 +42,12 @@ class Preprocessing:
         return " ".join(words)
 
 
-def _short(values: Triple) -> str:
+def in_words(values: Triple) -> str:
+    """Three numbers, or the one that all of them are.
+
+    Args:
+        values: one a channel.
+    """
     if len(set(values)) == 1:
         return f"{values[0]:g}"
     return "(" + ", ".join(f"{value:g}" for value in values) + ")"
@@ -113,6 +118,7 @@ _PARSERS: dict[str, Callable[[str, object], object]] = {
     "precision": _one_of(get_args(Precision)),
     "network": _word,
     "embedding_size": _whole(1, 65536),
+    "output": _word,
 }
 
 
@@ -130,6 +136,7 @@ class TeacherOptions:
         precision: ``fp32``, or ``bf16`` / ``fp16`` for autocast.
         network: the architecture of a checkpoint (``r50``, ``mbf``, ...), where its tensors do not tell.
         embedding_size: the embedding's dimension; a teacher of another one is refused.
+        output: the value of an ONNX graph that is the embedding, where it has several outputs.
 
     Raises:
         ConfigError: a value outside these ranges.
@@ -142,6 +149,7 @@ class TeacherOptions:
     precision: str | None = None
     network: str | None = None
     embedding_size: int | str | None = None
+    output: str | None = None
 
     def __post_init__(self) -> None:
         for key, parse in _PARSERS.items():

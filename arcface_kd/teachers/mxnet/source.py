@@ -76,6 +76,7 @@ class MXNetSource:
             ConfigError: an option without meaning.
         """
         options.refuse("network", "an MXNet checkpoint holds its own network")
+        options.refuse("output", "only an ONNX file has outputs to choose from")
         path = local_path(source)
         assert path is not None
         if path.is_file() and not _is_named(path):

@@ -5,7 +5,6 @@ import hashlib
 import math
 import os
 from collections import Counter
-from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,20 @@ import numpy as np
 
 from arcface_kd.errors import TeacherError, first_line
 from arcface_kd.teachers.base import LARGEST_FILE, read_bytes
+from arcface_kd.teachers.onnx.form import (
+    USUAL_SIZE,
+    Shapes,
+    choose_output,
+    constants,
+    dimensions,
+    drop_weights_from_inputs,
+    image_input,
+    inputs,
+    messages,
+    modernise,
+    parameter_count,
+    row_width,
+)
 
 # Weights below this change no output of a network in float32, and below 1.2e-38 they make CPUs crawl.
 _NEGLIGIBLE = 1e-20
@@ -24,8 +37,6 @@ MOST_ELEMENTS = 1 << 27
 # ViT-L has two thousand; functions count as often as they are called, for onnxruntime puts their nodes in place.
 _MOST_NODES = 100_000
 _DEEPEST_CALL = 64
-# InsightFace looks at so many nodes for a normalisation inside the graph.
-_LEADING_NODES = 8
 
 
 @dataclass(frozen=True)
@@ -33,14 +44,15 @@ class OnnxGraph:
     """One network, ready for onnxruntime.
 
     Attributes:
-        model: the serialised ModelProto, with external data taken in.
-        input_name: its image input.
+        model: the serialised ModelProto in the form of :mod:`arcface_kd.teachers.onnx.form`, external data taken in.
+        input_name: its image input, channels first.
         output_name: its embedding output.
         size: height and width of the input, or None where the graph leaves them open.
         fixed_batch: the batch size the graph declares, or None where it takes any.
-        normalises: mean and std are inside the graph, and it takes pixel values 0..255.
-        parameter_count: number of floating-point weights.
-        digest: SHA-256 over the file and its external data.
+        parameter_count: number of weights.
+        digest: SHA-256 over the file and its external data, and the output where one was chosen.
+        width: numbers in an embedding, or None where the graph does not tell.
+        choice: the output in words, where the file has several.
     """
 
     model: bytes
@@ -48,21 +60,10 @@ class OnnxGraph:
     output_name: str
     size: int | None
     fixed_batch: int | None
-    normalises: bool
     parameter_count: int
     digest: str
-
-
-def _messages(message: Any, kind: type) -> Iterator[Any]:
-    """Every message of one type inside a protobuf message, at any depth: subgraphs and functions included."""
-    pending = [message]
-    while pending:
-        current = pending.pop()
-        if isinstance(current, kind):
-            yield current
-        for field, value in current.ListFields():
-            if field.type == field.TYPE_MESSAGE:
-                pending.extend([value] if hasattr(value, "ListFields") else value)
+    width: int | None = None
+    choice: str | None = None
 
 
 def _holds_bytes_for_text(message: Any) -> bool:
@@ -70,7 +71,7 @@ def _holds_bytes_for_text(message: Any) -> bool:
     return any(
         field.type == field.TYPE_STRING
         and any(isinstance(text, bytes) for text in ([value] if isinstance(value, str | bytes) else value))
-        for part in _messages(message, object)
+        for part in messages(message, object)
         for field, value in part.ListFields()
     )
 
@@ -97,7 +98,7 @@ def _take_in_external_data(model: Any, path: Path) -> bytes:
     folder = path.parent.resolve()
     digest = hashlib.sha256()
     taken = 0
-    for tensor in _messages(model, onnx.TensorProto):
+    for tensor in messages(model, onnx.TensorProto):
         if tensor.data_location != onnx.TensorProto.EXTERNAL:
             continue
         entries = {entry.key: entry.value for entry in tensor.external_data}
@@ -144,7 +145,7 @@ def _flush_denormals(model: Any, path: Path) -> None:
     import onnx
     from onnx import numpy_helper
 
-    for tensor in _messages(model, onnx.TensorProto):
+    for tensor in messages(model, onnx.TensorProto):
         if tensor.data_type not in (onnx.TensorProto.FLOAT, onnx.TensorProto.DOUBLE):
             continue
         try:
@@ -157,52 +158,12 @@ def _flush_denormals(model: Any, path: Path) -> None:
             tensor.CopyFrom(numpy_helper.from_array(np.where(tiny, 0, weights).astype(weights.dtype), tensor.name))
 
 
-def _image_input(model: Any, path: Path) -> Any:
-    weights = {tensor.name for tensor in model.graph.initializer}
-    inputs = [value for value in model.graph.input if value.name not in weights]
-    if len(inputs) != 1 or len(model.graph.output) != 1:
-        raise TeacherError(
-            f"teacher {path} has {len(inputs)} inputs and {len(model.graph.output)} outputs; wanted a recognition "
-            "network with one of each: export it with the image and the embedding alone"
-        )
-    return inputs[0]
-
-
-def _dimensions(value: Any) -> list[int | None]:
-    return [
-        dimension.dim_value if dimension.HasField("dim_value") and dimension.dim_value > 0 else None
-        for dimension in value.type.tensor_type.shape.dim
-    ]
-
-
-def _input_shape(value: Any, path: Path) -> tuple[int | None, int | None]:
-    """Batch and side length that the graph declares, None where it leaves them open."""
-    shape = _dimensions(value)
-    if not shape:
-        return None, None
-    if len(shape) != 4 or shape[1] not in (3, None) or shape[2] != shape[3]:
-        words = "x".join("?" if size is None else str(size) for size in shape)
-        way = "; export it with channels first" if shape[3] == 3 else ""
-        raise TeacherError(f"teacher {path} takes input of {words}; wanted Nx3xSxS, square colour images{way}")
-    return shape[0], shape[2]
-
-
-def _drop_weights_from_inputs(model: Any) -> None:
-    """Weights listed as inputs could be overridden at run time, so onnxruntime would not fold or fuse them."""
-    weights = {tensor.name for tensor in model.graph.initializer}
-    inputs = [value for value in model.graph.input if value.name not in weights]
-    if len(inputs) != len(model.graph.input):
-        del model.graph.input[:]
-        model.graph.input.extend(inputs)
-        model.ir_version = max(model.ir_version, 4)
-
-
 def _nodes_in_place(model: Any) -> int:
     """Nodes of the graph once its functions are put in place; more than allowed where a function calls itself."""
     import onnx
 
     def calls(message: Any) -> Counter[tuple[str, str]]:
-        return Counter((node.domain, node.op_type) for node in _messages(message, onnx.NodeProto))
+        return Counter((node.domain, node.op_type) for node in messages(message, onnx.NodeProto))
 
     functions = {(function.domain, function.name): calls(function) for function in model.functions}
     sizes = dict.fromkeys(functions, 1)
@@ -222,13 +183,25 @@ def _refuse_hostile(model: Any, path: Path) -> None:
     """Stop before anything runs: operators that may not end, activations that no face network has."""
     import onnx
 
-    for node in _messages(model, onnx.NodeProto):
+    for node in messages(model, onnx.NodeProto):
         if node.op_type in _REFUSED_OPERATORS:
             raise TeacherError(f"teacher {path} uses the operator {node.op_type}, which is not run from a file")
     if _nodes_in_place(model) > _MOST_NODES:
         raise TeacherError(f"teacher {path} comes to more than {_MOST_NODES} nodes, more than any face network has")
+
+
+def _shapes(model: Any, path: Path) -> Shapes:
+    """The shapes of a graph's values for one image, none of which may be larger than any face network needs."""
+    import onnx
+
     single = onnx.ModelProto()
     single.CopyFrom(model)
+    for value in inputs(single):
+        shape = value.type.tensor_type.shape.dim
+        if len(shape) == 4:
+            spatial = (1, 2) if shape[3].dim_value == 3 else (2, 3)
+            for dimension in (shape[axis] for axis in spatial):
+                dimension.dim_value = dimension.dim_value if dimension.dim_value > 0 else USUAL_SIZE
     for value in (*single.graph.input, *single.graph.output):
         shape = value.type.tensor_type.shape.dim
         if shape:
@@ -237,26 +210,21 @@ def _refuse_hostile(model: Any, path: Path) -> None:
         inferred = onnx.shape_inference.infer_shapes(single, data_prop=True)
     # A graph that the shape inference cannot follow is for onnxruntime to judge.
     except Exception:
-        return
-    for value in _messages(inferred.graph, onnx.ValueInfoProto):
-        shape = [size for size in _dimensions(value) if size is not None]
-        if math.prod(shape) > MOST_ELEMENTS:
-            words = "x".join(map(str, shape))
-            raise TeacherError(f"teacher {path}: {value.name!r} would be {words}, larger than any face network needs")
+        inferred = single
+    shapes = {value.name: dimensions(value) for value in messages(inferred.graph, onnx.ValueInfoProto)}
+    for name, shape in shapes.items():
+        if math.prod(size for size in shape if size is not None) > MOST_ELEMENTS:
+            words = "x".join(str(size) for size in shape if size is not None)
+            raise TeacherError(f"teacher {path}: {name!r} would be {words}, larger than any face network needs")
+    return shapes
 
 
-def _normalises(model: Any) -> bool:
-    """InsightFace's rule: a subtraction and a multiplication, by name, among the first eight nodes."""
-    names = [node.name for node in model.graph.node[:_LEADING_NODES]]
-    subtracts = any(name.startswith(("Sub", "_minus")) for name in names)
-    return subtracts and any(name.startswith(("Mul", "_mul")) for name in names)
-
-
-def read_graph(path: Path) -> OnnxGraph:
-    """Read an ONNX file as it is, apart from flushing weights below 1e-20 in magnitude to zero.
+def read_graph(path: Path, output: str | None = None) -> OnnxGraph:
+    """Read an ONNX file, bring it into one form, and flush weights below 1e-20 in magnitude to zero.
 
     Args:
         path: the file.
+        output: name of the value that is the embedding, where it is not the only output.
 
     Returns:
         The graph, its batch size as declared.
@@ -265,24 +233,34 @@ def read_graph(path: Path) -> OnnxGraph:
         TeacherError: damaged, of another kind than one image in and one embedding out, keeping data outside its folder,
             or asking for more than a face network does.
     """
+    import onnx
+
     content = read_bytes(path)
     model = _parse(content, path)
     external = _take_in_external_data(model, path)
-    source = _image_input(model, path)
-    batch, size = _input_shape(source, path)
     _flush_denormals(model, path)
-    _drop_weights_from_inputs(model)
+    drop_weights_from_inputs(model)
     _refuse_hostile(model, path)
-    floats = {1, 10, 11, 16}
+    if model.functions:
+        model = onnx.inliner.inline_local_functions(model)
+    shapes = _shapes(model, path)
+    modernise(model, shapes)
+    choice = choose_output(model, shapes, output, path)
+    source = image_input(model, path)
+    shape = dimensions(source) or [None] * 4
+    chosen = hashlib.sha256(content).digest() + external
+    if choice is not None:
+        chosen += model.graph.output[0].name.encode()
     return OnnxGraph(
         model=_serialised(model, path),
         input_name=source.name,
         output_name=model.graph.output[0].name,
-        size=size,
-        fixed_batch=batch,
-        normalises=_normalises(model),
-        parameter_count=sum(math.prod(t.dims) for t in model.graph.initializer if t.data_type in floats),
-        digest=hashlib.sha256(hashlib.sha256(content).digest() + external).hexdigest(),
+        size=shape[2],
+        fixed_batch=shape[0],
+        parameter_count=parameter_count(model),
+        digest=hashlib.sha256(chosen).hexdigest(),
+        width=row_width(shapes.get(model.graph.output[0].name)),
+        choice=choice,
     )
 
 
@@ -308,12 +286,8 @@ def _integers(model: Any) -> dict[str, np.ndarray]:
     import onnx
     from onnx import numpy_helper
 
-    found = {tensor.name: tensor for tensor in model.graph.initializer}
-    for node in model.graph.node:
-        if node.op_type == "Constant" and len(node.attribute) == 1 and node.attribute[0].name == "value":
-            found.update(dict.fromkeys(node.output, node.attribute[0].t))
     vectors = {}
-    for name, tensor in found.items():
+    for name, tensor in constants(model).items():
         if tensor.data_type == onnx.TensorProto.INT64 and len(tensor.dims) == 1:
             # A damaged one is for onnxruntime to refuse.
             with contextlib.suppress(ValueError, TypeError):

@@ -11,16 +11,21 @@ import torch
 from torch import Tensor, nn
 
 from arcface_kd.errors import TeacherError, first_line
-from arcface_kd.teachers.base import Teacher, local_path
+from arcface_kd.teachers.base import Teacher, as_rows, local_path, prepared
 from arcface_kd.teachers.checkpoint import is_run_folder
 from arcface_kd.teachers.file_type import signature
+from arcface_kd.teachers.onnx.form import USUAL_SIZE
 from arcface_kd.teachers.onnx.graph import MOST_ELEMENTS, OnnxGraph, free_batch, read_graph
+from arcface_kd.teachers.onnx.normalisation import find_normalisation
 from arcface_kd.teachers.options import Preprocessing, TeacherOptions
 
 logger = logging.getLogger(__name__)
 
 _PACK = "insightface:"
 _PACK_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
+# Sizes of insightface's landmark networks, whose output may have any number of numbers.
+_OTHER_SIZES = (192,)
+_EMBEDDING_STEP = 16
 _INPUT_TYPES: dict[str, torch.dtype] = {
     "tensor(float)": torch.float32,
     "tensor(float16)": torch.float16,
@@ -115,7 +120,7 @@ class OnnxNetwork(nn.Module):
             images: (B, 3, S, S), prepared.
 
         Returns:
-            (B, ...) float32 on the CPU.
+            (B, D) float32 on the CPU, or whatever the graph makes of images.
         """
         if self._session is None:
             self._session = self._new_session()
@@ -150,12 +155,14 @@ class OnnxNetwork(nn.Module):
         (embeddings,) = binding.copy_outputs_to_cpu()
         if embeddings.dtype.kind != "f":
             raise TeacherError(f"the graph returns {embeddings.dtype}; wanted floating-point embeddings")
-        return torch.from_numpy(embeddings.astype(np.float32, copy=True))
+        return as_rows(torch.from_numpy(embeddings.astype(np.float32, copy=True)), len(images))
 
 
-def _agrees(network: OnnxNetwork, size: int) -> bool:
+def _agrees(network: OnnxNetwork, wanted: Preprocessing) -> bool:
     """Whether three unlike images embed in one batch as they do one by one."""
-    images = torch.rand((3, 3, size, size), generator=torch.Generator().manual_seed(1)) * 2 - 1
+    size = wanted.size
+    noise = torch.rand((3, 3, size, size), generator=torch.Generator().manual_seed(1))
+    images = prepared(noise * 2 - 1, wanted)
     try:
         together = network(images)
         alone = torch.cat([network(image[None]) for image in images])
@@ -169,12 +176,12 @@ def _agrees(network: OnnxNetwork, size: int) -> bool:
     return together.shape == alone.shape and bool(torch.allclose(together, alone, rtol=1e-3, atol=1e-3 * scale))
 
 
-def any_batch(graph: OnnxGraph, size: int) -> OnnxNetwork:
+def any_batch(graph: OnnxGraph, wanted: Preprocessing) -> OnnxNetwork:
     """A session that takes batches of any size and embeds each image as it would alone.
 
     Args:
         graph: the graph as read.
-        size: height and width of its input.
+        wanted: how it wants its images.
 
     Returns:
         The graph freed from its batch size where that is proved on test images, else the graph itself run in portions
@@ -186,35 +193,15 @@ def any_batch(graph: OnnxGraph, size: int) -> OnnxNetwork:
     freed = free_batch(graph)
     try:
         network = OnnxNetwork(freed)
-        if _agrees(network, size):
+        if _agrees(network, wanted):
             return network
     except TeacherError:
         if freed is graph:
             raise
-    if (graph.fixed_batch or 1) * 3 * size * size > MOST_ELEMENTS:
+    if (graph.fixed_batch or 1) * 3 * wanted.size**2 > MOST_ELEMENTS:
         raise TeacherError(f"the graph takes {graph.fixed_batch} images at a time and no others; wanted any number")
     logger.warning("the ONNX teacher's batch size cannot be freed; images are embedded in portions of it, more slowly")
     return OnnxNetwork(OnnxGraph(**{**vars(graph), "fixed_batch": graph.fixed_batch or 1}))
-
-
-def _routed_as_recognition(path: Path) -> bool:
-    """InsightFace's rule for which file of a pack is the recognition network."""
-    import onnx
-
-    try:
-        graph = onnx.load_model(str(path), load_external_data=False).graph
-    # A damaged neighbour in the folder is no recognition network; the error comes when no file is.
-    except Exception:
-        return False
-    weights = {tensor.name for tensor in graph.initializer}
-    inputs = [value for value in graph.input if value.name not in weights]
-    if not inputs or len(inputs) > 1 or len(graph.output) >= 5:
-        return False
-    shape = [dimension.dim_value for dimension in inputs[0].type.tensor_type.shape.dim]
-    if len(shape) != 4:
-        return False
-    height, width = shape[2:]
-    return height == width and height >= 112 and height % 16 == 0 and height != 192
 
 
 def _files(folder: Path) -> list[Path]:
@@ -244,16 +231,45 @@ def _from_manifest(folder: Path) -> tuple[Path, Preprocessing] | None:
     return Path(file), Preprocessing("rgb", (mean,) * 3, (std,) * 3, size)
 
 
-def _recognition_file(folder: Path) -> Path:
-    files = _files(folder)
-    found = next((file for file in files if _routed_as_recognition(file)), None)
-    if found is None:
-        names = ", ".join(file.name for file in files) or "no .onnx files"
+def _recognition_network(folder: Path, output: str | None) -> tuple[Path, OnnxGraph]:
+    """The one network of a folder that puts out embeddings.
+
+    That is a row of numbers whose count is a multiple of 16, of a square colour image: landmarks, attributes, liveness
+    and expressions come in other counts, and detectors and restorers put out no row.
+    """
+    found: dict[Path, OnnxGraph] = {}
+    others: dict[Path, str] = {}
+    level = logging.INFO
+    for file in _files(folder):
+        try:
+            graph = read_graph(file, output)
+        except TeacherError as error:
+            others[file] = re.split("[,:;]", first_line(error).removeprefix(f"teacher {file} "))[0]
+            continue
+        if graph.size in _OTHER_SIZES:
+            others[file] = f"takes {graph.size}x{graph.size}, as landmark networks do"
+        elif graph.width is not None and (graph.width == 0 or graph.width % _EMBEDDING_STEP):
+            others[file] = f"puts out {graph.width or 'no row of'} numbers"
+            # The insightface package would take it, if its name comes first.
+            level = logging.WARNING if graph.width and (graph.size or 0) >= USUAL_SIZE else level
+        else:
+            found[file] = graph
+    listed = "; ".join(f"{file.name} {why}" for file, why in others.items())
+    if not found:
         raise TeacherError(
-            f"teacher {folder} has no recognition network among {names}: wanted one input Nx3xSxS, S at least 112 and "
-            "a multiple of 16, and fewer than five outputs; name the file itself"
+            f"teacher {folder} has no recognition network among its .onnx files ({listed or 'there are none'}); name "
+            "the file itself"
         )
-    return found
+    if len(found) > 1:
+        names = ", ".join(f"{file.name} ({graph.width or 'open'} numbers)" for file, graph in found.items())
+        raise TeacherError(
+            f"teacher {folder} has {len(found)} recognition networks: {names}; name one, as --kd-teacher "
+            f"{next(iter(found))}"
+        )
+    ((file, graph),) = found.items()
+    if others:
+        logger.log(level, "teacher %s: %s is taken as the recognition network; %s", folder, file.name, listed)
+    return file, graph
 
 
 def _is_pack(source: object) -> bool:
@@ -281,11 +297,19 @@ def _pack_folder(name: str) -> Path:
     return folder
 
 
+def _input_of(graph: OnnxGraph, size: int | str | None) -> tuple[Preprocessing, list[str]]:
+    """How a graph wants its images, and what it does to them itself, in words."""
+    usual = Preprocessing(size=graph.size or int(size or Preprocessing().size))
+    normalisation = find_normalisation(graph, usual.size)
+    if normalisation is None:
+        return usual, []
+    return normalisation.preprocessing(usual.size), [f"normalises inside: {normalisation}"]
+
+
 class OnnxSource:
     """ONNX files, folders of an InsightFace pack, and packs by name.
 
-    Input is RGB as (x - 127.5) / 127.5, or pixel values as they are where the graph subtracts and multiplies by
-    itself, as the insightface package decides it.
+    Input is RGB as (x - 127.5) / 127.5, or what the graph wants where it normalises its input itself.
     """
 
     description: ClassVar[str] = "an ONNX file, an InsightFace pack's folder, or insightface:NAME"
@@ -321,27 +345,30 @@ class OnnxSource:
             options.refuse("precision", "onnxruntime computes in the precision of the file")
         path = _pack_folder(str(source)[len(_PACK) :]) if _is_pack(source) else local_path(source)
         assert path is not None
-        known = None
+        known, graph = None, None
         if path.is_dir():
             found = _from_manifest(path)
-            path, known = found if found is not None else (_recognition_file(path), None)
-        graph = read_graph(path)
+            path, known = found if found is not None else (path, None)
+        if path.is_dir():
+            path, graph = _recognition_network(path, options.output)
+        graph = graph or read_graph(path, options.output)
+        notes = [] if graph.choice is None else [graph.choice]
         if known is None:
-            mean, std = (0.0, 1.0) if graph.normalises else (127.5, 127.5)
-            known = Preprocessing("rgb", (mean,) * 3, (std,) * 3, graph.size or Preprocessing().size)
+            known, note = _input_of(graph, options.size)
+            notes += note
         preprocessing = options.preprocessing(known)
         if graph.size not in (None, preprocessing.size):
             raise TeacherError(
                 f"teacher {path} takes {graph.size}x{graph.size} images, not teacher.size={options.size}"
             )
         try:
-            network = any_batch(graph, preprocessing.size)
+            network = any_batch(graph, preprocessing)
         except TeacherError as error:
             raise TeacherError(f"teacher {path}: {error}") from error
         return Teacher(
             network,
             preprocessing=preprocessing,
-            description=f"ONNX {path}",
+            description=f"ONNX {path}{' (' + '; '.join(notes) + ')' if notes else ''}",
             weights=graph.digest,
             precision=options.precision,
             embedding_size=options.embedding_size,
