@@ -233,7 +233,7 @@ def read_graph(path: Path, output: str | None = None) -> OnnxGraph:
         TeacherError: damaged, of another kind than one image in and one embedding out, keeping data outside its folder,
             or asking for more than a face network does.
     """
-    import onnx
+    from onnx import inliner
 
     content = read_bytes(path)
     model = _parse(content, path)
@@ -242,7 +242,7 @@ def read_graph(path: Path, output: str | None = None) -> OnnxGraph:
     drop_weights_from_inputs(model)
     _refuse_hostile(model, path)
     if model.functions:
-        model = onnx.inliner.inline_local_functions(model)
+        model = inliner.inline_local_functions(model)
     shapes = _shapes(model, path)
     modernise(model, shapes)
     choice = choose_output(model, shapes, output, path)

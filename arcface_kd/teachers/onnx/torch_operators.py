@@ -289,8 +289,11 @@ def _global_max_pool(call: Call, x: Tensor) -> Tensor:
 
 @_operator("BatchNormalization")
 def _batch_norm(call: Call, x: Tensor, scale: Tensor, bias: Tensor, mean: Tensor, variance: Tensor) -> Tensor:
-    if not call.get("spatial", 1) or call.get("training_mode", 0):
-        raise UnsupportedError("anything but inference of each channel as a whole")
+    if call.get("training_mode", 0):
+        raise UnsupportedError("the batch's own statistics as outputs")
+    if not call.get("spatial", 1) and x.dim() > 2:
+        # Statistics of each place of the map, which are never trained.
+        return (x - mean) * (variance + call.get("epsilon", 1e-5)).rsqrt() * scale + bias
     # ONNX counts what stays of the running statistics, torch what is new.
     new = 1 - call.get("momentum", 0.9)
     return functional.batch_norm(x, mean, variance, scale, bias, call.training, new, call.get("epsilon", 1e-5))

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
 import pytest
 import torch
 from onnx import TensorProto
@@ -86,13 +87,13 @@ def test_a_batch_size_is_freed_only_where_that_is_proved(
     tmp_path: Path, tail: Any, freed: bool, caplog: pytest.LogCaptureFixture
 ) -> None:
     with caplog.at_level(logging.WARNING):
-        network = any_batch(read_graph(saved(tmp_path, face_network(tail=tail))), 112)
+        network = any_batch(read_graph(saved(tmp_path, face_network(tail=tail))), Preprocessing())
     assert (network.graph.fixed_batch is None) is freed
     assert ("cannot be freed" in caplog.text) is not freed
 
 
 def test_a_declared_batch_is_filled_up_and_the_filling_thrown_away(tmp_path: Path) -> None:
-    network = any_batch(read_graph(saved(tmp_path, face_network(batch=3, tail="merged"))), 112)
+    network = any_batch(read_graph(saved(tmp_path, face_network(batch=3, tail="merged"))), Preprocessing())
     assert network.graph.fixed_batch == 3
     images = torch.randn(7, 3, 112, 112)
     everything = network(images)
@@ -281,8 +282,46 @@ def test_a_damaged_neighbour_does_not_hide_the_recognition_network(tmp_path: Pat
 def test_a_pack_without_a_recognition_network_lists_its_files(tmp_path: Path) -> None:
     saved(tmp_path, other_network(640, 9), "det.onnx")
     saved(tmp_path, other_network(96, 1), "genderage.onnx")
-    with pytest.raises(TeacherError, match=r"no recognition network among det\.onnx, genderage\.onnx"):
+    with pytest.raises(TeacherError, match=r"\(det\.onnx has 9 outputs; genderage\.onnx puts out 3 numbers\)"):
         load_teacher(tmp_path)
+
+
+def test_two_recognition_networks_are_named_with_how_to_choose(tmp_path: Path) -> None:
+    for name in ("glintr100.onnx", "w600k_r50.onnx"):
+        saved(tmp_path, face_network(batch=None, tail="flatten"), name)
+    with pytest.raises(TeacherError, match=r"glintr100\.onnx \(16 numbers\), w600k_r50\.onnx") as caught:
+        load_teacher(tmp_path)
+    assert f"--kd-teacher {tmp_path / 'glintr100.onnx'}" in str(caught.value)
+
+
+def _putting_out(numbers: int) -> Any:
+    """A network of the recogniser's input that puts out so many numbers: liveness, expressions, attributes."""
+    model = face_network(arrays={**weights(), "matrix": np.ones((64, numbers), np.float32)})
+    model.graph.output[0].type.tensor_type.shape.dim[1].dim_value = numbers
+    return model
+
+
+def _restorer() -> Any:
+    model = face_network(size=512)
+    del model.graph.node[1:]
+    model.graph.node[0].output[0] = "embedding"
+    model.graph.output[0].CopyFrom(onnx.helper.make_tensor_value_info("embedding", TensorProto.FLOAT, [1, 8, 64, 64]))
+    return model
+
+
+@pytest.mark.parametrize(
+    ("other", "warned"),
+    [(_putting_out(2), True), (_putting_out(8), True), (_putting_out(40), True), (_restorer(), False)],
+)
+def test_a_network_that_puts_out_no_embedding_is_passed_over(
+    tmp_path: Path, other: Any, warned: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The insightface package would take the first one by name; where that may be meant, it is said."""
+    saved(tmp_path, other, "antispoof.onnx")
+    saved(tmp_path, face_network(batch=None, tail="flatten"), "w600k_r50.onnx")
+    with caplog.at_level(logging.WARNING):
+        assert load_teacher(tmp_path).description == f"ONNX {tmp_path / 'w600k_r50.onnx'}"
+    assert ("w600k_r50.onnx is taken" in caplog.text) is warned
 
 
 @pytest.mark.parametrize("inside", [".", "antelope"])

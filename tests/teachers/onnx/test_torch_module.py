@@ -14,6 +14,7 @@ from arcface_kd.errors import TeacherError
 from arcface_kd.teachers.onnx.graph import OnnxGraph, read_graph
 from arcface_kd.teachers.onnx.source import any_batch
 from arcface_kd.teachers.onnx.torch_module import TorchGraph
+from arcface_kd.teachers.options import Preprocessing
 from tests.teachers.onnx_models import embed_one_by_one, face_network
 
 
@@ -121,7 +122,7 @@ def test_a_real_teacher_embeds_as_onnxruntime_does(real_data: Path) -> None:
     graph = read_graph(real_data / "teachers" / "mobilefacenet_512.onnx")
     with torch.no_grad():
         met = TorchGraph(graph).eval()(images(3))
-    torch.testing.assert_close(met, any_batch(graph, 112)(images(3)), rtol=0, atol=1e-4)
+    torch.testing.assert_close(met, any_batch(graph, Preprocessing())(images(3)), rtol=0, atol=1e-4)
     assert met.shape == (3, 512)
 
 
@@ -163,7 +164,9 @@ def test_it_trains_as_the_module_does_and_goes_back_to_a_file(twin: Twin, graph:
     file.write_bytes(graph.serialised())
     again = read_graph(file)
     assert again.fixed_batch is None
-    torch.testing.assert_close(any_batch(again, 8)(images(3, 8, seed=9)), wanted.detach(), rtol=1e-3, atol=1e-4)
+    torch.testing.assert_close(
+        any_batch(again, Preprocessing(size=8))(images(3, 8, seed=9)), wanted.detach(), rtol=1e-3, atol=1e-4
+    )
     torch.testing.assert_close(TorchGraph(again).eval()(images(3, 8, seed=9)), wanted, rtol=1e-3, atol=1e-4)
 
 
@@ -254,7 +257,7 @@ def test_constants_given_as_numbers_and_as_text(tmp_path: Path) -> None:
             [helper.make_tensor_value_info("embedding", TensorProto.FLOAT, None)],
         )
         content = helper.make_model(made, opset_imports=[helper.make_opsetid("", 13)]).SerializeToString()
-        return OnnxGraph(content, "image", "embedding", None, None, False, 0, "")
+        return OnnxGraph(content, "image", "embedding", None, None, 0, "")
 
     met = TorchGraph(model(value_float=2.5))(images(2, 2))
     assert torch.equal(met, images(2, 2).flatten(1) * 2.5)

@@ -57,7 +57,7 @@ def graph_of(case: Case) -> OnnxGraph:
     )
     model = helper.make_model(made, opset_imports=[helper.make_opsetid("", case.opset)], ir_version=8)
     content: bytes = model.SerializeToString()
-    return OnnxGraph(content, "image", "end", None, None, False, 0, "")
+    return OnnxGraph(content, "image", "end", None, None, 0, "")
 
 
 PLAIN = ("Relu", "Sigmoid", "Tanh", "Erf", "Exp", "Abs", "Neg", "Floor", "Ceil", "Softplus", "Identity", "Dropout")
@@ -231,7 +231,7 @@ def test_shapes_made_of_whole_numbers() -> None:
         [numpy_helper.from_array(array, name) for name, array in arrays.items()],
     )
     model = helper.make_model(made, opset_imports=[helper.make_opsetid("", 13)], ir_version=8)
-    graph = OnnxGraph(model.SerializeToString(), "image", "end", None, None, False, 0, "")
+    graph = OnnxGraph(model.SerializeToString(), "image", "end", None, None, 0, "")
     images = real(4, 3, 2, 2) * 5
     session = onnxruntime.InferenceSession(graph.model, providers=["CPUExecutionProvider"])
     (wanted,) = session.run(None, {"image": images})
