@@ -155,7 +155,8 @@ def _leading_values(model: Any, image: str) -> list[str]:
     for number, node in enumerate(model.graph.node):
         if node.op_type not in _MEASURES:
             last.update(dict.fromkeys(node.input, number))
-    waiting, followed, found = {image}, {image}, []
+    waiting, followed = {image}, {image}
+    found: list[str] = []
     for number, node in enumerate(model.graph.node):
         if not waiting.intersection(node.input) or node.op_type in _MEASURES:
             continue
