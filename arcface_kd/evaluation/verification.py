@@ -199,7 +199,7 @@ def _require_both_kinds(is_same: np.ndarray) -> None:
 
 
 def read_pairs(path: str | os.PathLike[str]) -> VerificationSet:
-    """Read a verification set, and see whether ten folds can be made of it before any of its images is embedded.
+    """Read a verification set whole, and see whether it can be scored before any of its images is embedded.
 
     Args:
         path: the ``.bin`` file.
@@ -208,11 +208,13 @@ def read_pairs(path: str | os.PathLike[str]) -> VerificationSet:
         The set.
 
     Raises:
-        DataError: not a verification set, fewer than ten pairs, or one kind of pair only.
+        DataError: not a verification set, fewer than ten pairs, one kind of pair only, or an image that cannot be
+            decoded.
     """
     pairs = read_bin(path)
     try:
         _require_both_kinds(pairs.is_same)
+        decode(pairs)
     except DataError as error:
         raise DataError(f"{path}: {error}") from None
     return pairs

@@ -315,10 +315,15 @@ class Run:
             self.writer.add_scalar("images_per_second", self.rate, self.step)
 
     def verify(self) -> None:
-        """Run the verification sets on rank 0, as the host does."""
+        """Run the verification sets on rank 0, as the host does; one that fails is passed over."""
         for verification_set in self.sets:
             name = verification_set.name
-            result = evaluate(self.student, verification_set, device=self.device)
+            try:
+                result = evaluate(self.student, verification_set, device=self.device)
+            # NaN, memory or anything else: the epoch's checkpoint is worth more than this number.
+            except Exception as error:
+                self.logger.warning("[%s][%d] not verified: %s", name, self.step, first_line(error))
+                continue
             self.results[name] = result
             self.best[name] = max(self.best.get(name, 0.0), result.accuracy)
             where = f"[{name}][{self.step}]"

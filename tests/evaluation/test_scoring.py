@@ -148,7 +148,7 @@ def test_what_was_judged_before_an_error_is_shown(
     folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     shutil.copytree(folder / "IJBT", tmp_path / "IJBT")
-    next((tmp_path / "IJBT" / "loose_crop").iterdir()).unlink()
+    next((tmp_path / "IJBT" / "loose_crop").iterdir()).write_bytes(b"no image")
     assert main(["eval", str(folder / "run"), "--data", str(folder / "faces"), str(tmp_path / "IJBT")]) == 2
     said = capsys.readouterr()
     assert [line.split()[0] for line in said.out.splitlines()] == ["verification", "set", "pairs"]

@@ -109,8 +109,8 @@ def read_ijb(folder: str | os.PathLike[str]) -> IJBSet:
         The set.
 
     Raises:
-        DataError: a list that is missing, damaged or at odds with another; neither pairs nor galleries; a gallery in
-            which a person is enrolled twice.
+        DataError: a list that is missing, damaged or at odds with another; images that are missing; neither pairs nor
+            galleries; a gallery in which a person is enrolled twice.
     """
     root = Path(folder)
     meta = root / "meta"
@@ -140,6 +140,7 @@ def read_ijb(folder: str | os.PathLike[str]) -> IJBSet:
             f"{meta} holds neither {name}_template_pair_label.txt (1:1) nor {name}_1N_gallery_*.csv (1:N); wanted one "
             "of them at least"
         )
+    _require_images(root / "loose_crop", files)
     return IJBSet(
         name=name,
         folder=root / "loose_crop",
@@ -153,6 +154,28 @@ def read_ijb(folder: str | os.PathLike[str]) -> IJBSet:
         galleries=galleries,
         probes=probes,
     )
+
+
+def _require_images(folder: Path, files: list[str]) -> None:
+    """Refuse lists whose images are not all there; a listing tells it at once, and embedding takes hours."""
+    there: dict[str, set[str]] = {}
+    missing = []
+    for file in files:
+        place, _, name = file.rpartition("/")
+        if place not in there:
+            try:
+                there[place] = set(os.listdir(folder / place))
+            except OSError:
+                there[place] = set()
+        if name not in there[place]:
+            missing.append(file)
+    if missing:
+        if not folder.is_dir():
+            raise DataError(f"{folder} is no folder; wanted the {len(files)} images that the lists in meta name")
+        raise DataError(
+            f"{folder} lacks {len(missing)} of {len(files)} images that the lists in meta name, such as "
+            f"{', '.join(missing[:3])}; copy or unpack it again"
+        )
 
 
 def _lines(path: Path) -> list[list[str]]:

@@ -1,6 +1,7 @@
 """IJB's lists: what is read, and every way in which they can be at odds."""
 
 import os
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -168,9 +169,18 @@ def test_two_sets_in_one_folder(folder: Path) -> None:
         read_ijb(folder)
 
 
-@pytest.mark.parametrize("damage", [Path.unlink, lambda path: path.write_bytes(b"no image")])
-def test_a_face_that_cannot_be_read_is_named(folder: Path, damage: Callable[[Path], object]) -> None:
-    damage(folder / "loose_crop" / "2.png")
+def test_missing_images_are_told_before_one_is_read(folder: Path) -> None:
+    for name in ("2.png", "5.png"):
+        (folder / "loose_crop" / name).unlink()
+    with pytest.raises(DataError, match=r"loose_crop lacks 2 of 33 images .* such as 2\.png, 5\.png"):
+        read_ijb(folder)
+    shutil.rmtree(folder / "loose_crop")
+    with pytest.raises(DataError, match=r"loose_crop is no folder"):
+        read_ijb(folder)
+
+
+def test_a_face_that_cannot_be_read_is_named(folder: Path) -> None:
+    (folder / "loose_crop" / "2.png").write_bytes(b"no image")
     faces = read_ijb(folder)
     faces.face(0)
     with pytest.raises(DataError) as caught:
