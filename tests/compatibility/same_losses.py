@@ -93,7 +93,7 @@ def cases(methods: list[str]) -> list[Case]:
         found.append(Case("kd", (), ranks, cached=True, keys={"kd_classifier": "class-means"}))
         if "shkd" in methods:
             found.append(Case("shkd", ("shkd.distil=kd",), ranks))
-            found.append(Case("shkd", ("shkd.distil=gkd", "gkd.ramp_epochs=0"), ranks, 0.3, cached=True))
+            found.append(Case("shkd", ("shkd.distil=gkd",), ranks, 0.3, cached=True))
     return found
 
 
