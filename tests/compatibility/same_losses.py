@@ -1,6 +1,6 @@
 r"""Train every method for a few steps in two checkouts, and compare what they log and leave, bit for bit.
 
-    python tests/compatibility/same_losses.py OLD_CHECKOUT NEW_CHECKOUT [--only WORD ...] [--keep FOLDER]
+    .venv/bin/python tests/compatibility/same_losses.py OLD_CHECKOUT NEW_CHECKOUT [--only WORD ...] [--keep FOLDER]
 
 Each checkout needs a ``.venv`` with the package installed. Only the command line is used, so modules may have moved.
 The exit code is 0 when nothing differs. Losses are equal to the last bit only on one machine with one torch. Commit
