@@ -42,7 +42,9 @@ from tests.compatibility.runs import (
     command,
 )
 from tests.compatibility.same_losses import losses_of, write_config
+from tests.compatibility.signatures import public_signatures
 
+ROOT = Path(__file__).parents[2]
 FILES = Path(__file__).with_name("files")
 HALF_FILLED = ("half", "half.json")
 # Two of our patches make the trainer run here; the third is the flag. Both ways of using it are tried.
@@ -95,6 +97,17 @@ def write_onnx_teacher(path: Path) -> None:
     onnx.save(helper.make_model(graph, opset_imports=[opset], ir_version=9), str(path))
 
 
+def install_plugin() -> None:
+    """Put the package of ``examples/`` into ``plugin``, as pip would."""
+    shutil.copytree(ROOT / "examples" / "similarity_method", "plugin", ignore=shutil.ignore_patterns("[!a]*"))
+    about = Path("plugin") / "arcface_kd_similarity-0.1.dist-info"
+    about.mkdir()
+    (about / "METADATA").write_text("Metadata-Version: 2.1\nName: arcface_kd_similarity\nVersion: 0.1\n")
+    (about / "entry_points.txt").write_text(
+        "[arcface_kd.methods]\nsimilarity = arcface_kd_similarity:SimilarityPreserving\n"
+    )
+
+
 def train_runs(names: Sequence[str]) -> None:
     """Train runs to their end, and keep what they had left after the first epoch as ``NAME.begun``.
 
@@ -126,8 +139,7 @@ def train_runs(names: Sequence[str]) -> None:
 
 def _torchrun(*names: str) -> None:
     words = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "-m", "tests.compatibility.record"]
-    root = Path(__file__).parents[2]
-    environment = {**os.environ, "PYTHONPATH": str(root)}
+    environment = {**os.environ, "PYTHONPATH": f"{ROOT}:plugin"}
     subprocess.run([sys.executable, *words, "--train", *names], check=True, env=environment)
 
 
@@ -147,6 +159,7 @@ def record_runs() -> dict[str, Any]:
     assert command("merge-head", "teacher", "head.pt") == 0
     for name, run in RUNS.items():
         write_config(Path(f"{name}.py"), run.config(name))
+    install_plugin()
     assert command("cache", "tcs-1.py", "--kd-teacher", "teacher/model.pt") == 0
     train_runs([name for name, run in RUNS.items() if run.ranks == 1])
     _torchrun(*(name for name, run in RUNS.items() if run.ranks == 2))
@@ -163,7 +176,7 @@ def _on_one_rank() -> dict[str, Any]:
     """Runs of two ranks that one rank goes on with, at twice the batch size."""
     losses = {}
     for name, run in RUNS.items():
-        if run.ranks == 2:
+        if run.ranks == 2 and run.kd != "similarity":
             shutil.copytree(f"{name}.begun", f"{name}.one")
             changes = ["resume=True", "batch_size=8", f"output={name}.one"]
             assert command("train", f"{name}.py", "--set", *changes) == 0
@@ -204,6 +217,7 @@ def public_face() -> dict[str, Any]:
     options = {name: _fields(kind.Config) for name, kind in sorted(methods.items())}
     return {
         "names": sorted(arcface_kd.__all__),
+        "signatures": public_signatures(),
         "entry_points": entries,
         "commands": _commands(cli.build_parser(), ()),
         "keys": sorted({**config.BASE, **config.RUN_KEYS}),
@@ -214,7 +228,7 @@ def public_face() -> dict[str, Any]:
         },
         "configs": {
             path.stem: json.loads(json.dumps(arcface_kd.load_config(str(path))))
-            for path in sorted(Path(arcface_kd.__file__).parents[1].joinpath("configs").glob("*.py"))
+            for path in sorted((ROOT / "configs").glob("*.py"))
         },
     }
 
@@ -303,7 +317,7 @@ def main() -> None:
     if arguments.train:
         train_runs(arguments.train)
         return
-    arcface_torch, configs = arguments.arcface_torch.absolute(), Path(arcface_kd.__file__).parents[1] / "configs"
+    arcface_torch, configs = arguments.arcface_torch.absolute(), ROOT / "configs"
     with tempfile.TemporaryDirectory() as folder:
         os.chdir(folder)
         recorded = {"losses": record_runs(), "public": public_face(), "host": record_patched_trainer(arcface_torch)}

@@ -129,6 +129,8 @@ RUNS: Mapping[str, Run] = {
             ("tcs", "tcs", {"kd_cache": "rows", "kd_option": ["tcs.drop_begin=0.1", "tcs.rounds=2"]}),
         )
     },
+    # A method of somebody else, under the contract of that commit.
+    "similarity-2": Run("similarity", 2, TEACHER),
     "half-filled": Run("adadistill", 1, {**TEACHER, "kd_cache": "half", "kd_option": {"adadistill.alpha": "plain"}}),
 }
 # Long enough for the teacher to find the classes of the first run's student, which the third run checks.

@@ -11,6 +11,7 @@ from torch import nn
 import arcface_kd
 from arcface_kd import Distiller, KDConfig, load_config, load_teacher
 from tests.compatibility.runs import DIMENSION, NETWORK, command
+from tests.compatibility.signatures import fits, public_signatures, signature_of
 
 TEACHER_OPTIONS = {
     **{"channels": "bgr", "mean": "127.5", "std": "128,128,128", "size": "112", "precision": "fp32"},
@@ -22,6 +23,33 @@ def test_names_are_exported(recorded: dict[str, Any]) -> None:
     names = recorded["public"]["names"]
     assert set(names) <= set(arcface_kd.__all__)
     assert all(getattr(arcface_kd, name) is not None for name in names)
+
+
+def test_calls_are_understood(recorded: dict[str, Any]) -> None:
+    now = public_signatures()
+    then = {
+        name: None if signature is None else [tuple(parameter) for parameter in signature]
+        for name, signature in recorded["public"]["signatures"].items()
+    }
+    assert len(then) > 150
+    assert [name for name, signature in then.items() if name not in now or not fits(signature, now[name])] == []
+
+
+def test_a_signature_that_fits_takes_every_old_call() -> None:
+    def old(a: int, b: int = 1, *, c: int) -> None: ...
+    def more(a: int, b: int = 1, x: int = 2, *, c: int, d: int = 3) -> None: ...
+    def moved(a: int, x: int = 2, b: int = 1, *, c: int) -> None: ...
+    def asks(a: int, b: int = 1, *, c: int, d: int) -> None: ...
+    def lacks(a: int, b: int = 1) -> None: ...
+
+    was = signature_of(old)
+    assert [fits(was, signature_of(new)) for new in (old, more, moved, asks, lacks)] == [
+        True,
+        True,
+        False,
+        False,
+        False,
+    ]
 
 
 def test_entry_points_load(recorded: dict[str, Any]) -> None:
