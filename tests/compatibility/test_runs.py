@@ -14,7 +14,17 @@ import torch
 
 from arcface_kd import RecordDataset, load_teacher
 from tests.compatibility.conftest import unpack
-from tests.compatibility.runs import CLASSES, DIMENSION, IMAGES, RUNS, SHKD_TEACHER_EPOCHS, STEPS_AN_EPOCH, command
+from tests.compatibility.record import FINISHED
+from tests.compatibility.runs import (
+    CLASSES,
+    DIMENSION,
+    IMAGES,
+    NETWORK,
+    RUNS,
+    SHKD_TEACHER_EPOCHS,
+    STEPS_AN_EPOCH,
+    command,
+)
 from tests.compatibility.same_losses import losses_of
 
 ROOT = Path(__file__).parents[2]
@@ -112,3 +122,23 @@ def test_principal_components_are_read(work: Path) -> None:
     before = file.stat().st_mtime_ns, file.read_bytes()
     assert command("train", "tcs-1.py", "--set", "resume=True") == 0
     assert (file.stat().st_mtime_ns, file.read_bytes()) == before
+
+
+def test_finished_runs_are_judged_as_they_were(work: Path, recorded: dict[str, Any]) -> None:
+    runs = [f"finished/{name}" for name in FINISHED]
+    assert command("eval", *runs, "--data", "records", "--out", "now.json") == 0
+    now, then = json.loads(Path("now.json").read_text()), recorded["scores"]
+    assert len(now) == len(then) == 2
+    for row, wanted in zip(now, then, strict=True):
+        numbers = {key: value for key, value in wanted.items() if isinstance(value, int | float)}
+        assert {key: row[key] for key in numbers} == pytest.approx(numbers, rel=1e-3)
+        assert row["input"] == wanted["input"]
+
+
+def test_finished_runs_are_compared(work: Path) -> None:
+    pytest.importorskip("matplotlib", reason="a report has pictures")
+    runs = [f"finished/{name}" for name in FINISHED]
+    assert command("compare", *runs, "--data", "records", "--out", "report") == 0
+    report = (work / "report" / "report.md").read_text(encoding="utf-8")
+    assert "adadistill" in report
+    assert NETWORK in report
