@@ -262,13 +262,11 @@ def _config_for(data: Path, settings: DemoSettings) -> EasyDict:
     targets = [path.stem for path in list_bins(data)]
     if not targets:
         raise DataError(f"{data} has no verification set (*.bin); the demo's numbers come from held-out identities")
-    if records.property is None:
-        raise DataError(f"{data} has no `property` file (num_classes,height,width)")
     config = EasyDict(BASE)
     config.update(
         network=NETWORK,
         rec=str(data),
-        num_classes=records.property[0],
+        num_classes=max(int(records.labels().max()) + 1, records.stated_classes or 0),
         num_image=len(records),
         num_epoch=settings.epochs or 12,
         warmup_epoch=0,

@@ -1,4 +1,4 @@
-"""Commands that make data sets: ``data pack`` and ``data subset``."""
+"""Commands that make data sets: ``data pack``, ``data index`` and ``data subset``."""
 
 import argparse
 from pathlib import Path
@@ -29,6 +29,14 @@ def add_commands(commands: Commands) -> None:
     )
     pack.add_argument("--follow-links", action="store_true", help="follow symbolic links, which are refused otherwise")
 
+    index = data.add(
+        "index",
+        _index,
+        "build the train.idx that a train.rec has lost",
+        "arcface-kd data index faces_emore/",
+    )
+    index.add_argument("folder", type=Path, help="a folder with train.rec and without train.idx")
+
     subset = data.add(
         "subset",
         _subset,
@@ -46,6 +54,12 @@ def _pack(arguments: argparse.Namespace) -> None:
 
     on_bad_record, follow_links = arguments.on_bad_record, arguments.follow_links
     print(pack_folder(arguments.folder, arguments.out, on_bad_record=on_bad_record, follow_links=follow_links))
+
+
+def _index(arguments: argparse.Namespace) -> None:
+    from arcface_kd.data.formats.record_scan import build_index
+
+    print(f"{arguments.folder / 'train.idx'}: {build_index(arguments.folder)} records")
 
 
 def _subset(arguments: argparse.Namespace) -> None:

@@ -9,7 +9,8 @@ from arcface_kd.data.dataset import (
     View,
     open_dataset,
 )
-from arcface_kd.data.formats.recordio import RecordHeader, RecordReader, RecordWriter
+from arcface_kd.data.formats.record import RecordHeader
+from arcface_kd.data.formats.recordio import RecordReader, RecordWriter
 from arcface_kd.data.formats.verification_bin import VerificationSet, decode, read_bin, write_bin
 from arcface_kd.data.loader import BatchViews, FaceLoader, get_dataloader
 from arcface_kd.data.pack import PackCounts, pack_folder

@@ -12,20 +12,16 @@ from torch.utils.data import Dataset
 from arcface_kd.data.bad_records import BadRecord
 from arcface_kd.data.formats.image import decode_rgb
 from arcface_kd.data.formats.image_folder import list_identities, read_image_file
-from arcface_kd.data.formats.recordio import RecordHeader, RecordReader, unpack, unpack_label
+from arcface_kd.data.formats.property_file import read_property
+from arcface_kd.data.formats.recordio import RecordReader
+from arcface_kd.data.record_labels import RecordLabels
+from arcface_kd.data.record_layout import find_images
 from arcface_kd.errors import BadRecordError, DataError, OnBadRecord
-from arcface_kd.system.files import open_regular
 
 IMAGE_SIZE = (112, 112)
 
-
 # A damaged disk block takes some hundred records with it; more than this in a row is no accident to pass over.
 MOST_BAD_IN_A_ROW = 1000
-
-# Labels and counts are float32 in a record, which holds every whole number up to here and only some beyond.
-_FLOAT32_EXACT = 1 << 24
-# Up to here, reading every label at the start takes a fraction of a second.
-_FEW_RECORDS = 1 << 16
 
 
 class View(NamedTuple):
@@ -204,10 +200,11 @@ class FaceDataset(Dataset[Sample], ABC):
 class RecordDataset(FaceDataset):
     """Images in MXNet RecordIO: ``train.rec``, ``train.idx`` and, where it exists, ``property``.
 
-    Two layouts. InsightFace's: record 0 is a header, two labels [n + 1, last + 1] and no image; images are records
-    1 .. n; identity records follow, each with the range of its images' keys and no image. The plain one, of ``im2rec``
-    and ``insightface.data.rec_builder``: every record is an image. The list of images comes from the index and from the
-    kind of the records, since the header's count is a float32 and exact up to 2**24 only.
+    See ``find_images`` for the layouts. With ``num_classes``, all labels are read at the start, so that a wrong one is
+    told before the first step; this takes the time of reading the file once at most.
+
+    Attributes:
+        stated_classes: the number of classes that the file ``property`` states, or None.
 
     Args:
         root: the folder.
@@ -216,8 +213,8 @@ class RecordDataset(FaceDataset):
             tells whether the file is whole, must be good in any case.
 
     Raises:
-        DataError: files are missing, damaged or do not belong together, or a label that is cheap to see at the start is
-            not below ``num_classes``.
+        BadRecordError: a bad record is met at the start, and they are not skipped.
+        DataError: files are missing, damaged or do not belong together, or a label is not below ``num_classes``.
     """
 
     def __init__(
@@ -230,12 +227,13 @@ class RecordDataset(FaceDataset):
         folder = Path(root)
         self.num_classes = num_classes
         self.on_bad_record = on_bad_record
-        self._label_limit = _FLOAT32_EXACT if num_classes is None else min(num_classes, _FLOAT32_EXACT)
-        self.property = _read_property(folder / "property")
+        self.stated_classes = read_property(folder / "property")
         self._reader = RecordReader(folder / "train.rec", folder / "train.idx")
-        self._images, self._identities = self._split_records()
+        self._records = RecordLabels(self._reader, num_classes)
+        self._images = find_images(self._reader, on_bad_record)
         if num_classes is not None:
-            self._check_labels()
+            for _ in self._records.read_all(self._images, on_bad_record):
+                pass
 
     @property
     def reader(self) -> RecordReader:
@@ -246,119 +244,6 @@ class RecordDataset(FaceDataset):
     def keys(self) -> np.ndarray:
         """The record keys of the images, int64 (N,), in the order of the data set."""
         return self._reader.keys[self._images]
-
-    def _split_records(self) -> tuple[np.ndarray | slice, np.ndarray | slice]:
-        """Positions in the index of the images and of the identity records."""
-        reader = self._reader
-        zero = int(reader.find(np.zeros(1, dtype=np.int64))[0])
-        header = None if zero < 0 else self._imageless(zero)
-        if header is None:
-            return slice(0, len(reader)), slice(0, 0)
-        if header.flag < 2:
-            raise DataError(f"{reader.where(zero)}: it holds neither an image nor the two counts of a header record")
-        order = reader.key_order
-        low, high = 1, len(reader)
-        while low < high:
-            middle = (low + high) // 2
-            if self._is_image(middle if order is None else int(order[middle]), _first_label(header)):
-                low = middle + 1
-            else:
-                high = middle
-        self._check_count(zero, header, reader.keys[:] if order is None else reader.keys[order], low)
-        if order is None:
-            return slice(1, low), slice(low, len(reader))
-        return order[1:low], order[low:]
-
-    def _imageless(self, position: int) -> RecordHeader | None:
-        """The header of a record that carries labels and no image, else None."""
-        header, payload = self._unpack(position)
-        return header if header.flag > 0 and not len(payload) else None
-
-    def _is_image(self, position: int, end: float) -> bool:
-        """Whether a record is an image; of a bad one that is skipped, the header's end of the images has to tell."""
-        try:
-            return self._imageless(position) is None
-        except BadRecordError:
-            if self.on_bad_record == "stop":
-                raise
-            return float(self._reader.keys[position]) < end
-
-    def _check_count(self, zero: int, header: RecordHeader, keys: np.ndarray, boundary: int) -> None:
-        """Hold the header's count against the images that the index lists; ``keys`` ascend."""
-        if boundary == 1:
-            raise DataError(f"{self._reader.rec_path} holds a header record and no image")
-        stated = float(_first_label(header))
-        least = keys[boundary - 1] + 1
-        most = keys[boundary] if boundary < len(keys) else least
-        # Rounding to float32 keeps the order, so this holds at every size; NaN fails it.
-        if not np.float32(least) <= stated <= np.float32(most):
-            raise DataError(
-                f"{self._reader.where(zero)}: the header says that images end before key {stated:.0f}, but the last "
-                f"image in the index has key {least - 1}: the files are damaged or do not belong together"
-            )
-
-    def _check_labels(self) -> None:
-        """Check the labels that are cheap to see: all of a small set, else the last and those of surplus identities."""
-        if len(self) <= _FEW_RECORDS:
-            for index in range(len(self)):
-                self.label(index)
-            return
-        self.label(len(self) - 1)
-        identities = np.arange(len(self._reader))[self._identities]
-        if self.num_classes is not None and len(identities) > self.num_classes:
-            # Identities are in the order of their labels as a rule, so the first step of this walk finds the offender.
-            for identity in identities[::-1]:
-                try:
-                    self._check_identity(int(identity))
-                except BadRecordError:
-                    if self.on_bad_record == "stop":
-                        raise
-
-    def _check_identity(self, identity: int) -> None:
-        """Check the label of an identity record's first image."""
-        first_image = _first_label(self._unpack(identity)[0])
-        key = int(first_image) if 0 < first_image < 2**53 else -1
-        position = int(self._reader.find(np.array([key]))[0])
-        if position >= 0 and self._imageless(position) is None:
-            self._parse(position)
-
-    def _unpack(self, position: int) -> tuple[RecordHeader, memoryview]:
-        try:
-            record = self._reader.read_at(position)
-        except DataError as error:
-            raise BadRecordError(str(error)) from None
-        try:
-            return unpack(record)
-        except DataError as error:
-            raise BadRecordError(f"{self._reader.where(position)}: {error}") from None
-
-    def _parse(self, position: int) -> tuple[int, memoryview]:
-        try:
-            record = self._reader.read_at(position)
-        except DataError as error:
-            raise BadRecordError(str(error)) from None
-        try:
-            value, payload = unpack_label(record)
-        except DataError as error:
-            raise BadRecordError(f"{self._reader.where(position)}: {error}") from None
-        if not len(payload):
-            raise BadRecordError(f"{self._reader.where(position)}: it holds no image")
-        if -1 <= value < self._label_limit and value == int(value):
-            return int(value), payload
-        raise self._label_fault(position, value)
-
-    def _label_fault(self, position: int, value: float) -> DataError:
-        where = f"{self._reader.where(position)}: its label is"
-        if value != value or value in (float("inf"), float("-inf")) or value != int(value):
-            return BadRecordError(f"{where} {value}, which is no whole number")
-        if value < -1:
-            return BadRecordError(f"{where} {value:.0f}; wanted 0 or more, or -1 for no identity")
-        if value >= _FLOAT32_EXACT:
-            return DataError(f"{where} {value:.0f}; a float32 tells whole numbers apart up to {_FLOAT32_EXACT} only")
-        classes = int(value) + 1
-        return DataError(
-            f"{where} {value:.0f}, but num_classes is {self.num_classes}; set num_classes to {classes} or more"
-        )
 
     def _position(self, index: int) -> int:
         if isinstance(self._images, slice):
@@ -371,10 +256,7 @@ class RecordDataset(FaceDataset):
         return len(self._images)
 
     def labels(self) -> np.ndarray:
-        """The labels of all images.
-
-        Identity records say which keys an identity has; the label is taken from its first image and held against its
-        last. Where that does not work out (no identity records, gaps, an identity of two labels) each record is read.
+        """The labels of all images, read in one pass over the file.
 
         Returns:
             int64 (N,), -1 for no identity and where a bad record is skipped.
@@ -383,74 +265,17 @@ class RecordDataset(FaceDataset):
             BadRecordError: a record is damaged.
             DataError: a label is out of range.
         """
-        spans = self._identity_spans()
-        if spans is None:
-            return super().labels()
-        labels = np.empty(len(self), dtype=np.int64)
-        for images in spans:
-            label = self.label(int(images[0]))
-            if label < 0 or self.label(int(images[-1])) != label:
-                return super().labels()
-            labels[images] = label
-        return labels
-
-    def _identity_spans(self) -> list[np.ndarray] | None:
-        """The images of each identity by their places in the data set, in the order of their keys; None if unsure."""
-        identities = np.arange(len(self._reader))[self._identities]
-        if not len(identities):
-            return None
-        keys = self.keys
-        order = np.argsort(keys, kind="stable")
-        spans, at = [], 0
-        for identity in identities.tolist():
-            try:
-                header, _ = self._unpack(identity)
-            except BadRecordError:
-                if self.on_bad_record == "stop":
-                    raise
-                return None
-            span = header.label
-            if not isinstance(span, np.ndarray) or len(span) != 2:
-                return None
-            if span[0] == span[1]:
-                continue
-            if at == len(keys) or span[0] != keys[order[at]]:
-                return None
-            end = int(np.searchsorted(keys, span[1], sorter=order))
-            if end <= at:
-                return None
-            spans.append(order[at:end])
-            at = end
-        return spans if at == len(keys) else None
+        labels = np.full(len(self._reader), -1, dtype=np.int32)
+        for positions, found in self._records.read_all(self._images, self.on_bad_record):
+            labels[positions] = found
+        return labels[self._images].astype(np.int64)
 
     def where(self, index: int) -> str:
         """Say which record an image is: file, key and byte offset."""
         return self._reader.where(self._position(index))
 
     def _load(self, index: int) -> tuple[int, memoryview]:
-        return self._parse(self._position(index))
-
-
-def _first_label(header: RecordHeader) -> float:
-    return float(header.label[0]) if isinstance(header.label, np.ndarray) else header.label
-
-
-def _read_property(path: Path) -> tuple[int, int, int] | None:
-    """Number of classes, height and width of a ``property`` file; None where there is none."""
-    try:
-        with open_regular(path) as stream:
-            line = stream.readline(200)
-    except FileNotFoundError:
-        return None
-    except OSError as error:
-        raise DataError(f"cannot read {path}: {error.strerror}") from None
-    fields = line.strip().split(b",")
-    if len(fields) != 3 or not all(field.strip().isdigit() and len(field) < 19 for field in fields):
-        raise DataError(f"{path} starts with {line[:40]!r}, wanted 'num_classes,height,width'")
-    classes, height, width = map(int, fields)
-    if classes > _FLOAT32_EXACT:
-        raise DataError(f"{path} names {classes} classes; labels, which are float32, tell {_FLOAT32_EXACT} apart")
-    return classes, height, width
+        return self._records.read(self._position(index))
 
 
 class FolderDataset(FaceDataset):
@@ -555,12 +380,10 @@ def open_dataset(
     if root == "synthetic":
         return SyntheticDataset(num_classes=num_classes)
     folder = Path(root)
-    here = {name: (folder / name).exists() for name in ("train.rec", "train.idx")}
-    if all(here.values()):
+    if (folder / "train.rec").exists():
         return RecordDataset(folder, num_classes=num_classes, on_bad_record=on_bad_record)
-    if any(here.values()):
-        found, missing = sorted(here, key=here.__getitem__, reverse=True)
-        raise DataError(f"{folder} holds {found} but no {missing}; both are needed")
+    if (folder / "train.idx").exists():
+        raise DataError(f"{folder} holds train.idx but no train.rec; both are needed")
     wanted = "wanted train.rec and train.idx, or one folder of images per identity"
     if not folder.is_dir():
         raise DataError(f"there is no folder {folder}; {wanted}")

@@ -12,7 +12,8 @@ import numpy as np
 from arcface_kd.data.dataset import IMAGE_SIZE
 from arcface_kd.data.formats.image import decode_rgb, is_read_by_mxnet
 from arcface_kd.data.formats.image_folder import list_identities, read_image_file
-from arcface_kd.data.formats.recordio import RecordHeader, RecordWriter, pack
+from arcface_kd.data.formats.record import RecordHeader, pack
+from arcface_kd.data.formats.recordio import RecordWriter
 from arcface_kd.errors import BadRecordError, DataError, OnBadRecord
 from arcface_kd.system.files import atomic_write
 

@@ -93,7 +93,7 @@ def write_subset(
     chosen = choose_images(labels, images_per_identity, seed)
     if not len(chosen):
         raise DataError(f"no image in {source} has an identity: there is nothing to choose from")
-    classes = max(int(labels.max()) + 1, faces.property[0] if faces.property else 0)
+    classes = max(int(labels.max()) + 1, faces.stated_classes or 0)
     sizes = np.bincount(labels[chosen], minlength=classes)
 
     def images() -> Iterator[bytes]:

@@ -5,7 +5,8 @@ from pathlib import Path
 import cv2
 import numpy as np
 
-from arcface_kd.data.formats.recordio import RecordHeader, RecordWriter, pack
+from arcface_kd.data.formats.record import RecordHeader, pack
+from arcface_kd.data.formats.recordio import RecordWriter
 
 
 def pixels(seed: int, height: int = 112, width: int = 112) -> np.ndarray:

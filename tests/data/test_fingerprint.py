@@ -8,7 +8,7 @@ import pytest
 
 from arcface_kd.data.dataset import FolderDataset, RecordDataset, SyntheticDataset, View
 from arcface_kd.data.fingerprint import fingerprint, shows_two_views
-from arcface_kd.data.formats.recordio import RecordHeader, pack
+from arcface_kd.data.formats.record import RecordHeader, pack
 from arcface_kd.errors import DataError
 from tests.data.record_sets import encoded, insightface_records, pixels, plain_records, record, write_records
 

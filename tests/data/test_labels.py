@@ -1,79 +1,181 @@
-"""All labels at once are those of the records one by one."""
+"""All labels, read in one pass, are those of the records one by one; wrong ones are told when the set is opened."""
 
 from pathlib import Path
 
 import cv2
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from arcface_kd.data.dataset import FolderDataset, RecordDataset
-from tests.data.record_sets import insightface_records, pixels, plain_records, record, write_records
+from arcface_kd.data.formats import record_scan
+from arcface_kd.data.subset import write_subset
+from arcface_kd.errors import BadRecordError, DataError
+from tests.data.record_damage import no_image, no_magic, no_number, offset_of, too_many_labels
+from tests.data.record_sets import encoded, insightface_records, pixels, plain_records, record, write_records
+
+MAGIC = b"\x0a\x23\xd7\xce"
 
 
 def one_by_one(dataset: RecordDataset | FolderDataset) -> list[int]:
     return [dataset.label(index) for index in range(len(dataset))]
 
 
-def count_reads(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    seen: list[int] = []
-    label = RecordDataset.label
-
-    def counted(self: RecordDataset, index: int) -> int:
-        seen.append(index)
-        return label(self, index)
-
-    monkeypatch.setattr(RecordDataset, "label", counted)
-    return seen
+def labelled(folder: Path, labels: list[float], payload: bytes = b"no image") -> Path:
+    """Records in the plain layout with any labels."""
+    return write_records(folder, [(key, record(key, label, payload)) for key, label in enumerate(labels)])
 
 
-def test_identity_records_spare_reading_every_image(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    dataset = RecordDataset(write_records(tmp_path / "one", insightface_records([5, 1, 9, 3])))
-    wanted = one_by_one(dataset)
-    seen = count_reads(monkeypatch)
-    assert dataset.labels().tolist() == wanted == [0] * 5 + [1] + [2] * 9 + [3] * 3
-    assert dataset.labels().dtype == np.int64
-    assert len(seen) == 2 * 2 * 4
+@pytest.fixture(params=[1, 3, 1 << 17])
+def chunk(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> int:
+    """Records that are looked at in one go."""
+    monkeypatch.setattr(record_scan, "_CHUNK", request.param)
+    return int(request.param)
 
 
-def test_an_index_in_another_order(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    records = insightface_records([5, 1, 9, 3])
+@pytest.mark.usefixtures("chunk")
+def test_both_layouts_in_any_order(tmp_path: Path) -> None:
+    records = insightface_records([5, 1, 0, 9, 3])
     shuffled = [records[place] for place in np.random.default_rng(0).permutation(len(records))]
-    dataset = RecordDataset(write_records(tmp_path / "one", shuffled))
-    wanted = one_by_one(dataset)
-    seen = count_reads(monkeypatch)
-    assert dataset.labels().tolist() == wanted
-    assert len(set(wanted)) == 4
-    assert len(seen) == 8
-
-
-def test_an_identity_without_images_is_passed_over(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    dataset = RecordDataset(write_records(tmp_path / "one", insightface_records([2, 0, 3])))
-    wanted = one_by_one(dataset)
-    assert dataset.labels().tolist() == wanted == [0, 0, 2, 2, 2]
-
-
-@pytest.mark.parametrize(
-    "damage",
-    [
-        lambda records: [*records[:3], (3, record(3, 7.0, records[3][1][24:])), *records[4:]],
-        lambda records: [*records[:-1], (records[-1][0], record(records[-1][0], [6.0, 9.0], b""))],
-        lambda records: [*records[:-1], (records[-1][0], record(records[-1][0], [5.0, float("nan")], b""))],
-        lambda records: [*records[:-1], (records[-1][0], record(records[-1][0], [5.0, 6.0], b""))],
-        lambda records: [*records[:-1], (records[-1][0], record(records[-1][0], [5.0, 8.0, 1.0], b""))],
-        lambda records: records[:-1],
-        lambda records: [*records[:-2], records[-1], (records[-2][0], records[-2][1])],
-    ],
-    ids=["two-labels", "overlap", "nan", "gap", "three-numbers", "missing", "order"],
-)
-def test_identity_records_that_do_not_work_out_are_not_trusted(tmp_path: Path, damage: object) -> None:
-    assert callable(damage)
-    dataset = RecordDataset(write_records(tmp_path / "one", damage(insightface_records([3, 1, 3]))))
-    assert dataset.labels().tolist() == one_by_one(dataset)
-
-
-def test_records_without_identities(tmp_path: Path) -> None:
-    dataset = RecordDataset(write_records(tmp_path / "one", plain_records([4, -1, 2, 2])))
+    for number, stored in enumerate((records, shuffled)):
+        dataset = RecordDataset(write_records(tmp_path / str(number), stored), num_classes=5)
+        assert dataset.labels().tolist() == one_by_one(dataset) == [0] * 5 + [1] + [3] * 9 + [4] * 3
+        assert dataset.labels().dtype == np.int64
+    dataset = RecordDataset(write_records(tmp_path / "plain", plain_records([4, -1, 2, 2])), num_classes=5)
     assert dataset.labels().tolist() == [4, -1, 2, 2]
+
+
+@pytest.mark.usefixtures("chunk")
+def test_vectors_and_records_of_several_parts(tmp_path: Path) -> None:
+    records = [
+        (0, record(0, [3.0, 0.5], encoded(0))),
+        (1, record(1, 2.0, b"abcd" + MAGIC + b"efgh" + MAGIC)),
+        (2, record(2, [1.0, 7.0, 9.0], MAGIC + b"x")),
+        (3, record(3, -1.0, encoded(3))),
+        (4, record(4, float(2**24 - 1), b"x")),
+    ]
+    dataset = RecordDataset(write_records(tmp_path, records), num_classes=1 << 24)
+    assert dataset.labels().tolist() == one_by_one(dataset) == [3, 2, 1, -1, 2**24 - 1]
+
+
+def test_an_index_that_leaves_records_out(tmp_path: Path) -> None:
+    folder = labelled(tmp_path, [4.0, 3.0, 2.0, 1.0, 0.0])
+    lines = (folder / "train.idx").read_text().splitlines(keepends=True)
+    (folder / "train.idx").write_text("".join(lines[place] for place in (4, 0, 2)))
+    assert RecordDataset(folder, num_classes=5).labels().tolist() == [0, 4, 2]
+
+
+def test_nobody_inside_an_identity_stays_nobody(tmp_path: Path) -> None:
+    records = insightface_records([4, 4])
+    records[2] = (2, record(2, -1.0, encoded(2)))
+    folder = write_records(tmp_path / "all", records)
+    assert RecordDataset(folder, num_classes=2).labels().tolist() == [0, -1, 0, 0, 1, 1, 1, 1]
+    write_subset(folder, tmp_path / "few", images_per_identity=4)
+    few = RecordDataset(tmp_path / "few")
+    assert few.labels().tolist() == [0, 0, 0, 1, 1, 1, 1]
+    assert encoded(2) not in [few.image_bytes(index) for index in range(len(few))]
+
+
+@pytest.mark.usefixtures("chunk")
+def test_too_large_labels_are_told_at_the_start_with_the_largest(tmp_path: Path) -> None:
+    folder = labelled(tmp_path, [0.0, 1.0, 2.0, 1.0, 8.0, 0.0, 3.0])
+    assert len(RecordDataset(folder)) == 7
+    with pytest.raises(DataError, match=r"key 2 at byte .* label is 2, .* 2 more .* num_classes to 9 ") as caught:
+        RecordDataset(folder, num_classes=2, on_bad_record="skip")
+    assert not isinstance(caught.value, BadRecordError)
+
+
+@pytest.mark.parametrize("label", [0.5, -0.5, -2.0, float("nan"), float("inf"), float("-inf")])
+def test_labels_that_are_none_are_told_at_the_start_or_skipped(tmp_path: Path, label: float) -> None:
+    folder = labelled(tmp_path, [0.0, 1.0, label, 1.0])
+    with pytest.raises(BadRecordError, match="key 2 at byte"):
+        RecordDataset(folder, num_classes=2)
+    assert RecordDataset(folder, num_classes=2, on_bad_record="skip").labels().tolist() == [0, 1, -1, 1]
+
+
+@pytest.mark.parametrize("label", [2.0**24, 1e30])
+def test_labels_beyond_float32_are_told(tmp_path: Path, label: float) -> None:
+    folder = labelled(tmp_path, [0.0, 1.0, label, 1.0])
+    for num_classes in (2, 2**30):
+        with pytest.raises(DataError, match="key 2 at byte"):
+            RecordDataset(folder, num_classes=num_classes, on_bad_record="skip")
+    with pytest.raises(DataError, match="key 2 at byte"):
+        RecordDataset(folder).labels()
+
+
+@pytest.mark.usefixtures("chunk")
+@pytest.mark.parametrize("damage", [no_magic, no_image, no_number, too_many_labels])
+def test_damaged_records_are_nobody_where_they_are_skipped(tmp_path: Path, damage: object) -> None:
+    assert callable(damage)
+    folder = write_records(tmp_path, insightface_records([3, 1, 3]))
+    damage(folder, 5)
+    dataset = RecordDataset(folder, num_classes=3, on_bad_record="skip")
+    assert dataset.labels().tolist() == one_by_one(dataset)
+    if damage is not no_image:
+        assert -1 in dataset.labels()
+        with pytest.raises(BadRecordError, match=r"key [45] "):
+            RecordDataset(folder, num_classes=3)
+
+
+@settings(max_examples=150, deadline=None)
+@given(data=st.data())
+def test_any_damage_is_read_alike(data: st.DataObject, tmp_path_factory: pytest.TempPathFactory) -> None:
+    folder = tmp_path_factory.getbasetemp() / "labels"
+    records = [(key, record(key, float(key % 3), b"image" * key)) for key in range(1, 6)]
+    header = record(0, [6.0, 8.0], b"")
+    identities = [(6, record(6, [1.0, 3.0], b"")), (7, record(7, [3.0, 6.0], b""))]
+    write_records(folder, [(0, header), *records, *identities])
+    content = bytearray((folder / "train.rec").read_bytes())
+    begin = offset_of(folder, 1)
+    for _ in range(data.draw(st.integers(1, 3))):
+        content[data.draw(st.integers(begin, len(content) - 1))] = data.draw(st.integers(0, 255))
+    (folder / "train.rec").write_bytes(content)
+    try:
+        dataset = RecordDataset(folder, on_bad_record="skip")
+        expected = one_by_one(dataset)
+    except DataError:
+        return
+    assert dataset.labels().tolist() == expected
+
+
+def joined(folder: Path, first: list[int], second: list[int], first_label: int) -> Path:
+    """Two InsightFace sets behind each other, under keys that run on."""
+    records = [content for _, content in insightface_records(first)]
+    for _, content in insightface_records(second):
+        image = content[:4] == bytes(4)
+        label = np.frombuffer(content, "<f4", 1, 4)[0] + first_label
+        records.append(content[:4] + np.float32(label).tobytes() + content[8:] if image else content)
+    return write_records(folder, list(enumerate(records)))
+
+
+@pytest.mark.usefixtures("chunk")
+@pytest.mark.parametrize("sizes", [([4, 4], [4, 4]), ([1], [5, 2]), ([5, 3], [1]), ([1], [1])])
+def test_sets_behind_each_other_are_read_whole(
+    tmp_path: Path, sizes: tuple[list[int], list[int]], caplog: pytest.LogCaptureFixture
+) -> None:
+    first, second = sizes
+    folder = joined(tmp_path, first, second, len(first))
+    dataset = RecordDataset(folder, num_classes=len(first + second))
+    expected = np.repeat(np.arange(len(first + second)), first + second).tolist()
+    assert dataset.labels().tolist() == one_by_one(dataset) == expected
+    assert len(caplog.records) == 1
+    assert str(folder) in caplog.text
+    order = np.random.default_rng(1).permutation(len(dataset.reader))
+    with open(folder / "train.idx", "r+") as stream:
+        lines = stream.readlines()
+        stream.seek(0)
+        stream.writelines(lines[place] for place in order)
+    assert RecordDataset(folder).labels().tolist() == expected
+
+
+@pytest.mark.parametrize("sizes", [([4, 4], [4, 4]), ([4, 4], [2]), ([1], [6, 6])])
+def test_sets_behind_each_other_that_share_labels_are_refused(
+    tmp_path: Path, sizes: tuple[list[int], list[int]]
+) -> None:
+    folder = joined(tmp_path, *sizes, 0)
+    with pytest.raises(DataError, match=r"train\.rec: record with key .* overlap"):
+        RecordDataset(folder)
 
 
 def test_folders(tmp_path: Path) -> None:

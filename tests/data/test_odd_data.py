@@ -14,7 +14,8 @@ from arcface_kd.backbones import get_backbone
 from arcface_kd.config.arcface_torch import BASE
 from arcface_kd.config.kd import KDConfig
 from arcface_kd.data.dataset import RecordDataset
-from arcface_kd.data.formats.recordio import RecordHeader, RecordWriter, pack
+from arcface_kd.data.formats.record import RecordHeader, pack
+from arcface_kd.data.formats.recordio import RecordWriter
 from arcface_kd.data.pack import write_identities
 from arcface_kd.data.sampler import ViewSampler
 from arcface_kd.distillation.distiller import Distiller

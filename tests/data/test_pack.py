@@ -9,7 +9,8 @@ import pytest
 from arcface_kd.cli.main import main
 from arcface_kd.data.dataset import RecordDataset, View
 from arcface_kd.data.formats.image import decode_rgb
-from arcface_kd.data.formats.recordio import RecordReader, RecordWriter, unpack
+from arcface_kd.data.formats.record import unpack
+from arcface_kd.data.formats.recordio import RecordReader, RecordWriter
 from arcface_kd.data.pack import PackCounts, pack_folder, write_identities
 from arcface_kd.errors import DataError
 from tests.data.record_sets import encoded, pixels
@@ -150,7 +151,7 @@ def test_bad_images_are_left_out_when_asked(
     assert all(place in caplog.text for place in three_bad)
     faces = RecordDataset(tmp_path / "packed", num_classes=4)
     assert faces.labels().tolist() == [0, 0, 1, 1, 2, 2, 2]
-    assert faces.property == (4, 112, 112)
+    assert faces.stated_classes == 4
     with RecordReader(tmp_path / "packed" / "train.rec", tmp_path / "packed" / "train.idx") as reader:
         assert reader.keys.tolist() == list(range(12))
         assert np.asarray(unpack(reader.read(0))[0].label).tolist() == [8, 12]

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 from arcface_kd.data.formats.ijb import read_ijb
 from arcface_kd.data.formats.image import decode_rgb
-from arcface_kd.data.formats.recordio import RecordReader, unpack
+from arcface_kd.data.formats.record import unpack
+from arcface_kd.data.formats.recordio import RecordReader
 from arcface_kd.data.synthetic_faces import SyntheticFaces
 from arcface_kd.errors import ConfigError, DataError
 from arcface_kd.evaluation.templates import TemplatePooling, Weighting, embed_templates, evaluate_ijb, pair_scores

@@ -7,7 +7,8 @@ from typing import NamedTuple
 import cv2
 import numpy as np
 
-from arcface_kd.data.formats.recordio import RecordReader, unpack
+from arcface_kd.data.formats.record import unpack
+from arcface_kd.data.formats.recordio import RecordReader
 from arcface_kd.data.formats.verification_bin import read_bin, write_bin
 from arcface_kd.data.pack import write_identities
 

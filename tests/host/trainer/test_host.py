@@ -16,7 +16,8 @@ from torch.nn.functional import normalize
 
 from arcface_kd.backbones import get_backbone
 from arcface_kd.data.dataset import open_dataset
-from arcface_kd.data.formats.recordio import RecordReader, unpack
+from arcface_kd.data.formats.record import unpack
+from arcface_kd.data.formats.recordio import RecordReader
 from arcface_kd.distributed.class_shard import ClassShard
 from arcface_kd.methods.class_centers import initial_centers
 from tests.host.trainer.faces import Faces, cut_faces, draw_faces

@@ -1,0 +1,101 @@
+"""One record: a header with its label, and an encoded image behind it.
+
+Format: mxnet 1.9.1 ``recordio.py``.
+"""
+
+import numbers
+import struct
+from dataclasses import dataclass
+
+import numpy as np
+
+from arcface_kd.errors import DataError
+
+HEADER = struct.Struct("<IfQQ")
+_LABEL = struct.Struct("<If")
+
+
+@dataclass(frozen=True, eq=False)
+class RecordHeader:
+    """What stands before the image in a record.
+
+    Attributes:
+        flag: number of labels in the vector; 0 when ``label`` is a single number.
+        label: a number, or a float32 vector (flag,) when ``flag`` > 0. Stored as float32, exact up to 2**24.
+        id: the record's number, 0 .. 2**64 - 1; usually its key.
+        id2: upper part of the number; 0 in face data sets.
+    """
+
+    flag: int
+    label: float | np.ndarray
+    id: int
+    id2: int
+
+
+def pack(header: RecordHeader, payload: bytes) -> bytes:
+    """Put a header before a payload, byte for byte as mxnet does.
+
+    Args:
+        header: ``header.flag`` is not read: it follows from ``header.label``, as in mxnet.
+        payload: an encoded image, or nothing for header and identity records.
+
+    Returns:
+        The record, as ``RecordWriter.write`` takes it.
+
+    Raises:
+        DataError: a label or an id that the header cannot hold.
+    """
+    try:
+        if isinstance(header.label, numbers.Number):
+            return HEADER.pack(0, header.label, header.id, header.id2) + payload
+        labels = np.asarray(header.label, dtype="<f4")
+        return HEADER.pack(labels.size, 0.0, header.id, header.id2) + labels.tobytes() + payload
+    except (struct.error, OverflowError, TypeError, ValueError) as error:
+        raise DataError(
+            f"a record header cannot hold label {header.label!r}, id {header.id!r}, id2 {header.id2!r}: {error}"
+        ) from None
+
+
+def unpack(record: bytes | memoryview) -> tuple[RecordHeader, memoryview]:
+    """Take a record apart.
+
+    Args:
+        record: what ``RecordReader.read`` returned.
+
+    Returns:
+        The header and the payload; the payload and a label vector are views of ``record``, not copies.
+
+    Raises:
+        DataError: the record is shorter than its header says.
+    """
+    view = memoryview(record)
+    if len(view) < HEADER.size:
+        raise DataError(f"a record of {len(view)} bytes is too short for its header of {HEADER.size}")
+    flag, label, number, number2 = HEADER.unpack_from(view)
+    if flag == 0:
+        return RecordHeader(0, label, number, number2), view[HEADER.size :]
+    end = HEADER.size + 4 * flag
+    if end > len(view):
+        raise DataError(f"a record of {len(view)} bytes is too short for the {flag} labels that its header announces")
+    labels = np.frombuffer(view, dtype="<f4", count=flag, offset=HEADER.size)
+    return RecordHeader(flag, labels, number, number2), view[end:]
+
+
+def unpack_label(record: bytes | memoryview) -> tuple[float, memoryview]:
+    """Take the first label and the payload out of a record, without the rest of the header.
+
+    Args:
+        record: what ``RecordReader.read`` returned.
+
+    Returns:
+        The label as stored, a float32; the payload, a view of ``record``.
+
+    Raises:
+        DataError: the record is shorter than its header says.
+    """
+    if len(record) >= HEADER.size:
+        flag, label = _LABEL.unpack_from(record)
+        if flag == 0:
+            return label, memoryview(record)[HEADER.size :]
+    header, payload = unpack(record)
+    return float(np.asarray(header.label)[0]), payload

@@ -1,0 +1,108 @@
+"""The labels of records, each checked: one record at a time, or all in one pass over the file."""
+
+from collections.abc import Iterator
+
+import numpy as np
+
+from arcface_kd.data.formats.record import unpack_label
+from arcface_kd.data.formats.record_scan import read_headers
+from arcface_kd.data.formats.recordio import RecordReader
+from arcface_kd.errors import BadRecordError, DataError, OnBadRecord
+
+# Labels and counts are float32 in a record, which holds every whole number up to here and only some beyond.
+FLOAT32_EXACT = 1 << 24
+
+
+class RecordLabels:
+    """Reads records with their labels.
+
+    Args:
+        reader: the records.
+        num_classes: labels must be below it; None for no limit.
+    """
+
+    def __init__(self, reader: RecordReader, num_classes: int | None) -> None:
+        self._reader = reader
+        self._num_classes = num_classes
+        self._limit = FLOAT32_EXACT if num_classes is None else min(num_classes, FLOAT32_EXACT)
+
+    def read(self, position: int) -> tuple[int, memoryview]:
+        """Read one record.
+
+        Args:
+            position: of an image in the index.
+
+        Returns:
+            The label, -1 for none, and the encoded image.
+
+        Raises:
+            BadRecordError: a damaged record, one without an image, or a label that is none.
+            DataError: a label of ``num_classes`` or more.
+        """
+        try:
+            record = self._reader.read_at(position)
+        except DataError as error:
+            raise BadRecordError(str(error)) from None
+        try:
+            value, payload = unpack_label(record)
+        except DataError as error:
+            raise BadRecordError(f"{self._reader.where(position)}: {error}") from None
+        if not len(payload):
+            raise BadRecordError(f"{self._reader.where(position)}: it holds no image")
+        if -1 <= value < self._limit and value == int(value):
+            return int(value), payload
+        raise self._fault(position, value)
+
+    def read_all(
+        self, images: np.ndarray | slice, on_bad_record: OnBadRecord
+    ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        """Read the labels of all images, in one pass over the file (see ``read_headers`` for what it costs).
+
+        Args:
+            images: their positions in the index.
+            on_bad_record: ``skip`` gives bad records the label -1.
+
+        Yields:
+            Positions in the index, int64 (M,), in the order of the file, and their labels, int64 (M,).
+
+        Raises:
+            BadRecordError: the first bad record, unless they are skipped.
+            DataError: at the end, labels of ``num_classes`` or more; the message tells the largest.
+        """
+        wanted = np.zeros(len(self._reader), dtype=bool)
+        wanted[images] = True
+        first, count, largest = (-1, 0.0), 0, 0.0
+        for headers in read_headers(self._reader):
+            rows = wanted[headers.positions]
+            positions, values = headers.positions[rows], headers.labels[rows]
+            sound = ~headers.odd[rows] & headers.images[rows] & (values >= -1) & (np.floor(values) == values)
+            above = np.flatnonzero(sound & (values >= self._limit) & np.isfinite(values))
+            if len(above):
+                # All are counted before the first is told: the largest says what num_classes has to be.
+                first = first if count else (int(positions[above[0]]), float(values[above[0]]))
+                count, largest = count + len(above), max(largest, float(values[above].max()))
+            known = sound & np.isfinite(values)
+            labels = np.where(known & (values < FLOAT32_EXACT), values, -1).astype(np.int64)
+            for row in np.flatnonzero(~known):
+                try:
+                    labels[row] = self.read(int(positions[row]))[0]
+                except BadRecordError:
+                    if on_bad_record == "stop":
+                        raise
+            yield positions, labels
+        if count:
+            raise self._fault(*first, largest, count)
+
+    def _fault(self, position: int, value: float, largest: float = 0.0, count: int = 1) -> DataError:
+        where = f"{self._reader.where(position)}: its label is"
+        if not np.isfinite(value) or value != int(value):
+            return BadRecordError(f"{where} {value}, which is no whole number")
+        if value < -1:
+            return BadRecordError(f"{where} {value:.0f}; wanted 0 or more, or -1 for no identity")
+        if value >= FLOAT32_EXACT:
+            return DataError(f"{where} {value:.0f}; a float32 tells whole numbers apart up to {FLOAT32_EXACT} only")
+        others = f", and {count - 1} more records have too large a label" if count > 1 else ""
+        return DataError(
+            f"{where} {value:.0f}, but num_classes is {self._num_classes}{others}; set num_classes to "
+            f"{max(value, largest) + 1:.0f} or more"
+        )

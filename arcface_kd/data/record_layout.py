@@ -1,0 +1,147 @@
+"""Which records of a file are images: InsightFace's layout, the plain one, and several sets under one index."""
+
+import logging
+from itertools import pairwise
+
+import numpy as np
+
+from arcface_kd.data.formats.record import RecordHeader, unpack
+from arcface_kd.data.formats.record_scan import read_headers
+from arcface_kd.data.formats.recordio import RecordReader
+from arcface_kd.errors import BadRecordError, DataError, OnBadRecord
+
+logger = logging.getLogger(__name__)
+
+
+def find_images(reader: RecordReader, on_bad_record: OnBadRecord) -> np.ndarray | slice:
+    """Find the images among the records.
+
+    Two layouts. InsightFace's: record 0 is a header, two labels [n + 1, last + 1] and no image; images are records
+    1 .. n; identity records follow, each with the range of its images' keys and no image. The plain one, of ``im2rec``
+    and ``insightface.data.rec_builder``: every record is an image. What a record is decides, since the header's counts
+    are float32 and exact up to 2**24 only.
+
+    Where the index goes on behind the header's last record, all records are looked at: several sets that stand behind
+    each other are read whole if no label occurs in two of them.
+
+    Args:
+        reader: the records.
+        on_bad_record: whether bad records are skipped; the first and the last must be good in any case.
+
+    Returns:
+        Positions in the index, in the order of the keys; a slice where they stand in a row.
+
+    Raises:
+        DataError: the header does not fit the index, or several sets number different people alike.
+    """
+    zero = int(reader.find(np.zeros(1, dtype=np.int64))[0])
+    header = None if zero < 0 else _imageless(reader, zero)
+    if header is None:
+        return slice(0, len(reader))
+    if header.flag < 2:
+        raise DataError(f"{reader.where(zero)}: it holds neither an image nor the two counts of a header record")
+    order = reader.key_order
+    keys = reader.keys if order is None else reader.keys[order]
+    stated, end = np.asarray(header.label, dtype=np.float32)[:2]
+    # Rounding to float32 keeps the order, so this holds at every size.
+    if np.float32(keys[-1] + 1) > end:
+        return _images_of_all_sets(reader, zero, stated, keys, order)
+    low, high = 1, len(reader)
+    while low < high:
+        middle = (low + high) // 2
+        if _is_image(reader, middle if order is None else int(order[middle]), float(stated), on_bad_record):
+            low = middle + 1
+        else:
+            high = middle
+    _check_count(reader, zero, stated, keys, low)
+    return slice(1, low) if order is None else order[1:low]
+
+
+def unpack_at(reader: RecordReader, position: int) -> tuple[RecordHeader, memoryview]:
+    """Read the record at a position of the index and take it apart.
+
+    Args:
+        reader: the records.
+        position: 0 .. ``len(reader) - 1``.
+
+    Raises:
+        BadRecordError: the record is damaged.
+    """
+    try:
+        record = reader.read_at(position)
+    except DataError as error:
+        raise BadRecordError(str(error)) from None
+    try:
+        return unpack(record)
+    except DataError as error:
+        raise BadRecordError(f"{reader.where(position)}: {error}") from None
+
+
+def _imageless(reader: RecordReader, position: int) -> RecordHeader | None:
+    """The header of a record that carries labels and no image, else None."""
+    header, payload = unpack_at(reader, position)
+    return header if header.flag > 0 and not len(payload) else None
+
+
+def _is_image(reader: RecordReader, position: int, end: float, on_bad_record: OnBadRecord) -> bool:
+    """Whether a record is an image; of a bad one that is skipped, the header's end of the images has to tell."""
+    try:
+        return _imageless(reader, position) is None
+    except BadRecordError:
+        if on_bad_record == "stop":
+            raise
+        return float(reader.keys[position]) < end
+
+
+def _check_count(reader: RecordReader, zero: int, stated: np.float32, keys: np.ndarray, boundary: int) -> None:
+    """Check the header's count against the images that the index lists; ``keys`` ascend."""
+    if boundary == 1:
+        raise DataError(f"{reader.rec_path} holds a header record and no image")
+    least = keys[boundary - 1] + 1
+    most = keys[boundary] if boundary < len(keys) else least
+    # NaN fails this.
+    if not np.float32(least) <= stated <= np.float32(most):
+        raise DataError(
+            f"{reader.where(zero)}: the header says that images end before key {stated:.0f}, but the last image in the "
+            f"index has key {least - 1}: the files are damaged or do not belong together"
+        )
+
+
+def _images_of_all_sets(
+    reader: RecordReader, zero: int, stated: np.float32, keys: np.ndarray, order: np.ndarray | None
+) -> np.ndarray | slice:
+    """The images of an index that goes on behind the records that its header counts."""
+    labels, images = np.zeros(len(reader), dtype=np.float32), np.zeros(len(reader), dtype=bool)
+    for headers in read_headers(reader):
+        labels[headers.positions] = headers.labels
+        # A damaged record is taken for an image, and told when its label is read.
+        images[headers.positions] = headers.images | headers.odd
+    if order is not None:
+        labels, images = labels[order], images[order]
+    places = np.flatnonzero(images)
+    # Where a set's first image stands among the images.
+    starts = np.flatnonzero(np.diff(places, prepend=-1) > 1)
+    end_of_first = np.append(places[starts[1:] - 1], places[-1:])[:1] + 1
+    _check_count(reader, zero, stated, keys, int(end_of_first.sum()) or 1)
+    positions = places if order is None else order[places]
+    if len(starts) == 1:
+        return positions if order is not None else slice(1, len(places) + 1)
+    _check_labels_of_sets(reader, labels[places], starts, int(positions[starts[1]]))
+    return positions
+
+
+def _check_labels_of_sets(reader: RecordReader, labels: np.ndarray, starts: np.ndarray, second: int) -> None:
+    """Refuse sets that share labels: they were numbered apart, and a label would mean several people."""
+    ranges = sorted(zip(np.fmin.reduceat(labels, starts), np.fmax.reduceat(labels, starts), strict=True))
+    if any(largest >= least for (_, largest), (least, _) in pairwise(ranges)):
+        shown = ", ".join(f"{least:.0f} to {largest:.0f}" for least, largest in ranges)
+        raise DataError(
+            f"{reader.where(second)}: here the first image of another set begins; {len(starts)} sets stand behind each "
+            f"other under one index, and their labels ({shown}) overlap, so that different people would share a class: "
+            "shift the labels of the later sets, or train on one"
+        )
+    logger.warning(
+        "%s: %d sets stand behind each other under one index; all %d images are read, where arcface_torch reads those "
+        "of the first set alone",
+        *(reader.rec_path, len(starts), len(labels)),
+    )
