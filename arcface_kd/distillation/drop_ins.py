@@ -9,6 +9,7 @@ from torch import nn
 
 from arcface_kd.backbones import get_backbone
 from arcface_kd.config.kd import KDConfig
+from arcface_kd.data.loader import FaceLoader
 from arcface_kd.data.loader import get_dataloader as open_loader
 from arcface_kd.distillation.distiller import Distiller
 from arcface_kd.distillation.head import DistillationHead
@@ -20,6 +21,9 @@ from arcface_kd.system.device import autocast_dtype, default_device
 from arcface_kd.teachers.student_init import prepare_images, start_from
 
 logger = logging.getLogger(__name__)
+
+# Lists that were cleaned by a little keep their paper's number.
+_NUM_IMAGE_TOLERANCE = 0.05
 
 
 def margin_of(margin_loss: object) -> Margin:
@@ -64,6 +68,19 @@ class DropIns(NamedTuple):
     get_dataloader: Callable[..., Any]
     PartialFC_V2: Callable[..., DistillationHead]
     distiller: Distiller
+
+
+def _compare_num_image(stated: int | None, loader: FaceLoader) -> None:
+    """Warn where the learning rate is planned for another number of images than there are."""
+    there = len(loader.faces)
+    if stated is None or loader.sampler.rank != 0:
+        return
+    if abs(stated - there) > _NUM_IMAGE_TOLERANCE * there:
+        effect = "stays too high to the end" if stated > there else "has fallen to its end too early"
+        logger.warning(
+            "num_image is %d, but the data set holds %d images: the learning rate %s; set num_image=%d",
+            *(stated, there, effect, there),
+        )
 
 
 def drop_ins(
@@ -132,6 +149,7 @@ def drop_ins(
             num_classes=num_classes,
             on_bad_record=shared.kd.on_bad_record,
         )
+        _compare_num_image(config().get("num_image"), loader)
         shared.use_cache(loader)
         return loader
 

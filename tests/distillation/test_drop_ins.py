@@ -1,0 +1,21 @@
+"""What the drop-ins tell of a config that does not fit its data."""
+
+from pathlib import Path
+
+import pytest
+
+from arcface_kd.config.kd import KDConfig
+from arcface_kd.distillation.distiller import Distiller
+from arcface_kd.distillation.drop_ins import drop_ins
+from tests.data.record_sets import insightface_records, write_records
+
+
+@pytest.mark.parametrize(("stated", "told"), [(20, False), (19, False), (21, False), (5_822_653, True), (8, True)])
+def test_num_image_of_another_set_is_told(
+    tmp_path: Path, stated: int, told: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    write_records(tmp_path, insightface_records([10, 10]))
+    config = {"num_classes": 2, "num_image": stated}
+    made = drop_ins(lambda: config, distiller=Distiller(KDConfig()))
+    assert len(made.get_dataloader(str(tmp_path), 0, 4, num_workers=0).faces) == 20
+    assert (f"num_image is {stated}, but the data set holds 20" in caplog.text) is told
