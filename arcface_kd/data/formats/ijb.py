@@ -88,7 +88,7 @@ class IJBSet:
         """
         path = self.folder / self.files[number]
         try:
-            pixels = decode_rgb(read_image_file(path))
+            pixels = decode_rgb(read_image_file(path), upright=True)
         except DataError as error:
             raise DataError(str(error) if str(path) in str(error) else f"{path}: {error}") from None
         return np.ascontiguousarray(align(pixels, self.similarities[number]).transpose(2, 0, 1))

@@ -96,15 +96,16 @@ def image_size(data: "Buffer") -> tuple[int, int]:
     return size
 
 
-def decode_rgb(data: "Buffer", size: tuple[int, int] | None = None) -> np.ndarray:
+def decode_rgb(data: "Buffer", size: tuple[int, int] | None = None, *, upright: bool = False) -> np.ndarray:
     """Decode an image file.
 
-    Grey and transparent images come out with three channels, 16-bit ones with eight bits. Nothing is turned: where EXIF
-    says how the camera was held, the host's readers, mxnet and Pillow, do not look at it.
+    Grey and transparent images come out with three channels, 16-bit ones with eight bits. Where EXIF says how the
+    camera was held, the host's readers of training and verification images, mxnet and Pillow, do not look at it.
 
     Args:
         data: an image file: JPEG, PNG, BMP, WebP, TIFF, PPM, GIF (its first picture) or JPEG 2000.
         size: the only height and width that are accepted; any size up to ``MAX_PIXELS`` when None.
+        upright: turn the image as EXIF says, as the host's reader of IJB, ``cv2.imread``, does.
 
     Returns:
         uint8 array (H, W, 3), RGB, 0..255, contiguous and writable.
@@ -120,22 +121,24 @@ def decode_rgb(data: "Buffer", size: tuple[int, int] | None = None) -> np.ndarra
         raise DataError(f"the image claims {height}x{width} pixels, more than {MAX_PIXELS} or none")
     if not bytes(data[:8]).startswith(_READ_BY_OPENCV):
         return _decode_with_pillow(bytes(data))
-    return _decode_with_opencv(np.frombuffer(data, dtype=np.uint8), (height, width))
+    pixels = _decode_with_opencv(np.frombuffer(data, dtype=np.uint8), upright)
+    if pixels is None or pixels.shape not in ((height, width, 3), (width, height, 3) if upright else None):
+        raise DataError("OpenCV cannot decode the image: it is damaged or cut short")
+    return pixels
 
 
-def _decode_with_opencv(encoded: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+def _decode_with_opencv(encoded: np.ndarray, upright: bool) -> np.ndarray | None:
     import cv2
 
     # OpenCV before 4.10 cannot decode to RGB at once.
     flag = getattr(cv2, "IMREAD_COLOR_RGB", None)
+    orientation = 0 if upright else cv2.IMREAD_IGNORE_ORIENTATION
     try:
-        pixels = cv2.imdecode(encoded, (cv2.IMREAD_COLOR if flag is None else flag) | cv2.IMREAD_IGNORE_ORIENTATION)
+        pixels = cv2.imdecode(encoded, (cv2.IMREAD_COLOR if flag is None else flag) | orientation)
     except cv2.error as error:
         reason = " ".join(str(error).split())
         raise DataError(f"OpenCV cannot decode the image: {reason}") from None
-    if pixels is None or pixels.shape != (*size, 3):
-        raise DataError("OpenCV cannot decode the image: it is damaged or cut short")
-    return cv2.cvtColor(pixels, cv2.COLOR_BGR2RGB) if flag is None else pixels
+    return pixels if pixels is None or flag is not None else cv2.cvtColor(pixels, cv2.COLOR_BGR2RGB)
 
 
 def _decode_with_pillow(data: bytes) -> np.ndarray:

@@ -113,11 +113,11 @@ class _Global:
 
 
 class _DType:
-    """A numpy dtype of numbers, booleans or objects, as its pickle describes it."""
+    """A numpy dtype of numbers, booleans, byte strings or objects, as its pickle describes it."""
 
     def __init__(self, code: object, *_: object) -> None:
         self.code = code.decode("latin-1") if isinstance(code, bytes) else str(code)
-        if not re.fullmatch(r"[biu][1248]|f[248]|O[48]?", self.code):
+        if not re.fullmatch(r"[biu][1248]|f[248]|O[48]?|S[0-9]{1,9}", self.code):
             raise _Refused(f"the numpy dtype {self.code[:20]!a}")
         self.order = "="
 
@@ -215,10 +215,13 @@ def _from_buffer(data: object, dtype: object, shape: object, *_: object) -> _Arr
 
 def _elements(items: object, what: str) -> Iterable[object]:
     """The elements of a list, a tuple or an array of one side."""
-    if isinstance(items, _Array):
-        items = (
-            items.data if isinstance(items.data, list) else items.values.tolist() if items.values.ndim == 1 else None
-        )
+    if isinstance(items, _Array) and isinstance(items.data, list):
+        return items.data
+    if isinstance(items, _Array) and items.values.ndim == 1:
+        # No set is longer; a million strings of one byte each would take fifty times the file.
+        if len(items.values) > _FREE_IMAGES + items.values.nbytes // _BYTES_PER_IMAGE:
+            raise _Refused(f"an array of {len(items.values)} {what}")
+        items = items.values.tolist()
     if not isinstance(items, list | tuple):
         raise _Refused(f"no list where one of {what} was due")
     return items

@@ -1,6 +1,7 @@
 import io
 import struct
 import zlib
+from pathlib import Path
 from types import ModuleType
 
 import cv2
@@ -175,6 +176,16 @@ def test_mxnet_decodes_the_same_pixels(mxnet: ModuleType, kind: str) -> None:
     """A record that a camera held sideways is read as it is stored, as by the host."""
     for data in variants(kind):
         np.testing.assert_array_equal(decode_rgb(data), mxnet.image.imdecode(data).asnumpy())
+
+
+def test_images_are_turned_when_asked_as_imread_turns_them(tmp_path: Path) -> None:
+    shapes = set()
+    for number, data in enumerate(variants("JPEG")):
+        (tmp_path / f"{number}.jpg").write_bytes(data)
+        theirs = cv2.imread(str(tmp_path / f"{number}.jpg"))[..., ::-1]
+        np.testing.assert_array_equal(decode_rgb(data, upright=True), theirs)
+        shapes.add(theirs.shape)
+    assert shapes == {(96, 112, 3), (112, 96, 3)}
 
 
 @pytest.mark.parametrize("kind", ["JPEG", "PNG", "BMP", "WEBP", "TIFF", "PPM", "GIF", "JPEG2000"])

@@ -127,7 +127,8 @@ def test_what_packers_left_in_their_lists(tmp_path: Path, protocol: int) -> None
     expected = [data, data, data, data, b"x", data, data, b""]
     boxed = np.empty(len(images), object)
     boxed[:] = images
-    for outer in (images, tuple(images), boxed):
+    strings = np.array([data, data, data, data, b"x", data, data, b""])
+    for outer in (images, tuple(images), boxed, strings, list(strings)):
         pair = read_bin(stored(tmp_path, pickle.dumps((outer, [True, False, True, False]), protocol)))
         assert pair.images == expected
         assert {type(image) for image in pair.images} == {bytes}
@@ -224,7 +225,7 @@ def test_other_objects_are_refused_by_name(tmp_path: Path, protocol: int) -> Non
         (1j, "complex"),
         (np.array([1.5]), "Array"),
         (np.array([None]), "Array"),
-        (np.array([b"x"]), "numpy dtype 'S1'"),
+        (np.array(["x"]), "numpy dtype 'U1'"),
         (np.float32(1), "float"),
         (np.uint8(1), "int"),
     ]:
