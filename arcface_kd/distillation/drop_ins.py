@@ -164,6 +164,9 @@ def drop_ins(
         total_batch = settings["batch_size"] * ranks.world_size
         steps_per_epoch = max(1, settings["num_image"] // total_batch)
         epochs = settings.get("num_epoch")
+        if (teacher := shared.teacher) is not None:
+            # Here and not when it is loaded: by now the trainer has opened its log.
+            logger.info("teacher: %s, %d-d, %s", teacher.description, teacher.embedding_size, teacher.preprocessing)
         return DistillationHead(
             shared,
             margin_of(margin_loss),

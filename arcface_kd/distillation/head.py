@@ -56,6 +56,8 @@ class DistillationHead(nn.Module):
 
     Attributes:
         last_terms: the last step's loss terms by name, scalars without gradient.
+        schedule_offset: added to the steps done for the methods' schedules, in a run that goes on with another number
+            of images a step.
 
     Raises:
         ConfigError: a teacher of another dimension without a projection; fewer classes than ranks; ranks that were
@@ -120,6 +122,7 @@ class DistillationHead(nn.Module):
         self.register_buffer("class_range", torch.tensor([shard.start, shard.start + shard.size, num_classes]))
         self.register_buffer("step", torch.zeros((), dtype=torch.int64))
         self._steps_done = 0
+        self.schedule_offset = 0
         self._rows_of_each: int | None = None
         context = RunContext(
             num_classes=num_classes,
@@ -184,6 +187,7 @@ class DistillationHead(nn.Module):
         views = self._distiller.take_views(rows)
         sizes = self._sizes(rows, announced=views is not None)
         embeddings = self._gather(local_embeddings, sizes)
+        done = self._count_step()
         batch = Batch(
             embeddings=embeddings,
             projected=embeddings
@@ -192,18 +196,18 @@ class DistillationHead(nn.Module):
             labels=self.ranks.gather(labels, sizes),
             teacher=None if teacher is None else self.ranks.gather(teacher, sizes),
             sizes=sizes,
-            step=self._count_step(),
+            step=done + self.schedule_offset,
             student_map=student_map,
             teacher_map=teacher_map,
         )
-        shown = BatchRows(batch.step + 1, sizes, self.ranks.rank, views, self._distiller.faces)
+        shown = BatchRows(done + 1, sizes, self.ranks.rank, views, self._distiller.faces)
         classes = self._num_classes if self._scores_classes else None
         self.numbers.inputs(batch.labels, classes, batch.embeddings, batch.teacher, shown)
         terms = _by_name({name: method(batch) for name, method in self.methods.items()})
         self.numbers.terms(list(terms), list(terms.values()), shown)
         self.last_terms = {name: term.detach() for name, term in terms.items()}
-        if self._log is not None and self._log.due(batch.step + 1):
-            self._log.write(batch.step + 1, self._observations(terms, local_embeddings))
+        if self._log is not None and self._log.due(done + 1):
+            self._log.write(done + 1, self._observations(terms, local_embeddings))
         if self._watches_gradients and local_embeddings.requires_grad:
             local_embeddings.register_hook(lambda gradient: self.numbers.embedding_gradient(gradient, shown))
         return torch.stack(list(terms.values())).sum()

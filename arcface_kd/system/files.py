@@ -11,6 +11,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO
 
+from filelock import FileLock, Timeout
+
 from arcface_kd.errors import ConfigError
 
 
@@ -158,33 +160,24 @@ def open_regular(path: str | os.PathLike[str]) -> IO[bytes]:
     raise OSError(errno.EINVAL, "it is no regular file", os.fspath(path))
 
 
-_HELD = (errno.EACCES, errno.EAGAIN)
-
-
 @contextmanager
-def run_lock(file: Path) -> Iterator[None]:
-    """Keep other processes from a run's folder, such as a second start, or ranks that a killed ``torchrun`` has left.
+def run_lock(folder: Path) -> Iterator[None]:
+    """Keep other processes out of a run's folder: a second start, or ranks that a killed ``torchrun`` has left.
 
-    The lock is the process's own: it ends with it, however that ends, and what it forks does not hold it. Where the
-    system or the file system cannot lock, there is none.
+    The lock ends with its process, however that ends; its forked children do not hold it.
 
     Args:
-        file: in the folder; made if it is missing. Nobody else in this process may close it meanwhile.
+        folder: of the run; ``.lock`` is made in it and stays.
 
     Raises:
         ConfigError: another process holds the lock.
         OSError: the file cannot be made.
     """
-    with open(file, "ab") as stream:
-        try:
-            import fcntl
-
-            fcntl.lockf(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except ImportError:
-            pass
-        except OSError as error:
-            if error.errno in _HELD:
-                raise ConfigError(
-                    f"another run is writing to {file.parent}: wait for it or end its processes, or give another output"
-                ) from error
+    try:
+        held = FileLock(folder / ".lock").acquire(blocking=False)
+    except Timeout:
+        raise ConfigError(
+            f"another run is writing to {folder}: wait for it or end its processes, or give another output"
+        ) from None
+    with held:
         yield

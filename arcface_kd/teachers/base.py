@@ -429,7 +429,6 @@ def load_teacher(
     teacher: Teacher = kind.load(source, checked)  # type: ignore[attr-defined]
     if device is not None:
         teacher.to(device)
-    logger.info("teacher: %s, %d-d, %s", teacher.description, teacher.embedding_size, teacher.preprocessing)
     return teacher
 
 

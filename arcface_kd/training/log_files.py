@@ -3,12 +3,15 @@
 import contextlib
 import logging
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from logging.handlers import MemoryHandler
 from pathlib import Path
 
 from arcface_kd.system.console import stop_printing
 
 LOG_FILE = "training.log"
+
+_NEVER = logging.CRITICAL + 1
 
 
 class _LogFile(logging.FileHandler):
@@ -21,7 +24,7 @@ class _LogFile(logging.FileHandler):
 
 # Before Python 3.11 a handler takes no type in brackets.
 class _Screen(logging.StreamHandler):
-    """What the log repeats for somebody who may be gone: the run does not end with him."""
+    """What is printed of the log; a reader who is gone does not end the run."""
 
     def handleError(self, record: logging.LogRecord) -> None:
         """Print nothing more, where ``logging`` would add a traceback for each line."""
@@ -32,10 +35,40 @@ class _Screen(logging.StreamHandler):
 
 
 @contextlib.contextmanager
-def log_files(folder: Path, rank: int) -> Iterator[None]:
+def early_messages() -> Iterator[Sequence[logging.LogRecord]]:
+    """Keep what the package logs before a run has its folder, for :func:`log_files`; warnings reach stderr on an error.
+
+    Yields:
+        The records, growing.
+    """
+    logger = logging.getLogger("arcface_kd")
+    before = logger.level
+    logger.setLevel(logging.INFO)
+    # Never flushed: its buffer is read.
+    handler = MemoryHandler(sys.maxsize, _NEVER, flushOnClose=False)
+    logger.addHandler(handler)
+    try:
+        yield handler.buffer
+    except BaseException:
+        for record in handler.buffer:
+            if logging.lastResort is not None and record.levelno >= logging.WARNING:
+                logging.lastResort.handle(record)
+        raise
+    finally:
+        logger.removeHandler(handler)
+        logger.setLevel(before)
+
+
+@contextlib.contextmanager
+def log_files(folder: Path, rank: int, early: Sequence[logging.LogRecord] = ()) -> Iterator[None]:
     """Send what the package logs to ``training.log`` in the host's format, and to stdout where nobody watches a bar.
 
     Warnings of other ranks, and those of a run that somebody watches, go to stderr.
+
+    Args:
+        folder: of the run.
+        rank: of this process.
+        early: records from before, which come first.
     """
     logger = logging.getLogger("arcface_kd")
     before = logger.level, logger.propagate
@@ -56,6 +89,8 @@ def log_files(folder: Path, rank: int) -> Iterator[None]:
         handler.setFormatter(logging.Formatter(form))
         logger.addHandler(handler)
     try:
+        for record in early:
+            logger.handle(record)
         yield
     finally:
         for handler in handlers:

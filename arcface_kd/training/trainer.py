@@ -1,6 +1,7 @@
 """The compact trainer: arcface_torch's loop and files on a CPU, one GPU or many, with the same drop-ins.
 
-It holds no loss and no head: student, loader and head come from :mod:`arcface_kd.host.attach`, as in the host.
+It holds no loss and no head: student, loader and head are those of :mod:`arcface_kd.distillation.drop_ins`, as in the
+host.
 """
 
 import contextlib
@@ -22,21 +23,18 @@ from arcface_kd.distillation.distiller import Distiller
 from arcface_kd.distillation.drop_ins import drop_ins
 from arcface_kd.distributed.process_group import process_group
 from arcface_kd.distributed.ranks import RankGroup
-from arcface_kd.errors import (
-    ArcfaceKDError,
-    ResourceError,
-)
+from arcface_kd.errors import ArcfaceKDError, ResourceError
 from arcface_kd.evaluation.verification import VerificationResult
 from arcface_kd.system.files import run_lock
 from arcface_kd.system.memory import named_shortages
 from arcface_kd.training.config_check import check_keys
-from arcface_kd.training.log_files import LOG_FILE, log_files
+from arcface_kd.training.log_files import early_messages, log_files
+from arcface_kd.training.resume import resume, save
 from arcface_kd.training.run import Run
 
 _CANNOT_WRITE = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG, errno.EIO, errno.EACCES, errno.EPERM)
 # Of files that the run itself has made: somebody has taken their folder away.
 _IS_GONE = (errno.ENOENT, errno.ENOTDIR, errno.ESTALE)
-
 
 # What may differ from rank to rank, as the machines do, if all of them have it or none has.
 _OF_MACHINES = ("rec", "num_workers", "kd_teacher", "kd_classifier", "kd_cache")
@@ -44,7 +42,7 @@ _OF_MACHINES = ("rec", "num_workers", "kd_teacher", "kd_classifier", "kd_cache")
 
 @dataclass(frozen=True)
 class TrainResult:
-    """What a run came to.
+    """Result of a run.
 
     Attributes:
         output: its folder.
@@ -63,7 +61,7 @@ class TrainResult:
 
 @contextlib.contextmanager
 def _shortages(folder: Path, step: Callable[[], int]) -> Iterator[None]:
-    """Say in one line what the machine did not give, and what to do about it."""
+    """Turn out-of-memory errors and full disks into one line that says what to do."""
     try:
         with named_shortages(lambda: f"step {step()}", "lower batch_size or use more ranks"):
             yield
@@ -106,28 +104,31 @@ def train(
         TeacherError: a teacher that is missing or does not fit.
     """
     check_keys(config)
-    with process_group() as (rank, local_rank, world_size):
+    with contextlib.ExitStack() as stack:
+        rank, local_rank, world_size = stack.enter_context(process_group())
         if torch.cuda.is_available():
             torch.cuda.set_device(local_rank)
         torch.manual_seed(config.seed)
         shared = {key: value is not None if key in _OF_MACHINES else value for key, value in config.items()}
         require_agreement({**shared, "torch": torch.__version__}, RankGroup())
-        # Whatever can be wrong is found before the first file is written.
-        run = Run(config, drop_ins(lambda: config, distiller=distiller), rank, local_rank, world_size)
-        with _claimed(run.folder, rank, config.resume):
+        with early_messages() as early:
+            # Whatever can be wrong is found before the first file is written.
+            run = Run(config, drop_ins(lambda: config, distiller=distiller), rank, local_rank, world_size)
+            stack.enter_context(_claimed(run.folder, rank, config.resume))
             if config.resume:
-                run.resume()
+                resume(run)
             elif rank == 0:
                 finish_saving(run.folder, keep=False)
-            with log_files(run.folder, rank), _shortages(run.folder, lambda: run.step):
-                return _train(run, title or run.folder.name, on_epoch)
+        stack.enter_context(log_files(run.folder, rank, early))
+        stack.enter_context(_shortages(run.folder, lambda: run.step))
+        return _train(run, title or run.folder.name, on_epoch)
 
 
 @contextlib.contextmanager
-def _claimed(folder: Path, rank: int, resume: bool) -> Iterator[None]:
+def _claimed(folder: Path, rank: int, resumed: bool) -> Iterator[None]:
     """Make the output folder this run's own."""
-    if resume and not folder.is_dir():
-        # What there is to say of it the run itself says.
+    if resumed and not folder.is_dir():
+        # `resume` says what there is to say.
         yield
         return
     try:
@@ -139,7 +140,7 @@ def _claimed(folder: Path, rank: int, resume: bool) -> Iterator[None]:
     with contextlib.ExitStack() as stack:
         if rank == 0:
             try:
-                stack.enter_context(run_lock(folder / LOG_FILE))
+                stack.enter_context(run_lock(folder))
             except OSError as error:
                 raise ResourceError(f"cannot write to {folder}: {error.strerror}") from error
         yield
@@ -153,8 +154,6 @@ def _train(run: Run, title: str, on_epoch: Callable[[int], None] | None) -> Trai
     shown = {**config, "kd": run.methods} if run.methods else config
     for key, value in shown.items():
         run.logger.debug(": %s%s", key.ljust(25), value)
-    for note in run.notes:
-        run.logger.info(note)
     with contextlib.ExitStack() as stack:
         if run.rank == 0:
             run.writer = SummaryWriter(log_dir=str(run.folder / "tensorboard"), purge_step=run.step)
@@ -166,7 +165,7 @@ def _train(run: Run, title: str, on_epoch: Callable[[int], None] | None) -> Trai
         run.backbone.train()
         while run.epoch < config.num_epoch:
             run.train_epoch(bar)
-            run.save()
+            save(run)
             if on_epoch is not None:
                 on_epoch(run.epoch)
         run.verify()

@@ -140,7 +140,6 @@ def test_only_a_run_of_the_same_settings_is_gone_on_with(faces: Faces, tmp_path:
             {"lr": 0.5, "weight_decay": 0.1},
             r"was begun: lr was \S+ and is now 0.5; weight_decay was 0.0005 and is now 0.1",
         ),
-        ({"batch_size": 8}, r"was begun: batch_size x ranks was 16 and is now 8"),
         ({"seed": 7}, "was begun: seed was 2048 and is now 7; set it back, or give another output"),
         ({"margin_list": (1.0, 0.25, 0.0)}, "m2 was 0.5 and is now 0.25"),
         ({"rec": str(others.folder)}, r"data was \w{8}... and is now \w{8}..."),
@@ -157,9 +156,9 @@ def test_only_a_run_of_the_same_settings_is_gone_on_with(faces: Faces, tmp_path:
 def test_a_second_run_in_the_folder_changes_nothing(faces: Faces, tmp_path: Path) -> None:
     (tmp_path / "training.log").write_text("the first's\n")
     (tmp_path / "checkpoint_gpu_0.pt.next").write_bytes(b"the first's")
-    with held_by_another(tmp_path / "training.log"), pytest.raises(ConfigError, match="another run is writing to"):
+    with held_by_another(tmp_path), pytest.raises(ConfigError, match="another run is writing to"):
         train(config_for(faces, tmp_path, val_targets=[]))
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint_gpu_0.pt.next", "training.log"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".lock", "checkpoint_gpu_0.pt.next", "training.log"]
     assert (tmp_path / "training.log").read_text() == "the first's\n"
 
 
@@ -204,7 +203,7 @@ def test_a_checkpoint_whose_entries_are_something_else_is_named(faces: Faces, tm
     ]
     for entries in damages:
         torch.save({**good, **entries}, tmp_path / "checkpoint_gpu_0.pt")
-        with pytest.raises(CheckpointError, match=r"checkpoint_gpu_0\.pt is no checkpoint to go on from: ") as caught:
+        with pytest.raises(CheckpointError, match=r"checkpoint_gpu_0\.pt cannot be resumed from: ") as caught:
             train(config_for(faces, tmp_path, **keys | {"resume": True, "num_epoch": 2}))
         assert "\n" not in str(caught.value)
 
