@@ -14,7 +14,7 @@ from tqdm import tqdm
 
 from arcface_kd.data.formats.verification_bin import VerificationSet
 from arcface_kd.distillation.drop_ins import DropIns
-from arcface_kd.errors import ConfigError, DataError, NumberError
+from arcface_kd.errors import ConfigError, DataError, NumberError, first_line
 from arcface_kd.evaluation.verification import VerificationResult, evaluate, read_pairs
 from arcface_kd.system.device import autocast_dtype, default_device
 from arcface_kd.training.config_check import margin_of_config
