@@ -96,11 +96,11 @@ def _check(arguments: argparse.Namespace) -> None:
 
 def _compare(arguments: argparse.Namespace) -> None:
     from arcface_kd.evaluation.report.comparison import (
-        Contestant,
         compare,
         data_of,
         read_runs,
         run_contestant,
+        teacher_contestant,
         verification_files,
     )
     from arcface_kd.evaluation.report.page import write_report
@@ -118,9 +118,7 @@ def _compare(arguments: argparse.Namespace) -> None:
     models = [run_contestant(run, device) for run in runs]
     if arguments.kd_teacher is not None:
         teacher = load_teacher(arguments.kd_teacher, options, device=device)
-        models.append(
-            Contestant("teacher", lambda: teacher, "teacher", teacher.description, parameters=teacher.parameter_count)
-        )
+        models.append(teacher_contestant(arguments.kd_teacher, teacher))
     compared = compare(models, files, device, progress=True)
     for path in write_report(compared, arguments.out, faces=not arguments.no_faces):
         print(path)

@@ -58,6 +58,8 @@ def _train(arguments: argparse.Namespace) -> None:
     refuse_flags_without_method(config, arguments)
     first = os.environ.get("RANK", "0") == "0"
     result = train_stages(config, print if first else None) if wants_stages(config) else train(config)
+    if not first:
+        return
     for name, verification in result.verification.items():
         print(f"{name}: accuracy {verification.accuracy:.5f} +- {verification.accuracy_std:.5f}")
     print(f"{result.output / 'model.pt'}: {result.steps} steps, {result.images_per_second:.0f} images/s")

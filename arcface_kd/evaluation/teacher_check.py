@@ -1,7 +1,7 @@
 """``arcface-kd check``: what a teacher is, and whether its input is prepared the way it was trained with."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import get_args
 
 import numpy as np
@@ -59,8 +59,10 @@ class TeacherReport:
         fingerprint: what a cache of its embeddings is bound to.
         trials: the usual preprocessings, best first; empty without a verification set.
         in_use: the trial of the preprocessing in use; None without a verification set.
+        screened: number of pairs behind the separations.
         pairs: number of pairs behind the accuracies.
         warning: set when another preprocessing is better by a clear margin.
+        doubt: set when the pairs are too few to tell.
     """
 
     description: str
@@ -71,8 +73,10 @@ class TeacherReport:
     fingerprint: str
     trials: tuple[Trial, ...] = ()
     in_use: Trial | None = None
+    screened: int = 0
     pairs: int = 0
     warning: str | None = None
+    doubt: str | None = None
 
     @property
     def best(self) -> Trial | None:
@@ -92,7 +96,7 @@ class TeacherReport:
         ]
         if self.best is None or self.in_use is None:
             return lines
-        lines += ["", f"separation  preprocessing ({_SCREENING_PAIRS} pairs)"]
+        lines += ["", f"separation  preprocessing ({self.screened} pairs)"]
         lines += [f"{trial.separation:10.3f}  {trial.preprocessing}" for trial in self.trials]
         lines += ["", f"accuracy on {self.pairs} pairs:"]
         for word, trial in (("best", self.best), ("in use", self.in_use)):
@@ -100,6 +104,8 @@ class TeacherReport:
                 lines.append(f"  {word:7} {100 * trial.accuracy:6.2f} %  {trial.preprocessing}")
         if self.warning is not None:
             lines += ["", f"WARNING: {self.warning}"]
+        if self.doubt is not None:
+            lines += ["", f"NOTE: {self.doubt}"]
         return lines
 
     def __str__(self) -> str:
@@ -146,9 +152,14 @@ def _separation(cosines: np.ndarray, is_same: np.ndarray) -> float:
     return float(value) if np.isfinite(value) else -np.inf
 
 
+def _clearly_better(best: np.ndarray, used: np.ndarray, is_same: np.ndarray) -> bool:
+    """Whether the gain in separation is worth a word, by chance or not."""
+    return _separation(used, is_same) < (1 - _CLEAR_LOSS) * _separation(best, is_same)
+
+
 def _surely_better(best: np.ndarray, used: np.ndarray, is_same: np.ndarray) -> bool:
-    """Whether the gain in separation is worth a word and holds in nearly all resamples of the pairs."""
-    if _separation(used, is_same) >= (1 - _CLEAR_LOSS) * _separation(best, is_same):
+    """Whether the gain is clear and holds in nearly all resamples of the pairs."""
+    if not _clearly_better(best, used, is_same):
         return False
     generator = np.random.default_rng(0)
     same, different = np.flatnonzero(is_same), np.flatnonzero(~is_same)
@@ -176,7 +187,8 @@ def check_teacher(
     The usual preprocessings (RGB and BGR with each of six means and deviations) and the one in use are ranked by how
     far apart they hold same and different pairs on 100 pairs, taken evenly from the set, without flips. Accuracy, by
     InsightFace's ten folds, is then taken of the best and of the one in use on up to ``pairs`` pairs. The warning comes
-    when the separation in use is more than 2 % below the best one and stays below it in 99 % of 500 resamples.
+    when the separation in use is more than 2 % below the best one and stays below it in 99 % of 500 resamples; a note
+    says so when it does not stay, or when the set has fewer than 100 pairs.
 
     Args:
         teacher: the teacher as the run would use it.
@@ -220,6 +232,7 @@ def check_teacher(
         else:
             trials.append(Trial(candidate, _separation(cosines, screening.is_same)))
     trials.sort(key=lambda trial: -trial.separation)
+    report = replace(report, screened=len(screening.is_same))
     return _with_accuracies(report, teacher, trials, _subset(verification_set, pairs), batch_size)
 
 
@@ -236,18 +249,24 @@ def _with_accuracies(
         measured[preprocessing] = (Trial(preprocessing, screened.separation, accuracy), _cosines(embeddings))
     best, best_cosines = measured[trials[0].preprocessing]
     used, used_cosines = measured[teacher.preprocessing]
-    warning = None
+    warning = doubt = None
+    count = len(chosen.is_same)
     if best is not used and _surely_better(best_cosines, used_cosines, chosen.is_same):
         warning = (
             f"this teacher tells faces apart better with {best.preprocessing} than with {used.preprocessing}, the "
             f"input in use; give --kd-option {best.preprocessing.as_options()}"
         )
-    return TeacherReport(
-        **{
-            **vars(report),
-            "trials": tuple(measured.get(trial.preprocessing, (trial,))[0] for trial in trials),
-            "in_use": used,
-            "pairs": len(chosen.is_same),
-            "warning": warning,
-        }
+    elif best is not used and _clearly_better(best_cosines, used_cosines, chosen.is_same):
+        doubt = f"{count} pairs are too few to tell whether {best.preprocessing} is better than {used.preprocessing}"
+    elif count < _SCREENING_PAIRS:
+        doubt = f"{count} pairs are too few to tell preprocessings apart"
+    if doubt is not None:
+        doubt += "; give a larger set, such as lfw.bin with its 6,000 pairs"
+    return replace(
+        report,
+        trials=tuple(measured.get(trial.preprocessing, (trial,))[0] for trial in trials),
+        in_use=used,
+        pairs=count,
+        warning=warning,
+        doubt=doubt,
     )

@@ -294,7 +294,7 @@ def verify(
 
 def evaluate(
     model: nn.Module,
-    verification_set: VerificationSet,
+    verification_set: VerificationSet | str | os.PathLike[str],
     *,
     batch_size: int = 128,
     flip: bool = True,
@@ -306,7 +306,7 @@ def evaluate(
 
     Args:
         model: (B, 3, 112, 112) float32 RGB images in [-1, 1] to (B, D) embeddings.
-        verification_set: the pairs.
+        verification_set: the pairs, or their ``.bin`` file.
         batch_size: images a forward pass.
         flip: add the embedding of the mirrored image, as InsightFace does.
         device: where the batches go, ``None`` for where the model's parameters are.
@@ -317,11 +317,12 @@ def evaluate(
         The scores.
 
     Raises:
-        DataError: an image that cannot be decoded, or what ``embed`` and ``verify`` refuse.
+        DataError: a file or an image that cannot be read, or what ``embed`` and ``verify`` refuse.
         ConfigError: a FAR level out of range.
     """
-    images = decode(verification_set)
+    pairs = verification_set if isinstance(verification_set, VerificationSet) else read_pairs(verification_set)
+    images = decode(pairs)
     embeddings = embed(
         model, images, batch_size=batch_size, flip=flip, device=device, dtype=np.float64, progress=progress
     )
-    return verify(embeddings, verification_set.is_same, far_levels=far_levels)
+    return verify(embeddings, pairs.is_same, far_levels=far_levels)

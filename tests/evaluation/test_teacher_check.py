@@ -129,7 +129,22 @@ def test_a_large_set_is_looked_at_in_part_and_evenly() -> None:
     assert numbers[-1] > 5900
     assert len(_subset(whole, 10_000).is_same) == 3000
     report = check_teacher(teacher_of(BLUE_FIRST), blue_faces(60), pairs=20)
-    assert report.pairs == 20
+    assert report.pairs == report.screened == 20
+
+
+def test_pairs_are_counted_and_a_small_set_is_named() -> None:
+    small = check_teacher(teacher_of(BLUE_FIRST), blue_faces(60))
+    assert (small.screened, small.pairs) == (60, 60)
+    assert "preprocessing (60 pairs)" in str(small)
+    assert small.doubt is not None
+    assert small.doubt.startswith("60 pairs are too few")
+    assert "NOTE: 60 pairs" in str(small)
+    large = check_teacher(teacher_of(BLUE_FIRST), blue_faces(120))
+    assert (large.screened, large.pairs) == (100, 120)
+    assert large.best is not None
+    assert check_teacher(teacher_of(large.best.preprocessing), blue_faces(120)).doubt is None
+    # Certain all the same.
+    assert check_teacher(teacher_of(RED_FIRST), blue_faces(60)).doubt is None
 
 
 def test_a_difference_within_the_noise_is_no_difference() -> None:

@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from arcface_kd.data.formats.verification_bin import VerificationSet, decode, read_bin
+from arcface_kd.data.formats.verification_bin import VerificationSet, decode, read_bin, write_bin
 from arcface_kd.errors import ConfigError, DataError
 from arcface_kd.evaluation.embedding import embed, normalize
 from arcface_kd.evaluation.verification import (
@@ -278,7 +278,7 @@ def test_twenty_times_faster_on_six_thousand_pairs(host: ModuleType) -> None:
     assert theirs / everything > 20, f"host {theirs:.3f} s, ours {everything:.4f} s"
 
 
-def test_evaluate_decodes_embeds_and_scores() -> None:
+def test_evaluate_decodes_embeds_and_scores(tmp_path: Path) -> None:
     """Pairs of equal pictures against pairs of different ones: any network tells them apart."""
     generator = np.random.default_rng(0)
     cv2 = pytest.importorskip("cv2")
@@ -293,6 +293,8 @@ def test_evaluate_decodes_embeds_and_scores() -> None:
     network = nn.Sequential(nn.AvgPool2d(8), nn.Flatten(), nn.Linear(588, 16))
     faces = VerificationSet(name="pictures", images=payloads, is_same=is_same)
     result = evaluate(network, faces, batch_size=8)
+    write_bin(tmp_path / "faces.bin", faces.images, faces.is_same)
+    assert evaluate(network, tmp_path / "faces.bin", batch_size=8).as_row() == result.as_row()
     assert result.accuracy == 1.0
     expected = verify(embed(network, decode(faces), dtype=np.float64), is_same)
     assert result.auc == expected.auc

@@ -19,6 +19,7 @@ from arcface_kd.evaluation.report.bootstrap import REPLICATES, Interval, bootstr
 from arcface_kd.evaluation.report.cost import Cost, costs, machine
 from arcface_kd.evaluation.report.run_folder import RunFolder, read_run
 from arcface_kd.evaluation.verification import FAR_LEVELS, FOLDS, VerificationResult, pair_distances, read_pairs, verify
+from arcface_kd.teachers.base import Teacher
 
 HARDEST = 5
 # The statistics of which less is more.
@@ -36,6 +37,7 @@ class Contestant:
         network: its architecture, as far as known.
         run: its run; None for a teacher's file.
         parameters: number of weights where torch does not see them; None counts them.
+        is_teacher: whether it is judged beside the students and not among them.
     """
 
     name: str
@@ -44,6 +46,7 @@ class Contestant:
     network: str
     run: RunFolder | None = None
     parameters: int | None = None
+    is_teacher: bool = False
 
 
 @dataclass(frozen=True)
@@ -53,8 +56,9 @@ class Score:
     Attributes:
         value: the number; None where the set has too few pairs for it.
         interval: its 95 % interval; None with ``value``.
-        best: no other model's is better.
-        close: not the best, but the interval of the difference to the best one, on the same draws, holds 0.
+        best: no other student's is better; never set for a teacher.
+        close: of a student, not the best, but the interval of the difference to the best one, on the same draws, holds
+            0.
     """
 
     value: float | None
@@ -148,6 +152,16 @@ class Comparison:
     machine: str
     replicates: int
 
+    @property
+    def students(self) -> list[str]:
+        """The names of the models that are ranked."""
+        return _students(self.contestants)
+
+
+def _students(contestants: Sequence[Contestant]) -> list[str]:
+    names = [contestant.name for contestant in contestants if not contestant.is_teacher]
+    return names or [contestant.name for contestant in contestants]
+
 
 def read_runs(folders: Sequence[str | os.PathLike[str]]) -> list[RunFolder]:
     """Read several runs and call each by its folder's name, with that of the folder above where two have the same.
@@ -177,6 +191,17 @@ def run_contestant(run: RunFolder, device: torch.device | str = "cpu") -> Contes
         device: where the student goes.
     """
     return Contestant(run.name, lambda: run.load(device), run.method, run.network, run)
+
+
+def teacher_contestant(source: str | os.PathLike[str], teacher: Teacher) -> Contestant:
+    """A teacher to judge beside the students.
+
+    Args:
+        source: where it came from; its folder is left out of the report.
+        teacher: on the device.
+    """
+    named = teacher.description.replace(os.fspath(source), Path(source).name)
+    return Contestant("teacher", lambda: teacher, "teacher", named, parameters=teacher.parameter_count, is_teacher=True)
 
 
 def verification_files(data: str | os.PathLike[str]) -> list[Path]:
@@ -246,12 +271,16 @@ def compare(
             name: embed(model, faces, device=device, dtype=np.float64, progress=progress)
             for name, model in models.items()
         }
-        compared.append(_compared(pairs, known, rows, replicates))
+        compared.append(_compared(pairs, known, rows, replicates, _students(contestants)))
     return Comparison(contestants, compared, found, machine(torch.device(device)), replicates)
 
 
 def _compared(
-    pairs: VerificationSet, known: PairIdentities, embeddings: Mapping[str, np.ndarray], replicates: int
+    pairs: VerificationSet,
+    known: PairIdentities,
+    embeddings: Mapping[str, np.ndarray],
+    replicates: int,
+    students: Sequence[str],
 ) -> ComparedSet:
     results = {name: verify(rows, pairs.is_same) for name, rows in embeddings.items()}
     levels = [level for level in FAR_LEVELS if all(result.tar[level] is not None for result in results.values())]
@@ -268,7 +297,7 @@ def _compared(
     for column in next(iter(values.values())):
         column_draws = {name: drawn.get(column) for name, drawn in draws.items()}
         column_values = {name: found[column] for name, found in values.items()}
-        for name, score in _ranked(column, column_values, column_draws).items():
+        for name, score in _ranked(column, column_values, column_draws, students).items():
             scores[name][column] = score
     return ComparedSet(
         pairs, known, {name: Judgement(results[name], similarities[name], scores[name]) for name in results}
@@ -280,16 +309,19 @@ def _values(result: VerificationResult) -> dict[str, float | None]:
     return {"accuracy": result.accuracy, **tar, "auc": result.auc, "eer": result.eer}
 
 
-def _ranked(column: str, values: Mapping[str, float | None], draws: Mapping[str, Any]) -> dict[str, Score]:
-    """Mark the best of a column and those that the draws cannot tell from it."""
+def _ranked(
+    column: str, values: Mapping[str, float | None], draws: Mapping[str, Any], students: Sequence[str]
+) -> dict[str, Score]:
+    """Mark the best student of a column and those that the draws cannot tell from it."""
     known = {name: value for name, value in values.items() if value is not None and draws[name] is not None}
     if len(known) < len(values):
         return {name: Score(None, None) for name in values}
     sign = -1 if column in _ERRORS else 1
-    best = max(sign * value for value in known.values())
-    winner = next(name for name, value in known.items() if sign * value == best)
-    ranked = {}
-    for name, value in known.items():
+    ranked = {name: Score(value, interval(draws[name])) for name, value in known.items()}
+    winner = max(students, key=lambda name: sign * known[name])
+    best = sign * known[winner]
+    for name in students:
+        value = known[name]
         low, high = interval(draws[name] - draws[winner])
         is_best = sign * value == best
         ranked[name] = Score(value, interval(draws[name]), is_best, not is_best and low <= 0 <= high)

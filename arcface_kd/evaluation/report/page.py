@@ -145,8 +145,8 @@ def write_report(comparison: Comparison, out: Path, *, faces: bool = True) -> tu
     subtitle = (
         f"{', '.join(contestant.name for contestant in comparison.contestants)}. Verification sets: "
         f"{', '.join(compared.pairs.name for compared in comparison.sets)}. Percent everywhere; below a number, its "
-        f"95 % interval from {comparison.replicates:,} bootstrap replicates. The best of a column is marked; ≈ stands "
-        "where the interval of the difference to the best holds 0, so that these pairs do not tell the two apart."
+        f"95 % interval from {comparison.replicates:,} bootstrap replicates. The best student of a column is marked; "
+        "≈ stands where the interval of the difference to it holds 0, so that these pairs do not tell the two apart."
     )
     page = _template().render(title=title, subtitle=subtitle, sections=sections)
     out.mkdir(parents=True, exist_ok=True)
@@ -197,10 +197,12 @@ def _accuracy_overview(comparison: Comparison) -> Part:
         name: float(np.mean([compared.judgements[name].result.accuracy for compared in comparison.sets]))
         for name in names
     }
+    best = max(means[name] for name in comparison.students)
     rows = []
     for name in names:
         cells = [_cell(compared.judgements[name].scores["accuracy"]) for compared in comparison.sets]
-        rows.append([Cell(name), Cell(_percent(means[name]), best=means[name] == max(means.values())), *cells])
+        is_best = name in comparison.students and means[name] == best
+        rows.append([Cell(name), Cell(_percent(means[name]), best=is_best), *cells])
     heads = ["model", "mean", *(compared.pairs.name for compared in comparison.sets)]
     return Part("Accuracy on all sets", Table(heads, rows))
 

@@ -1,5 +1,6 @@
 """Models side by side: the numbers are those of each alone, the marks are right."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -83,6 +84,17 @@ def test_models_that_the_pairs_cannot_tell_apart(files: list[Path]) -> None:
     scores = [judgements[name].scores["auc"] for name in ("one", "other")]
     assert scores[0].value != scores[1].value
     assert sorted((score.best, score.close) for score in scores) == [(False, True), (True, False)]
+
+
+def test_a_teacher_is_judged_beside_the_students(files: list[Path]) -> None:
+    teacher = replace(contestant("teacher", 0.0), is_teacher=True)
+    compared = compare([contestant("worse", 5.0), teacher, contestant("better", 2.0)], files, replicates=50)
+    assert compared.students == ["worse", "better"]
+    for column in ("accuracy", "auc", "eer"):
+        scores = {name: judged.scores[column] for name, judged in compared.sets[0].judgements.items()}
+        assert [name for name, score in scores.items() if score.best] == ["better"]
+        assert not scores["teacher"].close
+        assert scores["teacher"].interval is not None
 
 
 def test_hardest_pairs(comparison: Comparison) -> None:

@@ -164,6 +164,8 @@ def test_what_it_says(report: Path, runs: list[Path]) -> None:
     assert {"Verification", "Cost", "ROC and similarities", "Training", "Hardest pairs"} <= set(page.headings)
     assert ODD in page.cells
     assert {"teacher", "adadistill", "mine", "alone"} <= set(page.cells)
+    assert any("teacher.pt" in cell for cell in page.cells)
+    assert not any("/" in cell for cell in page.cells if cell != "images/s")
     words = " ".join(page.text)
     assert "the set names no identities and no image occurs twice" in words
     assert "No curves: bare left no TensorBoard scalars" in words
