@@ -22,11 +22,13 @@ from arcface_kd.errors import ConfigError, DataError, OnBadRecord
 from arcface_kd.evaluation.report.pictures import require_matplotlib
 from arcface_kd.evaluation.report.plots import plot_alpha, plot_roc, plot_training
 from arcface_kd.evaluation.report.scalars import Curve, read_scalars
-from arcface_kd.evaluation.verification import VerificationResult, evaluate
+from arcface_kd.evaluation.scoring import Score, heading
+from arcface_kd.evaluation.verification import VerificationResult, evaluate, far_name
 from arcface_kd.methods.shkd.stages import wants_stages
 from arcface_kd.system.files import atomic_write
 from arcface_kd.teachers.base import Teacher, load_teacher
 from arcface_kd.teachers.cache.fill import fill_cache
+from arcface_kd.teachers.options import Preprocessing
 from arcface_kd.training.trainer import TrainResult, train
 
 NETWORK = "thin_r18"
@@ -86,30 +88,22 @@ class Row:
     """One line of the table: a model on one verification set, means over seeds.
 
     Attributes:
-        model: ``teacher``, ``alone`` or the method's name.
-        verification_set: name of the ``.bin`` file.
-        accuracy: ten-fold verification accuracy, in [0, 1].
-        accuracy_by_seed: the same for each seed.
-        auc: area under the ROC curve, in [0, 1].
-        tar: TAR by FAR level, None where the set has too few pairs.
+        score: as ``arcface-kd eval`` gives it; the model is ``teacher``, ``alone`` or the method's name.
+        accuracy_by_seed: ten-fold verification accuracy for each seed, in [0, 1].
         parameters: number of weights; None where the teacher does not tell.
         images_per_second: of training; None for a teacher that was given.
         kd_overhead: extra training time per image relative to the student alone; 0.1 is 10 % more.
     """
 
-    model: str
-    verification_set: str
-    accuracy: float
+    score: Score
     accuracy_by_seed: list[float]
-    auc: float
-    tar: dict[str, float | None]
     parameters: int | None
     images_per_second: float | None
     kd_overhead: float | None = None
 
     def as_row(self) -> dict[str, Any]:
-        """A JSON-able dict."""
-        return dict(vars(self))
+        """A JSON-able dict: a row of ``arcface-kd eval`` with the demo's own numbers behind it."""
+        return {**self.score.as_row(), **{key: value for key, value in vars(self).items() if key != "score"}}
 
 
 @dataclass
@@ -118,6 +112,7 @@ class _Trained:
     results: list[TrainResult] = field(default_factory=list)
     verification: list[dict[str, VerificationResult]] = field(default_factory=list)
     parameters: int | None = None
+    input: str = str(Preprocessing())
 
     @property
     def images_per_second(self) -> float | None:
@@ -183,7 +178,7 @@ def run_demo(settings: DemoSettings) -> list[Row]:
         result = train(config, title=stages.next("teacher"))
         trained_teacher.results.append(result)
         teacher = load_teacher(result.output / "model.pt", {"network": config.network})
-    trained_teacher.parameters = teacher.parameter_count
+    trained_teacher.parameters, trained_teacher.input = teacher.parameter_count, str(teacher.preprocessing)
     trained_teacher.verification.append(_verify_teacher(teacher, data, base.val_targets, stages))
     if fill_first:
         stages.next("embedding all faces with the teacher")
@@ -196,6 +191,9 @@ def run_demo(settings: DemoSettings) -> list[Row]:
             result = train(config, distiller=distiller, title=stages.next(f"student {runs.model}, seed {seed}"))
             runs.results.append(result)
             runs.verification.append(dict(result.verification))
+            unverified = sorted(set(base.val_targets) - result.verification.keys())
+            if unverified:
+                raise DataError(f"{', '.join(unverified)} could not be scored: see training.log in {result.output}")
             runs.parameters = sum(p.numel() for p in result.student.parameters())
     rows = [row for runs in (trained_teacher, alone, distilled) for row in _rows(runs, alone)]
     _write(settings, rows, (trained_teacher, alone, distilled), time.perf_counter() - began)
@@ -298,25 +296,26 @@ def _rows(runs: _Trained, alone: _Trained) -> list[Row]:
         overhead = None
         if runs.images_per_second and alone.images_per_second and runs.model not in ("alone", "teacher"):
             overhead = alone.images_per_second / runs.images_per_second - 1
-        tar: dict[str, float | None] = {}
-        for far in FAR_LEVELS:
-            values = [result.tar[far] for result in results]
-            known = [value for value in values if value is not None and value == value]
-            tar[f"{far:g}"] = statistics.fmean(known) if len(known) == len(values) else None
+        of_seeds = [result.as_row() for result in results]
+        numbers = {key: _mean([row[key] for row in of_seeds]) for key in of_seeds[0]}
         rows.append(
             Row(
-                model=runs.model,
-                verification_set=name,
-                accuracy=statistics.fmean(result.accuracy for result in results),
+                score=Score(runs.model, name, "pairs", runs.input, numbers),
                 accuracy_by_seed=[float(result.accuracy) for result in results],
-                auc=statistics.fmean(result.auc for result in results),
-                tar=tar,
                 parameters=runs.parameters,
                 images_per_second=runs.images_per_second,
                 kd_overhead=overhead,
             )
         )
     return rows
+
+
+def _mean(values: Sequence[int | float | None]) -> int | float | None:
+    known = [value for value in values if value is not None]
+    if len(known) < len(values):
+        return None
+    # Numbers of pairs are those of the set.
+    return known[0] if isinstance(known[0], int) else statistics.fmean(known)
 
 
 def _percent(value: float | None) -> str:
@@ -332,17 +331,15 @@ def table(rows: Sequence[Row]) -> str:
     Returns:
         Lines with aligned columns, without a final newline.
     """
-    heads = ["model", "set", "accuracy", "AUC", *(f"TAR@FAR={far:g}" for far in FAR_LEVELS)]
-    heads += ["parameters", "images/s", "KD overhead"]
+    shown = ["accuracy", "auc", *(f"tar@far={far_name(far)}" for far in FAR_LEVELS)]
+    heads = ["model", "set", *map(heading, shown), "parameters", "images/s", "KD overhead"]
     cells = [heads]
     for row in rows:
         cells.append(
             [
-                row.model,
-                row.verification_set,
-                _percent(row.accuracy),
-                _percent(row.auc),
-                *(_percent(value) for value in row.tar.values()),
+                row.score.model,
+                row.score.set,
+                *(_percent(row.score.numbers[name]) for name in shown),
                 "-" if row.parameters is None else f"{row.parameters:,}",
                 "-" if row.images_per_second is None else f"{row.images_per_second:.0f}",
                 "-" if row.kd_overhead is None else f"{100 * row.kd_overhead:+.0f} %",
@@ -362,10 +359,10 @@ def verdict(rows: Sequence[Row], method: str) -> str:
     Returns:
         A line a verification set.
     """
-    found = {(row.model, row.verification_set): row for row in rows}
+    accuracy = {(row.score.model, row.score.set): statistics.fmean(row.accuracy_by_seed) for row in rows}
     lines = []
-    for name in sorted({row.verification_set for row in rows}):
-        gain = 100 * (found[method, name].accuracy - found["alone", name].accuracy)
+    for name in sorted({row.score.set for row in rows}):
+        gain = 100 * (accuracy[method, name] - accuracy["alone", name])
         outcome = "beats" if gain > 0 else "does NOT beat"
         lines.append(f"{name}: the student with {method} {outcome} the student alone: {gain:+.2f} points of accuracy")
     return "\n".join(lines)
@@ -375,7 +372,7 @@ def _write(settings: DemoSettings, rows: Sequence[Row], runs: Sequence[_Trained]
     out = settings.out
     text = table(rows)
     with atomic_write(out / "results.json") as stream:
-        stream.write((json.dumps([row.as_row() for row in rows], indent=2) + "\n").encode())
+        stream.write((json.dumps([row.as_row() for row in rows], indent=2, allow_nan=False) + "\n").encode())
     with atomic_write(out / "results.txt") as stream:
         stream.write((text + "\n" + verdict(rows, settings.method) + "\n").encode())
     students = runs[1:]

@@ -12,11 +12,13 @@ from arcface_kd.backbones import get_backbone
 from arcface_kd.cli.main import main
 from arcface_kd.demo import DemoSettings, Row, _config_for, run_demo, table, verdict
 from arcface_kd.errors import ConfigError, DataError, TeacherError
+from arcface_kd.evaluation.scoring import Score, find_sets, load_models, score
 from tests.host.trainer.faces import draw_faces
 
 
 def row(model: str, accuracy: float, overhead: float | None = None) -> Row:
-    return Row(model, "pairs", accuracy, [accuracy], 0.9, {"0.01": 0.5, "0.001": None}, 1234567, 321.4, overhead)
+    numbers = {"accuracy": accuracy, "auc": 0.9, "tar@far=1e-2": 0.5, "tar@far=1e-3": None}
+    return Row(Score(model, "pairs", "pairs", "rgb", numbers), [accuracy], 1234567, 321.4, overhead)
 
 
 def test_table_has_a_line_a_row_and_says_what_is_unknown() -> None:
@@ -43,10 +45,17 @@ def test_runs_on_given_data_with_a_given_teacher(tmp_path: Path, capsys: pytest.
     torch.save(get_backbone("thin_r18").state_dict(), teacher)
     out = tmp_path / "out"
     rows = run_demo(DemoSettings(out=out, data=faces.folder, teacher=str(teacher), epochs=1, seeds=2))
-    assert [r.model for r in rows] == ["teacher", "alone", "adadistill"]
+    assert [r.score.model for r in rows] == ["teacher", "alone", "adadistill"]
     assert [len(r.accuracy_by_seed) for r in rows] == [1, 2, 2]
     assert rows[2].kd_overhead is not None
-    assert json.loads((out / "results.json").read_text()) == [r.as_row() for r in rows]
+    written = json.loads((out / "results.json").read_text())
+    assert written == [r.as_row() for r in rows]
+    # A row of `eval` and the demo's own numbers.
+    (student,) = score(load_models([str(out / "alone_seed1")]), find_sets([faces.folder]))
+    own = ["accuracy_by_seed", "parameters", "images_per_second", "kd_overhead"]
+    assert [list(each) for each in written] == 3 * [[*student.as_row(), *own]]
+    assert written[1]["accuracy_by_seed"][1] == pytest.approx(student.numbers["accuracy"], abs=0.051)
+    assert written[0]["input"] == written[1]["input"] == student.input
     for name in ("roc_pairs.png", "training_curves.png", "alpha.png"):
         assert (out / name).read_bytes().startswith(b"\x89PNG")
     printed = capsys.readouterr().out
@@ -68,7 +77,7 @@ def test_draws_trains_and_compares(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     for name, value in {**sizes, "_PAIRS": 40, "_TEACHER_EPOCHS": 1}.items():
         monkeypatch.setattr(demo, name, value)
     rows = run_demo(DemoSettings(out=tmp_path, epochs=1))
-    assert [(r.model, r.verification_set) for r in rows] == [
+    assert [(r.score.model, r.score.set) for r in rows] == [
         ("teacher", "synthetic"),
         ("alone", "synthetic"),
         ("adadistill", "synthetic"),
@@ -91,7 +100,7 @@ def test_a_method_of_class_means_finds_the_cache_filled(tmp_path: Path, capsys: 
         cache=tmp_path / "kept.cache",
         epochs=1,
     )
-    assert [r.model for r in run_demo(settings)] == ["teacher", "alone", "proxylesskd"]
+    assert [r.score.model for r in run_demo(settings)] == ["teacher", "alone", "proxylesskd"]
     assert "[2/4] embedding all faces with the teacher" in capsys.readouterr().out
     assert (tmp_path / "kept.cache").is_file()
 

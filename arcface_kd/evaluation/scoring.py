@@ -159,8 +159,12 @@ def score(
                 yield Score(name, one.name, protocol, str(model.preprocessing), numbers)
 
 
-def _heading(name: str) -> str:
-    """A number's name on top of its column: ``TAR@FAR=1e-3``, ``EER``, ``genuine pairs``."""
+def heading(name: str) -> str:
+    """A number's name on top of its column: ``TAR@FAR=1e-3``, ``EER``, ``genuine pairs``.
+
+    Args:
+        name: as JSON has it: ``tar@far=1e-3``.
+    """
     rate, at, point = name.partition("@")
     if at:
         kind, _, level = point.partition("=")
@@ -199,7 +203,7 @@ def table(scores: Sequence[Score]) -> str:
             for name in chosen[0].numbers
             if not name.endswith("_std") and any(one.numbers[name] is not None for one in chosen)
         ]
-        lines = [["set", "model", *map(_heading, names), "input"]]
+        lines = [["set", "model", *map(heading, names), "input"]]
         lines += [[one.set, one.model, *(_cell(name, one.numbers) for name in names), one.input] for one in chosen]
         if not several_inputs:
             lines = [line[:-1] for line in lines]
