@@ -1,4 +1,4 @@
-"""The main job in one command: data, a teacher, the same student alone and distilled, a table and pictures."""
+"""The main job in one command: data, a teacher, a small student alone and distilled, a table and pictures."""
 
 import json
 import os
@@ -16,22 +16,25 @@ from arcface_kd.backbones import get_backbone
 from arcface_kd.config.arcface_torch import BASE
 from arcface_kd.config.kd import CLASS_MEANS, KDConfig
 from arcface_kd.data.dataset import RecordDataset
-from arcface_kd.data.formats.verification_bin import list_bins, read_bin
+from arcface_kd.data.formats.verification_bin import list_bins
 from arcface_kd.distillation.distiller import Distiller
 from arcface_kd.errors import ConfigError, DataError, OnBadRecord
+from arcface_kd.evaluation.report.bootstrap import Interval
+from arcface_kd.evaluation.report.comparison import ComparedSet, Comparison, Contestant, compare, teacher_contestant
 from arcface_kd.evaluation.report.pictures import require_matplotlib
 from arcface_kd.evaluation.report.plots import plot_alpha, plot_roc, plot_training
 from arcface_kd.evaluation.report.scalars import Curve, read_scalars
 from arcface_kd.evaluation.scoring import Score, heading
-from arcface_kd.evaluation.verification import VerificationResult, evaluate, far_name
+from arcface_kd.evaluation.verification import far_name
 from arcface_kd.methods.shkd.stages import wants_stages
+from arcface_kd.system.device import default_device
 from arcface_kd.system.files import atomic_write
 from arcface_kd.teachers.base import Teacher, load_teacher
 from arcface_kd.teachers.cache.fill import fill_cache
 from arcface_kd.teachers.options import Preprocessing
 from arcface_kd.training.trainer import TrainResult, train
 
-NETWORK = "thin_r18"
+TEACHER_NETWORK, NETWORK = "thin_r18", "thin_r10"
 FAR_LEVELS = (1e-2, 1e-3)
 
 # Synthetic identities: the teacher knows those of the students and many more, as the teacher of a real run does; the
@@ -46,6 +49,11 @@ _TEACHER_MARGIN = (1.0, 0.0, 0.15)
 _FEW_IMAGES = {"adadistill": ("alpha=plain",)}
 # Rows of a batch, where there are as many faces.
 _BATCH = 128
+_TARS = tuple(f"tar@far={far_name(level)}" for level in FAR_LEVELS)
+_NEXT = """Next, on your own faces (112x112, a folder for each person; the first line prints num_classes and num_image):
+  arcface-kd data pack FACES records
+  arcface-kd train configs/ms1mv2_mbf_adadistill.py --kd-teacher TEACHER --set rec=records num_classes=N num_image=M
+  arcface-kd compare work_dirs/ms1mv2_mbf_adadistill --kd-teacher TEACHER --data FOLDER_WITH_LFW_BIN"""
 
 
 @dataclass(frozen=True)
@@ -91,28 +99,51 @@ class Row:
         score: as ``arcface-kd eval`` gives it; the model is ``teacher``, ``alone`` or the method's name.
         accuracy_by_seed: ten-fold verification accuracy for each seed, in [0, 1].
         parameters: number of weights; None where the teacher does not tell.
+        multiply_adds: of one image; None where they run outside torch.
+        ms_per_image: milliseconds, in batches of 32, on this machine.
         images_per_second: of training; None for a teacher that was given.
         kd_overhead: extra training time per image relative to the student alone; 0.1 is 10 % more.
+        gain: of the distilled student over the student alone: difference and its 95 % interval by statistic; empty for
+            the others.
     """
 
     score: Score
     accuracy_by_seed: list[float]
     parameters: int | None
-    images_per_second: float | None
+    multiply_adds: int | None
+    ms_per_image: float
+    images_per_second: float | None = None
     kd_overhead: float | None = None
+    gain: dict[str, tuple[float, Interval]] = field(default_factory=dict)
 
     def as_row(self) -> dict[str, Any]:
         """A JSON-able dict: a row of ``arcface-kd eval`` with the demo's own numbers behind it."""
-        return {**self.score.as_row(), **{key: value for key, value in vars(self).items() if key != "score"}}
+        own = {key: value for key, value in vars(self).items() if key not in ("score", "gain")}
+        gain = {name: [value, *interval] for name, (value, interval) in self.gain.items()}
+        return {**self.score.as_row(), **own, "gain": gain}
+
+
+@dataclass(frozen=True)
+class _Job:
+    """What is known before anything is written: the method's keys, its teacher and what it wants."""
+
+    kd: KDConfig
+    keys: dict[str, Any]
+    teacher: Teacher | None
+    fills_first: bool
 
 
 @dataclass
 class _Trained:
+    """The runs of one kind, one for each seed."""
+
     model: str
     results: list[TrainResult] = field(default_factory=list)
-    verification: list[dict[str, VerificationResult]] = field(default_factory=list)
-    parameters: int | None = None
-    input: str = str(Preprocessing())
+
+    @property
+    def names(self) -> list[str]:
+        """What the comparison calls them."""
+        return [f"{self.model}, seed {seed}" for seed in range(len(self.results))]
 
     @property
     def images_per_second(self) -> float | None:
@@ -135,69 +166,69 @@ def run_demo(settings: DemoSettings) -> list[Row]:
     """
     began = time.perf_counter()
     require_matplotlib()
+    # What cannot run ends before the first file is written, and not when the teacher and a student are trained.
+    job = _checked(settings)
+    base = None if settings.data is None else _config_for(settings.data, settings)
     drawn = settings.data is None
-    train_teacher = settings.teacher is None
-    cache = settings.cache or settings.out / "teacher.cache"
+    own_teacher = job.teacher is None
+    stages = _Stages(drawn + (drawn and own_teacher) + own_teacher + job.fills_first + 2 * settings.seeds + 1)
+    settings.out.mkdir(parents=True, exist_ok=True)
+    if settings.cache is None:
+        cache = Path(job.keys["kd_cache"])
+        for stale in (cache, cache.with_name(cache.name + ".json")):
+            stale.unlink(missing_ok=True)
+    if base is None:
+        base = _config_for(_draw_faces(settings.out / "faces", stages), settings)
+    of_teacher = _Trained("teacher")
+    teacher = job.teacher
+    if teacher is None:
+        config = _teacher_config(base, settings.out, stages) if drawn else EasyDict(base, network=TEACHER_NETWORK)
+        config.output = str(settings.out / "teacher")
+        of_teacher.results.append(train(config, title=stages.next("teacher")))
+        teacher = load_teacher(Path(config.output) / "model.pt", {"network": config.network})
+    teacher.to(default_device())
+    if job.fills_first:
+        stages.next("embedding all faces with the teacher")
+        fill_cache({**base, **job.keys}, teacher=teacher)
+    alone, distilled = _Trained("alone"), _Trained(settings.method)
+    for seed in range(settings.seeds):
+        for runs, distiller in ((alone, None), (distilled, Distiller(job.kd, teacher))):
+            config = EasyDict(base, seed=base.seed + seed, output=str(settings.out / f"{runs.model}_seed{seed}"))
+            title = stages.next(f"student {runs.model}, seed {seed}")
+            runs.results.append(train(config, distiller=distiller, title=title))
+    stages.next("judging all models")
+    source = settings.teacher or of_teacher.results[0].output
+    comparison = _compared(teacher_contestant(source, teacher), (alone, distilled), Path(base.rec))
+    rows = _rows(comparison, str(teacher.preprocessing), of_teacher, alone, distilled)
+    _write(settings.out, rows, comparison, (alone, distilled))
+    print(f"\n{table(rows)}\n\n{verdict(rows, settings.method)}\n")
+    print(f"{settings.out}: table, pictures and results.json; {time.perf_counter() - began:.0f} s\n\n{_NEXT}")
+    return rows
+
+
+def _checked(settings: DemoSettings) -> _Job:
+    """Load the teacher where one was given, and see that the method can work with it."""
     options = [f"{name}.{option}" for name in settings.method.split("+") for option in _FEW_IMAGES.get(name, ())]
-    kd_keys = {
+    keys = {
         "kd": settings.method,
         "kd_teacher": settings.teacher,
-        "kd_cache": str(cache),
+        "kd_cache": str(settings.cache or settings.out / "teacher.cache"),
         "kd_classifier": settings.classifier,
         "kd_option": [*options, *settings.options],
         "kd_on_bad_record": settings.on_bad_record,
     }
-    kd = KDConfig.from_config(kd_keys)
+    kd = KDConfig.from_config(keys)
     if settings.teacher is None and "teacher" in kd.options:
         raise ConfigError("teacher options were given without a teacher; add --kd-teacher FILE")
-    if wants_stages(kd_keys):
+    if wants_stages(keys):
         raise ConfigError(
             "shkd is three runs of their own, and the demo compares one with another: start them with "
             "`arcface-kd train CONFIG --kd shkd`"
         )
     teacher = load_teacher(settings.teacher, kd.options.get("teacher")) if settings.teacher is not None else None
-    # What cannot run ends before the first file is written, and not when the teacher and a student are trained.
-    wiring = Distiller(kd, teacher if teacher is not None else load_teacher(get_backbone(NETWORK)))
+    wiring = Distiller(kd, teacher if teacher is not None else load_teacher(get_backbone(TEACHER_NETWORK)))
     wiring.refuse_dimension(BASE["embedding_size"], wiring.teacher_embedding_size)
-    given = None if settings.data is None else _config_for(settings.data, settings)
-    fill_first = wiring.from_cache_alone or kd.classifier == CLASS_MEANS
-    stages = _Stages(
-        1 + int(drawn) + int(drawn and train_teacher) + int(train_teacher) + int(fill_first) + 2 * settings.seeds
-    )
-    settings.out.mkdir(parents=True, exist_ok=True)
-    if settings.cache is None:
-        for stale in (cache, cache.with_name(cache.name + ".json")):
-            stale.unlink(missing_ok=True)
-    data = settings.data if settings.data is not None else _draw_faces(settings.out / "faces", stages)
-    base = given if given is not None else _config_for(data, settings)
-
-    trained_teacher = _Trained("teacher")
-    if teacher is None:
-        config = _teacher_config(base, settings.out, stages) if drawn else EasyDict(base)
-        config.output = str(settings.out / "teacher")
-        result = train(config, title=stages.next("teacher"))
-        trained_teacher.results.append(result)
-        teacher = load_teacher(result.output / "model.pt", {"network": config.network})
-    trained_teacher.parameters, trained_teacher.input = teacher.parameter_count, str(teacher.preprocessing)
-    trained_teacher.verification.append(_verify_teacher(teacher, data, base.val_targets, stages))
-    if fill_first:
-        stages.next("embedding all faces with the teacher")
-        fill_cache({**base, **kd_keys}, teacher=teacher)
-
-    alone, distilled = _Trained("alone"), _Trained(settings.method)
-    for seed in range(settings.seeds):
-        for runs, distiller in ((alone, None), (distilled, Distiller(kd, teacher))):
-            config = EasyDict(base, seed=base.seed + seed, output=str(settings.out / f"{runs.model}_seed{seed}"))
-            result = train(config, distiller=distiller, title=stages.next(f"student {runs.model}, seed {seed}"))
-            runs.results.append(result)
-            runs.verification.append(dict(result.verification))
-            unverified = sorted(set(base.val_targets) - result.verification.keys())
-            if unverified:
-                raise DataError(f"{', '.join(unverified)} could not be scored: see training.log in {result.output}")
-            runs.parameters = sum(p.numel() for p in result.student.parameters())
-    rows = [row for runs in (trained_teacher, alone, distilled) for row in _rows(runs, alone)]
-    _write(settings, rows, (trained_teacher, alone, distilled), time.perf_counter() - began)
-    return rows
+    return _Job(kd, keys, teacher, wiring.from_cache_alone or kd.classifier == CLASS_MEANS)
 
 
 class _Stages:
@@ -248,17 +279,16 @@ def _teacher_config(base: EasyDict, out: Path, stages: _Stages) -> EasyDict:
         rec=str(out / "teacher_faces"),
         num_classes=_TEACHER_IDENTITIES,
         num_image=_TEACHER_IDENTITIES * _IMAGES,
+        network=TEACHER_NETWORK,
         num_epoch=_TEACHER_EPOCHS,
         margin_list=_TEACHER_MARGIN,
-        val_targets=[],
     )
 
 
 def _config_for(data: Path, settings: DemoSettings) -> EasyDict:
     """An arcface_torch config for a student on this data."""
     records = RecordDataset(data, on_bad_record=settings.on_bad_record)
-    targets = [path.stem for path in list_bins(data)]
-    if not targets:
+    if not list_bins(data):
         raise DataError(f"{data} has no verification set (*.bin); the demo's numbers come from held-out identities")
     config = EasyDict(BASE)
     config.update(
@@ -268,7 +298,8 @@ def _config_for(data: Path, settings: DemoSettings) -> EasyDict:
         num_image=len(records),
         num_epoch=settings.epochs or 12,
         warmup_epoch=0,
-        val_targets=targets,
+        # All models are judged at the end, together.
+        val_targets=[],
         fp16=True,
         batch_size=min(_BATCH, len(records)),
         lr=0.1,
@@ -282,32 +313,48 @@ def _config_for(data: Path, settings: DemoSettings) -> EasyDict:
     return config
 
 
-def _verify_teacher(
-    teacher: Teacher, data: Path, names: Sequence[str], stages: _Stages
-) -> dict[str, VerificationResult]:
-    stages.next("verifying the teacher")
-    return {name: evaluate(teacher, read_bin(data / f"{name}.bin")) for name in names}
+def _compared(teacher: Contestant, students: Sequence[_Trained], data: Path) -> Comparison:
+    """Judge the teacher and all students on the verification sets beside the records."""
+    models = [teacher]
+    for runs in students:
+        for name, result in zip(runs.names, runs.results, strict=True):
+            models.append(Contestant(name, result.student.eval, runs.model, NETWORK))
+    return compare(models, list_bins(data), default_device(), progress=True)
 
 
-def _rows(runs: _Trained, alone: _Trained) -> list[Row]:
+def _rows(
+    comparison: Comparison, teacher_input: str, teacher: _Trained, alone: _Trained, distilled: _Trained
+) -> list[Row]:
+    """A row for each model and set."""
     rows = []
-    for name in runs.verification[0]:
-        results = [results[name] for results in runs.verification]
+    for runs, names in ((teacher, ["teacher"]), (alone, alone.names), (distilled, distilled.names)):
+        costs = [comparison.costs[name] for name in names]
         overhead = None
-        if runs.images_per_second and alone.images_per_second and runs.model not in ("alone", "teacher"):
+        if runs is distilled and runs.images_per_second and alone.images_per_second:
             overhead = alone.images_per_second / runs.images_per_second - 1
-        of_seeds = [result.as_row() for result in results]
-        numbers = {key: _mean([row[key] for row in of_seeds]) for key in of_seeds[0]}
-        rows.append(
-            Row(
-                score=Score(runs.model, name, "pairs", runs.input, numbers),
-                accuracy_by_seed=[float(result.accuracy) for result in results],
-                parameters=runs.parameters,
-                images_per_second=runs.images_per_second,
-                kd_overhead=overhead,
+        for compared in comparison.sets:
+            results = [compared.judgements[name].result for name in names]
+            of_seeds = [result.as_row() for result in results]
+            numbers = {key: _mean([row[key] for row in of_seeds]) for key in of_seeds[0]}
+            shown_as = teacher_input if runs is teacher else str(Preprocessing())
+            rows.append(
+                Row(
+                    score=Score(runs.model, compared.pairs.name, "pairs", shown_as, numbers),
+                    accuracy_by_seed=[float(result.accuracy) for result in results],
+                    parameters=costs[0].parameters,
+                    multiply_adds=costs[0].multiply_adds,
+                    ms_per_image=1e3 / max(cost.images_per_second for cost in costs),
+                    images_per_second=runs.images_per_second,
+                    kd_overhead=overhead,
+                    gain=_gains(compared, distilled, alone) if runs is distilled else {},
+                )
             )
-        )
     return rows
+
+
+def _gains(compared: ComparedSet, distilled: _Trained, alone: _Trained) -> dict[str, tuple[float, Interval]]:
+    found = {name: compared.gain(distilled.names, alone.names, name) for name in ("accuracy", *_TARS)}
+    return {name: gain for name, gain in found.items() if gain is not None}
 
 
 def _mean(values: Sequence[int | float | None]) -> int | float | None:
@@ -322,66 +369,69 @@ def _percent(value: float | None) -> str:
     return "-" if value is None else f"{100 * value:.2f}"
 
 
+def _millions(number: int | None) -> str:
+    return "-" if number is None else f"{number / 1e6:.1f} M"
+
+
 def table(rows: Sequence[Row]) -> str:
-    """The rows as a text table; accuracies, AUC and TAR in percent.
+    """The rows as a text table; accuracy and TAR in percent.
 
     Args:
         rows: of :func:`run_demo`.
 
     Returns:
-        Lines with aligned columns, without a final newline.
+        Lines with aligned columns, without a final newline; a TAR that no set has pairs for is left out.
     """
-    shown = ["accuracy", "auc", *(f"tar@far={far_name(far)}" for far in FAR_LEVELS)]
-    heads = ["model", "set", *map(heading, shown), "parameters", "images/s", "KD overhead"]
-    cells = [heads]
+    shown = ["accuracy", *(name for name in _TARS if any(row.score.numbers[name] is not None for row in rows))]
+    cells = [["model", "set", *map(heading, shown), "parameters", "multiply-adds", "ms/image"]]
     for row in rows:
-        cells.append(
-            [
-                row.score.model,
-                row.score.set,
-                *(_percent(row.score.numbers[name]) for name in shown),
-                "-" if row.parameters is None else f"{row.parameters:,}",
-                "-" if row.images_per_second is None else f"{row.images_per_second:.0f}",
-                "-" if row.kd_overhead is None else f"{100 * row.kd_overhead:+.0f} %",
-            ]
-        )
-    widths = [max(len(line[column]) for line in cells) for column in range(len(heads))]
-    return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)) for line in cells)
+        numbers = [_percent(row.score.numbers[name]) for name in shown]
+        cost = [_millions(row.parameters), _millions(row.multiply_adds), f"{row.ms_per_image:.2f}"]
+        cells.append([row.score.model, row.score.set, *numbers, *cost])
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    lines = ["  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)) for line in cells]
+    return "\n".join(map(str.rstrip, lines))
 
 
 def verdict(rows: Sequence[Row], method: str) -> str:
-    """Who won on each set, in words, whichever way it went.
+    """What distillation gained on each set, in words, whichever way it went.
 
     Args:
         rows: of :func:`run_demo`.
         method: the distilled student's name in them.
 
     Returns:
-        A line a verification set.
+        A line for each verification set and statistic, and one for the compression where it is known.
     """
-    accuracy = {(row.score.model, row.score.set): statistics.fmean(row.accuracy_by_seed) for row in rows}
     lines = []
-    for name in sorted({row.score.set for row in rows}):
-        gain = 100 * (accuracy[method, name] - accuracy["alone", name])
-        outcome = "beats" if gain > 0 else "does NOT beat"
-        lines.append(f"{name}: the student with {method} {outcome} the student alone: {gain:+.2f} points of accuracy")
+    for row in rows:
+        if row.score.model != method:
+            continue
+        for name, (value, interval) in row.gain.items():
+            low, high = (100 * end for end in interval)
+            told = f"{100 * value:+.2f} points (95 % interval {low:+.2f} to {high:+.2f})"
+            sure = "" if low > 0 or high < 0 else ": too few pairs to tell from no difference"
+            lines.append(f"{row.score.set}: {heading(name)} of {method} against alone: {told}{sure}")
+    adds = {row.score.model: row.multiply_adds for row in rows}
+    teacher, student = adds.get("teacher"), adds.get(method)
+    if teacher and student:
+        lines.append(f"the student needs 1/{teacher / student:.1f} of the teacher's multiply-adds")
     return "\n".join(lines)
 
 
-def _write(settings: DemoSettings, rows: Sequence[Row], runs: Sequence[_Trained], seconds: float) -> None:
-    out = settings.out
-    text = table(rows)
+def _write(out: Path, rows: Sequence[Row], comparison: Comparison, students: Sequence[_Trained]) -> None:
+    method = students[-1].model
     with atomic_write(out / "results.json") as stream:
         stream.write((json.dumps([row.as_row() for row in rows], indent=2, allow_nan=False) + "\n").encode())
     with atomic_write(out / "results.txt") as stream:
-        stream.write((text + "\n" + verdict(rows, settings.method) + "\n").encode())
-    students = runs[1:]
-    for name in runs[0].verification[0]:
-        curves = {run.model: run.verification[0][name] for run in runs}
-        plot_roc(out / f"roc_{name}.png", {m: Curve(r.fpr, r.tpr) for m, r in curves.items()}, title=name)
-    scalars = {run.model: read_scalars(run.results[0].output / "tensorboard") for run in students}
+        stream.write((table(rows) + "\n" + verdict(rows, method) + "\n").encode())
+    first = {"teacher": "teacher", **{runs.model: runs.names[0] for runs in students}}
+    for compared in comparison.sets:
+        results = {model: compared.judgements[name].result for model, name in first.items()}
+        curves = {model: Curve(result.fpr, result.tpr) for model, result in results.items()}
+        plot_roc(out / f"roc_{compared.pairs.name}.png", curves, title=compared.pairs.name)
+    scalars = {runs.model: read_scalars(runs.results[0].output / "tensorboard") for runs in students}
     plot_training(out / "training_curves.png", {model: found["loss"] for model, found in scalars.items()})
-    alphas = {tag: curve for tag, curve in scalars[settings.method].items() if tag.startswith("kd/alpha")}
+    alphas = {tag: curve for tag, curve in scalars[method].items() if tag.startswith("kd/alpha")}
     if alphas:
         plot_alpha(out / "alpha.png", alphas)
-    print(f"\n{text}\n\n{verdict(rows, settings.method)}\n{out}: table, pictures and results.json; {seconds:.0f} s")

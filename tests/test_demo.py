@@ -4,6 +4,7 @@ import json
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -12,29 +13,41 @@ from arcface_kd.backbones import get_backbone
 from arcface_kd.cli.main import main
 from arcface_kd.demo import DemoSettings, Row, _config_for, run_demo, table, verdict
 from arcface_kd.errors import ConfigError, DataError, TeacherError
+from arcface_kd.evaluation.report.bootstrap import Interval
 from arcface_kd.evaluation.scoring import Score, find_sets, load_models, score
 from tests.host.trainer.faces import draw_faces
 
 
-def row(model: str, accuracy: float, overhead: float | None = None) -> Row:
+def row(model: str, accuracy: float, gain: tuple[float, float, float] | None = None) -> Row:
     numbers = {"accuracy": accuracy, "auc": 0.9, "tar@far=1e-2": 0.5, "tar@far=1e-3": None}
-    return Row(Score(model, "pairs", "pairs", "rgb", numbers), [accuracy], 1234567, 321.4, overhead)
+    gains = {} if gain is None else {"accuracy": (gain[0], Interval(*gain[1:]))}
+    adds = 105_200_000 if model == "teacher" else 13_900_000
+    return Row(Score(model, "pairs", "pairs", "rgb", numbers), [accuracy], 1234567, adds, 2.125, gain=gains)
 
 
-def test_table_has_a_line_a_row_and_says_what_is_unknown() -> None:
-    lines = table([row("alone", 0.85), row("adadistill", 0.9, 0.125)]).splitlines()
-    assert lines[0].split()[:4] == ["model", "set", "accuracy", "AUC"]
-    assert lines[1].split() == ["alone", "pairs", "85.00", "90.00", "50.00", "-", "1,234,567", "321", "-"]
-    assert lines[2].split() == [
-        *("adadistill", "pairs", "90.00", "90.00", "50.00", "-", "1,234,567", "321", "+12", "%")
-    ]
+def test_table_has_a_line_a_row_and_leaves_out_what_no_set_tells() -> None:
+    lines = table([row("teacher", 0.9), row("alone", 0.85)]).splitlines()
+    heads = [*("model", "set", "accuracy", "TAR@FAR=1e-2", "parameters", "multiply-adds", "ms/image")]
+    assert lines[0].split() == heads
+    assert lines[1].split() == ["teacher", "pairs", "90.00", "50.00", "1.2", "M", "105.2", "M", "2.12"]
+    assert lines[2].split() == ["alone", "pairs", "85.00", "50.00", "1.2", "M", "13.9", "M", "2.12"]
 
 
 @pytest.mark.parametrize(
-    ("accuracy", "words"), [(0.9, "beats the student alone: +5.00"), (0.8, "does NOT beat the student alone: -5.00")]
+    ("gain", "words", "sure"),
+    [
+        ((0.05, 0.01, 0.09), "+5.00 points (95 % interval +1.00 to +9.00)", True),
+        ((-0.05, -0.09, -0.01), "-5.00 points", True),
+        ((0.02, -0.01, 0.05), "+2.00 points", False),
+    ],
 )
-def test_verdict_says_who_won(accuracy: float, words: str) -> None:
-    assert words in verdict([row("alone", 0.85), row("adadistill", accuracy)], "adadistill")
+def test_verdict_says_what_was_gained_and_whether_the_pairs_tell(
+    gain: tuple[float, float, float], words: str, sure: bool
+) -> None:
+    said = verdict([row("teacher", 0.9), row("alone", 0.85), row("adadistill", 0.9, gain)], "adadistill")
+    assert words in said
+    assert ("too few pairs" in said) != sure
+    assert "1/7.6 of the teacher's multiply-adds" in said
 
 
 def test_runs_on_given_data_with_a_given_teacher(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -52,7 +65,8 @@ def test_runs_on_given_data_with_a_given_teacher(tmp_path: Path, capsys: pytest.
     assert written == [r.as_row() for r in rows]
     # A row of `eval` and the demo's own numbers.
     (student,) = score(load_models([str(out / "alone_seed1")]), find_sets([faces.folder]))
-    own = ["accuracy_by_seed", "parameters", "images_per_second", "kd_overhead"]
+    own = ["accuracy_by_seed", "parameters", "multiply_adds", "ms_per_image"]
+    own += ["images_per_second", "kd_overhead", "gain"]
     assert [list(each) for each in written] == 3 * [[*student.as_row(), *own]]
     assert written[1]["accuracy_by_seed"][1] == pytest.approx(student.numbers["accuracy"], abs=0.051)
     assert written[0]["input"] == written[1]["input"] == student.input
@@ -60,8 +74,17 @@ def test_runs_on_given_data_with_a_given_teacher(tmp_path: Path, capsys: pytest.
         assert (out / name).read_bytes().startswith(b"\x89PNG")
     printed = capsys.readouterr().out
     assert table(rows) in printed
-    assert "points of accuracy" in printed
-    assert "[5/5] student adadistill, seed 1" in printed
+    assert "accuracy of adadistill against alone" in printed
+    assert "[4/5] student adadistill, seed 1" in printed
+    assert "arcface-kd data pack" in printed
+    teacher_row, alone_row, distilled_row = rows
+    assert teacher_row.multiply_adds is not None
+    assert alone_row.multiply_adds is not None
+    assert teacher_row.multiply_adds >= 3 * alone_row.multiply_adds
+    assert set(distilled_row.gain) >= {"accuracy"}
+    value, interval = distilled_row.gain["accuracy"]
+    assert value == pytest.approx(np.mean(distilled_row.accuracy_by_seed) - np.mean(alone_row.accuracy_by_seed))
+    assert interval.low <= value <= interval.high
 
 
 def test_fewer_faces_than_a_batch_are_one_batch(tmp_path: Path) -> None:
@@ -101,7 +124,7 @@ def test_a_method_of_class_means_finds_the_cache_filled(tmp_path: Path, capsys: 
         epochs=1,
     )
     assert [r.score.model for r in run_demo(settings)] == ["teacher", "alone", "proxylesskd"]
-    assert "[2/4] embedding all faces with the teacher" in capsys.readouterr().out
+    assert "[1/4] embedding all faces with the teacher" in capsys.readouterr().out
     assert (tmp_path / "kept.cache").is_file()
 
 

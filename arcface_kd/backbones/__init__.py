@@ -22,6 +22,7 @@ _WITH_DROPOUT: Mapping[str, Callable[..., FaceBackbone]] = {
     "r100": partial(IResNet, (3, 13, 30, 3)),
     "r200": partial(IResNet, (6, 26, 60, 6)),
     "thin_r18": ThinResNet,
+    "thin_r10": partial(ThinResNet, (16, 32, 64, 96), 1),
 }
 _WITHOUT_DROPOUT: Mapping[str, Callable[..., FaceBackbone]] = {
     "mbf": partial(MobileFaceNet, (1, 4, 6, 2), 2),
@@ -63,7 +64,8 @@ def get_backbone(name: str, *, dropout: float = 0.0, fp16: bool = False, num_fea
 
     Args:
         name: one of ``NETWORKS``. ``r18 r34 r50 r100 r200 mbf mbf_large`` have arcface_torch's parameters,
-            ``mobilefacenet`` AdaDistill's (64 and 128 channels), ``thin_r18`` is the demo's. ``python:MODULE:FUNCTION``
+            ``mobilefacenet`` AdaDistill's (64 and 128 channels), ``thin_r18`` and ``thin_r10`` are the
+            demo's teacher and student. ``python:MODULE:FUNCTION``
             is a network of the user's own, see `find_own_network`.
         dropout: probability of dropping a value before the embedding layer, in [0, 1); MobileFaceNets have none.
         fp16: autocast of the convolutions, float16 on GPUs and bfloat16 on CPUs; the embedding layer is float32.

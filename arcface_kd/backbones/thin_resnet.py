@@ -1,21 +1,21 @@
-"""ThinResNet (thin_r18): a small residual network that trains quickly on a CPU.
+"""ThinResNet (thin_r18, thin_r10): small residual networks that train quickly on a CPU.
 
-Made for the demo and for tests on real faces, not for publishing numbers: 3.5 M parameters at 512-d. What counts on a
-CPU is memory traffic, not multiplications (its bfloat16 matrix units do those almost for free), hence a strided stem, a
-first stage at 28x28 and channels_last. The units are IResNet's (batch norm before the first convolution, PReLU between
-the two, nothing after the sum), but with the stride in the first convolution. Units with a ReLU after the sum train a
-fifth faster and learn less from a teacher: on 985 real identities AdaDistill ended at 54 % TAR@FAR=1e-2 on LFW pairs
-with them and at 66 % with these. The head is IResNet's: batch norm, flatten, dropout, fully connected layer, batch
-norm.
+Made for the demo and for tests on real faces, not for publishing numbers: 3.5 M and 1.0 M parameters at 512-d, 105 M
+and 14 M multiply-adds. What counts on a CPU is memory traffic, not multiplications (its bfloat16 matrix units do those
+almost for free), hence a strided stem, a first stage at 28x28 and channels_last. The units are IResNet's (batch norm
+before the first convolution, PReLU between the two, nothing after the sum), but with the stride in the first
+convolution. Units with a ReLU after the sum train a fifth faster and learn less from a teacher: on 985 real identities
+AdaDistill ended at 54 % TAR@FAR=1e-2 on LFW pairs with them and at 66 % with these. The head is IResNet's: batch norm,
+flatten, dropout, fully connected layer, batch norm.
 """
+
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
 
 from arcface_kd.backbones.face_backbone import FaceBackbone
 
-_WIDTHS = (32, 64, 128, 192)
-_UNITS_A_STAGE = 2
 _MAP_SIZE = 4
 _SLOPE = 0.25  # where PReLU begins; its gradient alone would cost a quarter of a training step on a CPU
 
@@ -60,19 +60,29 @@ class ThinResNet(FaceBackbone):
     ``features.weight`` (the scale of the embedding's batch norm) stays 1 and is not trained, as in IResNet.
 
     Args:
+        widths: channels of the four stages; the stem has those of the first.
+        units: residual units of each stage, at least 1.
         dropout: probability of dropping a value of the flattened map, in [0, 1).
         fp16: autocast up to the flattened map (float16 on GPUs, bfloat16 on CPUs); the embedding layer is float32.
         num_features: embedding size D.
     """
 
-    def __init__(self, *, dropout: float = 0.0, fp16: bool = False, num_features: int = 512) -> None:
+    def __init__(
+        self,
+        widths: Sequence[int] = (32, 64, 128, 192),
+        units: int = 2,
+        *,
+        dropout: float = 0.0,
+        fp16: bool = False,
+        num_features: int = 512,
+    ) -> None:
         super().__init__(fp16=fp16)
-        channels = _WIDTHS[0]
+        channels = widths[0]
         self.stem = nn.Sequential(*_conv_and_norm(3, channels, 3, stride=2), nn.LeakyReLU(_SLOPE, inplace=True))
         stages = []
-        for width in _WIDTHS:
-            units = [ThinUnit(channels, width, stride=2), *(ThinUnit(width, width) for _ in range(_UNITS_A_STAGE - 1))]
-            stages.append(nn.Sequential(*units))
+        for width in widths:
+            first = ThinUnit(channels, width, stride=2)
+            stages.append(nn.Sequential(first, *(ThinUnit(width, width) for _ in range(units - 1))))
             channels = width
         self.stages = nn.Sequential(*stages)
         self.bn2 = nn.BatchNorm2d(channels)
@@ -85,12 +95,12 @@ class ThinResNet(FaceBackbone):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
 
     def feature_map(self, images: Tensor) -> Tensor:
-        """Stem and stages: (B, 3, 112, 112) to (B, 192, 4, 4), in the half precision type when ``fp16`` is set."""
+        """Stem and stages: (B, 3, 112, 112) to (B, C, 4, 4), in the half precision type when ``fp16`` is set."""
         with self.autocast(images, half=self.fp16):
             return self.stages(self.stem(images.contiguous(memory_format=torch.channels_last)))
 
     def tail(self, feature_map: Tensor) -> Tensor:
-        """Batch norm, dropout, fully connected layer, batch norm: (B, 192, 4, 4) to (B, D)."""
+        """Batch norm, dropout, fully connected layer, batch norm: (B, C, 4, 4) to (B, D)."""
         with self.autocast(feature_map, half=self.fp16):
             flat = self.dropout(torch.flatten(self.bn2(feature_map), 1))
         with self.autocast(feature_map, half=False):

@@ -75,11 +75,13 @@ class Judgement:
         result: the verification scores.
         similarities: (P,) cosines of the pairs.
         scores: ``accuracy``, ``tar@far=...``, ``auc`` and ``eer``, each with its interval.
+        draws: (R,) the same in each bootstrap replicate, as far as the set has pairs for them.
     """
 
     result: VerificationResult
     similarities: NDArray[np.float64]
     scores: Mapping[str, Score]
+    draws: Mapping[str, NDArray[np.float64]]
 
     def hardest(self, is_same: NDArray[np.bool_], genuine: bool, count: int = HARDEST) -> list[int]:
         """The genuine pairs that look least alike, or the impostor pairs that look most alike, worst first.
@@ -132,6 +134,26 @@ class ComparedSet:
         """The statistics that the set has pairs for."""
         first = next(iter(self.judgements.values()))
         return [name for name, score in first.scores.items() if score.value is not None]
+
+    def gain(self, models: Sequence[str], over: Sequence[str], column: str) -> tuple[float, Interval] | None:
+        """What some models have over others, on average: by a paired bootstrap, the same draws for all.
+
+        Args:
+            models: their names.
+            over: the others' names.
+            column: of the scores.
+
+        Returns:
+            The difference of the means and its 95 % interval; None where the set has too few pairs.
+        """
+        if column not in self.columns:
+            return None
+        means, draws = [], []
+        for side in (models, over):
+            judged = [self.judgements[name] for name in side]
+            means.append(np.mean([judgement.scores[column].value or 0.0 for judgement in judged]))
+            draws.append(np.mean([judgement.draws[column] for judgement in judged], axis=0))
+        return float(means[0] - means[1]), interval(draws[0] - draws[1])
 
 
 @dataclass(frozen=True, eq=False)
@@ -299,9 +321,10 @@ def _compared(
         column_values = {name: found[column] for name, found in values.items()}
         for name, score in _ranked(column, column_values, column_draws, students).items():
             scores[name][column] = score
-    return ComparedSet(
-        pairs, known, {name: Judgement(results[name], similarities[name], scores[name]) for name in results}
-    )
+    judgements = {
+        name: Judgement(result, similarities[name], scores[name], draws[name]) for name, result in results.items()
+    }
+    return ComparedSet(pairs, known, judgements)
 
 
 def _values(result: VerificationResult) -> dict[str, float | None]:
