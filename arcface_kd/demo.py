@@ -1,4 +1,4 @@
-"""The main job in one command: data, a teacher, a small student alone and distilled, a table and pictures."""
+"""The main job in one command: data, a teacher, a small student alone and distilled, a table and a report."""
 
 import json
 import os
@@ -6,7 +6,7 @@ import statistics
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,10 +20,16 @@ from arcface_kd.data.formats.verification_bin import list_bins
 from arcface_kd.distillation.distiller import Distiller
 from arcface_kd.errors import ConfigError, DataError, OnBadRecord
 from arcface_kd.evaluation.report.bootstrap import Interval
-from arcface_kd.evaluation.report.comparison import ComparedSet, Comparison, Contestant, compare, teacher_contestant
+from arcface_kd.evaluation.report.comparison import (
+    ComparedSet,
+    Comparison,
+    compare,
+    read_runs,
+    run_contestant,
+    teacher_contestant,
+)
+from arcface_kd.evaluation.report.page import write_report
 from arcface_kd.evaluation.report.pictures import require_matplotlib
-from arcface_kd.evaluation.report.plots import plot_alpha, plot_roc, plot_training
-from arcface_kd.evaluation.report.scalars import Curve, read_scalars
 from arcface_kd.evaluation.scoring import Score, heading
 from arcface_kd.evaluation.verification import far_name
 from arcface_kd.methods.shkd.stages import wants_stages
@@ -142,8 +148,8 @@ class _Trained:
 
     @property
     def names(self) -> list[str]:
-        """What the comparison calls them."""
-        return [f"{self.model}, seed {seed}" for seed in range(len(self.results))]
+        """What the comparison calls them: their folders' names."""
+        return [result.output.name for result in self.results]
 
     @property
     def images_per_second(self) -> float | None:
@@ -151,7 +157,7 @@ class _Trained:
 
 
 def run_demo(settings: DemoSettings) -> list[Row]:
-    """Run the main job and leave its table, pictures and ``results.json`` in ``settings.out``.
+    """Run the main job and leave ``report.html``, ``results.txt`` and ``results.json`` in ``settings.out``.
 
     Args:
         settings: what is asked for.
@@ -186,7 +192,6 @@ def run_demo(settings: DemoSettings) -> list[Row]:
         config.output = str(settings.out / "teacher")
         of_teacher.results.append(train(config, title=stages.next("teacher")))
         teacher = load_teacher(Path(config.output) / "model.pt", {"network": config.network})
-    teacher.to(default_device())
     if job.fills_first:
         stages.next("embedding all faces with the teacher")
         fill_cache({**base, **job.keys}, teacher=teacher)
@@ -197,12 +202,12 @@ def run_demo(settings: DemoSettings) -> list[Row]:
             title = stages.next(f"student {runs.model}, seed {seed}")
             runs.results.append(train(config, distiller=distiller, title=title))
     stages.next("judging all models")
-    source = settings.teacher or of_teacher.results[0].output
-    comparison = _compared(teacher_contestant(source, teacher), (alone, distilled), Path(base.rec))
+    comparison = _compared(settings, teacher, (of_teacher, alone, distilled), Path(base.rec))
     rows = _rows(comparison, str(teacher.preprocessing), of_teacher, alone, distilled)
-    _write(settings.out, rows, comparison, (alone, distilled))
+    write_report(comparison, settings.out)
+    _write(settings, rows)
     print(f"\n{table(rows)}\n\n{verdict(rows, settings.method)}\n")
-    print(f"{settings.out}: table, pictures and results.json; {time.perf_counter() - began:.0f} s\n\n{_NEXT}")
+    print(f"{settings.out}: report.html, results.txt and results.json; {time.perf_counter() - began:.0f} s\n\n{_NEXT}")
     return rows
 
 
@@ -313,13 +318,16 @@ def _config_for(data: Path, settings: DemoSettings) -> EasyDict:
     return config
 
 
-def _compared(teacher: Contestant, students: Sequence[_Trained], data: Path) -> Comparison:
+def _compared(settings: DemoSettings, teacher: Teacher, trained: Sequence[_Trained], data: Path) -> Comparison:
     """Judge the teacher and all students on the verification sets beside the records."""
-    models = [teacher]
-    for runs in students:
-        for name, result in zip(runs.names, runs.results, strict=True):
-            models.append(Contestant(name, result.student.eval, runs.model, NETWORK))
-    return compare(models, list_bins(data), default_device(), progress=True)
+    device = default_device()
+    models = [
+        replace(run_contestant(run, device), is_teacher=run.name == "teacher")
+        for run in read_runs([result.output for runs in trained for result in runs.results])
+    ]
+    if settings.teacher is not None:
+        models.insert(0, teacher_contestant(settings.teacher, teacher.to(device)))
+    return compare(models, list_bins(data), device, progress=True)
 
 
 def _rows(
@@ -419,19 +427,9 @@ def verdict(rows: Sequence[Row], method: str) -> str:
     return "\n".join(lines)
 
 
-def _write(out: Path, rows: Sequence[Row], comparison: Comparison, students: Sequence[_Trained]) -> None:
-    method = students[-1].model
-    with atomic_write(out / "results.json") as stream:
-        stream.write((json.dumps([row.as_row() for row in rows], indent=2, allow_nan=False) + "\n").encode())
-    with atomic_write(out / "results.txt") as stream:
-        stream.write((table(rows) + "\n" + verdict(rows, method) + "\n").encode())
-    first = {"teacher": "teacher", **{runs.model: runs.names[0] for runs in students}}
-    for compared in comparison.sets:
-        results = {model: compared.judgements[name].result for model, name in first.items()}
-        curves = {model: Curve(result.fpr, result.tpr) for model, result in results.items()}
-        plot_roc(out / f"roc_{compared.pairs.name}.png", curves, title=compared.pairs.name)
-    scalars = {runs.model: read_scalars(runs.results[0].output / "tensorboard") for runs in students}
-    plot_training(out / "training_curves.png", {model: found["loss"] for model, found in scalars.items()})
-    alphas = {tag: curve for tag, curve in scalars[method].items() if tag.startswith("kd/alpha")}
-    if alphas:
-        plot_alpha(out / "alpha.png", alphas)
+def _write(settings: DemoSettings, rows: Sequence[Row]) -> None:
+    numbers = json.dumps([row.as_row() for row in rows], indent=2, allow_nan=False)
+    words = f"{table(rows)}\n\n{verdict(rows, settings.method)}"
+    for name, text in (("results.json", numbers), ("results.txt", words)):
+        with atomic_write(settings.out / name) as stream:
+            stream.write((text + "\n").encode())

@@ -70,8 +70,9 @@ def test_runs_on_given_data_with_a_given_teacher(tmp_path: Path, capsys: pytest.
     assert [list(each) for each in written] == 3 * [[*student.as_row(), *own]]
     assert written[1]["accuracy_by_seed"][1] == pytest.approx(student.numbers["accuracy"], abs=0.051)
     assert written[0]["input"] == written[1]["input"] == student.input
-    for name in ("roc_pairs.png", "training_curves.png", "alpha.png"):
-        assert (out / name).read_bytes().startswith(b"\x89PNG")
+    report = (out / "report.html").read_text()
+    for name in ("teacher", "alone_seed0", "adadistill_seed1", "alpha"):
+        assert name in report
     printed = capsys.readouterr().out
     assert table(rows) in printed
     assert "accuracy of adadistill against alone" in printed
