@@ -205,6 +205,7 @@ class RecordDataset(FaceDataset):
 
     Attributes:
         stated_classes: the number of classes that the file ``property`` states, or None.
+        found_classes: the largest label and one, where ``num_classes`` is given.
 
     Args:
         root: the folder.
@@ -231,9 +232,10 @@ class RecordDataset(FaceDataset):
         self._reader = RecordReader(folder / "train.rec", folder / "train.idx")
         self._records = RecordLabels(self._reader, num_classes)
         self._images = find_images(self._reader, on_bad_record)
+        self.found_classes: int | None = None
         if num_classes is not None:
-            for _ in self._records.read_all(self._images, on_bad_record):
-                pass
+            labels = self._records.read_all(self._images, on_bad_record)
+            self.found_classes = 1 + max((int(found.max(initial=-1)) for _, found in labels), default=-1)
 
     @property
     def reader(self) -> RecordReader:

@@ -9,6 +9,7 @@ from torch import nn
 
 from arcface_kd.backbones import get_backbone
 from arcface_kd.config.kd import KDConfig
+from arcface_kd.data.dataset import RecordDataset
 from arcface_kd.data.loader import FaceLoader
 from arcface_kd.data.loader import get_dataloader as open_loader
 from arcface_kd.distillation.distiller import Distiller
@@ -70,17 +71,27 @@ class DropIns(NamedTuple):
     distiller: Distiller
 
 
-def _compare_num_image(stated: int | None, loader: FaceLoader) -> None:
-    """Warn where the learning rate is planned for another number of images than there are."""
-    there = len(loader.faces)
-    if stated is None or loader.sampler.rank != 0:
+def _compare_with_data(config: Mapping[str, Any], loader: FaceLoader) -> None:
+    """Say in one warning what the config states otherwise than the data has it: schedules and classes follow it."""
+    if loader.sampler.rank != 0:
         return
-    if abs(stated - there) > _NUM_IMAGE_TOLERANCE * there:
-        effect = "stays too high to the end" if stated > there else "has fallen to its end too early"
-        logger.warning(
-            "num_image is %d, but the data set holds %d images: the learning rate %s; set num_image=%d",
-            *(stated, there, effect, there),
+    faces, told = loader.faces, []
+    images, there = config.get("num_image"), len(faces)
+    if images is not None and abs(images - there) > _NUM_IMAGE_TOLERANCE * there:
+        effect = "stays too high to the end" if images > there else "has fallen to its end too early"
+        told.append(
+            f"num_image is {images}, but the data set holds {there} images: the learning rate {effect}; set "
+            f"num_image={there}"
         )
+    classes = config.get("num_classes")
+    if classes is not None and isinstance(faces, RecordDataset):
+        found = faces.found_classes
+        if classes != found:
+            told.append(f"num_classes is {classes}, but the labels make {found} classes; set num_classes={found}")
+        if faces.stated_classes not in (None, found):
+            told.append(f"the file `property` states {faces.stated_classes} classes, but the labels make {found}")
+    if told:
+        logger.warning("%s", "; ".join(told))
 
 
 def drop_ins(
@@ -149,7 +160,7 @@ def drop_ins(
             num_classes=num_classes,
             on_bad_record=shared.kd.on_bad_record,
         )
-        _compare_num_image(config().get("num_image"), loader)
+        _compare_with_data(config(), loader)
         shared.use_cache(loader)
         return loader
 

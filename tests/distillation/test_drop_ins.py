@@ -19,3 +19,20 @@ def test_num_image_of_another_set_is_told(
     made = drop_ins(lambda: config, distiller=Distiller(KDConfig()))
     assert len(made.get_dataloader(str(tmp_path), 0, 4, num_workers=0).faces) == 20
     assert (f"num_image is {stated}, but the data set holds 20" in caplog.text) is told
+
+
+def test_what_the_config_and_property_state_wrongly_is_one_warning(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    write_records(tmp_path, insightface_records([10, 10]))
+    (tmp_path / "property").write_text("5,112,112\n")
+    made = drop_ins(lambda: {"num_classes": 4, "num_image": 100}, distiller=Distiller(KDConfig()))
+    made.get_dataloader(str(tmp_path), 0, 4, num_workers=0)
+    (said,) = [record.getMessage() for record in caplog.records]
+    for number in ("num_image=20", "num_classes is 4", "num_classes=2", "5 classes"):
+        assert number in said
+    caplog.clear()
+    (tmp_path / "property").write_text("2,112,112\n")
+    made = drop_ins(lambda: {"num_classes": 2, "num_image": 20}, distiller=Distiller(KDConfig()))
+    made.get_dataloader(str(tmp_path), 0, 4, num_workers=0)
+    assert caplog.messages == []
