@@ -1,4 +1,4 @@
-"""Fit a head's saved state to a run's ranks and classes."""
+"""A head's saved state: what is in it, and how it is fitted to a run's ranks and classes."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -6,12 +6,14 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from arcface_kd.checkpoints.files import HEAD, OPTIMIZER, checkpoint_file
 from arcface_kd.checkpoints.shards import class_range, open_shards
 from arcface_kd.distributed.class_shard import ClassShard
 from arcface_kd.errors import CheckpointError
+
+# What an optimiser keeps for the rows of this rank's classes, by parameter and name.
+Momentum = dict[nn.Parameter, dict[str, Tensor]]
 
 
 def fit_head_state(
@@ -37,7 +39,7 @@ def fit_head_state(
             f"the checkpoint's head has {', '.join(state) or 'nothing'} and no class_range: it is not one of this "
             "package, so the run began without --kd; begin anew, in another output folder"
         )
-    wanted = [shard.start, shard.start + shard.size, shard.num_classes]
+    wanted = shard.range
     given = class_range(state, "the checkpoint's head")
     if given[2] != shard.num_classes:
         raise CheckpointError(f"the checkpoint's head has {given[2]} classes, the run {shard.num_classes}")
@@ -61,14 +63,32 @@ def fit_head_state(
     return {**state, **own, "class_range": torch.tensor(wanted)}
 
 
+def require_same_entries(state: Mapping[str, Any], own: Mapping[str, Any]) -> None:
+    """Refuse the state of a head with other methods.
+
+    Args:
+        state: what is to be loaded.
+        own: the head's own.
+
+    Raises:
+        CheckpointError: entries are missing or left over; the message names them.
+    """
+    has, wants = set(state), set(own)
+    if has != wants:
+        raise CheckpointError(
+            f"the checkpoint's head lacks {', '.join(sorted(wants - has)) or 'nothing'} and has "
+            f"{', '.join(sorted(has - wants)) or 'nothing'} beside: go on with the kd* keys that the run began with"
+        )
+
+
 def reshard_momentum(
     parameters: Sequence[nn.Parameter], sharded: Sequence[nn.Parameter], shard: ClassShard, folder: Path
-) -> None:
-    """Let the momentum of a run that was saved by another number of ranks follow its classes to this one.
+) -> Momentum:
+    """Read the momentum of this rank's classes from a run that was saved by another number of ranks.
 
     A trainer loads the optimiser's state after the head's, into an optimiser that the head never sees. So the rows are
-    read now, while the run's checkpoints are what they were, and put in place of those that were loaded when the
-    optimiser of these parameters takes its first step.
+    read now, while the run's checkpoints are what they were; :func:`place_momentum` puts them in place of those that
+    were loaded.
 
     Args:
         parameters: those of the head, in order; the last ones of the optimiser that was saved.
@@ -76,36 +96,44 @@ def reshard_momentum(
         shard: the classes of this rank.
         folder: of the run.
 
+    Returns:
+        The rows; empty where the run has saved none.
+
     Raises:
         CheckpointError: checkpoints that are missing or do not belong together.
     """
     if not parameters:
-        return
+        return {}
     shards = open_shards(folder)
     saved = shards.checkpoints[0].get(OPTIMIZER)
     if not isinstance(saved, Mapping):
-        return
+        return {}
     places = [place for group in saved["param_groups"] for place in group["params"]][-len(parameters) :]
-    waiting: dict[nn.Parameter, dict[str, Tensor]] = {}
+    found: Momentum = {}
     for parameter, place in zip(parameters, places, strict=True):
         if any(parameter is one for one in sharded):
             # An optimiser keeps nothing for a parameter that has had no gradient yet.
             entries = saved["state"].get(place, {})
-            waiting[parameter] = {
+            found[parameter] = {
                 name: shards.rows(shard.start, shard.start + shard.size, OPTIMIZER, "state", place, name)
                 for name, value in entries.items()
                 if isinstance(value, Tensor) and value.ndim == parameter.ndim
             }
+    return found
 
-    def replace(optimizer: torch.optim.Optimizer, arguments: Any, keywords: Any) -> None:
-        if not waiting:
-            return
-        for group in optimizer.param_groups:
-            for parameter in group["params"]:
-                loaded = optimizer.state.get(parameter, {})
-                for name, rows in waiting.pop(parameter, {}).items():
-                    if isinstance(loaded.get(name), Tensor):
-                        loaded[name] = rows.to(loaded[name])
 
-    # It stays, with nothing left to do: a hook cannot take itself out of the round that has called it.
-    register_optimizer_step_pre_hook(replace)
+def place_momentum(optimizer: torch.optim.Optimizer, momentum: Momentum) -> None:
+    """Put rows in place of what an optimiser has loaded for the same parameters.
+
+    Args:
+        optimizer: any, about to step.
+        momentum: what waits for its optimiser; what is placed is taken out.
+    """
+    if not momentum:
+        return
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            loaded = optimizer.state.get(parameter, {})
+            for name, rows in momentum.pop(parameter, {}).items():
+                if isinstance(loaded.get(name), Tensor):
+                    loaded[name] = rows.to(loaded[name])

@@ -13,14 +13,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from arcface_kd import registry
 from arcface_kd.checkpoints.files import HEAD, checkpoint_file, checkpoints_in_force, read_checkpoint
+from arcface_kd.checkpoints.run_settings import from_tensor
 from arcface_kd.checkpoints.tensor_file import save_tensors
 from arcface_kd.distributed.class_shard import ClassShard
 from arcface_kd.errors import CheckpointError
-from arcface_kd.methods.base import Method
-from arcface_kd.methods.learned_classifier import LearnedClassifier
 
+# Where torch puts what a module's `get_extra_state` gives, and what in it names the entry with the class centers.
+SETTINGS = "_extra_state"
+CLASS_CENTERS = "class_centers"
+# How that entry ends in states of before its name was in them.
+_ENDINGS = (".classifier.weight", ".centers.weight")
 # What arcface_torch's own PartialFC calls its shard; it does not save which classes they are.
 _HOST_WEIGHT = "weight"
 
@@ -202,12 +205,15 @@ def _classifier_entry(head: Mapping[str, Any]) -> str:
     """The entry of a head's state that holds the class centers which the student is scored against."""
     if "class_range" not in head:
         return _HOST_WEIGHT
-    names = dict.fromkeys(key.split(".")[1] for key in head if key.startswith("methods."))
-    for name in names:
-        kind = LearnedClassifier if name == "classifier" else registry.load(registry.METHODS, name)
-        if isinstance(kind, type) and issubclass(kind, Method) and kind.classifies and kind.sharded:
-            return f"methods.{name}.{kind.sharded[0]}"
-    whose = f"the head of {', '.join(names)}" if names else "the run's head"
+    settings = from_tensor(head[SETTINGS]) if SETTINGS in head else {}
+    if CLASS_CENTERS in settings:
+        name = settings[CLASS_CENTERS]
+    else:
+        name = next((key for key in head if key.startswith("methods.") and key.endswith(_ENDINGS)), None)
+    if isinstance(name, str):
+        return name
+    methods = dict.fromkeys(key.split(".")[1] for key in head if key.startswith("methods."))
+    whose = f"the head of {', '.join(methods)}" if methods else "the run's head"
     raise CheckpointError(
         f"{whose} holds no class centers that could be joined: a frozen classifier stays in the file or folder that "
         "kd_classifier named, and a run without labels has none"

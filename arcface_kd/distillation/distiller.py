@@ -4,26 +4,25 @@ import copy
 import logging
 from collections.abc import Callable
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import normalize
+from torch.utils.hooks import RemovableHandle
 
-from arcface_kd import registry
-from arcface_kd.config.kd import CLASS_MEANS, KDConfig
-from arcface_kd.config.options import build
+from arcface_kd.config.kd import KDConfig
 from arcface_kd.data.dataset import IMAGE_SIZE, FaceDataset
-from arcface_kd.data.fingerprint import fingerprint, outline, shows_two_views
+from arcface_kd.data.fingerprint import outline
 from arcface_kd.data.loader import BatchViews, FaceLoader
 from arcface_kd.distillation.feature_maps import FeatureMaps
-from arcface_kd.distillation.method_set import replacing_classifier, wanted_maps
-from arcface_kd.distillation.teacher_classifier import check_order, class_means, read_classifier
-from arcface_kd.distributed.class_shard import ClassShard
-from arcface_kd.distributed.ranks import RankGroup, on_first_rank_first
+from arcface_kd.distillation.method_set import MethodSet
+from arcface_kd.distillation.run_cache import open_cache
+from arcface_kd.distributed.ranks import RankGroup
 from arcface_kd.errors import ConfigError, TeacherError
-from arcface_kd.methods.base import Method, Requirement
+from arcface_kd.methods.base import Requirement
 from arcface_kd.teachers.base import Teacher, load_teacher
-from arcface_kd.teachers.cache.embedding_cache import EmbeddingCache, fill_hint, identity_in, identity_of
+from arcface_kd.teachers.cache.embedding_cache import EmbeddingCache, fill_hint
 
 logger = logging.getLogger(__name__)
 
@@ -31,10 +30,25 @@ NO_CACHE = (
     "{} takes the teacher's embeddings from a cache by the records that a batch shows, and the loader does not say "
     "which these are: set dali=False; in a loop of your own, call use_cache with the loader"
 )
+_NO_VIEWS = (
+    "kd_cache is set, but the loader did not say which records these {} images are: use the drop-in loader, one batch "
+    "a step"
+)
+# Rounding, and augmentations that overshoot a little, are not worth a line.
+_LARGEST_PIXEL = 1.05
 
 
 class Distiller:
-    """What the student's hook and the head of one run share.
+    """The teacher's signal in one run: shows each batch to the teacher, or looks it up in the cache, and hands it out.
+
+    Attributes:
+        methods: the run's methods.
+        teacher: None where none is needed, or a full cache stands for it.
+        cache: its embeddings, None until :meth:`use_cache` has opened it.
+        student: the one that is watched.
+        faces: the training records, where the loader has told them.
+        maps: the feature maps, for methods that look at them.
+        even_batches: whether the loader brings all ranks equally many rows.
 
     Args:
         kd: the ``kd*`` keys.
@@ -49,43 +63,26 @@ class Distiller:
     def __init__(self, kd: KDConfig, teacher: Teacher | Callable[[Tensor], Tensor] | None = None) -> None:
         self.kd = kd
         self.student_options = kd.student
-        self.method_types: dict[str, type[Method]] = {}
-        self.method_configs: dict[str, Any] = {}
-        for name in kd.methods:
-            kind = registry.load(registry.METHODS, name)
-            if not (isinstance(kind, type) and issubclass(kind, Method)):
-                raise ConfigError(f"the entry point of method {name!r} is {kind!r}; it must be a subclass of Method")
-            self.method_types[name] = kind
-            self.method_configs[name] = build(kind.Config, kd.options.get(name, {}), name)
-        alone = [name for name, kind in self.method_types.items() if not kind.combines]
-        if alone and len(self.method_types) > 1:
-            raise ConfigError(f"{alone[0]} does not combine with other methods: kd is {'+'.join(kd.methods)!r}")
-        self.replacing = replacing_classifier(self.method_types, self.method_configs)
-        needed = frozenset().union(*(t.requirements(self.method_configs[n]) for n, t in self.method_types.items()))
-        if Requirement.TEACHER_CLASSIFIER in needed and kd.classifier is None:
-            raise TeacherError(f"{'+'.join(kd.methods)} needs {Requirement.TEACHER_CLASSIFIER.value}")
-        self.from_cache_alone = Requirement.CACHED_EMBEDDINGS in needed
-        if self.from_cache_alone and kd.cache is None:
-            raise TeacherError(f"{'+'.join(kd.methods)} needs {Requirement.CACHED_EMBEDDINGS.value}")
-        if teacher is None and kd.teacher is not None and self.method_types:
+        self.methods = methods = MethodSet(kd.methods, kd.options)
+        methods.require(Requirement.TEACHER_CLASSIFIER, kd.classifier is not None)
+        methods.require(Requirement.CACHED_EMBEDDINGS, kd.cache is not None)
+        if teacher is None and kd.teacher is not None and methods:
             teacher = load_teacher(kd.teacher, kd.options.get("teacher"))
         elif teacher is not None and not isinstance(teacher, Teacher):
             teacher = load_teacher(teacher, kd.options.get("teacher"))
-        if teacher is None and Requirement.TEACHER_TAIL in needed:
-            raise TeacherError(f"{'+'.join(kd.methods)} needs {Requirement.TEACHER_TAIL.value}")
-        if teacher is None and Requirement.TEACHER_EMBEDDINGS in needed and not self.from_cache_alone:
-            raise TeacherError(f"{'+'.join(kd.methods)} needs {Requirement.TEACHER_EMBEDDINGS.value}")
-        self.needed = needed
+        methods.require(Requirement.TEACHER_TAIL, teacher is not None)
+        methods.require(Requirement.TEACHER_EMBEDDINGS, teacher is not None or methods.from_cache_alone)
         self.teacher = teacher
         self.student: nn.Module | None = None
         self.faces: FaceDataset | None = None
         self.cache: EmbeddingCache | None = None
+        self.maps: FeatureMaps | None = None
         self.even_batches = False
         self._views: BatchViews | None = None
         self._shown: BatchViews | None = None
         self._seen: Tensor | None = None
-        self.maps_wanted = wanted_maps(self.method_types, self.method_configs)
-        self.maps: FeatureMaps | None = None
+        self._untold = False
+        self._range_checked = False
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "Distiller":
         """One for copies of student and head; teacher, cache and data, which no step changes, are shared."""
@@ -116,47 +113,17 @@ class Distiller:
         self.faces = loader.faces
         loader.on_batch = self._next_views
         self.even_batches = loader.even
+        self.cache = open_cache(self.kd, self.methods, self.teacher, loader.faces, ranks)
         if self.from_cache_alone:
-            self._open_full_cache(loader)
-            return
-        embeds = Requirement.TEACHER_EMBEDDINGS in self.needed and not self._shows_maps
-        if self.kd.cache is not None and self._shows_maps:
-            logger.warning(
-                "kd_cache spares nothing: %s compares feature maps, which no cache holds, and the teacher runs each "
-                "step",
-                "+".join(self.kd.methods),
-            )
-        reads = embeds or self.kd.classifier == CLASS_MEANS
-        if self.kd.cache is None or self.teacher is None or not reads:
-            return
-        if not shows_two_views(loader.faces):
-            logger.warning(
-                "kd_cache is off: a %s may show an image in other ways than plain and mirrored: the teacher runs each "
-                "step",
-                type(loader.faces).__name__,
-            )
-            return
-        identity = identity_of(self.teacher, fingerprint(loader.faces), len(loader.faces))
-        self.cache = on_first_rank_first(lambda: EmbeddingCache(str(self.kd.cache), identity), ranks)
+            self.teacher = None
 
     # The name that loops of users' own know.
     read_through_cache = use_cache
 
-    def _open_full_cache(self, loader: FaceLoader) -> None:
-        """Let the cache stand for the teacher, which is given up where one was given to compare with."""
-        path, whose = str(self.kd.cache), "+".join(self.kd.methods)
-        if not shows_two_views(loader.faces):
-            raise TeacherError(
-                f"{whose} takes the teacher's embeddings from a cache, and a {type(loader.faces).__name__} may show an "
-                "image in other ways than plain and mirrored: train on records or on a folder"
-            )
-        data = fingerprint(loader.faces)
-        if self.teacher is None:
-            identity = identity_in(path, data, len(loader.faces))
-        else:
-            identity = identity_of(self.teacher, data, len(loader.faces))
-        self.cache = EmbeddingCache(path, identity, create=False)
-        self.teacher = None
+    @property
+    def from_cache_alone(self) -> bool:
+        """Whether the teacher's embeddings come from a full cache and from nowhere else."""
+        return self.methods.from_cache_alone
 
     @property
     def teacher_embedding_size(self) -> int | None:
@@ -173,11 +140,6 @@ class Distiller:
             teacher = str(self.cache.identity["teacher"])
         return {"teacher": teacher, "data": None if self.faces is None else outline(self.faces)}
 
-    @property
-    def compares_embeddings(self) -> bool:
-        """Whether a method holds the student's embeddings against the teacher's, number by number."""
-        return any(kind.projects for kind in self.method_types.values())
-
     def refuse_dimension(self, embedding_size: int, teacher_embedding_size: int | None) -> None:
         """Refuse a teacher of another dimension than the student's where the run has no way to compare the two.
 
@@ -188,7 +150,7 @@ class Distiller:
         Raises:
             ConfigError: they differ, a method compares embeddings, and the run asks for no projection.
         """
-        if teacher_embedding_size in (None, embedding_size) or not self.compares_embeddings:
+        if teacher_embedding_size in (None, embedding_size) or not self.methods.compares_embeddings:
             return
         if self.student_options.projection == "none":
             raise ConfigError(
@@ -200,12 +162,7 @@ class Distiller:
     def _listens(self) -> bool:
         """Whether each batch needs the teacher's embeddings."""
         there = self.teacher is not None or self.from_cache_alone
-        return there and Requirement.TEACHER_EMBEDDINGS in self.needed
-
-    @property
-    def _shows_maps(self) -> bool:
-        """Whether each batch needs the teacher's own feature maps."""
-        return self.maps_wanted is not None and self.maps_wanted.teacher_maps
+        return there and Requirement.TEACHER_EMBEDDINGS in self.methods.needed
 
     def _next_views(self, views: BatchViews) -> None:
         self._views = self._shown = views
@@ -223,6 +180,7 @@ class Distiller:
         """Put the hook on a student: in training mode, what it is shown the teacher is shown first.
 
         The teacher comes first so that its activations are gone before the student's are kept for the backward pass.
+        A student that was watched before, by this distiller or another, is watched by this one alone.
 
         Args:
             student: any module whose first argument is the batch of images.
@@ -234,13 +192,17 @@ class Distiller:
             ConfigError: a student that a method cannot work with.
             TeacherError: a teacher without the feature map that a method looks at.
         """
-        for name, kind in self.method_types.items():
-            kind.prepare_student(self.method_configs[name], student)
+        for handle in _watching.pop(student, ()):
+            handle.remove()
+        self.methods.prepare_student(student)
+        handles = []
         if self._listens:
-            student.register_forward_pre_hook(_ShowToTeacher(self))
-        if self.maps_wanted is not None and self.teacher is not None:
-            self.maps = FeatureMaps("+".join(self.kd.methods), self.maps_wanted, self.teacher)
-            self.maps.watch(student, self.teacher.preprocessing.size if self.faces is None else IMAGE_SIZE[0])
+            handles.append(student.register_forward_pre_hook(_ShowToTeacher(self), with_kwargs=True))
+        if self.methods.maps_wanted is not None and self.teacher is not None:
+            self.maps = FeatureMaps(self.methods.title, self.methods.maps_wanted, self.teacher)
+            size = self.teacher.preprocessing.size if self.faces is None else IMAGE_SIZE[0]
+            handles.append(self.maps.watch(student, size))
+        _watching[student] = handles
         self.student = student
         return student
 
@@ -250,35 +212,38 @@ class Distiller:
         Args:
             images: (b, 3, H, W) as the student sees them.
         """
-        if self._listens:
-            self._seen = self._embed(self.teacher, images)
-
-    def _embed(self, teacher: Teacher | None, images: Tensor) -> Tensor:
-        """The teacher's unit embeddings of a batch, from the cache where they are in it."""
+        if not self._listens:
+            return
+        if not self._range_checked:
+            self._range_checked = True
+            _tell_range(images)
         views, self._views = self._views, None
-        if self.maps is not None and self._shows_maps:
-            return self.maps.embed(images)
-        if self.cache is None:
-            if teacher is None:
-                raise TeacherError(NO_CACHE.format("+".join(self.kd.methods)))
-            return normalize(teacher(images))
-        if views is None or views.index.shape[0] != images.shape[0]:
-            raise RuntimeError(
-                f"kd_cache is set, but the loader did not say which records these {images.shape[0]} images are: use "
-                "the drop-in loader, one batch a step"
-            )
-        rows, known = self.cache.look_up(views.index, views.flipped)
+        if self.maps is not None and self.methods.compares_maps:
+            self._seen = self.maps.embed(images)
+        elif self.cache is not None:
+            # The head says that views are missing: activation checkpointing runs the student again without it.
+            self._seen = None if views is None else self._from_cache(self.cache, images, views)
+            self._untold = views is None
+        elif self.teacher is not None:
+            self._seen = normalize(self.teacher(images))
+        else:
+            raise TeacherError(NO_CACHE.format(self.methods.title))
+
+    def _from_cache(self, cache: EmbeddingCache, images: Tensor, views: BatchViews) -> Tensor:
+        """The teacher's unit embeddings of a batch; those that the cache lacks are made and stored."""
+        if views.index.shape[0] != images.shape[0]:
+            raise RuntimeError(_NO_VIEWS.format(images.shape[0]))
+        rows, known = cache.look_up(views.index, views.flipped)
         if not known.all():
             missing = ~known
             index, flipped = views.index[missing], views.flipped[missing]
-            if teacher is None:
+            if self.teacher is None:
                 raise TeacherError(
-                    f"the cache {self.cache.path} lacks embeddings of images {index[:5].tolist()}: "
-                    f"{fill_hint(self.cache.path)}"
+                    f"the cache {cache.path} lacks embeddings of images {index[:5].tolist()}: {fill_hint(cache.path)}"
                 )
-            self.cache.store(index, flipped, teacher(images[missing.to(images.device)]))
+            cache.store(index, flipped, self.teacher(images[missing.to(images.device)]))
             # Read back: the step that fills a row and the one that finds it see the same rounded numbers.
-            rows[missing], _ = self.cache.look_up(index, flipped)
+            rows[missing], _ = cache.look_up(index, flipped)
         if images.device.type == "cuda":
             # A copy of what is not pinned waits until the device has done all that came before it.
             rows = rows.pin_memory()
@@ -299,6 +264,8 @@ class Distiller:
         if not self._listens:
             return None
         seen, self._seen = self._seen, None
+        if seen is None and self._untold:
+            raise RuntimeError(_NO_VIEWS.format(rows))
         if seen is None or seen.shape[0] != rows:
             met = "no batch" if seen is None else f"a batch of {seen.shape[0]}"
             raise RuntimeError(
@@ -307,57 +274,23 @@ class Distiller:
             )
         return seen
 
-    def teacher_classifier(self, shard: ClassShard) -> Tensor | None:
-        """The teacher's classifier, checked against the records that the loader reads.
 
-        Args:
-            shard: the classes of this rank.
+# The hooks of each watched student.
+_watching: WeakKeyDictionary[nn.Module, list[RemovableHandle]] = WeakKeyDictionary()
 
-        Returns:
-            (shard.size, Dt) fp32, any norms; None in a run whose methods do not need it.
 
-        Raises:
-            TeacherError: it cannot be read, or is one of other classes or another teacher.
-            CheckpointError: its files do not belong together.
-            DataError: records that cannot be read.
-        """
-        source, teacher, faces = self.kd.classifier, self.teacher, self.faces
-        if source is None or Requirement.TEACHER_CLASSIFIER not in self.needed:
-            return None
-        if source == CLASS_MEANS:
-            if self.cache is None or faces is None:
-                raise TeacherError(
-                    f"kd_classifier={CLASS_MEANS} takes the means of cached embeddings: give the teacher and a cache "
-                    "that `arcface-kd cache` has filled, with --kd-teacher and --kd-cache"
-                )
-            return class_means(self.cache, faces, shard)
-        classifier = read_classifier(source, shard)
-        if teacher is None or faces is None:
-            what = "teacher" if teacher is None else "records"
-            logger.warning("the order of the classes of %s is not checked: the run has no %s of its own", source, what)
-            return classifier
-        if classifier.shape[1] != teacher.embedding_size:
-            raise TeacherError(
-                f"the teacher's classifier {source} has {classifier.shape[1]} dimensions, the teacher "
-                f"{teacher.embedding_size}: it is another teacher's"
-            )
-        check_order(classifier, shard, faces, lambda index: self._embed_records(teacher, faces, index), source)
-        return classifier
-
-    def _embed_records(self, teacher: Teacher, faces: FaceDataset, index: Tensor) -> Tensor:
-        """The teacher's embeddings (N, Dt) of some records, plain, from the cache where they are in it."""
-        plain = torch.zeros(len(index), dtype=torch.bool)
-        known = plain
-        rows = torch.empty(len(index), teacher.embedding_size)
-        if self.cache is not None:
-            rows, known = self.cache.look_up(index, plain)
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-        unknown = (~known).nonzero().flatten()
-        # Nothing at all would be one part, of no images.
-        for places in unknown.split(32) if len(unknown) else ():
-            images = torch.stack([faces[int(index[place])].image for place in places.tolist()])
-            rows[places] = teacher(images.to(device).float() / 127.5 - 1).cpu()
-        return rows
+def _tell_range(images: Tensor) -> None:
+    """Warn of images that are not in [-1, 1], as those are which a loader forgot to normalise."""
+    if not images.numel():
+        return
+    low, high = (float(value) for value in images.detach().aminmax())
+    if max(-low, high) > _LARGEST_PIXEL:
+        logger.warning(
+            "the first batch holds values from %.4g to %.4g; teacher and student are shown RGB images in [-1, 1]: "
+            "(pixel - 127.5) / 127.5",
+            low,
+            high,
+        )
 
 
 class _ShowToTeacher:
@@ -366,9 +299,9 @@ class _ShowToTeacher:
     def __init__(self, distiller: Distiller) -> None:
         self._distiller: Distiller | None = distiller
 
-    def __call__(self, student: nn.Module, arguments: tuple[Any, ...]) -> None:
+    def __call__(self, student: nn.Module, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> None:
         if self._distiller is not None and student.training and torch.is_grad_enabled():
-            self._distiller.show(arguments[0])
+            self._distiller.show(arguments[0] if arguments else next(iter(keywords.values())))
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "_ShowToTeacher":
         twin = memo[id(self)] = object.__new__(type(self))

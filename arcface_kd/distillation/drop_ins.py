@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -117,26 +118,38 @@ def drop_ins(
         TeacherError: no teacher where one is needed.
     """
     shared = distiller if distiller is not None else Distiller(KDConfig.from_config(config()))
+    makers = _Makers(config, shared, host_model, host_loader)
+    return DropIns(makers.get_model, makers.get_dataloader, makers.partial_fc, shared)
 
-    def get_model(name: str, **kwargs: Any) -> nn.Module:
-        def build() -> nn.Module:
-            return get_backbone(name, **kwargs) if host_model is None else host_model(name, **kwargs)
 
-        init = shared.kd.student.init
+@dataclass(frozen=True)
+class _Makers:
+    """The drop-ins as bound methods; arguments as in :func:`drop_ins`."""
+
+    config: Callable[[], Mapping[str, Any]]
+    shared: Distiller
+    host_model: Callable[..., nn.Module] | None
+    host_loader: Callable[..., Any] | None
+
+    def get_model(self, name: str, **kwargs: Any) -> nn.Module:
+        """The student, watched; it starts from ``student.init`` where that is given."""
+        make = get_backbone if self.host_model is None else self.host_model
+        init = self.shared.kd.student.init
         if init is None:
-            return shared.watch(build())
+            return self.shared.watch(make(name, **kwargs))
         student, preprocessing = start_from(
             init,
-            shared.kd.options.get("teacher"),
-            build,
+            self.shared.kd.options.get("teacher"),
+            lambda: make(name, **kwargs),
             kwargs.get("num_features", 512),
             fp16=bool(kwargs.get("fp16", False)),
         )
         # Behind the teacher's hook, which wants the images as the loader brings them.
-        prepare_images(shared.watch(student), preprocessing)
+        prepare_images(self.shared.watch(student), preprocessing)
         return student
 
     def get_dataloader(
+        self,
         root_dir: str,
         local_rank: int,
         batch_size: int,
@@ -145,41 +158,43 @@ def drop_ins(
         seed: int = 2048,
         num_workers: int = 2,
     ) -> Any:
-        if dali and host_loader is not None:
-            if shared.kd.cache is not None and not shared.from_cache_alone:
-                logger.warning(
-                    "kd_cache is off: DALI does not say which records a batch shows, nor how; the teacher runs each "
-                    "step"
-                )
-            if shared.kd.on_bad_record == "skip":
-                logger.warning("kd_on_bad_record=skip is off: DALI decides itself what becomes of a bad record")
-            return host_loader(root_dir, local_rank, batch_size, dali, dali_aug, seed, num_workers)
-        num_classes = config().get("num_classes")
-        loader = open_loader(
-            *(root_dir, local_rank, batch_size, dali, dali_aug, seed, num_workers),
-            num_classes=num_classes,
-            on_bad_record=shared.kd.on_bad_record,
-        )
-        _compare_with_data(config(), loader)
-        shared.use_cache(loader)
+        """This package's loader, or the trainer's own for DALI."""
+        arguments = (root_dir, local_rank, batch_size, dali, dali_aug, seed, num_workers)
+        if dali and self.host_loader is not None:
+            self._tell_what_dali_switches_off()
+            return self.host_loader(*arguments)
+        num_classes, on_bad_record = self.config().get("num_classes"), self.shared.kd.on_bad_record
+        loader = open_loader(*arguments, num_classes=num_classes, on_bad_record=on_bad_record)
+        _compare_with_data(self.config(), loader)
+        self.shared.use_cache(loader)
         return loader
 
+    def _tell_what_dali_switches_off(self) -> None:
+        if self.shared.kd.cache is not None and not self.shared.from_cache_alone:
+            logger.warning(
+                "kd_cache is off: DALI does not say which records a batch shows, nor how; the teacher runs each step"
+            )
+        if self.shared.kd.on_bad_record == "skip":
+            logger.warning("kd_on_bad_record=skip is off: DALI decides itself what becomes of a bad record")
+
     def partial_fc(
+        self,
         margin_loss: object,
         embedding_size: int,
         num_classes: int,
         sample_rate: float = 1.0,
         fp16: bool = False,
     ) -> DistillationHead:
-        settings, ranks = config(), RankGroup()
-        total_batch = settings["batch_size"] * ranks.world_size
-        steps_per_epoch = max(1, settings["num_image"] // total_batch)
+        """The head; what the trainer does not pass comes from the config."""
+        settings, ranks = self.config(), RankGroup()
+        steps_per_epoch = max(1, settings["num_image"] // (settings["batch_size"] * ranks.world_size))
         epochs = settings.get("num_epoch")
-        if (teacher := shared.teacher) is not None:
+        folder = Path(settings["output"])
+        if (teacher := self.shared.teacher) is not None:
             # Here and not when it is loaded: by now the trainer has opened its log.
             logger.info("teacher: %s, %d-d, %s", teacher.description, teacher.embedding_size, teacher.preprocessing)
         return DistillationHead(
-            shared,
+            self.shared,
             margin_of(margin_loss),
             embedding_size,
             num_classes,
@@ -190,8 +205,6 @@ def drop_ins(
             loss_is_scaled=bool(settings.get("fp16")) and default_device().type == "cuda",
             total_steps=None if epochs is None else max(1, steps_per_epoch * int(epochs)),
             ranks=ranks,
-            log=TensorBoardLog(Path(settings["output"]) / "tensorboard", int(settings["frequent"]), ranks.rank == 0),
-            run_folder=Path(settings["output"]),
+            log=TensorBoardLog(folder / "tensorboard", int(settings["frequent"]), ranks.rank == 0),
+            run_folder=folder,
         )
-
-    return DropIns(get_model, get_dataloader, partial_fc, shared)

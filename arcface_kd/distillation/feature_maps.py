@@ -7,6 +7,7 @@ Methods that compare maps, or run the student's map through the teacher's tail, 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import normalize
+from torch.utils.hooks import RemovableHandle
 
 from arcface_kd.backbones.feature_taps import find_map, map_shape
 from arcface_kd.errors import ConfigError, TeacherError
@@ -45,12 +46,15 @@ class FeatureMaps:
         self._student_map: Tensor | None = None
         self._teacher_map: Tensor | None = None
 
-    def watch(self, student: nn.Module, size: int) -> None:
+    def watch(self, student: nn.Module, size: int) -> RemovableHandle:
         """Put the hook on a student: in training mode its map is kept until the head asks for it.
 
         Args:
             student: any module whose first argument is the batch of images.
             size: height and width of the images.
+
+        Returns:
+            What takes the hook off again.
 
         Raises:
             ConfigError: where its map is is not known, or there is none.
@@ -65,7 +69,7 @@ class FeatureMaps:
             if student.training and torch.is_grad_enabled():
                 self._student_map = feature_map
 
-        place.watch(student, keep)
+        return place.watch(student, keep)
 
     def embed(self, images: Tensor) -> Tensor:
         """The teacher's unit embeddings of a batch, whose maps are kept until the head asks for them.

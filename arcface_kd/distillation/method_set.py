@@ -1,15 +1,110 @@
-"""The methods of one run and what they need."""
+"""The methods of one run: their classes, options, and what they need together."""
 
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-from arcface_kd.errors import ConfigError
-from arcface_kd.methods.base import MapsWanted, Method
+from torch import nn
+
+from arcface_kd import registry
+from arcface_kd.config.options import build
+from arcface_kd.errors import ConfigError, TeacherError
+from arcface_kd.methods.base import MapsWanted, Method, Requirement, RunContext
+from arcface_kd.methods.learned_classifier import LearnedClassifier
 
 
-def replacing_classifier(types: Mapping[str, type[Method]], configs: Mapping[str, Any]) -> str | None:
-    """The one method whose terms take the place of the trainer's learned classifier, if there is one."""
+class MethodSet:
+    """The methods that one run trains with, resolved and checked.
+
+    Attributes:
+        title: their names, as ``kd`` has them: ``adadistill+embedding``.
+        types: their classes by name.
+        configs: their options by name.
+        needed: what one of them cannot do without.
+        replacing: name of the one whose terms take the place of the trainer's learned classifier; None if none does.
+        maps_wanted: the feature maps that they look at; None if none does.
+
+    Args:
+        names: as registered.
+        options: ``{method: {option: value}}``; entries of other names are not looked at.
+
+    Raises:
+        ConfigError: an unknown method, options that it does not have, or methods that cannot be combined.
+    """
+
+    def __init__(self, names: tuple[str, ...], options: Mapping[str, Mapping[str, Any]]) -> None:
+        self.title = "+".join(names)
+        self.types: dict[str, type[Method]] = {name: _load(name) for name in names}
+        self.configs = {name: build(kind.Config, options.get(name, {}), name) for name, kind in self.types.items()}
+        alone = [name for name, kind in self.types.items() if not kind.combines]
+        if alone and len(names) > 1:
+            raise ConfigError(f"{alone[0]} does not combine with other methods: kd is {self.title!r}")
+        self.replacing = _replacing_classifier(self.types, self.configs)
+        self.needed: frozenset[Requirement] = frozenset().union(
+            *(kind.requirements(self.configs[name]) for name, kind in self.types.items())
+        )
+        self.maps_wanted = _wanted_maps(self.types, self.configs)
+
+    def __bool__(self) -> bool:
+        return bool(self.types)
+
+    @property
+    def from_cache_alone(self) -> bool:
+        """Whether the teacher's embeddings come from a full cache and from nowhere else."""
+        return Requirement.CACHED_EMBEDDINGS in self.needed
+
+    @property
+    def compares_embeddings(self) -> bool:
+        """Whether a method compares the student's embeddings with the teacher's, number by number."""
+        return any(kind.projects for kind in self.types.values())
+
+    @property
+    def compares_maps(self) -> bool:
+        """Whether each batch needs the teacher's own feature maps."""
+        return self.maps_wanted is not None and self.maps_wanted.teacher_maps
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """All options of all methods, as ``method.option``."""
+        return {f"{name}.{key}": value for name, config in self.configs.items() for key, value in vars(config).items()}
+
+    def require(self, requirement: Requirement, there: bool) -> None:
+        """Refuse a run that lacks something its methods need.
+
+        Args:
+            requirement: what may be needed.
+            there: whether the run has it.
+
+        Raises:
+            TeacherError: it is needed and not there; the message says how to get it.
+        """
+        if requirement in self.needed and not there:
+            raise TeacherError(f"{self.title} needs {requirement.value}")
+
+    def prepare_student(self, student: nn.Module) -> None:
+        """Make a student ready for all methods, once, before any trainer has wrapped it."""
+        for name, kind in self.types.items():
+            kind.prepare_student(self.configs[name], student)
+
+    def build(self, context: RunContext) -> dict[str, Method]:
+        """Make the methods, and the learned classifier where none takes its place.
+
+        Args:
+            context: the run.
+        """
+        made: dict[str, Method] = {} if self.replacing else {"classifier": LearnedClassifier(context)}
+        made.update({name: kind(self.configs[name], context) for name, kind in self.types.items()})
+        return made
+
+
+def _load(name: str) -> type[Method]:
+    kind = registry.load(registry.METHODS, name)
+    if not (isinstance(kind, type) and issubclass(kind, Method)):
+        raise ConfigError(f"the entry point of method {name!r} is {kind!r}; it must be a subclass of Method")
+    return kind
+
+
+def _replacing_classifier(types: Mapping[str, type[Method]], configs: Mapping[str, Any]) -> str | None:
     found = [name for name, kind in types.items() if kind.replaces_classifier(configs[name])]
     if len(found) <= 1:
         return found[0] if found else None
@@ -22,8 +117,7 @@ def replacing_classifier(types: Mapping[str, type[Method]], configs: Mapping[str
     )
 
 
-def wanted_maps(types: Mapping[str, type[Method]], configs: Mapping[str, Any]) -> MapsWanted | None:
-    """The feature maps that all methods of a run look at together, None where none does."""
+def _wanted_maps(types: Mapping[str, type[Method]], configs: Mapping[str, Any]) -> MapsWanted | None:
     found = {name: wanted for name, kind in types.items() if (wanted := kind.maps_wanted(configs[name])) is not None}
     if not found:
         return None

@@ -1,298 +1,153 @@
-"""NaN and inf caught at the step in which they arise, and named, without a wait for the GPU.
+"""What a head watches in each step: NaN and inf, the terms' gradients, and the log of both."""
 
-A few numbers a row say whether it is finite. On a CPU they are looked at at once. From a GPU those of a step are copied
-in one piece beside the computation and looked at two steps later, on every rank at the same place; the message names
-the step that they belong to, and neither head nor student is saved before the last ones have been looked at.
-"""
-
-from collections import deque
-from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+import weakref
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from arcface_kd.data.dataset import FaceDataset
-from arcface_kd.data.loader import BatchViews
-from arcface_kd.errors import NumberError
-
-# By then the numbers have arrived, as a rule, and nobody waits.
-_STEPS_ON_THE_WAY = 2
-_NAMED = 3
-# A unit vector's norm is 1; normalising what was zero leaves zero.
-_LEAST_NORM = 0.5
+from arcface_kd.distillation.nan_monitor import BatchRows, NaNMonitor
+from arcface_kd.distillation.tensorboard_log import TensorBoardLog
+from arcface_kd.distributed.ranks import RankGroup
+from arcface_kd.methods.base import Batch
 
 
-class BatchRows(NamedTuple):
-    """Whose rows a gathered batch holds, for messages.
+class Monitor:
+    """Watches one head's numbers, and writes them to the log on its steps.
 
     Attributes:
-        step: the micro-step, counted from 1.
-        sizes: rows of each rank.
-        rank: this rank.
-        views: which records this rank's rows show; None where nobody says.
-        faces: their data set; None where nobody says.
+        nan: finds NaN and inf.
+        last_terms: the last step's loss terms by name, scalars without gradient.
+
+    Args:
+        ranks: the ranks of the run.
+        log: where loss terms, their gradient norms and the methods' observations go; None keeps no log.
+        watches_gradients: whether gradients are looked at for NaN and inf as well.
     """
 
-    step: int
-    sizes: Sequence[int]
-    rank: int
-    views: BatchViews | None = None
-    faces: FaceDataset | None = None
+    def __init__(self, ranks: RankGroup, log: TensorBoardLog | None, *, watches_gradients: bool) -> None:
+        self.nan = NaNMonitor()
+        self.last_terms: dict[str, Tensor] = {}
+        self._ranks = ranks
+        self._log = log
+        self._watches_gradients = watches_gradients
 
-    @property
-    def place(self) -> str:
-        """The step and, of several ranks, this one."""
-        return f"step {self.step}" + (f" on rank {self.rank}" if len(self.sizes) > 1 else "")
-
-    def name(self, flags: Tensor) -> str:
-        """Name the rows of the gathered batch that are flagged: this rank's by their records, others by their rank."""
-        named, others = "", []
-        for rank, own in enumerate(flags.split(list(self.sizes))):
-            rows = own.nonzero().flatten().tolist()
-            if rows and rank == self.rank:
-                named = self._own(rows)
-            elif rows:
-                others.append(f"{len(rows)} of {len(own)} images of rank {rank}")
-        return "; ".join([*([named] if named else []), *others])
-
-    def _own(self, rows: list[int]) -> str:
-        shown = rows[:_NAMED]
-        more = f" and {len(rows) - _NAMED} more" if len(rows) > _NAMED else ""
-        total = f"{len(rows)} of {self.sizes[self.rank]} images"
-        if self.views is None or self.faces is None:
-            return f"{total} (rows {', '.join(map(str, shown))}{more} of the batch)"
-        index = self.views.index[shown].tolist()
-        return f"{total} ({'; '.join(self.faces.where(place) for place in index)}{more})"
-
-
-class _Measured(NamedTuple):
-    """Numbers that say whether something is wrong, and what to say of them.
-
-    ``fault`` takes them on the CPU and gives the message, or None where nothing is wrong.
-    """
-
-    values: Tensor
-    fault: Callable[[Tensor], str | None]
-
-
-class _OnTheWay(NamedTuple):
-    step: int
-    arrival: Any
-    values: Tensor
-    measured: list[_Measured]
-
-
-class NaNMonitor:
-    """Looks at a run's numbers as they pass; one for each head."""
-
-    def __init__(self) -> None:
-        self._held: list[_Measured] = []
-        self._on_the_way: deque[_OnTheWay] = deque()
-
-    def look(self, values: Tensor, fault: Callable[[Tensor], str | None]) -> None:
-        """Look at numbers now, or, from a GPU, along with the step's others.
+    def inputs(self, batch: Batch, num_classes: int | None, rows: BatchRows) -> None:
+        """Look at the gathered batch.
 
         Args:
-            values: (N,) of any type.
-            fault: from the numbers, on the CPU, to the message; None where nothing is wrong.
+            batch: of the step.
+            num_classes: that labels must be below; None looks at no label.
+            rows: of the batch.
 
         Raises:
-            NumberError: something is wrong.
+            NumberError: NaN, inf, or a label that is no class.
         """
-        measured = _Measured(values.detach(), fault)
-        if self._is_slow(values):
-            self._held.append(measured)
-        else:
-            self._judge([measured], values)
+        self.nan.inputs(batch.labels, num_classes, batch.embeddings, batch.teacher, rows)
 
-    def end_step(self, step: int) -> None:
-        """Send what the step has measured on a GPU, and look at what came two steps ago: every rank at one place.
+    def terms(
+        self,
+        terms: Mapping[str, Tensor],
+        local_embeddings: Tensor,
+        rows: BatchRows,
+        observe: Callable[[], Mapping[str, Tensor]],
+    ) -> None:
+        """Look at the step's loss terms and write them where the log wants them; the last call of a forward pass.
 
         Args:
-            step: the micro-step, counted from 1.
+            terms: scalars by name, the same on every rank.
+            local_embeddings: (b, D) this rank's, which the terms depend on.
+            rows: of the batch.
+            observe: gives what the methods have observed; asked when the log wants it.
 
         Raises:
-            NumberError: something was wrong.
+            NumberError: NaN or inf.
         """
-        if self._held:
-            measured, self._held = self._held, []
-            values = torch.cat([each.values for each in measured])
-            self._on_the_way.append(_OnTheWay(step, *self._send(values), measured))
-        while self._on_the_way and self._on_the_way[0].step <= step - _STEPS_ON_THE_WAY:
-            self._receive()
+        self.nan.terms(list(terms), list(terms.values()), rows)
+        self.last_terms = {name: term.detach() for name, term in terms.items()}
+        if self._log is not None and self._log.due(rows.step):
+            self._log.write(rows.step, self._scalars(terms, local_embeddings, observe()))
+        if self._watches_gradients and local_embeddings.requires_grad:
+            local_embeddings.register_hook(lambda gradient: self.nan.embedding_gradient(gradient, rows))
+
+    def weight_gradients(self, student: nn.Module | None, optimizer: torch.optim.Optimizer, step: int) -> None:
+        """Look at the gradients that an optimiser is about to apply to the student.
+
+        Args:
+            student: None where none is watched.
+            optimizer: any; one that has none of the student's weights is left alone.
+            step: micro-steps done.
+
+        Raises:
+            NumberError: NaN or inf; the message names the weights.
+        """
+        if student is None or not self._watches_gradients:
+            return
+        held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+        found = {
+            name: parameter.grad
+            for name, parameter in student.named_parameters()
+            if id(parameter) in held and parameter.grad is not None
+        }
+        if found:
+            self.nan.weight_gradients(list(found), list(found.values()), step)
 
     def settle(self) -> None:
-        """Wait for what is on its way and look at it; before anything is saved.
+        """Look at what is still on its way from the device; before anything is saved.
 
         Raises:
-            NumberError: something was wrong.
+            NumberError: NaN or inf.
         """
-        if self._held:
-            self.end_step(0)
-        while self._on_the_way:
-            self._receive()
+        self.nan.settle()
 
-    @staticmethod
-    def _is_slow(values: Tensor) -> bool:
-        """Whether reading the numbers would wait for a device."""
-        return values.is_cuda
+    def _scalars(
+        self, terms: Mapping[str, Tensor], local_embeddings: Tensor, observed: Mapping[str, Tensor]
+    ) -> dict[str, float]:
+        """What a step's log holds, the same on every rank.
 
-    @staticmethod
-    def _send(values: Tensor) -> tuple[Any, Tensor]:
-        """Copy numbers from a GPU: an event that tells when they are here, and where they will be."""
-        copy = torch.empty(values.shape, dtype=values.dtype, pin_memory=True)
-        copy.copy_(values, non_blocking=True)
-        arrival = torch.cuda.Event()
-        arrival.record(torch.cuda.current_stream(values.device))
-        return arrival, copy
-
-    def _receive(self) -> None:
-        sent = self._on_the_way.popleft()
-        sent.arrival.synchronize()
-        self._judge(sent.measured, sent.values)
-
-    def _judge(self, measured: list[_Measured], values: Tensor) -> None:
-        for each, part in zip(measured, values.split([len(each.values) for each in measured]), strict=True):
-            message = each.fault(part)
-            if message is not None:
-                # What is still on its way follows from this.
-                self._held.clear()
-                self._on_the_way.clear()
-                raise NumberError(message)
-
-    def inputs(
-        self, labels: Tensor, num_classes: int | None, student: Tensor, teacher: Tensor | None, rows: BatchRows
-    ) -> None:
-        """Look at the gathered batch; all ranks see the same and stop together.
-
-        Args:
-            labels: (B,), -1 for none.
-            num_classes: C of the head, which a loader of somebody else's may pass; None where no label is looked at.
-            student: (B, D) embeddings.
-            teacher: (B, Dt) unit vectors, or None.
-            rows: of the batch.
-
-        Raises:
-            NumberError: see :meth:`look`.
+        That is what the methods observed, the loss terms, the norm of each one's gradient in the embeddings of the
+        whole batch, and that norm's share in the sum of all terms' norms.
         """
-        if num_classes is not None:
-            self.look(labels, lambda met: _label_fault(met >= num_classes, num_classes, rows))
-        if teacher is not None:
-            self.look(teacher.detach().norm(dim=1), lambda met: _teacher_fault(met, rows))
-        self.look(_largest(student), lambda met: _student_fault(met, rows))
-
-    def terms(self, names: Sequence[str], terms: Sequence[Tensor], rows: BatchRows) -> None:
-        """Look at the loss terms, which are the same on every rank; they end the step's forward pass.
-
-        Args:
-            names: of the terms.
-            terms: scalars.
-            rows: of the batch.
-
-        Raises:
-            NumberError: see :meth:`look` and :meth:`end_step`.
-        """
-
-        def fault(met: Tensor) -> str | None:
-            bad = _not_finite(names, met)
-            if not bad:
-                return None
-            return (
-                f"{rows.place}: the loss term {' and '.join(bad)} is NaN or inf, from embeddings that are finite: "
-                "lower lr or the term's weight, or switch fp16 off to look closer"
-            )
-
-        self.look(torch.stack([term.detach() for term in terms]), fault)
-        self.end_step(rows.step)
-
-    def embedding_gradient(self, gradient: Tensor, rows: BatchRows) -> None:
-        """Look at the loss's gradient in this rank's student embeddings.
-
-        Args:
-            gradient: (b, D).
-            rows: of the batch.
-
-        Raises:
-            NumberError: see :meth:`look`.
-        """
-        own = rows._replace(sizes=[0] * rows.rank + [gradient.shape[0]] + [0] * (len(rows.sizes) - rows.rank - 1))
-
-        def fault(met: Tensor) -> str | None:
-            bad = ~met.isfinite()
-            if not bad.any():
-                return None
-            return (
-                f"{rows.place}: the loss's gradient in the student's embedding of {own.name(bad)} is NaN or inf: "
-                "look at these images, or lower the terms' weights"
-            )
-
-        self.look(_largest(gradient), fault)
-
-    def weight_gradients(self, names: Sequence[str], gradients: Sequence[Tensor], step: int) -> None:
-        """Look at the gradients that the student is about to take.
-
-        Args:
-            names: of the weights.
-            gradients: any shapes.
-            step: the micro-step, counted from 1.
-
-        Raises:
-            NumberError: see :meth:`look`.
-        """
-
-        def fault(met: Tensor) -> str | None:
-            bad = _not_finite(names, met)
-            if not bad:
-                return None
-            more = f" and {len(bad) - _NAMED} more" if len(bad) > _NAMED else ""
-            return (
-                f"step {step}: the gradient of the student's {', '.join(bad[:_NAMED])}{more} is NaN or inf: lower lr, "
-                "or switch fp16 off to look closer"
-            )
-
-        self.look(torch.stack(torch._foreach_norm(list(gradients))), fault)
+        values = {**observed, **{name: term.detach() for name, term in terms.items()}}
+        if local_embeddings.requires_grad:
+            norms = self._ranks.sum_(torch.stack([_squared_norm(term, local_embeddings) for term in terms.values()]))
+            # The gradient that the backbone gets is `world_size` times that of the loss, see `for_ddp`.
+            norms = norms.sqrt() / self._ranks.world_size
+            shares = norms / norms.sum().clamp_min(torch.finfo(norms.dtype).tiny)
+            for name, norm, share in zip(terms, norms, shares, strict=True):
+                values[f"gradient_norm/{name}"], values[f"gradient_share/{name}"] = norm, share
+        # One copy from the device for all of them.
+        found = torch.stack([value.to(torch.float64).reshape(()) for value in values.values()])
+        return dict(zip(values, found.tolist(), strict=True))
 
 
-def _largest(rows: Tensor) -> Tensor:
-    """The largest absolute number of each row, (B,): NaN or inf where the row holds one."""
-    return torch.linalg.vector_norm(rows.detach(), float("inf"), dim=1)
+class SettleFirst:
+    """The hook of a student before its state is saved: a trainer may save that one and never the head's.
+
+    Args:
+        monitor: that is to settle; the hook does not keep it alive.
+    """
+
+    def __init__(self, monitor: Monitor) -> None:
+        self._monitor: weakref.ref[Monitor] | None = weakref.ref(monitor)
+
+    def __call__(self, student: nn.Module, prefix: str, keep_vars: bool) -> None:
+        """Settle, as torch's ``register_state_dict_pre_hook`` calls it."""
+        monitor = None if self._monitor is None else self._monitor()
+        if monitor is not None:
+            monitor.settle()
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "SettleFirst":
+        return self
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"_monitor": None}
 
 
-def _not_finite(names: Sequence[str], values: Tensor) -> list[str]:
-    return [name for name, finite in zip(names, values.isfinite().tolist(), strict=True) if not finite]
-
-
-def _label_fault(bad: Tensor, num_classes: int, rows: BatchRows) -> str | None:
-    if not bad.any():
-        return None
-    return (
-        f"{rows.place}: the label of {rows.name(bad)} is not below num_classes={num_classes}: set num_classes to what "
-        "the data have"
-    )
-
-
-def _teacher_fault(norms: Tensor, rows: BatchRows) -> str | None:
-    # NaN is not above the bound either.
-    bad = ~((norms > _LEAST_NORM) & norms.isfinite())
-    if not bad.any():
-        return None
-    return (
-        f"{rows.place}: the teacher's embedding of {rows.name(bad)} is zero, NaN or inf: look at these images, or run "
-        "the teacher in fp32"
-    )
-
-
-def _student_fault(largest: Tensor, rows: BatchRows) -> str | None:
-    bad = ~largest.isfinite()
-    if not bad.any():
-        return None
-    if bad.all() and len(bad) > 1:
-        return (
-            f"{rows.place}: the student's embedding of every image is NaN or inf: its weights are ruined by the steps "
-            "before; lower lr, or switch fp16 off to look closer"
-        )
-    return (
-        f"{rows.place}: the student's embedding of {rows.name(bad)} is NaN or inf: look at these images, lower lr, or "
-        "switch fp16 off"
-    )
+def _squared_norm(term: Tensor, embeddings: Tensor) -> Tensor:
+    """The squared norm of a term's gradient in the embeddings, 0 where it does not depend on them."""
+    gradient = None
+    if term.requires_grad:
+        (gradient,) = torch.autograd.grad(term, embeddings, retain_graph=True, allow_unused=True)
+    return term.new_zeros(()) if gradient is None else gradient.to(term.dtype).square().sum()

@@ -21,6 +21,7 @@ from arcface_kd.config.kd import CLASS_MEANS
 from arcface_kd.data.dataset import FaceDataset, View
 from arcface_kd.distributed.class_shard import ClassShard
 from arcface_kd.errors import BadRecordError, CheckpointError, TeacherError
+from arcface_kd.teachers.base import Teacher
 from arcface_kd.teachers.cache.embedding_cache import EmbeddingCache
 from arcface_kd.teachers.checkpoint import find_backbones
 from arcface_kd.teachers.state_dict import outlined, read_content, short, state_dicts
@@ -39,6 +40,63 @@ _LABELS_LOOKED_AT, _EMBEDDINGS_LOOKED_AT = 2048, 256
 _PARTS = 8
 # A trained teacher finds the own class of nearly all its training images; in another order it finds next to none.
 _LEAST_AGREEMENT = 0.25
+
+
+def classifier_of_run(
+    source: str, shard: ClassShard, teacher: Teacher | None, cache: EmbeddingCache | None, faces: FaceDataset | None
+) -> Tensor:
+    """The teacher's classifier of a run, checked against the records where there are some.
+
+    Args:
+        source: ``kd_classifier``: a file, a folder or ``class-means``.
+        shard: the classes of this rank.
+        teacher: the run's teacher.
+        cache: of the teacher's embeddings of the records.
+        faces: the training records.
+
+    Returns:
+        (shard.size, Dt) fp32, any norms.
+
+    Raises:
+        TeacherError: it cannot be read, or is one of other classes or another teacher.
+        CheckpointError: its files do not belong together.
+        DataError: records that cannot be read.
+    """
+    if source == CLASS_MEANS:
+        if cache is None or faces is None:
+            raise TeacherError(
+                f"kd_classifier={CLASS_MEANS} takes the means of cached embeddings: give the teacher and a cache "
+                "that `arcface-kd cache` has filled, with --kd-teacher and --kd-cache"
+            )
+        return class_means(cache, faces, shard)
+    classifier = read_classifier(source, shard)
+    if teacher is None or faces is None:
+        what = "teacher" if teacher is None else "records"
+        logger.warning("the order of the classes of %s is not checked: the run has no %s of its own", source, what)
+        return classifier
+    if classifier.shape[1] != teacher.embedding_size:
+        raise TeacherError(
+            f"the teacher's classifier {source} has {classifier.shape[1]} dimensions, the teacher "
+            f"{teacher.embedding_size}: it is another teacher's"
+        )
+    check_order(classifier, shard, faces, lambda index: _embed_records(teacher, cache, faces, index), source)
+    return classifier
+
+
+def _embed_records(teacher: Teacher, cache: EmbeddingCache | None, faces: FaceDataset, index: Tensor) -> Tensor:
+    """The teacher's embeddings (N, Dt) of some records, plain, from the cache where they are in it."""
+    plain = torch.zeros(len(index), dtype=torch.bool)
+    known = plain
+    rows = torch.empty(len(index), teacher.embedding_size)
+    if cache is not None:
+        rows, known = cache.look_up(index, plain)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    unknown = (~known).nonzero().flatten()
+    # Nothing at all would be one part, of no images.
+    for places in unknown.split(32) if len(unknown) else ():
+        images = torch.stack([faces[int(index[place])].image for place in places.tolist()])
+        rows[places] = teacher(images.to(device).float() / 127.5 - 1).cpu()
+    return rows
 
 
 def read_classifier(source: str | os.PathLike[str], shard: ClassShard) -> Tensor:

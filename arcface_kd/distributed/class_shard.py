@@ -66,6 +66,11 @@ class ClassShard:
         """The first class of this rank."""
         return self.num_classes // self.world_size * self.rank + min(self.rank, self.num_classes % self.world_size)
 
+    @property
+    def range(self) -> list[int]:
+        """The first class, the one behind the last, and the number of all, as a state holds them."""
+        return [self.start, self.start + self.size, self.num_classes]
+
     def local(self, labels: Tensor) -> ShardPositions:
         """Positions of labels inside this shard, as :func:`positions_in_shard` gives them."""
         return positions_in_shard(labels, self.start, self.size)

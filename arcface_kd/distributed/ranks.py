@@ -156,15 +156,15 @@ class RankGroup:
         """A loss that every rank has computed in full from the gathered batch: its gradient is shared out evenly.
 
         The ranks' gradients of gathered rows are summed, so that a loss which all of them compute would count
-        ``world_size`` times.
+        ``world_size`` times. The head calls this for the terms of methods that do not call it themselves.
 
         Args:
-            loss: the same on every rank.
+            loss: the same on every rank; one that this or :meth:`computed_in_parts` has returned is left as it is.
 
         Returns:
             The same value.
         """
-        return _scale_gradient(loss, 1 / self.world_size)
+        return loss if _is_shared_out(loss) else _shared_out(_scale_gradient(loss, 1 / self.world_size))
 
     def computed_in_parts(self, part: Tensor) -> Tensor:
         """A loss whose summands the ranks have shared out among them: the sum, whose gradient is the own part's.
@@ -178,7 +178,7 @@ class RankGroup:
         if self.world_size == 1:
             return part
         total: Tensor = _SumOfParts.apply(part, self)
-        return total
+        return _shared_out(total)
 
     def sum_with_gradient(self, values: Tensor) -> Tensor:
         """The sum over ranks of what each has of its own rows; in the backward pass the ranks' gradients are summed.
@@ -208,6 +208,17 @@ class RankGroup:
         """
         if self.world_size > 1:
             parameter.register_hook(lambda gradient: self.sum_(gradient.clone()) / self.world_size)
+
+    def sum_gradient(self, parameter: Tensor) -> None:
+        """Have a parameter's gradient summed over ranks, of which each computes its share.
+
+        The parameter needs a gradient on every rank in each backward pass, in the same order.
+
+        Args:
+            parameter: the same on each rank.
+        """
+        if self.world_size > 1:
+            parameter.register_hook(lambda gradient: self.sum_(gradient.clone()))
 
     def max_(self, values: Tensor) -> Tensor:
         """Maximum over ranks, in place."""
@@ -259,6 +270,19 @@ class _ScaleGradient(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
         return gradients[0] * ctx.factor, None
+
+
+_SHARED_OUT = "arcface_kd_shared_out"
+
+
+def _shared_out(loss: Tensor) -> Tensor:
+    """Mark a loss whose gradient the ranks have shared out among them."""
+    setattr(loss, _SHARED_OUT, True)
+    return loss
+
+
+def _is_shared_out(loss: Tensor) -> bool:
+    return getattr(loss, _SHARED_OUT, False)
 
 
 def _scale_gradient(values: Tensor, factor: float) -> Tensor:

@@ -84,6 +84,7 @@ class AdaDistill(Method):
     Config = AdaDistillConfig
     requires: ClassVar[frozenset[Requirement]] = frozenset({Requirement.TEACHER_EMBEDDINGS})
     classifies: ClassVar[bool] = True
+    computes_part: ClassVar[bool] = True
     sharded: ClassVar[tuple[str, ...]] = ("centers.weight",)
     config: AdaDistillConfig
 

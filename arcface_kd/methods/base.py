@@ -148,20 +148,19 @@ class Method(nn.Module):
     ``Batch.projected``, in ``combines`` whether it may stand beside others, and in ``sharded`` which entries of its
     ``state_dict`` have one row for each class of this rank (the first of a method that classifies: its class centers).
 
-    Every rank sees the whole gathered batch, returns the same values, and its gradient of a row is added to those of
-    the other ranks. So each summand of a loss must be differentiated on one rank, or its gradient be shared out:
+    Every rank sees the whole gathered batch, computes the same terms from it and returns them; the head shares their
+    gradients out among the ranks, and sums those of the method's parameters, which start alike on all ranks (from
+    ``context.seed``). A term stays connected to the embeddings on every rank, also where its sum is empty: the backward
+    pass is a collective.
 
-    - A loss over class centers that are split over ranks differentiates its own classes, as
-      :func:`~arcface_kd.losses.margin_softmax.margin_softmax` does; there is nothing to do.
-    - A loss over the rows (a distance to the teacher, a relation between rows) that every rank computes in full returns
-      ``context.ranks.computed_by_all(loss)``, which divides its gradient by the number of ranks.
-    - One that is dear, such as a sum over triples, is shared out: each rank takes the rows of
+    Two kinds of methods do more:
+
+    - One whose classes are split over ranks differentiates its own classes only, as
+      :func:`~arcface_kd.losses.margin_softmax.sharded_margin_softmax` does. It sets ``computes_part = True``; gradients
+      are then its own affair, and what all ranks compute in full it passes through ``context.ranks.computed_by_all``.
+    - An expensive loss, such as a sum over triples, is shared out: each rank takes the rows of
       ``context.ranks.own_slice(batch.sizes)`` and returns ``context.ranks.computed_in_parts(part)``. What the summands
       have in common (a mean over the batch) each rank computes in full and differentiates through.
-
-    A term stays connected to the embeddings on every rank, also where its sum is empty: the backward pass is a
-    collective. Parameters that are not split by class start alike on all ranks (from ``context.seed``) and need a hook
-    that sums their gradients over ranks.
 
     Args:
         config: the knobs.
@@ -173,6 +172,7 @@ class Method(nn.Module):
     classifies: ClassVar[bool] = False
     projects: ClassVar[bool] = True
     combines: ClassVar[bool] = True
+    computes_part: ClassVar[bool] = False
     sharded: ClassVar[tuple[str, ...]] = ()
 
     def __init__(self, config: Any, context: RunContext) -> None:

@@ -141,6 +141,7 @@ class CrossKD(Method):
         {Requirement.TEACHER_EMBEDDINGS, Requirement.TEACHER_TAIL, Requirement.STUDENT_FEATURE_MAP}
     )
     projects: ClassVar[bool] = False
+    computes_part: ClassVar[bool] = True
     config: CrossKDConfig
     teacher_weight: Tensor | None
     teacher_inverse_norms: Tensor | None

@@ -107,7 +107,7 @@ class EKD(Method):
             The terms.
         """
         assert batch.teacher is not None
-        config, ranks, labels = self.config, self.context.ranks, batch.labels
+        config, labels = self.config, batch.labels
         # Each pair once; how many are positive or negative is never asked, so that nobody waits for the device.
         first, second = torch.triu_indices(len(labels), len(labels), 1, device=labels.device)
         student = inner_products(batch.embeddings)[first, second]
@@ -125,10 +125,8 @@ class EKD(Method):
 
         hard = student.detach().masked_fill(~negative, -torch.inf).topk(min(config.hardest, len(student))).indices
         return {
-            "ekd_positive": ranks.computed_by_all(difference(positive, student, teacher) * config.positive_weight),
-            "ekd_negative": ranks.computed_by_all(
-                difference(negative[hard], student[hard], teacher[hard]) * config.negative_weight
-            ),
+            "ekd_positive": difference(positive, student, teacher) * config.positive_weight,
+            "ekd_negative": difference(negative[hard], student[hard], teacher[hard]) * config.negative_weight,
         }
 
     @torch.no_grad()

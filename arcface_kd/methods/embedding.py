@@ -91,7 +91,7 @@ class EmbeddingDistillation(Method):
         distance = squared_distance(batch.projected, batch.teacher)
         self._distance = distance.detach()
         scale = self.config.weight if self.config.distance == "l2" else self.config.weight / 2
-        return {"embedding": self.context.ranks.computed_by_all(distance * scale)}
+        return {"embedding": distance * scale}
 
     def observations(self) -> dict[str, Tensor]:
         """The mean cosine of student and teacher over the last gathered batch."""

@@ -28,6 +28,7 @@ class LearnedClassifier(Method):
 
     Config = ClassifierConfig
     classifies: ClassVar[bool] = True
+    computes_part: ClassVar[bool] = True
     sharded: ClassVar[tuple[str, ...]] = ("weight",)
 
     def __init__(self, context: RunContext) -> None:

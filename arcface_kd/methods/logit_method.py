@@ -62,6 +62,7 @@ class LogitMethod(Method):
         {Requirement.TEACHER_EMBEDDINGS, Requirement.TEACHER_CLASSIFIER}
     )
     classifies: ClassVar[bool] = True
+    computes_part: ClassVar[bool] = True
     projects: ClassVar[bool] = False
     sharded: ClassVar[tuple[str, ...]] = ("classifier.weight",)
 

@@ -86,6 +86,7 @@ class ProxylessKD(Method):
     Config = ProxylessKDConfig
     requires: ClassVar[frozenset[Requirement]] = frozenset({Requirement.TEACHER_CLASSIFIER})
     classifies: ClassVar[bool] = True
+    computes_part: ClassVar[bool] = True
 
     weight: Tensor
     inverse_norms: Tensor

@@ -32,7 +32,7 @@ def save(run: Run) -> None:
         NumberError: the last steps have met NaN or inf.
         ResourceError: the folder cannot be written.
     """
-    run.head.numbers.settle()
+    run.head.monitor.settle()
     if run.writer is not None:
         # A resumed run begins after the last saved step: what came before must be in the log.
         run.writer.flush()

@@ -208,7 +208,7 @@ class Run:
         return self.images / self.seconds if self.seconds else 0.0
 
     def _log(self, loss: float, last_step: int, bar: "tqdm[Any]") -> None:
-        self.head.numbers.settle()
+        self.head.monitor.settle()
         check_loss_scale(self.scaler, self.step)
         rate = self.schedule.get_last_lr()[0]
         terms = [f"{name} {float(term):.3f}" for name, term in self.head.last_terms.items()]

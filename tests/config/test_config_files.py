@@ -98,7 +98,7 @@ class TestEveryConfig:
         kd = KDConfig.from_config(config)
         assert kd.methods
         distiller = Distiller(kd, load_teacher(Network(), TeacherOptions(size=8)))
-        assert set(distiller.method_types) == set(kd.methods)
+        assert set(distiller.methods.types) == set(kd.methods)
         assert config.output == f"work_dirs/{path.stem}"
 
     def test_beside_the_host_s_own_it_differs_where_it_must(

@@ -20,7 +20,7 @@ from arcface_kd.data.dataset import open_dataset
 from arcface_kd.data.fingerprint import fingerprint
 from arcface_kd.distillation.distiller import Distiller
 from arcface_kd.distillation.drop_ins import drop_ins
-from arcface_kd.distillation.teacher_classifier import class_means
+from arcface_kd.distillation.teacher_classifier import _embed_records, class_means
 from arcface_kd.distributed.class_shard import ClassShard
 from arcface_kd.errors import BadRecordError, ConfigError, TeacherError
 from arcface_kd.teachers.base import Teacher, load_teacher
@@ -198,4 +198,4 @@ def test_a_teacher_s_order_is_checked_on_good_records(damaged: Faces, tmp_path: 
     kd = KDConfig(methods=("adadistill",), on_bad_record="skip")
     distiller = Distiller(kd, teacher)
     faces = drop_ins(lambda: config, distiller=distiller).get_dataloader(config.rec, 0, 6, num_workers=0).faces
-    assert distiller._embed_records(teacher, faces, torch.arange(24)).isfinite().all()
+    assert _embed_records(teacher, None, faces, torch.arange(24)).isfinite().all()

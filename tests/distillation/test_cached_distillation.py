@@ -179,8 +179,9 @@ def test_a_loop_that_leaves_the_loader_out_is_told(faces: Faces, tmp_path: Path)
     student = distiller.watch(Network(2))
     images, _ = next(iter(loader))
     student(images)
+    student(images)
     with pytest.raises(RuntimeError, match="the loader did not say which records these 9 images are"):
-        student(images)
+        distiller.take_teacher_embeddings(9)
     next(iter(loader))
     with pytest.raises(RuntimeError, match="which records these 4 images are"):
         student(images[:4])

@@ -17,7 +17,7 @@ from arcface_kd.data.dataset import RecordDataset
 from arcface_kd.data.loader import BatchViews, FaceLoader
 from arcface_kd.distillation.distiller import Distiller
 from arcface_kd.distillation.head import DistillationHead
-from arcface_kd.distillation.monitor import BatchRows, NaNMonitor
+from arcface_kd.distillation.nan_monitor import BatchRows, NaNMonitor
 from arcface_kd.distributed.ranks import RankGroup
 from arcface_kd.errors import NumberError
 from arcface_kd.teachers.base import load_teacher
@@ -338,7 +338,7 @@ def test_they_are_looked_at_in_their_order() -> None:
 @pytest.mark.parametrize("saved", ["head", "student"])
 def test_nothing_is_saved_before_all_has_been_looked_at(folder: Path, saved: str) -> None:
     run = Run(folder)
-    run.head.numbers = Slow()
+    run.head.monitor.nan = Slow()
     run.student.spoil = with_rows([1], NAN)
     images, labels = next(iter(run.loader))
     run.head(run.student(images), labels).backward()

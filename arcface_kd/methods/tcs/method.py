@@ -148,6 +148,7 @@ class TCS(Method):
     classifies: ClassVar[bool] = True
     projects: ClassVar[bool] = False
     combines: ClassVar[bool] = False
+    computes_part: ClassVar[bool] = True
     sharded: ClassVar[tuple[str, ...]] = ("classifier.weight",)
     config: TCSConfig
     mean: Tensor

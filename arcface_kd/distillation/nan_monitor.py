@@ -1,0 +1,298 @@
+"""NaN and inf caught at the step in which they arise, and named, without a wait for the GPU.
+
+A few numbers a row say whether it is finite. On a CPU they are looked at at once. From a GPU those of a step are copied
+in one piece beside the computation and looked at two steps later, on every rank at the same place; the message names
+the step that they belong to, and neither head nor student is saved before the last ones have been looked at.
+"""
+
+from collections import deque
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from arcface_kd.data.dataset import FaceDataset
+from arcface_kd.data.loader import BatchViews
+from arcface_kd.errors import NumberError
+
+# By then the numbers have arrived, as a rule, and nobody waits.
+_STEPS_ON_THE_WAY = 2
+_NAMED = 3
+# A unit vector's norm is 1; normalising what was zero leaves zero.
+_LEAST_NORM = 0.5
+
+
+class BatchRows(NamedTuple):
+    """Whose rows a gathered batch holds, for messages.
+
+    Attributes:
+        step: the micro-step, counted from 1.
+        sizes: rows of each rank.
+        rank: this rank.
+        views: which records this rank's rows show; None where nobody says.
+        faces: their data set; None where nobody says.
+    """
+
+    step: int
+    sizes: Sequence[int]
+    rank: int
+    views: BatchViews | None = None
+    faces: FaceDataset | None = None
+
+    @property
+    def place(self) -> str:
+        """The step and, of several ranks, this one."""
+        return f"step {self.step}" + (f" on rank {self.rank}" if len(self.sizes) > 1 else "")
+
+    def name(self, flags: Tensor) -> str:
+        """Name the rows of the gathered batch that are flagged: this rank's by their records, others by their rank."""
+        named, others = "", []
+        for rank, own in enumerate(flags.split(list(self.sizes))):
+            rows = own.nonzero().flatten().tolist()
+            if rows and rank == self.rank:
+                named = self._own(rows)
+            elif rows:
+                others.append(f"{len(rows)} of {len(own)} images of rank {rank}")
+        return "; ".join([*([named] if named else []), *others])
+
+    def _own(self, rows: list[int]) -> str:
+        shown = rows[:_NAMED]
+        more = f" and {len(rows) - _NAMED} more" if len(rows) > _NAMED else ""
+        total = f"{len(rows)} of {self.sizes[self.rank]} images"
+        if self.views is None or self.faces is None:
+            return f"{total} (rows {', '.join(map(str, shown))}{more} of the batch)"
+        index = self.views.index[shown].tolist()
+        return f"{total} ({'; '.join(self.faces.where(place) for place in index)}{more})"
+
+
+class _Measured(NamedTuple):
+    """Numbers that say whether something is wrong, and what to say of them.
+
+    ``fault`` takes them on the CPU and gives the message, or None where nothing is wrong.
+    """
+
+    values: Tensor
+    fault: Callable[[Tensor], str | None]
+
+
+class _OnTheWay(NamedTuple):
+    step: int
+    arrival: Any
+    values: Tensor
+    measured: list[_Measured]
+
+
+class NaNMonitor:
+    """Looks at a run's numbers as they pass; one for each head."""
+
+    def __init__(self) -> None:
+        self._held: list[_Measured] = []
+        self._on_the_way: deque[_OnTheWay] = deque()
+
+    def look(self, values: Tensor, fault: Callable[[Tensor], str | None]) -> None:
+        """Look at numbers now, or, from a GPU, along with the step's others.
+
+        Args:
+            values: (N,) of any type.
+            fault: from the numbers, on the CPU, to the message; None where nothing is wrong.
+
+        Raises:
+            NumberError: something is wrong.
+        """
+        measured = _Measured(values.detach(), fault)
+        if self._is_slow(values):
+            self._held.append(measured)
+        else:
+            self._judge([measured], values)
+
+    def end_step(self, step: int) -> None:
+        """Send what the step has measured on a GPU, and look at what came two steps ago: every rank at one place.
+
+        Args:
+            step: the micro-step, counted from 1.
+
+        Raises:
+            NumberError: something was wrong.
+        """
+        if self._held:
+            measured, self._held = self._held, []
+            values = torch.cat([each.values for each in measured])
+            self._on_the_way.append(_OnTheWay(step, *self._send(values), measured))
+        while self._on_the_way and self._on_the_way[0].step <= step - _STEPS_ON_THE_WAY:
+            self._receive()
+
+    def settle(self) -> None:
+        """Wait for what is on its way and look at it; before anything is saved.
+
+        Raises:
+            NumberError: something was wrong.
+        """
+        if self._held:
+            self.end_step(0)
+        while self._on_the_way:
+            self._receive()
+
+    @staticmethod
+    def _is_slow(values: Tensor) -> bool:
+        """Whether reading the numbers would wait for a device."""
+        return values.is_cuda
+
+    @staticmethod
+    def _send(values: Tensor) -> tuple[Any, Tensor]:
+        """Copy numbers from a GPU: an event that tells when they are here, and where they will be."""
+        copy = torch.empty(values.shape, dtype=values.dtype, pin_memory=True)
+        copy.copy_(values, non_blocking=True)
+        arrival = torch.cuda.Event()
+        arrival.record(torch.cuda.current_stream(values.device))
+        return arrival, copy
+
+    def _receive(self) -> None:
+        sent = self._on_the_way.popleft()
+        sent.arrival.synchronize()
+        self._judge(sent.measured, sent.values)
+
+    def _judge(self, measured: list[_Measured], values: Tensor) -> None:
+        for each, part in zip(measured, values.split([len(each.values) for each in measured]), strict=True):
+            message = each.fault(part)
+            if message is not None:
+                # What is still on its way follows from this.
+                self._held.clear()
+                self._on_the_way.clear()
+                raise NumberError(message)
+
+    def inputs(
+        self, labels: Tensor, num_classes: int | None, student: Tensor, teacher: Tensor | None, rows: BatchRows
+    ) -> None:
+        """Look at the gathered batch; all ranks see the same and stop together.
+
+        Args:
+            labels: (B,), -1 for none.
+            num_classes: C of the head, which a loader of somebody else's may pass; None where no label is looked at.
+            student: (B, D) embeddings.
+            teacher: (B, Dt) unit vectors, or None.
+            rows: of the batch.
+
+        Raises:
+            NumberError: see :meth:`look`.
+        """
+        if num_classes is not None:
+            self.look(labels, lambda met: _label_fault(met >= num_classes, num_classes, rows))
+        if teacher is not None:
+            self.look(teacher.detach().norm(dim=1), lambda met: _teacher_fault(met, rows))
+        self.look(_largest(student), lambda met: _student_fault(met, rows))
+
+    def terms(self, names: Sequence[str], terms: Sequence[Tensor], rows: BatchRows) -> None:
+        """Look at the loss terms, which are the same on every rank; they end the step's forward pass.
+
+        Args:
+            names: of the terms.
+            terms: scalars.
+            rows: of the batch.
+
+        Raises:
+            NumberError: see :meth:`look` and :meth:`end_step`.
+        """
+
+        def fault(met: Tensor) -> str | None:
+            bad = _not_finite(names, met)
+            if not bad:
+                return None
+            return (
+                f"{rows.place}: the loss term {' and '.join(bad)} is NaN or inf, from embeddings that are finite: "
+                "lower lr or the term's weight, or switch fp16 off to look closer"
+            )
+
+        self.look(torch.stack([term.detach() for term in terms]), fault)
+        self.end_step(rows.step)
+
+    def embedding_gradient(self, gradient: Tensor, rows: BatchRows) -> None:
+        """Look at the loss's gradient in this rank's student embeddings.
+
+        Args:
+            gradient: (b, D).
+            rows: of the batch.
+
+        Raises:
+            NumberError: see :meth:`look`.
+        """
+        own = rows._replace(sizes=[0] * rows.rank + [gradient.shape[0]] + [0] * (len(rows.sizes) - rows.rank - 1))
+
+        def fault(met: Tensor) -> str | None:
+            bad = ~met.isfinite()
+            if not bad.any():
+                return None
+            return (
+                f"{rows.place}: the loss's gradient in the student's embedding of {own.name(bad)} is NaN or inf: "
+                "look at these images, or lower the terms' weights"
+            )
+
+        self.look(_largest(gradient), fault)
+
+    def weight_gradients(self, names: Sequence[str], gradients: Sequence[Tensor], step: int) -> None:
+        """Look at the gradients that the student is about to take.
+
+        Args:
+            names: of the weights.
+            gradients: any shapes.
+            step: the micro-step, counted from 1.
+
+        Raises:
+            NumberError: see :meth:`look`.
+        """
+
+        def fault(met: Tensor) -> str | None:
+            bad = _not_finite(names, met)
+            if not bad:
+                return None
+            more = f" and {len(bad) - _NAMED} more" if len(bad) > _NAMED else ""
+            return (
+                f"step {step}: the gradient of the student's {', '.join(bad[:_NAMED])}{more} is NaN or inf: lower lr, "
+                "or switch fp16 off to look closer"
+            )
+
+        self.look(torch.stack(torch._foreach_norm(list(gradients))), fault)
+
+
+def _largest(rows: Tensor) -> Tensor:
+    """The largest absolute number of each row, (B,): NaN or inf where the row holds one."""
+    return torch.linalg.vector_norm(rows.detach(), float("inf"), dim=1)
+
+
+def _not_finite(names: Sequence[str], values: Tensor) -> list[str]:
+    return [name for name, finite in zip(names, values.isfinite().tolist(), strict=True) if not finite]
+
+
+def _label_fault(bad: Tensor, num_classes: int, rows: BatchRows) -> str | None:
+    if not bad.any():
+        return None
+    return (
+        f"{rows.place}: the label of {rows.name(bad)} is not below num_classes={num_classes}: set num_classes to what "
+        "the data have"
+    )
+
+
+def _teacher_fault(norms: Tensor, rows: BatchRows) -> str | None:
+    # NaN is not above the bound either.
+    bad = ~((norms > _LEAST_NORM) & norms.isfinite())
+    if not bad.any():
+        return None
+    return (
+        f"{rows.place}: the teacher's embedding of {rows.name(bad)} is zero, NaN or inf: look at these images, or run "
+        "the teacher in fp32"
+    )
+
+
+def _student_fault(largest: Tensor, rows: BatchRows) -> str | None:
+    bad = ~largest.isfinite()
+    if not bad.any():
+        return None
+    if bad.all() and len(bad) > 1:
+        return (
+            f"{rows.place}: the student's embedding of every image is NaN or inf: its weights are ruined by the steps "
+            "before; lower lr, or switch fp16 off to look closer"
+        )
+    return (
+        f"{rows.place}: the student's embedding of {rows.name(bad)} is NaN or inf: look at these images, lower lr, or "
+        "switch fp16 off"
+    )

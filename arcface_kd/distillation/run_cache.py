@@ -1,0 +1,67 @@
+"""The cache of the teacher's embeddings in one run: opened, left off with a warning, or refused."""
+
+import logging
+
+from arcface_kd.config.kd import CLASS_MEANS, KDConfig
+from arcface_kd.data.dataset import FaceDataset
+from arcface_kd.data.fingerprint import fingerprint, shows_two_views
+from arcface_kd.distillation.method_set import MethodSet
+from arcface_kd.distributed.ranks import RankGroup, on_first_rank_first
+from arcface_kd.errors import TeacherError
+from arcface_kd.methods.base import Requirement
+from arcface_kd.teachers.base import Teacher
+from arcface_kd.teachers.cache.embedding_cache import EmbeddingCache, identity_in, identity_of
+
+logger = logging.getLogger(__name__)
+
+
+def open_cache(
+    kd: KDConfig, methods: MethodSet, teacher: Teacher | None, faces: FaceDataset, ranks: RankGroup | None
+) -> EmbeddingCache | None:
+    """Open the file that ``kd_cache`` names; all ranks call.
+
+    Args:
+        kd: the ``kd*`` keys.
+        methods: of the run.
+        teacher: whose embeddings they are; None where a full cache stands for it.
+        faces: the training records.
+        ranks: the ranks of the run; None takes the default process group.
+
+    Returns:
+        The cache, or None where the run has none, or cannot use it; a warning says why.
+
+    Raises:
+        TeacherError: the cache belongs to another teacher or other data, or is damaged; or there is none, and a method
+            takes it alone.
+        DataError: an image that cannot be read.
+    """
+    if methods.from_cache_alone:
+        return _full_cache(str(kd.cache), methods, teacher, faces)
+    if kd.cache is not None and methods.compares_maps:
+        logger.warning(
+            "kd_cache has no effect: %s compares feature maps, which no cache holds, and the teacher runs each step",
+            methods.title,
+        )
+    embeds = Requirement.TEACHER_EMBEDDINGS in methods.needed and not methods.compares_maps
+    if kd.cache is None or teacher is None or not (embeds or kd.classifier == CLASS_MEANS):
+        return None
+    if not shows_two_views(faces):
+        logger.warning(
+            "kd_cache is off: a %s may show an image in other ways than plain and mirrored: the teacher runs each step",
+            type(faces).__name__,
+        )
+        return None
+    identity = identity_of(teacher, fingerprint(faces), len(faces))
+    return on_first_rank_first(lambda: EmbeddingCache(str(kd.cache), identity), ranks)
+
+
+def _full_cache(path: str, methods: MethodSet, teacher: Teacher | None, faces: FaceDataset) -> EmbeddingCache:
+    """The cache that stands for the teacher, compared with the teacher where one was given."""
+    if not shows_two_views(faces):
+        raise TeacherError(
+            f"{methods.title} takes the teacher's embeddings from a cache, and a {type(faces).__name__} may show an "
+            "image in other ways than plain and mirrored: train on records or on a folder"
+        )
+    data = fingerprint(faces)
+    identity = identity_in(path, data, len(faces)) if teacher is None else identity_of(teacher, data, len(faces))
+    return EmbeddingCache(path, identity, create=False)
