@@ -10,6 +10,7 @@ from typing import Any
 
 from easydict import EasyDict
 
+from arcface_kd.config.kd import KDConfig
 from arcface_kd.config.options import convert
 from arcface_kd.errors import ConfigError, suggestion
 
@@ -134,12 +135,7 @@ RUN_KEYS: dict[str, Any] = {
     "warmup_epoch": int,
     "val_targets": list,
     "output": str,
-    "kd": str,
-    "kd_teacher": str,
-    "kd_cache": str,
-    "kd_classifier": str,
-    "kd_option": list,
-    "kd_on_bad_record": str,
+    **{key.name: list if key.many else str for key in KDConfig.keys().values()},
 }
 
 

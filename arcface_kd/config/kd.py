@@ -1,18 +1,22 @@
-"""The ``kd*`` keys of a config."""
+"""The ``kd*`` keys of a config: each is one field of :class:`KDConfig`, which says all that there is to know of it."""
 
 import dataclasses
 import typing
-from collections.abc import Mapping, Sequence
-from typing import Any, Literal
+from collections.abc import Callable, Mapping, Sequence
+from typing import Annotated, Any, Literal, get_args, get_origin
 
-from arcface_kd.config.options import build, convert
+from arcface_kd.config.options import Options, build, convert, kinds_of
 from arcface_kd.errors import ConfigError, OnBadRecord, suggestion
+
+CLASS_MEANS = "class-means"
+# What options may start with, beside the names of the run's methods.
+PREFIXES = ("teacher", "student")
 
 Projection = Literal["none", "linear"]
 
 
 @dataclasses.dataclass(frozen=True)
-class StudentOptions:
+class StudentOptions(Options):
     """Options under ``student.``.
 
     Attributes:
@@ -27,54 +31,192 @@ class StudentOptions:
     init: str | None = None
 
 
+def option_items(value: object) -> list[tuple[str, object]]:
+    """Dotted option names and values out of a mapping, or out of strings ``name=value``.
+
+    Args:
+        value: of the key ``kd_option`` or the flag ``--kd-option``; None for none.
+
+    Raises:
+        ConfigError: a string without ``=``.
+    """
+    if value is None:
+        return []
+    if isinstance(value, Mapping):
+        return [(str(name), item) for name, item in value.items()]
+    if isinstance(value, str):
+        value = value.split()
+    items: list[tuple[str, object]] = []
+    for part in typing.cast(Sequence[object], value):
+        name, equals, text = str(part).partition("=")
+        if not equals:
+            raise ConfigError(f"option {part!r} has no value; write it as {name}=VALUE")
+        items.append((name, text))
+    return items
+
+
+def _read_methods(value: object) -> tuple[str, ...]:
+    return tuple(name.strip() for name in str(value or "").split("+") if name.strip())
+
+
+def _read_options(value: object) -> dict[str, dict[str, object]]:
+    options: dict[str, dict[str, object]] = {}
+    for name, item in option_items(value):
+        prefix, _, rest = name.partition(".")
+        options.setdefault(prefix, {})[rest] = item
+    return options
+
+
+def _write_options(options: Mapping[str, Mapping[str, object]]) -> list[str]:
+    return [
+        f"{prefix}.{name}=" + (",".join(map(str, value)) if isinstance(value, list | tuple) else str(value))
+        for prefix, values in options.items()
+        for name, value in values.items()
+    ]
+
+
+@dataclasses.dataclass(frozen=True)
+class Key:
+    """How users write a field of :class:`KDConfig`, and what its value means for a run; stands in its annotation.
+
+    Attributes:
+        help: one line for the command line.
+        name: the config's key; empty makes it ``kd_FIELD``.
+        flag: of the command line; empty makes it ``--kd-FIELD``.
+        metavar: what stands behind the flag in the help; None leaves it to argparse.
+        choices: the words that it may be, which follow from a ``Literal``; None for anything.
+        many: whether the flag takes several words, and those of the command line join the config's.
+        file: whether it names a file, which may lie elsewhere on another machine of the same run.
+        distils: whether it means nothing without a method.
+        decides: whether another value makes another run, which cannot go on from the first one's checkpoints.
+        read: from the config's or the flag's value to the field's; None reads it by the field's annotation.
+        write: the field's value as the words behind the flag.
+    """
+
+    help: str
+    name: str = ""
+    flag: str = ""
+    metavar: str | None = None
+    choices: tuple[str, ...] | None = None
+    many: bool = False
+    file: bool = False
+    distils: bool = True
+    decides: bool = True
+    read: Callable[[object], Any] | None = None
+    write: Callable[[Any], Sequence[str]] = lambda value: [str(value)]
+
+
 @dataclasses.dataclass(frozen=True)
 class KDConfig:
     """The ``kd*`` keys of a config.
+
+    A new key is a new field: flag, config key, merging, the words for a child run, agreement between ranks and the
+    table of the documentation follow from its annotation.
 
     Attributes:
         methods: names joined by ``+`` in ``kd``, in order; empty when distillation is off.
         teacher: ``kd_teacher``: a file or another source that :func:`arcface_kd.teachers.base.load_teacher` knows.
         cache: ``kd_cache``: a file for the teacher's embeddings, made and filled as the run goes; None asks the teacher
             for every batch.
+        options: ``kd_option``: values by ``prefix`` and name; prefixes are :data:`PREFIXES` and the methods.
         classifier: ``kd_classifier``: a file or folder with the teacher's classifier, or ``class-means``, see
             :mod:`arcface_kd.distillation.teacher_classifier`.
-        options: ``kd_option``: values by ``prefix`` and name; prefixes are ``teacher``, ``student`` and the methods.
         on_bad_record: ``kd_on_bad_record``: what the loader does with a record that cannot be read, see
             :class:`arcface_kd.data.dataset.FaceDataset`; with or without distillation.
 
     Raises:
-        ConfigError: options that are not sorted by prefix, or with a prefix that nobody looks at.
+        ConfigError: options that are not sorted by prefix, or with a prefix that nobody looks at; a method named twice.
     """
 
-    methods: tuple[str, ...] = ()
-    teacher: str | None = None
-    cache: str | None = None
-    options: Mapping[str, Mapping[str, object]] = dataclasses.field(default_factory=dict)
-    classifier: str | None = None
-    on_bad_record: OnBadRecord = "stop"
+    methods: Annotated[
+        tuple[str, ...],
+        Key(
+            "distil with this method; several that combine are joined by +",
+            name="kd",
+            flag="--kd",
+            metavar="METHOD",
+            read=_read_methods,
+            write=lambda methods: ["+".join(methods)],
+        ),
+    ] = ()
+    teacher: Annotated[str | None, Key("the teacher: a checkpoint, an ONNX file, ...", metavar="FILE", file=True)] = (
+        None
+    )
+    cache: Annotated[
+        str | None,
+        Key("keep the teacher's embeddings here: it then runs once", metavar="FILE", file=True, decides=False),
+    ] = None
+    options: Annotated[
+        Mapping[str, Mapping[str, object]],
+        Key(
+            "options such as teacher.channels=bgr or adadistill.alpha=plain",
+            name="kd_option",
+            flag="--kd-option",
+            metavar="NAME=VALUE",
+            many=True,
+            read=_read_options,
+            write=_write_options,
+        ),
+    ] = dataclasses.field(default_factory=dict)
+    classifier: Annotated[
+        str | None,
+        Key(
+            "the teacher's classifier: a file, the folder of the run that trained it, or class-means",
+            metavar="FILE",
+            file=True,
+        ),
+    ] = None
+    on_bad_record: Annotated[
+        OnBadRecord,
+        Key(
+            "a record that cannot be read ends the run (stop, default), or the next good one is shown in its place and "
+            "the log tells which and how many (skip)",
+            flag="--on-bad-record",
+            distils=False,
+            decides=False,
+        ),
+    ] = "stop"
 
     def __post_init__(self) -> None:
         if isinstance(self.methods, str):
             raise ConfigError(f"methods is {self.methods!r}; it must be a tuple of names, such as ({self.methods!r},)")
+        if len(set(self.methods)) < len(self.methods):
+            raise ConfigError(f"kd is {'+'.join(self.methods)!r}; it names a method twice")
+        allowed = (*PREFIXES, *self.methods)
         for prefix, values in self.options.items():
             if not isinstance(values, Mapping):
                 raise ConfigError(
                     f"options has {prefix!r}: {values!r}; it must have a mapping for each prefix, such as "
                     '{"teacher": {"channels": "bgr"}}'
                 )
-            if prefix not in (known := ("teacher", "student", *self.methods)):
+            if prefix not in allowed or "" in values:
+                name = f"{prefix}.{next(iter(values), '')}".rstrip(".")
                 raise ConfigError(
-                    f"options has the prefix {prefix!r}; there are {', '.join(known)}{suggestion(prefix, known)}"
+                    f"unknown option {name!r}; options start with {', '.join(f'{each}.' for each in allowed)}"
+                    f"{suggestion(prefix, allowed)}"
                 )
+
+    @classmethod
+    def keys(cls) -> dict[str, Key]:
+        """The keys by the names of their fields, in order."""
+        found = {}
+        for field, annotation in kinds_of(cls).items():
+            kind, key = get_args(annotation)
+            found[field] = dataclasses.replace(
+                key,
+                name=key.name or f"kd_{field}",
+                flag=key.flag or f"--kd-{field.replace('_', '-')}",
+                choices=get_args(kind) if get_origin(kind) is Literal else None,
+            )
+        return found
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any]) -> "KDConfig":
         """Read the ``kd*`` keys of an arcface_torch config.
 
         Args:
-            config: with ``kd`` ("adadistill", "a+b" or None), ``kd_teacher``, ``kd_cache``, ``kd_classifier``,
-                ``kd_option`` (a mapping of dotted names, or strings ``name=value``) and ``kd_on_bad_record`` (``stop``
-                or ``skip``).
+            config: with ``kd`` ("adadistill", "a+b" or None), ``kd_option`` (a mapping of dotted names, or strings
+                ``name=value``) and the other keys; one that is None or empty is not set.
 
         Returns:
             The checked keys.
@@ -82,57 +224,27 @@ class KDConfig:
         Raises:
             ConfigError: an unknown ``kd*`` key, an option without prefix or for a method that is not in ``kd``.
         """
-        known = ("kd", "kd_teacher", "kd_cache", "kd_classifier", "kd_option", "kd_on_bad_record")
-        for key in config:
-            if key.startswith("kd") and key not in known:
-                raise ConfigError(f"unknown key {key!r}; there are {', '.join(known)}{suggestion(key, known)}")
-        methods = tuple(name.strip() for name in str(config.get("kd") or "").split("+") if name.strip())
-        if len(set(methods)) < len(methods):
-            raise ConfigError(f"kd is {config['kd']!r}; it names a method twice")
-        options: dict[str, dict[str, object]] = {}
-        for name, value in cls.option_items(config.get("kd_option")):
-            prefix, dot, rest = name.partition(".")
-            allowed = ("teacher", "student", *methods)
-            if not dot or prefix not in allowed:
-                raise ConfigError(
-                    f"unknown option {name!r}; options start with {', '.join(f'{a}.' for a in allowed)}"
-                    f"{suggestion(prefix, allowed)}"
-                )
-            options.setdefault(prefix, {})[rest] = value
-        files = {name: config.get(f"kd_{name}") for name in ("teacher", "cache", "classifier")}
-        on_bad_record = convert(config.get("kd_on_bad_record") or "stop", OnBadRecord, "kd_on_bad_record")
-        return cls(
-            methods,
-            options=options,
-            on_bad_record=on_bad_record,
-            **{name: None if f is None else str(f) for name, f in files.items()},
-        )
+        keys, kinds = cls.keys(), kinds_of(cls)
+        known = [key.name for key in keys.values()]
+        for name in config:
+            if name.startswith("kd") and name not in known:
+                raise ConfigError(f"unknown key {name!r}; there are {', '.join(known)}{suggestion(name, known)}")
+        values = {}
+        for field, key in keys.items():
+            if (value := config.get(key.name)) not in (None, ""):
+                values[field] = key.read(value) if key.read else convert(value, kinds[field], key.name)
+        return cls(**values)
 
-    @staticmethod
-    def option_items(value: object) -> list[tuple[str, object]]:
-        """Dotted option names and values out of a mapping, or out of strings ``name=value``.
-
-        Raises:
-            ConfigError: a string without ``=``.
-        """
-        if value is None:
-            return []
-        if isinstance(value, Mapping):
-            return [(str(name), item) for name, item in value.items()]
-        if isinstance(value, str):
-            value = value.split()
-        items: list[tuple[str, object]] = []
-        for part in typing.cast(Sequence[object], value):
-            name, equals, text = str(part).partition("=")
-            if not equals:
-                raise ConfigError(f"option {part!r} has no value; write it as {name}=VALUE")
-            items.append((name, text))
-        return items
+    def flags(self) -> list[str]:
+        """The words of a command line that give the same keys; those at their defaults are left out."""
+        default = type(self)()
+        words: list[str] = []
+        for field, key in self.keys().items():
+            if (value := getattr(self, field)) != getattr(default, field):
+                words += [key.flag, *key.write(value)]
+        return words
 
     @property
     def student(self) -> StudentOptions:
         """The options under ``student.``."""
         return build(StudentOptions, self.options.get("student", {}), "student")
-
-
-CLASS_MEANS = "class-means"

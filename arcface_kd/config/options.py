@@ -1,61 +1,86 @@
-"""Build option dataclasses from text and numbers."""
+"""Option dataclasses: values from text or Python, checked against the fields' annotations and ranges."""
 
+import contextlib
 import dataclasses
+import functools
+import math
+import re
 import types
 import typing
-from collections.abc import Mapping
-from typing import Any, Literal, TypeVar, get_args, get_origin
+from collections.abc import Mapping, Sequence
+from typing import Annotated, Any, Literal, TypeVar, get_args, get_origin
 
 from arcface_kd.errors import ConfigError, suggestion
 
 T = TypeVar("T")
 
 
-def convert(text: object, kind: Any, name: str) -> Any:
-    """Read a value that may come from the command line as the type of the field it is for.
+@dataclasses.dataclass(frozen=True)
+class Range:
+    """Where a number may lie, stated beside its field: ``Annotated[float, Range(0, 1)]``.
 
-    Args:
-        text: the value, often a string.
-        kind: ``bool``, ``int``, ``float``, ``str``, a ``Literal`` of strings or a union of these with ``None``.
-        name: of the option, for the message.
+    Of a tuple, each number is meant.
 
-    Returns:
-        The value.
+    Attributes:
+        low: lower bound.
+        high: upper bound; infinite where there is none, which no value is.
+        ends: which bounds belong to it, as in mathematics: ``[]``, ``[)``, ``(]`` or ``()``.
+    """
+
+    low: float
+    high: float = math.inf
+    ends: Literal["[]", "[)", "(]", "()"] = "[]"
+
+    def __contains__(self, number: float) -> bool:
+        above = number >= self.low if self.ends[0] == "[" else number > self.low
+        below = number <= self.high if self.ends[1] == "]" else number < self.high
+        return above and below
+
+    def __str__(self) -> str:
+        if self.high < math.inf:
+            return f"in {self.ends[0]}{self.low:g}, {self.high:g}{self.ends[1]}"
+        return f"at least {self.low:g}" if self.ends[0] == "[" else f"greater than {self.low:g}"
+
+
+Weight = Annotated[float, Range(0)]
+Share = Annotated[float, Range(0, 1, "(]")]
+Temperature = Annotated[float, Range(1)]
+Count = Annotated[int, Range(1)]
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """Base of option dataclasses: fields are read by :func:`convert` as what their annotations say.
+
+    A subclass whose fields depend on each other checks that in a ``__post_init__`` of its own, after this one's.
 
     Raises:
-        ConfigError: it cannot be read as ``kind``.
+        ConfigError: a value of the wrong type or out of range.
     """
-    if get_origin(kind) in (typing.Union, types.UnionType):
-        if text is None or (isinstance(text, str) and text.lower() == "none"):
-            return None
-        kind = next(part for part in get_args(kind) if part is not type(None))
-    if get_origin(kind) is Literal:
-        if text not in get_args(kind):
-            raise ConfigError(f"{name} is {text!r}; it must be one of {', '.join(map(str, get_args(kind)))}")
-        return text
-    if kind is bool:
-        known = {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}
-        if isinstance(text, bool):
-            return text
-        if str(text).lower() in known:
-            return known[str(text).lower()]
-        raise ConfigError(f"{name} is {text!r}; it must be true or false")
-    lossy = isinstance(text, float) and kind is int and not text.is_integer()
-    if lossy or (isinstance(text, bool) and kind in (int, float)):
-        raise ConfigError(f"{name} is {text!r}; it must be {kind.__name__}")
-    try:
-        return kind(text)
-    except (TypeError, ValueError):
-        raise ConfigError(f"{name} is {text!r}; it must be {kind.__name__}") from None
+
+    def __post_init__(self) -> None:
+        for name, kind in kinds_of(type(self)).items():
+            object.__setattr__(self, name, convert(getattr(self, name), kind, name))
+
+
+@functools.cache
+def kinds_of(options: type[Any]) -> dict[str, Any]:
+    """The annotations of a dataclass' fields, by name, with their ranges.
+
+    Args:
+        options: the dataclass.
+    """
+    hints = typing.get_type_hints(options, include_extras=True)
+    return {field.name: hints[field.name] for field in dataclasses.fields(options)}
 
 
 def build(kind: type[T], values: Mapping[str, object], prefix: str) -> T:
-    """Make a dataclass of knobs from option values, refusing what it does not know.
+    """Make a dataclass of options from values that may be text.
 
     Args:
-        kind: the dataclass; ``ValueError`` from its ``__post_init__`` becomes a ConfigError.
-        values: option names without prefix, and their values.
-        prefix: the options' prefix (``adadistill``, ``student``), for messages.
+        kind: the dataclass; a ``ValueError`` of its ``__post_init__`` becomes a ConfigError.
+        values: by the fields' names.
+        prefix: what the names stand behind (``adadistill``, ``student``), for messages.
 
     Returns:
         The dataclass.
@@ -63,14 +88,110 @@ def build(kind: type[T], values: Mapping[str, object], prefix: str) -> T:
     Raises:
         ConfigError: an unknown option, a value of the wrong type or out of range.
     """
-    kinds = typing.get_type_hints(kind)
-    known = [field.name for field in dataclasses.fields(typing.cast(Any, kind))]
+    kinds = kinds_of(kind)
     for name in values:
-        if name not in known:
-            has = f"it has {', '.join(f'{prefix}.{k}' for k in known)}" if known else f"{prefix} has no options"
-            raise ConfigError(f"unknown option {prefix}.{name}; {has}{suggestion(name, known)}")
+        if name not in kinds:
+            has = f"there are {', '.join(f'{prefix}.{known}' for known in kinds)}" if kinds else "it has none"
+            raise ConfigError(f"unknown option {prefix}.{name}; {has}{suggestion(name, kinds, f'{prefix}.')}")
     converted = {name: convert(value, kinds[name], f"{prefix}.{name}") for name, value in values.items()}
     try:
         return kind(**converted)
     except ValueError as error:
         raise ConfigError(f"{prefix}: {error}") from error
+
+
+def convert(value: object, kind: Any, name: str) -> Any:
+    """Read a value, which may be the text of a command line, as the type of the field it is for.
+
+    Args:
+        value: what was given.
+        kind: ``bool``, ``int``, ``float``, ``str``, a ``Literal`` of words, a tuple of numbers (one number stands for
+            all of them), one of these ``Annotated`` with a :class:`Range`, or a union of them and ``None``.
+        name: of the option, for the message.
+
+    Returns:
+        The value.
+
+    Raises:
+        ConfigError: it cannot be read so.
+    """
+    try:
+        return _read(value, kind)
+    except (TypeError, ValueError, OverflowError):
+        raise ConfigError(f"{name} is {value!r}; it must be {_described(kind)}") from None
+
+
+def _read(value: Any, kind: Any) -> Any:
+    """The value as this type; any ValueError, TypeError or OverflowError says that it is none."""
+    if get_origin(kind) in (typing.Union, types.UnionType):
+        if value is None or (isinstance(value, str) and value.strip().lower() == "none"):
+            return None
+        return _first_of(value, [part for part in get_args(kind) if part is not type(None)])
+    if get_origin(kind) is Annotated:
+        own, *notes = get_args(kind)
+        read = _read(value, own)
+        numbers = read if isinstance(read, tuple) else (read,)
+        inside = all(number in note for note in notes if isinstance(note, Range) for number in numbers)
+        return read if inside else _refuse()
+    if get_origin(kind) is Literal:
+        return _word(value, get_args(kind))
+    if get_origin(kind) is tuple:
+        return _several(value, get_args(kind))
+    if kind is bool:
+        return _word(value, (True, False), yes=True, no=False, **{"1": True, "0": False})
+    if kind in (int, float):
+        return _number(value, kind)
+    if kind is Any:
+        return value
+    return _refuse() if value is None else kind(value)
+
+
+def _first_of(value: Any, kinds: Sequence[Any]) -> Any:
+    for kind in kinds[:-1]:
+        with contextlib.suppress(TypeError, ValueError, OverflowError):
+            return _read(value, kind)
+    return _read(value, kinds[-1])
+
+
+def _word(value: Any, words: Sequence[Any], **other: Any) -> Any:
+    known = {**{str(word).lower(): word for word in words}, **other}
+    return known[word] if (word := str(value).strip().lower()) in known else _refuse()
+
+
+def _number(value: Any, kind: type) -> Any:
+    if isinstance(value, bool) or (kind is int and isinstance(value, float) and not value.is_integer()):
+        raise ValueError
+    number = kind(value)
+    return number if math.isfinite(number) else _refuse()
+
+
+def _several(value: Any, kinds: Sequence[Any]) -> tuple[Any, ...]:
+    if isinstance(value, str):
+        value = re.split(r"[\s,]+", value.strip("[]() \t"))
+    items = list(value) if isinstance(value, Sequence) else [value]
+    if kinds[-1] is Ellipsis:
+        kinds = [kinds[0]] * len(items)
+    elif len(items) == 1:
+        items *= len(kinds)
+    return tuple(_read(item, kind) for item, kind in zip(items, kinds, strict=True))
+
+
+def _refuse() -> typing.NoReturn:
+    raise ValueError
+
+
+def _described(kind: Any) -> str:
+    """What a value must be, in words."""
+    if get_origin(kind) in (typing.Union, types.UnionType):
+        return " or ".join("none" if part is type(None) else _described(part) for part in get_args(kind))
+    if get_origin(kind) is Annotated:
+        own, *notes = get_args(kind)
+        return ", ".join([_described(own), *(str(note) for note in notes if isinstance(note, Range))])
+    if get_origin(kind) is Literal:
+        return f"one of {', '.join(map(str, get_args(kind)))}"
+    if get_origin(kind) is tuple:
+        kinds = get_args(kind)
+        number = _described(kinds[0])
+        return f"{number}, or several" if kinds[-1] is Ellipsis else f"{number}, or {len(kinds)} of them"
+    words = {bool: "true or false", int: "a whole number", float: "a finite number", str: "a word"}
+    return words.get(kind) or f"a {getattr(kind, '__name__', kind)}"

@@ -19,6 +19,7 @@ from tqdm import tqdm
 
 from arcface_kd.checkpoints.files import finish_saving
 from arcface_kd.checkpoints.run_settings import require_agreement
+from arcface_kd.config.kd import KDConfig
 from arcface_kd.distillation.distiller import Distiller
 from arcface_kd.distillation.drop_ins import drop_ins
 from arcface_kd.distributed.process_group import process_group
@@ -37,7 +38,7 @@ _CANNOT_WRITE = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG, errno.EIO
 _IS_GONE = (errno.ENOENT, errno.ENOTDIR, errno.ESTALE)
 
 # What may differ from rank to rank, as the machines do, if all of them have it or none has.
-_OF_MACHINES = ("rec", "num_workers", "kd_teacher", "kd_classifier", "kd_cache")
+_OF_MACHINES = ("rec", "num_workers", *(key.name for key in KDConfig.keys().values() if key.file))
 
 
 @dataclass(frozen=True)

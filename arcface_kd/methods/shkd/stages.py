@@ -24,7 +24,7 @@ from torch import distributed
 from arcface_kd import registry
 from arcface_kd.backbones import NETWORKS, FaceBackbone
 from arcface_kd.checkpoints.files import checkpoint_file, read_checkpoint
-from arcface_kd.config.kd import CLASS_MEANS, KDConfig
+from arcface_kd.config.kd import CLASS_MEANS, KDConfig, option_items
 from arcface_kd.config.options import build
 from arcface_kd.distributed.ranks import on_first_rank_first
 from arcface_kd.errors import CheckpointError, ConfigError, TeacherError
@@ -43,7 +43,7 @@ RECORD = "shkd.json"
 _DECIDING = (
     *("rec", "num_classes", "num_image", "num_epoch", "warmup_epoch", "network", "embedding_size", "margin_list"),
     *("sample_rate", "interclass_filtering_threshold", "batch_size", "optimizer", "lr", "momentum", "weight_decay"),
-    *("seed", "kd", "kd_teacher", "kd_classifier", "kd_option"),
+    *("seed", *(key.name for key in KDConfig.keys().values() if key.decides)),
 )
 
 
@@ -112,7 +112,7 @@ class _Stages:
     def __init__(self, config: Mapping[str, Any]) -> None:
         self.config = config
         self.output = Path(config["output"])
-        options = dict(KDConfig.option_items(config.get("kd_option")))
+        options = dict(option_items(config.get("kd_option")))
 
         def under(prefix: str) -> dict[str, object]:
             return {name: value for name, value in options.items() if name.partition(".")[0] == prefix}
@@ -244,7 +244,7 @@ class _Stages:
         return {f"teacher.{name}": value for name, value in vars(self.teacher.preprocessing).items()}
 
     def _stage(self, number: int, title: str, folder: Path, **changes: object) -> Stage:
-        nothing = dict.fromkeys(("kd", "kd_teacher", "kd_cache", "kd_classifier", "kd_option"))
+        nothing = dict.fromkeys(key.name for key in KDConfig.keys().values() if key.distils)
         # Checkpoints are what the next run needs, and what this one goes on from.
         kept = {"output": str(folder), "save_all_states": True, "resume": checkpoint_file(folder, 0).exists()}
         return Stage(number, title, {**nothing, **kept, **changes})
