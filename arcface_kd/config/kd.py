@@ -3,7 +3,7 @@
 import dataclasses
 import typing
 from collections.abc import Callable, Mapping, Sequence
-from typing import Annotated, Any, Literal, get_args, get_origin
+from typing import Annotated, Any, Literal, TypeVar, get_args, get_origin
 
 from arcface_kd.config.options import Options, build, convert, kinds_of
 from arcface_kd.errors import ConfigError, OnBadRecord, suggestion
@@ -13,6 +13,7 @@ CLASS_MEANS = "class-means"
 PREFIXES = ("teacher", "student")
 
 Projection = Literal["none", "linear"]
+K = TypeVar("K", bound="KDConfig")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -211,7 +212,7 @@ class KDConfig:
         return found
 
     @classmethod
-    def from_config(cls, config: Mapping[str, Any]) -> "KDConfig":
+    def from_config(cls: type[K], config: Mapping[str, Any]) -> K:
         """Read the ``kd*`` keys of an arcface_torch config.
 
         Args:

@@ -2,8 +2,8 @@
 
 import contextlib
 import dataclasses
-import functools
 import math
+import os
 import re
 import types
 import typing
@@ -43,6 +43,7 @@ class Range:
 
 
 Weight = Annotated[float, Range(0)]
+Positive = Annotated[float, Range(0, ends="(]")]
 Share = Annotated[float, Range(0, 1, "(]")]
 Temperature = Annotated[float, Range(1)]
 Count = Annotated[int, Range(1)]
@@ -63,7 +64,6 @@ class Options:
             object.__setattr__(self, name, convert(getattr(self, name), kind, name))
 
 
-@functools.cache
 def kinds_of(options: type[Any]) -> dict[str, Any]:
     """The annotations of a dataclass' fields, by name, with their ranges.
 
@@ -124,7 +124,7 @@ def convert(value: object, kind: Any, name: str) -> Any:
 def _read(value: Any, kind: Any) -> Any:
     """The value as this type; any ValueError, TypeError or OverflowError says that it is none."""
     if get_origin(kind) in (typing.Union, types.UnionType):
-        if value is None or (isinstance(value, str) and value.strip().lower() == "none"):
+        if value is None or (isinstance(value, str) and value.strip().lower() in ("", "none")):
             return None
         return _first_of(value, [part for part in get_args(kind) if part is not type(None)])
     if get_origin(kind) is Annotated:
@@ -143,6 +143,8 @@ def _read(value: Any, kind: Any) -> Any:
         return _number(value, kind)
     if kind is Any:
         return value
+    if kind is str and not isinstance(value, str | int | float | os.PathLike):
+        raise ValueError
     return _refuse() if value is None else kind(value)
 
 

@@ -15,12 +15,13 @@ own: (1, m, 0) gives AdaArc (published m = 0.45), (1, 0, m) AdaCos (published m 
 """
 
 from dataclasses import dataclass
-from typing import ClassVar, Literal, get_args
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
+from arcface_kd.config.options import Options
 from arcface_kd.losses.margin_softmax import sharded_margin_softmax
 from arcface_kd.methods.base import Batch, Method, Requirement, RunContext
 from arcface_kd.methods.class_centers import DistilledCenters, Repeated
@@ -33,26 +34,17 @@ _SMALLEST = 1e-6
 
 
 @dataclass(frozen=True)
-class AdaDistillConfig:
+class AdaDistillConfig(Options):
     """AdaDistill's knobs.
 
     Attributes:
         alpha: ``weighted`` (default, the paper's best) or ``plain``.
         repeated: how several samples of one class in a batch are combined: ``mean`` (default, whatever their order) or
             ``last`` (the published code's behaviour).
-
-    Raises:
-        ValueError: a word that is not one of these.
     """
 
     alpha: Alpha = "weighted"
     repeated: Repeated = "mean"
-
-    def __post_init__(self) -> None:
-        if self.alpha not in get_args(Alpha):
-            raise ValueError(f"alpha is {self.alpha!r}; it must be one of {', '.join(get_args(Alpha))}")
-        if self.repeated not in get_args(Repeated):
-            raise ValueError(f"repeated is {self.repeated!r}; it must be one of {', '.join(get_args(Repeated))}")
 
 
 def adaptive_alpha(student_teacher: Tensor, center_teacher: Tensor | None) -> Tensor:

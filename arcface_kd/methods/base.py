@@ -142,8 +142,8 @@ class Batch:
 class Method(nn.Module):
     """A distillation method: state, if it has any, and the loss terms of a step.
 
-    A subclass names its knobs in ``Config`` (a frozen dataclass whose defaults are the published ones and whose
-    ``__post_init__`` refuses what is out of range), what it cannot do without in ``requires``, in ``classifies``
+    A subclass names its knobs in ``Config`` (frozen :class:`~arcface_kd.config.options.Options` whose defaults are the
+    published ones and whose annotations state the ranges), what it cannot do without in ``requires``, in ``classifies``
     whether its terms take the place of the trainer's learned classifier, in ``projects`` whether they look at
     ``Batch.projected``, in ``combines`` whether it may stand beside others, and in ``sharded`` which entries of its
     ``state_dict`` have one row for each class of this rank (the first of a method that classifies: its class centers).

@@ -23,12 +23,13 @@ In the log, ``gradient_share`` counts gradients in the student's embedding, wher
 """
 
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal, get_args
+from typing import Annotated, Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import adaptive_avg_pool2d
 
+from arcface_kd.config.options import Options, Range, Temperature, Weight
 from arcface_kd.distributed.ranks import for_ddp
 from arcface_kd.losses.class_weights import inverse_norm
 from arcface_kd.losses.embedding_losses import squared_distance
@@ -43,7 +44,7 @@ AdapterKind = Literal["auto", "conv"]
 
 
 @dataclass(frozen=True)
-class CrossKDConfig:
+class CrossKDConfig(Options):
     """CrossKD's knobs.
 
     Attributes:
@@ -59,33 +60,18 @@ class CrossKDConfig:
         tap: where both maps are taken: 0 (default) the last map, 1 the last one at twice its size, ... up to 3.
         student_map: path of the student's module that returns its map, in place of ``tap``.
         teacher_map: the same in the teacher, or the name of a tensor of its ONNX graph.
-
-    Raises:
-        ValueError: a knob out of range.
     """
 
     mimic: Mimic = "embedding"
-    embedding_weight: float = 64.0
-    logit_weight: float = 1.0
-    temperature: float = 4.0
+    embedding_weight: Weight = 64.0
+    logit_weight: Weight = 1.0
+    temperature: Temperature = 4.0
     align: bool = True
     statistics: Statistics = "rank"
     adapter: AdapterKind = "auto"
-    tap: int = 0
+    tap: Annotated[int, Range(0, 3)] = 0
     student_map: str | None = None
     teacher_map: str | None = None
-
-    def __post_init__(self) -> None:
-        for name, words in (("mimic", Mimic), ("statistics", Statistics), ("adapter", AdapterKind)):
-            if getattr(self, name) not in get_args(words):
-                raise ValueError(f"{name} is {getattr(self, name)!r}; it must be one of {', '.join(get_args(words))}")
-        for name in ("embedding_weight", "logit_weight"):
-            if not 0 <= getattr(self, name) < float("inf"):
-                raise ValueError(f"{name} is {getattr(self, name)}; it must be finite and at least 0")
-        if not 1 <= self.temperature < float("inf"):
-            raise ValueError(f"temperature is {self.temperature}; it must be finite and at least 1")
-        if not 0 <= self.tap <= 3:
-            raise ValueError(f"tap is {self.tap}; it must be 0, 1, 2 or 3")
 
 
 class Adapter(nn.Module):

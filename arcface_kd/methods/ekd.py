@@ -31,6 +31,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from arcface_kd.config.options import Count, Options, Positive, Share, Weight
 from arcface_kd.losses.embedding_losses import impostor_thresholds, inner_products, rank_loss, soft_rank
 from arcface_kd.methods.base import Batch, Method, Requirement, RunContext
 
@@ -39,7 +40,7 @@ _PAIRS_PER_ACCEPTANCE = (10, 100, 1_000, 10_000, 100_000, 1_000_000)
 
 
 @dataclass(frozen=True)
-class EKDConfig:
+class EKDConfig(Options):
     """EKD's knobs.
 
     Attributes:
@@ -48,27 +49,13 @@ class EKDConfig:
         hardest: how many negative pairs are taken, at least 1.
         temperature: of the soft count, in units of the cosine, positive.
         momentum: of a batch's thresholds in their moving average, in (0, 1].
-
-    Raises:
-        ValueError: a knob out of range.
     """
 
-    positive_weight: float = 0.02
-    negative_weight: float = 0.01
-    hardest: int = 2000
-    temperature: float = 0.01
-    momentum: float = 0.01
-
-    def __post_init__(self) -> None:
-        for name in ("positive_weight", "negative_weight"):
-            if not 0 <= getattr(self, name) < float("inf"):
-                raise ValueError(f"{name} is {getattr(self, name)}; it must be finite and at least 0")
-        if self.hardest < 1:
-            raise ValueError(f"hardest is {self.hardest}; it must be at least 1")
-        if not 0 < self.temperature < float("inf"):
-            raise ValueError(f"temperature is {self.temperature}; it must be finite and positive")
-        if not 0 < self.momentum <= 1:
-            raise ValueError(f"momentum is {self.momentum}; it must be in (0, 1]")
+    positive_weight: Weight = 0.02
+    negative_weight: Weight = 0.01
+    hardest: Count = 2000
+    temperature: Positive = 0.01
+    momentum: Share = 0.01
 
 
 class EKD(Method):

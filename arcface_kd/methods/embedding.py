@@ -17,10 +17,11 @@ With ``labels=none`` the labels are left out: there is no classifier, the distan
 """
 
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal, get_args
+from typing import Any, ClassVar, Literal
 
 from torch import Tensor
 
+from arcface_kd.config.options import Options, Weight
 from arcface_kd.losses.embedding_losses import squared_distance
 from arcface_kd.methods.base import Batch, Method, Requirement, RunContext
 
@@ -29,7 +30,7 @@ Labels = Literal["classify", "none"]
 
 
 @dataclass(frozen=True)
-class EmbeddingConfig:
+class EmbeddingConfig(Options):
     """Embedding distillation's knobs.
 
     Attributes:
@@ -37,22 +38,11 @@ class EmbeddingConfig:
         weight: of the distance, at least 0.
         labels: ``classify`` (default) trains the classification loss of the trainer, or of another method, as well;
             ``none`` leaves it out, and excludes methods that bring one.
-
-    Raises:
-        ValueError: a word that is not one of these, or a negative weight.
     """
 
     distance: Distance = "l2"
-    weight: float = 64.0
+    weight: Weight = 64.0
     labels: Labels = "classify"
-
-    def __post_init__(self) -> None:
-        if self.distance not in get_args(Distance):
-            raise ValueError(f"distance is {self.distance!r}; it must be one of {', '.join(get_args(Distance))}")
-        if self.labels not in get_args(Labels):
-            raise ValueError(f"labels is {self.labels!r}; it must be one of {', '.join(get_args(Labels))}")
-        if not 0 <= self.weight < float("inf"):
-            raise ValueError(f"weight is {self.weight}; it must be finite and at least 0")
 
 
 class EmbeddingDistillation(Method):

@@ -18,14 +18,15 @@ is that of all ranks. The paper's abstract can be read as a cut for each sample 
 """
 
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Annotated, Literal
 
 from torch import Tensor
 
+from arcface_kd.config.options import Count, Options, Range, Share, Temperature, Weight
 from arcface_kd.losses.class_groups import BatchMass, FixedSize, GroupRule, SampleMass
 from arcface_kd.losses.logit_distillation import Distillation, Grouping, Logits, RankedBy
 from arcface_kd.methods.base import Batch, RunContext
-from arcface_kd.methods.logit_method import LogitMethod, check_temperature, check_weights
+from arcface_kd.methods.logit_method import LogitMethod
 
 Group = Literal["batch", "sample", "fixed"]
 
@@ -33,7 +34,7 @@ _PUBLISHED_PRIMARY_WEIGHTS = {"fixed": 8.0, "batch": 4.0, "sample": 4.0}
 
 
 @dataclass(frozen=True)
-class GKDConfig:
+class GKDConfig(Options):
     """GKD's knobs.
 
     Attributes:
@@ -52,46 +53,25 @@ class GKDConfig:
         binary_weight: l2, at least 0.
         secondary_weight: l3, at least 0.
         ramp_epochs: epochs until the terms have their full weight, 0 for at once.
-
-    Raises:
-        ValueError: a knob out of range.
     """
 
     group: Group = "batch"
-    mass: float = 0.93
-    step: int = 100
-    size: int = 10_000
+    mass: Share = 0.93
+    step: Count = 100
+    size: Count = 10_000
     ranked_by: RankedBy = "student"
     logits: Logits = "margin"
-    temperature: float = 4.0
-    primary_weight: float | None = None
-    binary_weight: float = 1.0
-    secondary_weight: float = 0.0
-    ramp_epochs: float = 10.0
-
-    def __post_init__(self) -> None:
-        for name, words in (("group", Group), ("ranked_by", RankedBy), ("logits", Logits)):
-            if getattr(self, name) not in get_args(words):
-                raise ValueError(f"{name} is {getattr(self, name)!r}; it must be one of {', '.join(get_args(words))}")
-        check_temperature(self.temperature)
-        check_weights(
-            primary_weight=self.primary_weight,
-            binary_weight=self.binary_weight,
-            secondary_weight=self.secondary_weight,
-            ramp_epochs=self.ramp_epochs,
-        )
-        for group in get_args(Group):
-            # Refuses what is out of its range, whichever is in use.
-            self._rule(group)
+    temperature: Temperature = 4.0
+    primary_weight: Weight | None = None
+    binary_weight: Weight = 1.0
+    secondary_weight: Weight = 0.0
+    ramp_epochs: Annotated[float, Range(0)] = 10.0
 
     def rule(self) -> GroupRule:
         """The rule for the group's size."""
-        return self._rule(self.group)
-
-    def _rule(self, group: Group) -> GroupRule:
-        if group == "fixed":
+        if self.group == "fixed":
             return FixedSize(self.size)
-        return SampleMass(self.mass) if group == "sample" else BatchMass(self.mass, self.step)
+        return SampleMass(self.mass) if self.group == "sample" else BatchMass(self.mass, self.step)
 
     def weights(self, epochs_done: int) -> tuple[float, float, float]:
         """The weights of primary, binary and secondary term after so many whole epochs."""

@@ -7,37 +7,28 @@ margin unless ``logits=margin`` asks for it on both sides.
 """
 
 from dataclasses import dataclass
-from typing import get_args
 
 from torch import Tensor
 
+from arcface_kd.config.options import Options, Temperature, Weight
 from arcface_kd.losses.logit_distillation import Logits
 from arcface_kd.methods.base import Batch
-from arcface_kd.methods.logit_method import LogitMethod, check_temperature, check_weights
+from arcface_kd.methods.logit_method import LogitMethod
 
 
 @dataclass(frozen=True)
-class LogitKDConfig:
+class LogitKDConfig(Options):
     """KD's knobs.
 
     Attributes:
         temperature: T, at least 1. Published work on faces takes 4 at a logit scale of 64.
         weight: w, at least 0.
         logits: ``plain`` (default) or ``margin``, which puts the trainer's margin on the targets of both sides.
-
-    Raises:
-        ValueError: a knob out of range.
     """
 
-    temperature: float = 4.0
-    weight: float = 1.0
+    temperature: Temperature = 4.0
+    weight: Weight = 1.0
     logits: Logits = "plain"
-
-    def __post_init__(self) -> None:
-        check_temperature(self.temperature)
-        check_weights(weight=self.weight)
-        if self.logits not in get_args(Logits):
-            raise ValueError(f"logits is {self.logits!r}; it must be one of {', '.join(get_args(Logits))}")
 
 
 class LogitKD(LogitMethod):

@@ -19,30 +19,6 @@ from arcface_kd.methods.class_sampling import sample_classes
 from arcface_kd.methods.learned_classifier import LearnedClassifier
 
 
-def check_temperature(temperature: float) -> None:
-    """Refuse a temperature below 1, or one at which nothing is left of the logits.
-
-    Raises:
-        ValueError: it is below 1 or infinite.
-    """
-    if not 1 <= temperature < float("inf"):
-        raise ValueError(f"the temperature is {temperature}; it must be finite and at least 1")
-
-
-def check_weights(**weights: float | None) -> None:
-    """Refuse negative and infinite weights of loss terms.
-
-    Args:
-        weights: by the knob's name; None for one that is left to the method.
-
-    Raises:
-        ValueError: one of them is negative or infinite.
-    """
-    for name, weight in weights.items():
-        if weight is not None and not 0 <= weight < float("inf"):
-            raise ValueError(f"{name} is {weight}; it must be finite and at least 0")
-
-
 class LogitMethod(Method):
     """Base of the methods that compare the logits of two classifiers, each on its own embedding.
 

@@ -13,13 +13,16 @@ Chosen here, since the paper does not say: the maximum is over the batch of all 
 that no margin leaves [smallest, largest], and a batch without a positive one has the smallest margin throughout.
 """
 
+import math
 from dataclasses import dataclass, replace
-from typing import ClassVar
+from typing import Annotated, ClassVar
 
 import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
+from arcface_kd.config.options import Range
+from arcface_kd.errors import ConfigError
 from arcface_kd.losses.margin import Margin
 from arcface_kd.methods.base import Batch, Requirement, RunContext
 from arcface_kd.methods.proxylesskd import ProxylessKD, ProxylessKDConfig
@@ -34,16 +37,16 @@ class MarginDistillationConfig(ProxylessKDConfig):
         smallest: the margin of an image at a right angle to its class center, in radians, in [0, ``largest``].
 
     Raises:
-        ValueError: a margin out of range.
+        ConfigError: ``smallest`` is above ``largest``.
     """
 
-    largest: float = 0.5
-    smallest: float = 0.2
+    largest: Annotated[float, Range(0, math.pi / 2)] = 0.5
+    smallest: Annotated[float, Range(0)] = 0.2
 
     def __post_init__(self) -> None:
-        self.applied_to(Margin())
-        if not 0 <= self.smallest <= self.largest:
-            raise ValueError(f"smallest is {self.smallest}; it must be in [0, {self.largest}], which is largest")
+        super().__post_init__()
+        if self.smallest > self.largest:
+            raise ConfigError(f"smallest is {self.smallest}; it must be in [0, {self.largest}], which is largest")
 
     def applied_to(self, margin: Margin) -> Margin:
         """ArcFace's margin with the trainer's logit scale and filter; each row has its own m2 in the end."""

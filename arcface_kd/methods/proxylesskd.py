@@ -10,11 +10,13 @@ ArcDistill and CosDistill are the same idea as AdaDistill's authors ran it to co
 the trainer's margin is. ``proxylesskd`` takes the trainer's own margin.
 """
 
+import math
 from dataclasses import dataclass, replace
-from typing import ClassVar
+from typing import Annotated, ClassVar
 
 from torch import Tensor
 
+from arcface_kd.config.options import Options, Range
 from arcface_kd.losses.class_weights import inverse_norm
 from arcface_kd.losses.margin import Margin
 from arcface_kd.losses.margin_softmax import sharded_margin_softmax
@@ -23,7 +25,7 @@ from arcface_kd.methods.class_sampling import sample_classes
 
 
 @dataclass(frozen=True)
-class ProxylessKDConfig:
+class ProxylessKDConfig(Options):
     """No knobs: margin, sample rate and filter are the trainer's own keys."""
 
     def applied_to(self, margin: Margin) -> Margin:
@@ -37,15 +39,9 @@ class ArcDistillConfig(ProxylessKDConfig):
 
     Attributes:
         margin: added to the angle, in radians, in [0, pi / 2].
-
-    Raises:
-        ValueError: a margin out of range.
     """
 
-    margin: float = 0.45
-
-    def __post_init__(self) -> None:
-        self.applied_to(Margin())
+    margin: Annotated[float, Range(0, math.pi / 2)] = 0.45
 
     def applied_to(self, margin: Margin) -> Margin:
         """ArcFace's margin with the trainer's logit scale and filter."""
@@ -58,15 +54,9 @@ class CosDistillConfig(ProxylessKDConfig):
 
     Attributes:
         margin: taken from the cosine, in [0, 2).
-
-    Raises:
-        ValueError: a margin out of range.
     """
 
-    margin: float = 0.35
-
-    def __post_init__(self) -> None:
-        self.applied_to(Margin())
+    margin: Annotated[float, Range(0, 2, "[)")] = 0.35
 
     def applied_to(self, margin: Margin) -> Margin:
         """CosFace's margin with the trainer's logit scale and filter."""

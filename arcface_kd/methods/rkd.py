@@ -24,12 +24,14 @@ from typing import ClassVar
 
 from torch import Tensor
 
+from arcface_kd.config.options import Options, Weight
+from arcface_kd.errors import ConfigError
 from arcface_kd.losses.embedding_losses import angle_loss, distance_loss
 from arcface_kd.methods.base import Batch, Method, Requirement
 
 
 @dataclass(frozen=True)
-class RKDConfig:
+class RKDConfig(Options):
     """RKD's knobs.
 
     Attributes:
@@ -37,18 +39,16 @@ class RKDConfig:
         angle_weight: of the difference of angles, at least 0; a weight of 0 takes the term out.
 
     Raises:
-        ValueError: a negative weight, or both 0.
+        ConfigError: both are 0.
     """
 
-    distance_weight: float = 25.0
-    angle_weight: float = 50.0
+    distance_weight: Weight = 25.0
+    angle_weight: Weight = 50.0
 
     def __post_init__(self) -> None:
-        for name in ("distance_weight", "angle_weight"):
-            if not 0 <= getattr(self, name) < float("inf"):
-                raise ValueError(f"{name} is {getattr(self, name)}; it must be finite and at least 0")
+        super().__post_init__()
         if self.distance_weight == self.angle_weight == 0:
-            raise ValueError("distance_weight and angle_weight are both 0; one of them must be positive")
+            raise ConfigError("distance_weight and angle_weight are both 0; one of them must be positive")
 
 
 class RKD(Method):

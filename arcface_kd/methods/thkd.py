@@ -12,19 +12,20 @@ dimensions differ, the student's embedding goes through a projection on its way 
 """
 
 from dataclasses import dataclass
-from typing import ClassVar, Literal, get_args
+from typing import Annotated, ClassVar, Literal
 
 from torch import Tensor
 
+from arcface_kd.config.options import Options, Range, Temperature, Weight
 from arcface_kd.losses.logit_distillation import Logits, logit_distillation
 from arcface_kd.methods.base import Batch
-from arcface_kd.methods.logit_method import LogitMethod, check_temperature, check_weights
+from arcface_kd.methods.logit_method import LogitMethod
 
 Form = Literal["mixed", "additive"]
 
 
 @dataclass(frozen=True)
-class THKDConfig:
+class THKDConfig(Options):
     """TH-KD's knobs.
 
     Attributes:
@@ -36,27 +37,15 @@ class THKDConfig:
         temperature: T, at least 1.
         logits: ``plain`` (default) or ``margin``, which puts the trainer's margin on the targets of all distilled
             logits.
-
-    Raises:
-        ValueError: a knob out of range.
     """
 
     form: Form = "mixed"
-    a: float = 0.5
-    weight: float = 1.0
-    kd_weight: float = 1.5
-    teacher_head_weight: float = 0.02
-    temperature: float = 4.0
+    a: Annotated[float, Range(0, 1)] = 0.5
+    weight: Weight = 1.0
+    kd_weight: Weight = 1.5
+    teacher_head_weight: Weight = 0.02
+    temperature: Temperature = 4.0
     logits: Logits = "plain"
-
-    def __post_init__(self) -> None:
-        for name, words in (("form", Form), ("logits", Logits)):
-            if getattr(self, name) not in get_args(words):
-                raise ValueError(f"{name} is {getattr(self, name)!r}; it must be one of {', '.join(get_args(words))}")
-        if not 0 <= self.a <= 1:
-            raise ValueError(f"the teacher head's share a is {self.a}; it must be in [0, 1]")
-        check_temperature(self.temperature)
-        check_weights(weight=self.weight, kd_weight=self.kd_weight, teacher_head_weight=self.teacher_head_weight)
 
 
 class THKD(LogitMethod):

@@ -1,12 +1,11 @@
 """What a user may say about a teacher: how its input is prepared, and what it is."""
 
-import math
-import re
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, fields
-from typing import Literal, get_args
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Annotated, Literal
 
-from arcface_kd.errors import ConfigError, suggestion
+from arcface_kd.config.options import Options, Range, build
+from arcface_kd.errors import ConfigError
 
 Channels = Literal["rgb", "bgr"]
 Precision = Literal["fp32", "bf16", "fp16"]
@@ -53,78 +52,9 @@ def in_words(values: Triple) -> str:
     return "(" + ", ".join(f"{value:g}" for value in values) + ")"
 
 
-def _numbers(key: str, value: object) -> Triple:
-    """One number or three, as numbers or as the text of a ``--kd-option``."""
-    if isinstance(value, str):
-        items: list[object] = list(re.split(r"[\s,]+", value.strip("[]() \t")))
-    elif isinstance(value, Sequence):
-        items = list(value)
-    else:
-        items = [value]
-    try:
-        if any(isinstance(item, bool) for item in items):
-            raise TypeError
-        numbers = [float(item) for item in items]  # type: ignore[arg-type]
-    except (TypeError, ValueError, OverflowError):
-        raise ConfigError(f"teacher.{key}={value!r}: wanted a number or three of them, such as 127.5") from None
-    if len(numbers) not in (1, 3) or not all(math.isfinite(number) for number in numbers):
-        raise ConfigError(f"teacher.{key}={value!r}: wanted one finite number or three, got {len(numbers)}")
-    first, second, third = numbers if len(numbers) == 3 else numbers * 3
-    return first, second, third
-
-
-def _deviation(key: str, value: object) -> Triple:
-    numbers = _numbers(key, value)
-    if min(numbers) <= 0:
-        raise ConfigError(f"teacher.{key}={value!r}: a divisor has to be greater than 0")
-    return numbers
-
-
-def _whole(low: int, high: int) -> Callable[[str, object], int]:
-    def parse(key: str, value: object) -> int:
-        number = None
-        if isinstance(value, str) and re.fullmatch(r"\s*\d{1,9}\s*", value):
-            number = int(value)
-        elif isinstance(value, int) and not isinstance(value, bool):
-            number = value
-        if number is None or not low <= number <= high:
-            raise ConfigError(f"teacher.{key}={value!r}: wanted a whole number from {low} to {high}")
-        return number
-
-    return parse
-
-
-def _one_of(allowed: tuple[str, ...]) -> Callable[[str, object], str]:
-    def parse(key: str, value: object) -> str:
-        word = value.strip().lower() if isinstance(value, str) else value
-        if word not in allowed:
-            raise ConfigError(f"teacher.{key}={value!r}: wanted one of {', '.join(allowed)}")
-        return str(word)
-
-    return parse
-
-
-def _word(key: str, value: object) -> str:
-    if not isinstance(value, str) or not value.strip():
-        raise ConfigError(f"teacher.{key}={value!r}: wanted a name")
-    return value.strip()
-
-
-_PARSERS: dict[str, Callable[[str, object], object]] = {
-    "channels": _one_of(get_args(Channels)),
-    "mean": _numbers,
-    "std": _deviation,
-    "size": _whole(8, 2048),
-    "precision": _one_of(get_args(Precision)),
-    "network": _word,
-    "embedding_size": _whole(1, 65536),
-    "output": _word,
-}
-
-
 @dataclass(frozen=True)
-class TeacherOptions:
-    """The ``teacher.*`` options; None leaves the choice to the source, or to the field's custom.
+class TeacherOptions(Options):
+    """The ``teacher.*`` options; None leaves the choice to the source, or to what is usual.
 
     Numbers may come as text, since ``--kd-option teacher.mean=127`` brings them so.
 
@@ -142,20 +72,14 @@ class TeacherOptions:
         ConfigError: a value outside these ranges.
     """
 
-    channels: str | None = None
-    mean: float | str | Sequence[float] | None = None
-    std: float | str | Sequence[float] | None = None
-    size: int | str | None = None
-    precision: str | None = None
+    channels: Channels | None = None
+    mean: Triple | None = None
+    std: Annotated[Triple, Range(0, ends="(]")] | None = None
+    size: Annotated[int, Range(8, 2048)] | None = None
+    precision: Precision | None = None
     network: str | None = None
-    embedding_size: int | str | None = None
+    embedding_size: Annotated[int, Range(1, 65536)] | None = None
     output: str | None = None
-
-    def __post_init__(self) -> None:
-        for key, parse in _PARSERS.items():
-            value = getattr(self, key)
-            if value is not None:
-                object.__setattr__(self, key, parse(key, value))
 
     @classmethod
     def of(cls, options: "TeacherOptions | Mapping[str, object] | None") -> "TeacherOptions":
@@ -174,17 +98,10 @@ class TeacherOptions:
             return cls()
         if isinstance(options, TeacherOptions):
             return options
-        known = [field.name for field in fields(cls)]
-        for name in options:
-            if name not in known:
-                raise ConfigError(
-                    f"no teacher option named {name!r}; there are: {', '.join('teacher.' + key for key in known)}"
-                    f"{suggestion(str(name), known, 'teacher.')}"
-                )
-        return cls(**dict(options))  # type: ignore[arg-type]
+        return build(cls, options, "teacher")
 
     def preprocessing(self, known: Preprocessing) -> Preprocessing:
-        """The source's preprocessing with the user's words in place of it.
+        """The source's preprocessing, overridden by the user's options.
 
         Args:
             known: what the source says of itself.

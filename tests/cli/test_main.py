@@ -110,7 +110,7 @@ def test_settings_win_over_the_config(config: Path, tmp_path: Path) -> None:
         ),
         (["--kd", "adadistill", "--kd-teacher", "{teacher}", "--kd-option", "alpha=plain"], "options start with"),
         (["--kd", "adadistill", "--kd-teacher", "{teacher}", "--set", "embedding_size=8"], "student.projection=linear"),
-        (["--kd-teacher", "{teacher}"], "--kd-teacher without a method: nothing would come of it; add --kd METHOD"),
+        (["--kd-teacher", "{teacher}"], "--kd-teacher without a method has no effect: add --kd METHOD"),
         (["--kd-cache", "c", "--kd-option", "teacher.std=128"], "--kd-cache and --kd-option without a method"),
         (["--set", "num_classes=2"], "num_classes"),
         (["--set", "verbose=0"], "verbose is 0"),

@@ -1,15 +1,21 @@
 """Config files with the host's semantics, and the ``kd*`` keys."""
 
+import argparse
+import dataclasses
+import re
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 
 import pytest
 from easydict import EasyDict
 
-from arcface_kd.config.arcface_torch import BASE, find_config, load_config, reading_config
-from arcface_kd.config.kd import KDConfig
+from arcface_kd.config import flags
+from arcface_kd.config.arcface_torch import BASE, RUN_KEYS, find_config, load_config, reading_config
+from arcface_kd.config.kd import KDConfig, Key
 from arcface_kd.errors import ConfigError
+from arcface_kd.methods.shkd.stages import _DECIDING
+from arcface_kd.training.trainer import _OF_MACHINES
 
 HEAD = "from easydict import EasyDict as edict\nconfig = edict()\n"
 
@@ -199,7 +205,10 @@ def test_a_value_may_hold_an_equals_sign_and_a_name_a_dot() -> None:
     [
         ({"methods": "adadistill"}, r"methods is 'adadistill'.*\('adadistill',\)"),
         ({"methods": ("kd",), "options": {"kd.weight": 2.0}}, r"'kd.weight': 2.0; it must have a mapping"),
-        ({"methods": ("kd",), "options": {"gkd": {"mass": 0.9}}}, "prefix 'gkd'; there are teacher, student, kd; did"),
+        (
+            {"methods": ("kd",), "options": {"gkd": {"mass": 0.9}}},
+            "unknown option 'gkd.mass'; .*did you mean 'kd'",
+        ),
     ],
     ids=["a word", "dotted names", "another method's"],
 )
@@ -229,3 +238,86 @@ def test_kd_keys_that_cannot_be_meant_are_refused(config: dict[str, Any], said: 
     with pytest.raises(ConfigError, match=said) as error:
         KDConfig.from_config(config)
     one_line(error)
+
+
+# ---- one key, one place
+
+
+@dataclasses.dataclass(frozen=True)
+class Extended(KDConfig):
+    """With a key more."""
+
+    loader: Annotated[Literal["ours", "host"], Key("whose data set is read")] = "ours"
+
+
+@pytest.fixture
+def extended(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(flags, "KDConfig", Extended)
+
+
+def parse(*words: str) -> argparse.Namespace:
+    parser = argparse.ArgumentParser()
+    flags.add_arguments(parser)
+    return parser.parse_args(words)
+
+
+def test_a_new_field_is_a_key() -> None:
+    assert Extended.from_config({"kd_loader": "Host"}).loader == "host"
+    assert Extended.from_config({}).loader == "ours"
+    with pytest.raises(ConfigError, match="kd_loader is 'x'; it must be one of ours, host"):
+        Extended.from_config({"kd_loader": "x"})
+    with pytest.raises(ConfigError, match=r"did you mean 'kd_loader'"):
+        Extended.from_config({"kd_loder": "host"})
+    with pytest.raises(ConfigError, match="unknown key 'kd_loader'"):
+        KDConfig.from_config({"kd_loader": "host"})
+
+
+@pytest.mark.usefixtures("extended")
+def test_a_new_field_is_a_flag_that_is_merged_forwarded_and_refused_without_a_method(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    given = parse("--kd-loader", "host")
+    config: dict[str, Any] = {"kd_loader": "ours", "lr": 0.1}
+    flags.merge_arguments(config, given)
+    assert config == {"kd_loader": "host", "lr": 0.1}
+    assert flags.flags_of(given) == ["--kd-loader", "host"]
+    with pytest.raises(ConfigError, match="--kd-loader without a method"):
+        flags.refuse_flags_without_method(config, given)
+    with pytest.raises(SystemExit):
+        parse("--help")
+    assert "--kd-loader {ours,host}" in " ".join(capsys.readouterr().out.split())
+
+
+def test_a_new_field_is_among_the_words_of_a_child_run() -> None:
+    assert Extended.from_config({"kd": "a", "kd_loader": "host"}).flags() == ["--kd", "a", "--kd-loader", "host"]
+
+
+def test_every_key_may_be_set_on_the_command_line_and_agrees_between_ranks() -> None:
+    for field, key in KDConfig.keys().items():
+        assert RUN_KEYS[key.name] is (list if key.many else str), field
+        # Files may lie elsewhere on another machine; everything else is the same on all ranks.
+        assert (key.name in _OF_MACHINES) == key.file, field
+        assert (key.name in _DECIDING) == key.decides, field
+
+
+def test_the_documentation_has_every_key() -> None:
+    text = (Path(__file__).parents[2] / "docs" / "host.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| `(--\S+)[^|]*` \| `(\w+)`", text, re.MULTILINE)
+    assert rows == [(key.flag, key.name) for key in KDConfig.keys().values()]
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        {},
+        {"kd": "a+b", "kd_teacher": "a b.pt", "kd_option": {"teacher.mean": (1, 2.5, 3), "a.x": "y=z", "b.on": True}},
+        {"kd": "a", "kd_cache": "c", "kd_classifier": "class-means", "kd_on_bad_record": "skip"},
+    ],
+)
+def test_the_words_of_a_command_line_give_the_same_keys_again(config: dict[str, Any]) -> None:
+    kd = KDConfig.from_config(config)
+    again: dict[str, Any] = {}
+    flags.merge_arguments(again, parse(*kd.flags()))
+    read = KDConfig.from_config(again)
+    assert read.flags() == kd.flags()
+    assert dataclasses.replace(read, options={}) == dataclasses.replace(kd, options={})

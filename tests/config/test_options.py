@@ -138,7 +138,7 @@ def test_the_ends_of_a_range(kind: Any, inside: tuple[float, ...], outside: tupl
     for number in inside:
         assert convert(number, kind, "x") == number
     for number in outside:
-        with pytest.raises(ConfigError, match="^x is "):
+        with pytest.raises(ConfigError, match=r"^x is "):
             convert(number, kind, "x")
 
 

@@ -7,7 +7,6 @@ import torch
 from torch import Tensor
 
 from arcface_kd.config.kd import KDConfig
-from arcface_kd.config.options import build
 from arcface_kd.distillation.distiller import Distiller
 from arcface_kd.distillation.head import DistillationHead
 from arcface_kd.distributed.ranks import RankGroup
@@ -89,22 +88,6 @@ def test_without_labels_it_excludes_a_method_that_classifies() -> None:
     with pytest.raises(ConfigError, match=said) as error:
         _head("adadistill+embedding", labels="none")
     assert "\n" not in str(error.value)
-
-
-@pytest.mark.parametrize(
-    ("values", "said"),
-    [
-        ({"distance": "l1"}, "embedding.distance is 'l1'; it must be one of l2, cosine"),
-        ({"labels": "some"}, "embedding.labels is 'some'; it must be one of classify, none"),
-        ({"weight": -1.0}, "weight is -1.0; it must be finite and at least 0"),
-        ({"weight": "nan"}, "weight is nan"),
-        ({"weight": "inf"}, "weight is inf"),
-        ({"wieght": 3}, "unknown option embedding.wieght; .* did you mean 'weight'"),
-    ],
-)
-def test_knobs_out_of_range_are_refused(values: dict[str, object], said: str) -> None:
-    with pytest.raises(ConfigError, match=said):
-        build(EmbeddingConfig, values, "embedding")
 
 
 def test_it_needs_a_teacher() -> None:

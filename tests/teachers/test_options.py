@@ -18,7 +18,7 @@ def test_text_and_numbers_mean_the_same() -> None:
             "embedding_size": "512",
         }
     )
-    numbers = TeacherOptions(channels="bgr", mean=127, std=[1, 2.5, 3], size=112, precision="bf16", embedding_size=512)
+    numbers = TeacherOptions("bgr", (127, 127, 127), (1, 2.5, 3), 112, "bf16", embedding_size=512)
     assert text == numbers
     assert text.mean == (127.0, 127.0, 127.0)
     assert text.std == (1.0, 2.5, 3.0)
@@ -33,14 +33,12 @@ def test_nothing_given_leaves_the_source_its_word() -> None:
 
 def test_given_options_replace_the_sources_one_by_one() -> None:
     known = Preprocessing("bgr", (1.0, 2.0, 3.0), (4.0, 5.0, 6.0), 96)
-    said = TeacherOptions(mean="0", size=224)
+    said = TeacherOptions.of({"mean": "0", "size": 224})
     assert said.preprocessing(known) == Preprocessing("bgr", (0.0, 0.0, 0.0), (4.0, 5.0, 6.0), 224)
 
 
 def test_an_unknown_option_lists_the_known_ones() -> None:
-    with pytest.raises(
-        ConfigError, match=r"no teacher option named 'chanels'.*teacher\.mean.*mean 'teacher\.channels'\?"
-    ):
+    with pytest.raises(ConfigError, match=r"teacher\.chanels.*teacher\.mean.*mean 'teacher\.channels'\?"):
         TeacherOptions.of({"chanels": "bgr"})
 
 
@@ -51,7 +49,6 @@ def test_an_unknown_option_lists_the_known_ones() -> None:
         ("channels", 3),
         ("mean", "a"),
         ("mean", "1,2"),
-        ("mean", ""),
         ("mean", math.nan),
         ("mean", [1, 2, 3, 4]),
         ("mean", True),
@@ -66,15 +63,14 @@ def test_an_unknown_option_lists_the_known_ones() -> None:
         ("size", True),
         ("size", "9" * 5000),
         ("precision", "int8"),
-        ("network", ""),
-        ("network", 5),
+        ("network", ["r50"]),
         ("embedding_size", 0),
         ("embedding_size", -512),
     ],
 )
 def test_a_value_out_of_range_is_named(key: str, value: Any) -> None:
-    with pytest.raises(ConfigError, match=rf"^teacher\.{key}=") as caught:
-        TeacherOptions(**{key: value})
+    with pytest.raises(ConfigError, match=rf"^teacher\.{key} is ") as caught:
+        TeacherOptions.of({key: value})
     assert "\n" not in str(caught.value)
 
 

@@ -24,12 +24,13 @@ There is nothing to do here in a step; :mod:`arcface_kd.methods.shkd.stages` say
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
+from arcface_kd.config.options import Count, Options, Positive
 from arcface_kd.errors import ConfigError
 from arcface_kd.methods.base import Method, RunContext
 
 
 @dataclass(frozen=True)
-class SHKDConfig:
+class SHKDConfig(Options):
     """SH-KD's knobs.
 
     Attributes:
@@ -41,25 +42,20 @@ class SHKDConfig:
         teacher_batch_size: of the second run on each rank; None takes ``batch_size``.
 
     Raises:
-        ValueError: a knob out of range.
+        ConfigError: ``distil`` names no method of one run.
     """
 
     distil: str = "kd"
     teacher_network: str | None = None
-    student_epochs: int | None = None
-    teacher_epochs: int | None = None
-    teacher_lr: float | None = None
-    teacher_batch_size: int | None = None
+    student_epochs: Count | None = None
+    teacher_epochs: Count | None = None
+    teacher_lr: Positive | None = None
+    teacher_batch_size: Count | None = None
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if not self.distil or "shkd" in self.distil.split("+"):
-            raise ValueError(f"distil is {self.distil!r}; it must be a method of one run, such as kd or thkd")
-        for name in ("student_epochs", "teacher_epochs", "teacher_batch_size"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ValueError(f"{name} is {value}; it must be at least 1")
-        if self.teacher_lr is not None and not 0 < self.teacher_lr < float("inf"):
-            raise ValueError(f"teacher_lr is {self.teacher_lr}; it must be finite and greater than 0")
+            raise ConfigError(f"distil is {self.distil!r}; it must be a method of one run, such as kd or thkd")
 
 
 class SHKD(Method):

@@ -37,11 +37,12 @@ Chosen here, for faces:
 
 import logging
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar, get_args
+from typing import Annotated, Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
+from arcface_kd.config.options import Count, Options, Range, Share, Weight
 from arcface_kd.errors import CheckpointError, ConfigError
 from arcface_kd.methods.base import Batch, Method, Requirement, RunContext
 from arcface_kd.methods.learned_classifier import LearnedClassifier
@@ -52,7 +53,7 @@ logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
-class TCSConfig:
+class TCSConfig(Options):
     """TCS's knobs. In brackets, whether a default was published or chosen here.
 
     Attributes:
@@ -69,36 +70,22 @@ class TCSConfig:
         drop_end: share of the run at which the last round is done, above ``drop_begin``, at most 1. [chosen]
 
     Raises:
-        ValueError: a value out of range.
+        ConfigError: ``drop_begin`` is not below ``drop_end``.
     """
 
-    variance: float = 0.95
-    dimension: int | None = None
+    variance: Share = 0.95
+    dimension: Count | None = None
     basis: Basis = "pca"
-    mimic: float = 64.0
-    drop: float = 0.25
-    rounds: int = 5
-    drop_begin: float = 0.2
-    drop_end: float = 0.7
+    mimic: Weight = 64.0
+    drop: Annotated[float, Range(0, 1, "[)")] = 0.25
+    rounds: Count = 5
+    drop_begin: Annotated[float, Range(0, 1, "[)")] = 0.2
+    drop_end: Share = 0.7
 
     def __post_init__(self) -> None:
-        if not 0 < self.variance <= 1:
-            raise ValueError(f"variance is {self.variance}; it must be in (0, 1]")
-        if self.dimension is not None and self.dimension < 1:
-            raise ValueError(f"dimension is {self.dimension}; it must be at least 1")
-        if self.basis not in get_args(Basis):
-            raise ValueError(f"basis is {self.basis!r}; it must be one of {', '.join(get_args(Basis))}")
-        if not 0 <= self.mimic < float("inf"):
-            raise ValueError(f"mimic is {self.mimic}; it must be finite and at least 0")
-        if not 0 <= self.drop < 1:
-            raise ValueError(f"drop is {self.drop}; it must be in [0, 1)")
-        if self.rounds < 1:
-            raise ValueError(f"rounds is {self.rounds}; it must be at least 1")
-        if not 0 <= self.drop_begin < self.drop_end <= 1:
-            raise ValueError(
-                f"drop_begin is {self.drop_begin} and drop_end {self.drop_end}; they must be shares of the run, in "
-                "[0, 1], the first below the second"
-            )
+        super().__post_init__()
+        if self.drop_begin >= self.drop_end:
+            raise ConfigError(f"drop_begin is {self.drop_begin}; it must be below {self.drop_end}, which is drop_end")
 
     def kept(self, axes: int, progress: float) -> int:
         """Axes that are left at some point of a run.

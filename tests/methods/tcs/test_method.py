@@ -14,7 +14,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from arcface_kd.backbones import get_backbone
 from arcface_kd.config.kd import KDConfig
-from arcface_kd.config.options import build
 from arcface_kd.distillation.distiller import Distiller
 from arcface_kd.distributed.ranks import RankGroup
 from arcface_kd.errors import CheckpointError, ConfigError, TeacherError
@@ -324,26 +323,6 @@ def test_the_plain_backbone_is_the_unfolded_student(tmp_path: Path, name: str) -
 
 
 class TestRefusals:
-    @pytest.mark.parametrize(
-        ("values", "said"),
-        [
-            ({"variance": 0}, r"variance is 0\.0; it must be in \(0, 1\]"),
-            ({"variance": 1.01}, "variance is 1.01"),
-            ({"dimension": 0}, "dimension is 0; it must be at least 1"),
-            ({"basis": "ica"}, "tcs.basis is 'ica'; it must be one of pca, random"),
-            ({"mimic": -1}, "mimic is -1.0"),
-            ({"mimic": float("inf")}, "mimic is inf"),
-            ({"drop": 1}, r"drop is 1\.0; it must be in \[0, 1\)"),
-            ({"rounds": 0}, "rounds is 0; it must be at least 1"),
-            ({"drop_begin": 0.8}, r"drop_begin is 0\.8 and drop_end 0\.7"),
-            ({"drop_end": 1.5}, r"drop_end 1\.5"),
-            ({"weight": 3}, "unknown option tcs.weight"),
-        ],
-    )
-    def test_knobs(self, values: dict[str, object], said: str) -> None:
-        with pytest.raises(ConfigError, match=said):
-            build(TCSConfig, values, "tcs")
-
     def test_no_cache_is_named(self) -> None:
         with pytest.raises(TeacherError, match=r"tcs needs the teacher's embeddings .* `arcface-kd cache CONFIG"):
             Distiller(KDConfig(methods=("tcs",), teacher="r50.pt"))
