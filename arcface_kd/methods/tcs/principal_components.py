@@ -23,7 +23,7 @@ from torch import Tensor
 from arcface_kd.distributed.ranks import RankGroup
 from arcface_kd.errors import TeacherError
 from arcface_kd.system.files import atomic_write
-from arcface_kd.teachers.cache.embedding_cache import EmbeddingCache, fill_hint
+from arcface_kd.teachers.cache.embedding_cache import EmbeddingCache
 
 logger = logging.getLogger(__name__)
 
@@ -198,7 +198,7 @@ def _found(cache: EmbeddingCache, ranks: RankGroup) -> PrincipalComponents:
     missing = _summed(missing, ranks)
     if missing > 0:
         raise TeacherError(
-            f"the cache {cache.path} lacks {int(missing)} of {2 * cache.images} embeddings: {fill_hint(cache.path)}"
+            f"the cache {cache.path} lacks {int(missing)} of {2 * cache.images} embeddings: {cache.fill_hint}"
         )
     return pca.finish(ranks)
 

@@ -19,10 +19,11 @@ never wrong. Fill it from one machine, or give each machine a file of its own.
 import errno
 import json
 import os
+import shlex
 import shutil
 import stat
 import weakref
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from io import FileIO
 from pathlib import Path
@@ -79,13 +80,16 @@ def identity_of(teacher: Teacher, data_fingerprint: str, images: int) -> dict[st
     }
 
 
-def identity_in(path: str | os.PathLike[str], data_fingerprint: str, images: int) -> dict[str, object]:
+def identity_in(
+    path: str | os.PathLike[str], data_fingerprint: str, images: int, flags: Sequence[str] = ()
+) -> dict[str, object]:
     """What a run that has no teacher takes a cache to be: whosever embeddings they are, of the run's data.
 
     Args:
         path: an existing cache.
         data_fingerprint: over the run's images and their order.
         images: number of them.
+        flags: the run's, for the message.
 
     Returns:
         The identity of a cache with the teacher that the header names.
@@ -97,7 +101,7 @@ def identity_in(path: str | os.PathLike[str], data_fingerprint: str, images: int
     header = _header_of(path)
     _refuse_special_files(path, header)
     if not header.exists():
-        raise TeacherError(_not_there(path))
+        raise TeacherError(_not_there(path, flags))
     try:
         found = _read_header(path, header)
     except OSError as error:
@@ -110,9 +114,15 @@ def identity_in(path: str | os.PathLike[str], data_fingerprint: str, images: int
     return {**found, "format": _FORMAT, "data": data_fingerprint, "images": images}
 
 
-def fill_hint(path: str | os.PathLike[str]) -> str:
-    """The command that fills a cache, for messages."""
-    return f"fill it beforehand with `arcface-kd cache CONFIG --kd-teacher FILE --out {path}`"
+def fill_hint(path: str | os.PathLike[str], flags: Sequence[str] = ()) -> str:
+    """The command that fills a cache, for messages.
+
+    Args:
+        path: the cache.
+        flags: of the run that reads it, which decide what is embedded and how.
+    """
+    words = flags or ("--kd-teacher", "FILE", "--kd-cache", str(path))
+    return f"fill it beforehand with `arcface-kd cache CONFIG {shlex.join(words)}`"
 
 
 def readable_size(count: float) -> str:
@@ -135,19 +145,29 @@ class EmbeddingCache:
         embedding_size: dimension D.
         size: bytes of the file.
         read_only: whether the file cannot be written: a full one serves all the same.
+        fill_hint: how to fill it, for messages.
 
     Args:
         path: the file, made if there is none; symbolic links are followed, ``~`` is the home folder.
         identity: from :func:`identity_of` or :func:`identity_in`.
         create: whether to make the file where there is none.
+        flags: the run's, for messages.
 
     Raises:
         TeacherError: the files belong to another teacher or other data (the message says in what they differ), are
             damaged or something else altogether, or there is no room for them; or there are none and ``create`` is off.
     """
 
-    def __init__(self, path: str | os.PathLike[str], identity: Mapping[str, object], *, create: bool = True) -> None:
+    def __init__(
+        self,
+        path: str | os.PathLike[str],
+        identity: Mapping[str, object],
+        *,
+        create: bool = True,
+        flags: Sequence[str] = (),
+    ) -> None:
         self.path = Path(path).expanduser()
+        self.fill_hint = fill_hint(self.path, flags)
         # As JSON gives it back: tuples become lists.
         self._identity: dict[str, Any] = json.loads(json.dumps(dict(identity)))
         self.images = int(self._identity["images"])
@@ -158,7 +178,7 @@ class EmbeddingCache:
             _refuse_special_files(self.path, self._header)
             if not self._header.exists():
                 if not create:
-                    raise TeacherError(_not_there(self.path))
+                    raise TeacherError(_not_there(self.path, flags))
                 if not self.path.parent.is_dir():
                     raise TeacherError(
                         f"the cache {self.path} cannot be made: there is no folder {self.path.parent}; make it first"
@@ -349,8 +369,8 @@ def _header_of(path: Path) -> Path:
     return Path(f"{path}.json")
 
 
-def _not_there(path: Path) -> str:
-    return f"there is no cache of a teacher's embeddings at {path}: {fill_hint(path)}"
+def _not_there(path: Path, flags: Sequence[str]) -> str:
+    return f"there is no cache of a teacher's embeddings at {path}: {fill_hint(path, flags)}"
 
 
 def _refuse_special_files(*paths: Path) -> None:
