@@ -17,7 +17,7 @@ from arcface_kd.data.fingerprint import outline
 from arcface_kd.data.loader import BatchViews, FaceLoader
 from arcface_kd.distillation.feature_maps import FeatureMaps
 from arcface_kd.distillation.method_set import MethodSet
-from arcface_kd.distillation.run_cache import open_cache
+from arcface_kd.distillation.run_cache import flags_to_fill, open_cache
 from arcface_kd.distributed.ranks import RankGroup
 from arcface_kd.errors import ConfigError, TeacherError
 from arcface_kd.methods.base import Requirement
@@ -65,7 +65,7 @@ class Distiller:
         self.student_options = kd.student
         self.methods = methods = MethodSet(kd.methods, kd.options)
         methods.require(Requirement.TEACHER_CLASSIFIER, kd.classifier is not None)
-        methods.require(Requirement.CACHED_EMBEDDINGS, kd.cache is not None)
+        methods.require(Requirement.CACHED_EMBEDDINGS, kd.cache is not None, fill_hint("CACHE", flags_to_fill(kd)))
         if teacher is None and kd.teacher is not None and methods:
             teacher = load_teacher(kd.teacher, kd.options.get("teacher"))
         elif teacher is not None and not isinstance(teacher, Teacher):
@@ -239,7 +239,7 @@ class Distiller:
             index, flipped = views.index[missing], views.flipped[missing]
             if self.teacher is None:
                 raise TeacherError(
-                    f"the cache {cache.path} lacks embeddings of images {index[:5].tolist()}: {fill_hint(cache.path)}"
+                    f"the cache {cache.path} lacks embeddings of images {index[:5].tolist()}: {cache.fill_hint}"
                 )
             cache.store(index, flipped, self.teacher(images[missing.to(images.device)]))
             # Read back: the step that fills a row and the one that finds it see the same rounded numbers.

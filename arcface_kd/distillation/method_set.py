@@ -68,18 +68,19 @@ class MethodSet:
         """All options of all methods, as ``method.option``."""
         return {f"{name}.{key}": value for name, config in self.configs.items() for key, value in vars(config).items()}
 
-    def require(self, requirement: Requirement, there: bool) -> None:
+    def require(self, requirement: Requirement, there: bool, hint: str = "") -> None:
         """Refuse a run that lacks something its methods need.
 
         Args:
             requirement: what may be needed.
             there: whether the run has it.
+            hint: what to do, where the requirement does not say it.
 
         Raises:
             TeacherError: it is needed and not there; the message says how to get it.
         """
         if requirement in self.needed and not there:
-            raise TeacherError(f"{self.title} needs {requirement.value}")
+            raise TeacherError(f"{self.title} needs {requirement.value}" + (f": {hint}" if hint else ""))
 
     def prepare_student(self, student: nn.Module) -> None:
         """Make a student ready for all methods, once, before any trainer has wrapped it."""

@@ -1,5 +1,6 @@
 """The cache of the teacher's embeddings in one run: opened, left off with a warning, or refused."""
 
+import dataclasses
 import logging
 
 from arcface_kd.config.kd import CLASS_MEANS, KDConfig
@@ -36,7 +37,7 @@ def open_cache(
         DataError: an image that cannot be read.
     """
     if methods.from_cache_alone:
-        return _full_cache(str(kd.cache), methods, teacher, faces)
+        return _full_cache(kd, methods, teacher, faces)
     if kd.cache is not None and methods.compares_maps:
         logger.warning(
             "kd_cache has no effect: %s compares feature maps, which no cache holds, and the teacher runs each step",
@@ -52,10 +53,19 @@ def open_cache(
         )
         return None
     identity = identity_of(teacher, fingerprint(faces), len(faces))
-    return on_first_rank_first(lambda: EmbeddingCache(str(kd.cache), identity), ranks)
+    return on_first_rank_first(lambda: EmbeddingCache(str(kd.cache), identity, flags=flags_to_fill(kd)), ranks)
 
 
-def _full_cache(path: str, methods: MethodSet, teacher: Teacher | None, faces: FaceDataset) -> EmbeddingCache:
+def flags_to_fill(kd: KDConfig) -> list[str]:
+    """The flags with which ``arcface-kd cache`` fills the cache of a run: all that the run has.
+
+    Args:
+        kd: the ``kd*`` keys of the run; a teacher and a cache that it does not name stand there as placeholders.
+    """
+    return dataclasses.replace(kd, teacher=kd.teacher or "FILE", cache=kd.cache or "CACHE").flags()
+
+
+def _full_cache(kd: KDConfig, methods: MethodSet, teacher: Teacher | None, faces: FaceDataset) -> EmbeddingCache:
     """The cache that stands for the teacher, compared with the teacher where one was given."""
     if not shows_two_views(faces):
         raise TeacherError(
@@ -63,5 +73,6 @@ def _full_cache(path: str, methods: MethodSet, teacher: Teacher | None, faces: F
             "image in other ways than plain and mirrored: train on records or on a folder"
         )
     data = fingerprint(faces)
-    identity = identity_in(path, data, len(faces)) if teacher is None else identity_of(teacher, data, len(faces))
-    return EmbeddingCache(path, identity, create=False)
+    path, images, flags = str(kd.cache), len(faces), flags_to_fill(kd)
+    identity = identity_in(path, data, images, flags) if teacher is None else identity_of(teacher, data, images)
+    return EmbeddingCache(path, identity, create=False, flags=flags)

@@ -265,7 +265,7 @@ def class_means(cache: EmbeddingCache, faces: FaceDataset, shard: ClassShard) ->
     if missing and not _are_skipped(missing, faces):
         raise TeacherError(
             f"{CLASS_MEANS} needs a full cache, and {cache.path} lacks {len(missing)} of {2 * len(own)} embeddings of "
-            f"this rank's classes: fill it first with `arcface-kd cache CONFIG --kd-teacher FILE --out {cache.path}`"
+            f"this rank's classes: {cache.fill_hint}"
         )
     norms = sums.norm(dim=1)
     bad = (norms < 1e-6).nonzero().flatten()

@@ -24,8 +24,7 @@ class Requirement(enum.Enum):
         "where nobody has kept it, --kd-classifier class-means and a filled --kd-cache"
     )
     CACHED_EMBEDDINGS = (
-        "the teacher's embeddings of all training images, and nothing else of it: fill a cache with `arcface-kd cache "
-        "CONFIG --kd-teacher FILE --out CACHE`, and give it with --kd-cache CACHE"
+        "the teacher's embeddings of all training images, and nothing else of it: give a full cache with --kd-cache"
     )
     TEACHER_TAIL = (
         "the teacher's tail, what turns its feature map into the embedding: give a teacher with --kd-teacher FILE (a "

@@ -92,6 +92,24 @@ def test_trains_from_a_config(config: Path, teacher: Path, tmp_path: Path, capsy
     assert "pairs: accuracy" in capsys.readouterr().out
 
 
+def test_the_command_that_fills_a_cache_is_printed_with_the_run_s_own_options(
+    config: Path, teacher: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Typed as it stands there, it makes the cache that the run wants."""
+    options = ["teacher.channels=bgr", "teacher.mean=100,110,120", "tcs.variance=0.5"]
+    flags = ["--kd", "tcs", "--kd-teacher", str(teacher), "--kd-option", *options]
+    assert main(["train", str(config), *flags]) == 2
+    assert "--kd-option teacher.channels=bgr teacher.mean=100,110,120 tcs.variance=0.5" in capsys.readouterr().err
+    flags += ["--kd-cache", str(tmp_path / "a cache")]
+    assert main(["train", str(config), *flags]) == 2
+    found = re.search(r"`arcface-kd cache CONFIG (.*)`", capsys.readouterr().err)
+    assert found
+    assert main(["cache", str(config), *shlex.split(found[1])]) == 0
+    assert main(["train", str(config), *flags]) == 0
+    assert main(["train", str(config), *flags, "--kd-option", "teacher.channels=rgb"]) == 2
+    assert "another" in capsys.readouterr().err
+
+
 def test_settings_win_over_the_config(config: Path, tmp_path: Path) -> None:
     assert main(["train", str(config), "--set", f"output={tmp_path / 'other'}", "margin_list=1.0,0.0,0.4"]) == 0
     assert (tmp_path / "other" / "model.pt").is_file()

@@ -98,5 +98,5 @@ def test_the_real_trainer_leaves_a_plain_network(
     missing = {**keys, **distilling(tmp_path / "none"), "output": str(tmp_path / "stopped")}
     run = launch(folder, write_config(folder, "stopped", missing, ATTACH))
     assert run.exit_code != 0
-    assert f"arcface-kd cache CONFIG --kd-teacher FILE --out {tmp_path / 'none'}" in run.printed
+    assert f"--kd-cache {tmp_path / 'none'}" in run.printed
     assert not (tmp_path / "stopped" / "model.pt").exists()
