@@ -17,7 +17,9 @@ from arcface_kd.data.fingerprint import outline
 from arcface_kd.data.loader import BatchViews, FaceLoader
 from arcface_kd.distillation.feature_maps import FeatureMaps
 from arcface_kd.distillation.method_set import MethodSet
-from arcface_kd.distillation.run_cache import flags_to_fill, open_cache
+from arcface_kd.distillation.run_cache import NO_VIEWS, flags_to_fill, look_up_or_fill, open_cache
+from arcface_kd.distillation.teacher_classifier import classifier_of_run
+from arcface_kd.distributed.class_shard import ClassShard
 from arcface_kd.distributed.ranks import RankGroup
 from arcface_kd.errors import ConfigError, TeacherError
 from arcface_kd.methods.base import Requirement
@@ -29,10 +31,6 @@ logger = logging.getLogger(__name__)
 NO_CACHE = (
     "{} takes the teacher's embeddings from a cache by the records that a batch shows, and the loader does not say "
     "which these are: set dali=False; in a loop of your own, call use_cache with the loader"
-)
-_NO_VIEWS = (
-    "kd_cache is set, but the loader did not say which records these {} images are: use the drop-in loader, one batch "
-    "a step"
 )
 # Rounding, and augmentations that overshoot a little, are not worth a line.
 _LARGEST_PIXEL = 1.05
@@ -140,6 +138,11 @@ class Distiller:
             teacher = str(self.cache.identity["teacher"])
         return {"teacher": teacher, "data": None if self.faces is None else outline(self.faces)}
 
+    @property
+    def compares_embeddings(self) -> bool:
+        """Whether a method compares the student's embeddings with the teacher's, number by number."""
+        return self.methods.compares_embeddings
+
     def refuse_dimension(self, embedding_size: int, teacher_embedding_size: int | None) -> None:
         """Refuse a teacher of another dimension than the student's where the run has no way to compare the two.
 
@@ -150,7 +153,7 @@ class Distiller:
         Raises:
             ConfigError: they differ, a method compares embeddings, and the run asks for no projection.
         """
-        if teacher_embedding_size in (None, embedding_size) or not self.methods.compares_embeddings:
+        if teacher_embedding_size in (None, embedding_size) or not self.compares_embeddings:
             return
         if self.student_options.projection == "none":
             raise ConfigError(
@@ -222,32 +225,12 @@ class Distiller:
             self._seen = self.maps.embed(images)
         elif self.cache is not None:
             # The head says that views are missing: activation checkpointing runs the student again without it.
-            self._seen = None if views is None else self._from_cache(self.cache, images, views)
+            self._seen = None if views is None else look_up_or_fill(self.cache, self.teacher, images, views)
             self._untold = views is None
         elif self.teacher is not None:
             self._seen = normalize(self.teacher(images))
         else:
             raise TeacherError(NO_CACHE.format(self.methods.title))
-
-    def _from_cache(self, cache: EmbeddingCache, images: Tensor, views: BatchViews) -> Tensor:
-        """The teacher's unit embeddings of a batch; those that the cache lacks are made and stored."""
-        if views.index.shape[0] != images.shape[0]:
-            raise RuntimeError(_NO_VIEWS.format(images.shape[0]))
-        rows, known = cache.look_up(views.index, views.flipped)
-        if not known.all():
-            missing = ~known
-            index, flipped = views.index[missing], views.flipped[missing]
-            if self.teacher is None:
-                raise TeacherError(
-                    f"the cache {cache.path} lacks embeddings of images {index[:5].tolist()}: {cache.fill_hint}"
-                )
-            cache.store(index, flipped, self.teacher(images[missing.to(images.device)]))
-            # Read back: the step that fills a row and the one that finds it see the same rounded numbers.
-            rows[missing], _ = cache.look_up(index, flipped)
-        if images.device.type == "cuda":
-            # A copy of what is not pinned waits until the device has done all that came before it.
-            rows = rows.pin_memory()
-        return rows.to(images.device, non_blocking=True)
 
     def take_teacher_embeddings(self, rows: int) -> Tensor | None:
         """The teacher's embeddings of the batch that the student has just seen; handed out once.
@@ -265,7 +248,7 @@ class Distiller:
             return None
         seen, self._seen = self._seen, None
         if seen is None and self._untold:
-            raise RuntimeError(_NO_VIEWS.format(rows))
+            raise RuntimeError(NO_VIEWS.format(rows))
         if seen is None or seen.shape[0] != rows:
             met = "no batch" if seen is None else f"a batch of {seen.shape[0]}"
             raise RuntimeError(
@@ -273,6 +256,24 @@ class Distiller:
                 "training mode once before each call of the head"
             )
         return seen
+
+    def teacher_classifier(self, shard: ClassShard) -> Tensor | None:
+        """The teacher's classifier, checked against the records that the loader reads.
+
+        Args:
+            shard: the classes of this rank.
+
+        Returns:
+            (shard.size, Dt) fp32, any norms; None in a run whose methods do not need it.
+
+        Raises:
+            TeacherError: it cannot be read, or is one of other classes or another teacher.
+            CheckpointError: its files do not belong together.
+            DataError: records that cannot be read.
+        """
+        if self.kd.classifier is None or Requirement.TEACHER_CLASSIFIER not in self.methods.needed:
+            return None
+        return classifier_of_run(self.kd.classifier, shard, self.teacher, self.cache, self.faces)
 
 
 # The hooks of each watched student.

@@ -28,7 +28,6 @@ from arcface_kd.checkpoints.shards import CLASS_CENTERS, SETTINGS
 from arcface_kd.distillation.distiller import NO_CACHE, Distiller
 from arcface_kd.distillation.monitor import Monitor, SettleFirst
 from arcface_kd.distillation.nan_monitor import BatchRows
-from arcface_kd.distillation.teacher_classifier import classifier_of_run
 from arcface_kd.distillation.tensorboard_log import TensorBoardLog
 from arcface_kd.distributed.ranks import RankGroup, for_ddp
 from arcface_kd.errors import CheckpointError, ConfigError, TeacherError
@@ -121,14 +120,7 @@ class DistillationHead(nn.Module):
         self._scores_classes = any(method.classifies for method in methods.values())
         self.monitor = Monitor(ranks, log, watches_gradients=not loss_is_scaled)
         self._momentum: Momentum = {}
-        self._put_hooks()
-
-    def _put_hooks(self) -> None:
-        self.register_state_dict_pre_hook(_settle_first)
-        self.register_load_state_dict_post_hook(_count_from_state)
-        if self._distiller.student is not None:
-            self._distiller.student.register_state_dict_pre_hook(SettleFirst(self.monitor))
-        _before_optimizer_steps(self)
+        _put_hooks(self, distiller.student)
 
     @property
     def last_terms(self) -> dict[str, Tensor]:
@@ -258,7 +250,7 @@ class DistillationHead(nn.Module):
 
     def get_extra_state(self) -> Tensor:
         """What the run was begun with, so that it goes on as the same run, and which entry holds its class centers."""
-        return as_tensor({**self._settings, CLASS_CENTERS: self._class_centers()})
+        return as_tensor({**self._settings, CLASS_CENTERS: _class_centers(self.methods)})
 
     def set_extra_state(self, state: Any) -> None:
         """Nothing: the settings were compared before anything was loaded."""
@@ -272,21 +264,15 @@ class DistillationHead(nn.Module):
         parameters = dict(self.named_parameters())
         return [parameters[name] for name in self.sharded_entries() if name in parameters]
 
-    def _class_centers(self) -> str | None:
-        """Name of the entry with the class centers that the student is scored against; None where there is none."""
-        methods = {name: cast(Method, method) for name, method in self.methods.items()}
-        return next((f"methods.{n}.{m.sharded[0]}" for n, m in methods.items() if m.classifies and m.sharded), None)
-
-    def before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
-        """Place momentum that was read for this rank's classes, and look at the student's gradients.
+    def look_at_gradients(self, optimizer: torch.optim.Optimizer) -> None:
+        """Look for NaN and inf in the gradients that an optimiser is about to apply to the student.
 
         Args:
-            optimizer: any that is about to step.
+            optimizer: any; one that has none of the student's weights is left alone.
 
         Raises:
-            NumberError: NaN or inf in a gradient.
+            NumberError: there are some; the message names the weights.
         """
-        place_momentum(optimizer, self._momentum)
         self.monitor.weight_gradients(self._distiller.student, optimizer, self._steps_done)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "DistillationHead":
@@ -329,9 +315,7 @@ def _with_teacher(context: RunContext, distiller: Distiller) -> RunContext:
     methods = distiller.methods
     if methods.from_cache_alone and distiller.cache is None:
         raise TeacherError(NO_CACHE.format(methods.title))
-    classifier, source = None, distiller.kd.classifier
-    if source is not None and Requirement.TEACHER_CLASSIFIER in methods.needed:
-        classifier = classifier_of_run(source, context.shard, distiller.teacher, distiller.cache, distiller.faces)
+    classifier = distiller.teacher_classifier(context.shard)
     teacher_embedding_size = distiller.teacher_embedding_size
     if teacher_embedding_size is None and classifier is not None:
         teacher_embedding_size = classifier.shape[1]
@@ -381,6 +365,23 @@ def _sum_gradients(methods: Mapping[str, Method], ranks: RankGroup) -> None:
             ranks.sum_gradient(parameter)
 
 
+def _class_centers(methods: nn.ModuleDict) -> str | None:
+    """Name of the state's entry with the class centers that the student is scored against; None where there is none."""
+    for name, module in methods.items():
+        method = cast(Method, module)
+        if method.classifies and method.sharded:
+            return f"methods.{name}.{method.sharded[0]}"
+    return None
+
+
+def _put_hooks(head: DistillationHead, student: nn.Module | None) -> None:
+    head.register_state_dict_pre_hook(_settle_first)
+    head.register_load_state_dict_post_hook(_count_from_state)
+    if student is not None:
+        student.register_state_dict_pre_hook(SettleFirst(head.monitor))
+    _before_optimizer_steps(head)
+
+
 def _settle_first(head: nn.Module, prefix: str, keep_vars: bool) -> None:
     """Before a state is saved, so that none is that has met NaN or inf."""
     cast(DistillationHead, head).monitor.settle()
@@ -401,7 +402,8 @@ def _before_optimizer_steps(head: DistillationHead) -> None:
 
     def look(optimizer: torch.optim.Optimizer, arguments: Any, keywords: Any) -> None:
         if (watching := alive()) is not None:
-            watching.before_optimizer_step(optimizer)
+            place_momentum(optimizer, watching._momentum)
+            watching.look_at_gradients(optimizer)
 
     weakref.finalize(head, register_optimizer_step_pre_hook(look).remove)
 

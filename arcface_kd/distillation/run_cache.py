@@ -3,9 +3,12 @@
 import dataclasses
 import logging
 
+from torch import Tensor
+
 from arcface_kd.config.kd import CLASS_MEANS, KDConfig
 from arcface_kd.data.dataset import FaceDataset
 from arcface_kd.data.fingerprint import fingerprint, shows_two_views
+from arcface_kd.data.loader import BatchViews
 from arcface_kd.distillation.method_set import MethodSet
 from arcface_kd.distributed.ranks import RankGroup, on_first_rank_first
 from arcface_kd.errors import TeacherError
@@ -14,6 +17,11 @@ from arcface_kd.teachers.base import Teacher
 from arcface_kd.teachers.cache.embedding_cache import EmbeddingCache, identity_in, identity_of
 
 logger = logging.getLogger(__name__)
+
+NO_VIEWS = (
+    "kd_cache is set, but the loader did not say which records these {} images are: use the drop-in loader, one batch "
+    "a step"
+)
 
 
 def open_cache(
@@ -76,3 +84,38 @@ def _full_cache(kd: KDConfig, methods: MethodSet, teacher: Teacher | None, faces
     path, images, flags = str(kd.cache), len(faces), flags_to_fill(kd)
     identity = identity_in(path, data, images, flags) if teacher is None else identity_of(teacher, data, images)
     return EmbeddingCache(path, identity, create=False, flags=flags)
+
+
+def look_up_or_fill(cache: EmbeddingCache, teacher: Teacher | None, images: Tensor, views: BatchViews) -> Tensor:
+    """The teacher's embeddings of a batch; those that the cache lacks are made and stored.
+
+    Args:
+        cache: of the run.
+        teacher: None where the cache stands for it.
+        images: (b, 3, H, W).
+        views: which records they show.
+
+    Returns:
+        (b, Dt) unit vectors, where the images are.
+
+    Raises:
+        TeacherError: embeddings are missing, and there is no teacher to make them.
+        RuntimeError: the views are those of another batch.
+    """
+    if views.index.shape[0] != images.shape[0]:
+        raise RuntimeError(NO_VIEWS.format(images.shape[0]))
+    rows, known = cache.look_up(views.index, views.flipped)
+    if not known.all():
+        missing = ~known
+        index, flipped = views.index[missing], views.flipped[missing]
+        if teacher is None:
+            raise TeacherError(
+                f"the cache {cache.path} lacks embeddings of images {index[:5].tolist()}: {cache.fill_hint}"
+            )
+        cache.store(index, flipped, teacher(images[missing.to(images.device)]))
+        # Read back: the step that fills a row and the one that finds it see the same rounded numbers.
+        rows[missing], _ = cache.look_up(index, flipped)
+    if images.device.type == "cuda":
+        # A copy of what is not pinned waits until the device has done all that came before it.
+        rows = rows.pin_memory()
+    return rows.to(images.device, non_blocking=True)
