@@ -9,6 +9,7 @@ import torch
 from easydict import EasyDict
 from torch import Tensor, nn
 from torch.nn.functional import cosine_similarity, normalize
+from torch.utils.checkpoint import checkpoint
 
 from arcface_kd.config.arcface_torch import BASE
 from arcface_kd.config.kd import KDConfig
@@ -185,6 +186,17 @@ def test_a_loop_that_leaves_the_loader_out_is_told(faces: Faces, tmp_path: Path)
     next(iter(loader))
     with pytest.raises(RuntimeError, match="which records these 4 images are"):
         student(images[:4])
+
+
+def test_a_student_that_is_recomputed_in_the_backward_pass_needs_no_records_again(faces: Faces, tmp_path: Path) -> None:
+    distiller = Distiller(KDConfig(methods=("embedding",), cache=str(tmp_path / "rows")), teacher_of(Network(1)))
+    loader = FaceLoader(RecordDataset(faces.folder), batch_size=9, num_workers=0)
+    distiller.use_cache(loader)
+    student = distiller.watch(Network(2))
+    head = DistillationHead(distiller, ARCFACE, DIMENSION, faces.num_classes)
+    for images, labels in loader:
+        head(checkpoint(student, images, use_reentrant=False), labels).backward()
+    assert student.weight.grad is not None
 
 
 class _Augmented(RecordDataset):
