@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from arcface_kd.checkpoints.files import HEAD, checkpoint_file, read_checkpoint
 from arcface_kd.checkpoints.head_state import fit_head_state, place_momentum, reshard_momentum
+from arcface_kd.checkpoints.run_settings import as_tensor
 from arcface_kd.checkpoints.shards import merge_head, open_shards
 from arcface_kd.distributed.class_shard import ClassShard
 from arcface_kd.errors import CheckpointError
@@ -390,6 +391,19 @@ def test_shards_of_ours_and_of_the_host_are_joined(
     assert merged.keys() == {"weight", "num_classes"}
     assert merged["num_classes"] == num_classes
     assert torch.equal(merged["weight"], whole(num_classes))
+
+
+def test_a_state_names_its_class_centers(tmp_path: Path) -> None:
+    """Whatever a package of one's own calls them; none where it says that there are none."""
+    entry = "methods.own.table"
+    for named, joined in ((entry, True), (None, False)):
+        state = {**head_state(ClassShard(5), 7, entry), "_extra_state": as_tensor({"class_centers": named})}
+        torch.save({HEAD: state}, checkpoint_file(tmp_path, 0))
+        if joined:
+            assert merge_head(tmp_path, tmp_path / "head.pt") == (5, DIMENSION)
+        else:
+            with pytest.raises(CheckpointError, match="the head of own holds no class centers"):
+                merge_head(tmp_path, tmp_path / "head.pt")
 
 
 @pytest.mark.parametrize("entry", [ENTRY, "weight"])

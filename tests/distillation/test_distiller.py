@@ -13,6 +13,7 @@ from torch.nn.functional import normalize
 from torch.optim.swa_utils import AveragedModel
 
 from arcface_kd import registry
+from arcface_kd.checkpoints.run_settings import from_tensor
 from arcface_kd.config.kd import KDConfig
 from arcface_kd.distillation.distiller import Distiller
 from arcface_kd.distillation.drop_ins import margin_of
@@ -224,6 +225,8 @@ def test_nothing_of_the_teacher_reaches_student_head_or_optimiser() -> None:
     run = make()
     assert set(run.student.state_dict()) == {"weight"}
     assert set(run.head.state_dict()) == {"_extra_state", "class_range", "step", "methods.adadistill.centers.weight"}
+    named = from_tensor(run.head.state_dict()["_extra_state"])["class_centers"]
+    assert named == "methods.adadistill.centers.weight"
     assert list(run.head.parameters()) == []
     run.head(run.student(images()), LABELS).backward()
     assert isinstance(run.teacher.network, Embedder)
@@ -432,6 +435,7 @@ def test_no_method_is_the_trainer_s_own_head_and_needs_no_teacher() -> None:
     head = DistillationHead(distiller, ARCFACE, 5, CLASSES, ranks=RankGroup(alone=True))
     head(student(images()), LABELS).backward()
     assert set(head.state_dict()) == {"_extra_state", "class_range", "step", "methods.classifier.weight"}
+    assert from_tensor(head.state_dict()["_extra_state"])["class_centers"] == "methods.classifier.weight"
 
 
 def test_a_teacher_is_not_loaded_when_distillation_is_off(tmp_path: Path) -> None:
