@@ -286,8 +286,11 @@ class Slow(NaNMonitor):
 
 
 def look(watch: NaNMonitor, step: int, *flags: bool) -> None:
+    def fault(number: int) -> Callable[[Tensor], str | None]:
+        return lambda met: f"step {step}, {number}" if met.any() else None
+
     for number, flag in enumerate(flags):
-        watch.look(torch.tensor([flag]), lambda met, number=number: f"step {step}, {number}" if met.any() else None)
+        watch.look(torch.tensor([flag]), fault(number))
     watch.end_step(step)
 
 
