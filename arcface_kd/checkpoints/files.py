@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import distributed
 
-from arcface_kd.checkpoints.tensor_file import archive_fault, save_tensors, tensor_fault
+from arcface_kd.checkpoints.tensor_file import archive_fault, refusal, save_tensors, tensor_fault
 from arcface_kd.distributed.ranks import RankGroup
 from arcface_kd.errors import CheckpointError, ResourceError
 from arcface_kd.system.files import replace_file
@@ -59,16 +59,17 @@ def read_checkpoint(path: Path) -> Mapping[str, Any]:
         seen = path.stat()
         fault = _fault(path, seen.st_ino, seen.st_size, seen.st_mtime_ns) if _is_archive(path) else None
         if fault is not None:
-            raise ValueError(fault)
+            raise CheckpointError(f"{path} cannot be read as a checkpoint: {fault}")
         try:
             loaded = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
         # Files of torch < 1.6 cannot be mapped.
         except (RuntimeError, ValueError):
             loaded = torch.load(path, map_location="cpu", weights_only=True)
+    except CheckpointError:
+        raise
     # torch.load raises whatever its unpickler, its zip reader or a tensor constructor stumbles over.
     except Exception as error:
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise CheckpointError(f"{path} cannot be read as a checkpoint: {reason}") from error
+        raise CheckpointError(f"{path} cannot be read as a checkpoint: it {refusal(error)}") from error
     if not isinstance(loaded, dict) or not isinstance(loaded.get(HEAD), Mapping):
         raise CheckpointError(f"{path} holds no {HEAD}: it is not a checkpoint of arcface_torch or of this package")
     unlike = next(

@@ -1,6 +1,7 @@
 """Files of ``torch.save``: written whole or not at all, and held against their own checksums before they are read."""
 
 import os
+import re
 import zipfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -8,7 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from arcface_kd.errors import ResourceError
+from arcface_kd.errors import ResourceError, first_line
 from arcface_kd.system.files import atomic_write
 
 
@@ -66,6 +67,28 @@ def archive_fault(path: Path) -> str | None:
         f"checksum of record {damaged!r} is wrong; the file is damaged, get it again (or it was saved with "
         "torch.serialization.set_crc32_options(False): save it without)"
     )
+
+
+def refusal(error: Exception) -> str:
+    """What a file is that ``torch.load`` has refused; torch's own words advise to trust it.
+
+    Args:
+        error: what was raised.
+
+    Returns:
+        The rest of a sentence that begins with the file's name.
+    """
+    text = str(error)
+    if found := re.search(r"GLOBAL ([\w.]+)", text):
+        return (
+            f"holds more than tensors, and loading it could run code: an object of {found[1]}; save its state_dict() "
+            "and name that file"
+        )
+    if found := re.search(r"Unsupported operand (\d+)", text):
+        return "is of a pickle protocol that torch cannot read safely; save it again with torch.save(state_dict, FILE)"
+    if "weights_only" in text:
+        return "holds more than tensors, and loading it could run code; save its state_dict() and name that file"
+    return f"is damaged or not a PyTorch checkpoint: {first_line(error)}"
 
 
 def tensor_fault(content: object) -> str | None:

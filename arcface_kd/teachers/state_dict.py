@@ -2,7 +2,6 @@
 
 import contextlib
 import os
-import re
 import zipfile
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping, Sequence
@@ -11,7 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from arcface_kd.checkpoints.tensor_file import archive_fault, tensor_fault
+from arcface_kd.checkpoints.tensor_file import archive_fault, refusal, tensor_fault
 from arcface_kd.errors import TeacherError, first_line
 from arcface_kd.teachers.base import existing_file
 from arcface_kd.teachers.file_type import describe, signature
@@ -87,7 +86,7 @@ def read_content(path: str | os.PathLike[str]) -> object:
             content: object = torch.load(place, map_location="cpu", weights_only=True, mmap=kind == "zip")
     # torch.load raises whatever its unpickler, its zip reader or a tensor constructor stumbles over.
     except Exception as error:
-        raise TeacherError(f"teacher {place} {_refusal(error)}") from error
+        raise TeacherError(f"teacher {place} {refusal(error)}") from error
     fault = tensor_fault(content)
     if fault is not None:
         raise TeacherError(f"teacher {place}: {fault}")
@@ -102,21 +101,6 @@ def _read_safetensors(path: Path) -> object:
         return load_file(path)
     except (SafetensorError, OSError) as error:
         raise TeacherError(f"teacher {path} is damaged or no safetensors file: {first_line(error)}") from error
-
-
-def _refusal(error: Exception) -> str:
-    """What a file is that ``torch.load`` has refused; torch's own words advise to trust it."""
-    text = str(error)
-    if found := re.search(r"GLOBAL ([\w.]+)", text):
-        return (
-            f"holds more than tensors, and loading it could run code: an object of {found[1]}; save its state_dict() "
-            "and name that file"
-        )
-    if found := re.search(r"Unsupported operand (\d+)", text):
-        return "is of a pickle protocol that torch cannot read safely; save it again with torch.save(state_dict, FILE)"
-    if "weights_only" in text:
-        return "holds more than tensors, and loading it could run code; save its state_dict() and name that file"
-    return f"is damaged or not a PyTorch checkpoint: {first_line(error)}"
 
 
 def _check_archive(path: Path) -> None:
