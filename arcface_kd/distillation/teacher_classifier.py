@@ -33,7 +33,7 @@ logger = logging.getLogger(__name__)
 _NAMES = ("weight", "kernel")
 _OF_A_RUN = re.compile(r"checkpoint_gpu_\d+\.pt")
 # One file a rank, as arcface_torch left them until 2021: a bare matrix, or a state dict of PartialFC.
-_OLDER_SHARDS = ("rank_{}_softmax_weight.pt", "softmax_fc_gpu_{}.pt")
+_OLDER_SHARDS = ("rank_{}_softmax_weight.pt", "rank:{}_softmax_weight.pt", "softmax_fc_gpu_{}.pt")
 _IMAGES_AT_ONCE = 1 << 14
 # Of this many records, those of a rank's own classes are looked at, though no more than the second number.
 _LABELS_LOOKED_AT, _EMBEDDINGS_LOOKED_AT = 2048, 256

@@ -22,7 +22,7 @@ from arcface_kd.teachers.state_dict import is_trained, outlined, read_content, s
 logger = logging.getLogger(__name__)
 
 # What a run leaves in its folder: arcface_torch until 2021 called it backbone.pth, as its model zoo still does.
-_STUDENTS = ("model.pt", "backbone.pth")
+_STUDENTS = ("model.pt", "backbone.pth", "checkpoint_gpu_0.pt")
 _SUFFIXES = (".pt", ".pth", ".ckpt", ".safetensors")
 _HALF = {"bf16": torch.bfloat16, "fp16": torch.float16}
 _WEIGHTS = frozenset((torch.float16, torch.bfloat16, torch.float32, torch.float64))
@@ -84,7 +84,7 @@ def backbone_file(folder: Path) -> Path | None:
         folder: a path, existing or not.
 
     Returns:
-        ``model.pt`` or ``backbone.pth``; None where neither is there.
+        ``model.pt``, ``backbone.pth`` or rank 0's checkpoint; None where none of them is there.
     """
     return next((folder / name for name in _STUDENTS if (folder / name).is_file()), None)
 

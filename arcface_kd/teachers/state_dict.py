@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import re
 import zipfile
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping, Sequence
@@ -24,6 +25,8 @@ _TRAINED = (
 _PROFILED = ("total_ops", "total_params")
 # Below the file itself: {"checkpoint": {"model": {"state_dict": ...}}}.
 _DEPTH = 3
+# What torch puts into the names of modules that it has compiled, sharded or checkpointed, wherever they are.
+_WRAPPERS = re.compile(r"(?:^|(?<=\.))(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
 
 
 class _PassedOver:
@@ -42,21 +45,15 @@ class _PassedOverMapping:
         return OrderedDict()
 
 
-# Nothing of these classes is imported or called: the stand-ins take what the file says of them and keep nothing.
-_STAND_INS = [
-    *(
-        (_PassedOver, f"numpy.{core}.multiarray.{name}")
-        for core in ("core", "_core")
-        for name in ("scalar", "_reconstruct")
-    ),
-    *((_PassedOver, name) for name in ("numpy.dtype", "numpy.ndarray", "argparse.Namespace")),
-    *((_PassedOver, f"pathlib.{place}{kind}Path") for place in ("", "_local.") for kind in ("Posix", "Windows")),
-    *((_PassedOverMapping, name) for name in ("easydict.EasyDict", "yacs.config.CfgNode")),
-    *(
-        (_PassedOverMapping, f"{package}.utilities.{module}.AttributeDict")
-        for package, module in (("pytorch_lightning", "parsing"), ("lightning_fabric", "data"))
-    ),
-]
+# Packages whose objects lie beside weights: scores, arguments, settings, times, places. The stand-ins import and call
+# nothing of them.
+_PLAIN = (
+    *("argparse", "datetime", "easydict", "lightning", "lightning_fabric", "numpy", "omegaconf", "pathlib"),
+    *("pytorch_lightning", "types", "typing", "yacs"),
+)
+_MAPPINGS = ("AttributeDict", "CfgNode", "EasyDict")
+_BUILTINS = ("bool", "dict", "float", "int", "list", "str", "tuple")
+_MOST_CLASSES = 100
 
 
 def read_content(path: str | os.PathLike[str]) -> object:
@@ -66,8 +63,8 @@ def read_content(path: str | os.PathLike[str]) -> object:
         path: written by ``torch.save`` or as safetensors.
 
     Returns:
-        Tensors, on the CPU and mapped into memory where the format allows, in whatever they were saved in. Numpy's
-        numbers, paths and arguments beside them are passed over.
+        Tensors, on the CPU and mapped into memory where the format allows, in whatever they were saved in. Scores,
+        arguments and settings beside them are passed over.
 
     Raises:
         TeacherError: the file is missing, damaged, a TorchScript archive, or holds other Python objects.
@@ -80,17 +77,30 @@ def read_content(path: str | os.PathLike[str]) -> object:
         _check_archive(place)
     elif kind != "pickle":
         raise TeacherError(f"teacher {place} is {describe(place)}; wanted a PyTorch checkpoint")
-    try:
-        with torch.serialization.safe_globals(_STAND_INS):  # type: ignore[arg-type]
-            # Mapped: a checkpoint with optimiser state and head shards is read only where the backbone lies.
-            content: object = torch.load(place, map_location="cpu", weights_only=True, mmap=kind == "zip")
-    # torch.load raises whatever its unpickler, its zip reader or a tensor constructor stumbles over.
-    except Exception as error:
-        raise TeacherError(f"teacher {place} {refusal(error)}") from error
+    content = _load(place, mapped=kind == "zip")
     fault = tensor_fault(content)
     if fault is not None:
         raise TeacherError(f"teacher {place}: {fault}")
     return content
+
+
+def _load(path: Path, *, mapped: bool) -> object:
+    """``torch.load`` of tensors and plain values, with a stand-in for each class of the latter that it meets."""
+    stand_ins: dict[str, type] = {}
+    while True:
+        try:
+            with torch.serialization.safe_globals([(kind, name) for name, kind in stand_ins.items()]):
+                # Mapped: a checkpoint with optimiser state and head shards is read only where the backbone lies.
+                return torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
+        # torch.load raises whatever its unpickler, its zip reader or a tensor constructor stumbles over.
+        except Exception as error:
+            found = re.search(r"GLOBAL ([\w.]+) was not an allowed", str(error))
+            name = found[1] if found else ""
+            name = f"builtins.{name}" if name in _BUILTINS else name
+            known = name.partition(".")[0] in (*_PLAIN, "builtins")
+            if not known or name in stand_ins or len(stand_ins) == _MOST_CLASSES:
+                raise TeacherError(f"teacher {path} {refusal(error)}") from error
+            stand_ins[name] = _PassedOverMapping if name.rpartition(".")[2] in _MAPPINGS else _PassedOver
 
 
 def _read_safetensors(path: Path) -> object:
@@ -150,7 +160,7 @@ def _walk(value: object, place: tuple[str, ...]) -> Iterator[tuple[str, dict[str
         return
     named = {name: each for name, each in value.items() if isinstance(name, str)}
     tensors = {
-        name: each
+        _WRAPPERS.sub("", name): each
         for name, each in named.items()
         if isinstance(each, Tensor) and name.rpartition(".")[2] not in _PROFILED
     }

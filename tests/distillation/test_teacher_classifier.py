@@ -94,6 +94,7 @@ def every_source(folder: Path, matrix: Tensor) -> dict[str, Path]:
         torch.save(content, folder / f"{name}.pt")
     run = save_host_run(folder / "run", matrix, 3)
     rank = save_older_run(folder / "rank", matrix, 2, "rank_{}_softmax_weight.pt")
+    colon = save_older_run(folder / "colon", matrix, 3, "rank:{}_softmax_weight.pt")
     softmax = save_older_run(folder / "softmax", matrix, 4, "softmax_fc_gpu_{}.pt")
     torch.save(matrix, rank / "rank_0_softmax_weight_mom.pt")
     return {
@@ -107,6 +108,7 @@ def every_source(folder: Path, matrix: Tensor) -> dict[str, Path]:
         "run's file": run / "checkpoint_gpu_1.pt",
         "rank": rank,
         "rank's file": rank / "rank_1_softmax_weight.pt",
+        "colon": colon,
         "softmax": softmax,
         "softmax's file": softmax / "softmax_fc_gpu_0.pt",
     }

@@ -102,6 +102,7 @@ def test_every_shape_of_checkpoint_holds_the_same_teacher(tmp_path: Path, networ
             key: {key: state, "epoch": 3} for key in ("net", "network", "net_state_dict", "state_dict_ema", "generator")
         },
         "two levels": {"model": {"state_dict": state}},
+        "compiled inside": {name.replace("stages.0.", "stages.0._orig_mod.", 1): each for name, each in state.items()},
         "averaged": {"ema": {"decay": 0.999, "shadow": prefixed(state, "module.")}},
         "list": [3, state],
     }
@@ -210,6 +211,9 @@ def test_a_run_s_folder_stands_for_its_student(tmp_path: Path, network: nn.Modul
     saved(tmp_path / "zoo", network.state_dict(), "backbone.pth")
     torch.save(torch.ones(2, SIZE), tmp_path / "zoo" / "rank_0_softmax_weight.pt")
     assert load_teacher(tmp_path / "zoo").fingerprint == teacher.fingerprint
+    (tmp_path / "ranks").mkdir()
+    torch.save({"state_dict_backbone": network.state_dict()}, tmp_path / "ranks" / "checkpoint_gpu_0.pt")
+    assert load_network(tmp_path / "ranks").digest == load_network(path).digest
     for other in (path, tmp_path / "none", "timm:vit", network, None):
         assert not is_run_folder(other)
     path.write_bytes(b"damaged")

@@ -10,7 +10,9 @@ import warnings
 import zipfile
 from argparse import Namespace
 from collections.abc import Mapping
+from datetime import datetime
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -45,6 +47,9 @@ WEIGHTS = {"a": torch.arange(6.0).view(2, 3), "b.c": torch.ones(2)}
         Namespace(lr=0.1, output=Path("work_dirs/run")),
         EasyDict(lr=0.1, network=EasyDict(name="r50")),
         Path("work_dirs/run"),
+        datetime(2026, 1, 2, 3, 4),
+        SimpleNamespace(lr=0.1),
+        [int, float],
     ],
     ids=lambda value: type(value).__name__,
 )
@@ -56,10 +61,22 @@ def test_plain_values_beside_the_tensors_are_passed_over(tmp_path: Path, beside:
     assert all(torch.equal(found["state_dict"][name], tensor) for name, tensor in WEIGHTS.items())
 
 
-def test_a_module_in_the_place_of_numpy_runs_nothing(tmp_path: Path) -> None:
-    """The classes that are passed over are never called with what a file says."""
-    path = saved(tmp_path, {"dtype": np.dtype("O"), "array": np.array(["x"], dtype=object), "a": torch.zeros(1)})
-    assert state_dicts(read_content(path))[""].keys() == {"a"}
+class Calls:
+    """Calls a function of a package whose plain objects are passed over."""
+
+    def __init__(self, function: Any, *arguments: object) -> None:
+        self.reduced = (function, arguments)
+
+    def __reduce__(self) -> Any:
+        return self.reduced
+
+
+def test_functions_of_the_packages_that_are_passed_over_are_not_called(tmp_path: Path) -> None:
+    content = {"dtype": np.dtype("O"), "call": Calls(np.save, str(tmp_path / "mark"), [1]), "a": torch.zeros(1)}
+    assert state_dicts(read_content(saved(tmp_path, content)))[""].keys() == {"a"}
+    assert not list(tmp_path.glob("mark*"))
+    with pytest.raises(TeacherError, match="an object of eval"):
+        read_content(saved(tmp_path, {"call": Calls(eval, "1"), "a": torch.zeros(1)}))
 
 
 def test_state_dicts_are_found_under_any_key_and_the_trained_one_first() -> None:
