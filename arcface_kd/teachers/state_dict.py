@@ -123,6 +123,11 @@ def _check_archive(path: Path) -> None:
             "it is a TorchScript archive, a program and not only weights; call torch.save(torch.jit.load(FILE)."
             "state_dict(), NEW) and name NEW, or load_teacher(torch.jit.load(FILE)) from the library"
         )
+    elif any(name.endswith("/models/model.json") for name in names):
+        fault = (
+            "it is a program of torch.export and not only weights; call torch.save(torch.export.load(FILE).state_dict, "
+            "NEW) and name NEW"
+        )
     else:
         fault = archive_fault(path)
     if fault is not None and any(name.endswith(".onnx") for name in names):

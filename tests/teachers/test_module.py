@@ -1,4 +1,5 @@
 import sys
+import warnings
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
@@ -184,3 +185,12 @@ def test_real_timm_is_asked_for_what_it_offers(monkeypatch: pytest.MonkeyPatch) 
     assert teacher.embedding_size == 512
     assert teacher.preprocessing.size == 176
     assert teacher.preprocessing.mean == pytest.approx((123.675, 116.28, 103.53))
+
+
+def test_a_torchscript_module_is_a_teacher_when_its_owner_has_loaded_it() -> None:
+    plain = nn.Sequential(nn.Flatten(), nn.Linear(3 * 112 * 112, 4)).eval()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)
+        script = torch.jit.trace(plain, torch.zeros(1, 3, 112, 112))
+    images = torch.rand(2, 3, 112, 112) * 2 - 1
+    torch.testing.assert_close(load_teacher(script)(images), load_teacher(plain)(images))

@@ -132,6 +132,14 @@ def test_a_torchscript_archive_is_called_that(tmp_path: Path) -> None:
         load_teacher(path)
 
 
+def test_a_program_of_torch_export_is_called_that(tmp_path: Path) -> None:
+    path = tmp_path / "model.pt2"
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("model/models/model.json", b"{}")
+    with pytest.raises(TeacherError, match=r"model\.pt2.*torch\.export"):
+        load_teacher(path)
+
+
 def test_another_pickle_protocol_is_called_that(tmp_path: Path) -> None:
     path = saved(tmp_path, WEIGHTS, pickle_protocol=4)
     with pytest.warns(UserWarning, match="protocol 4"), pytest.raises(TeacherError, match="pickle protocol"):
