@@ -86,7 +86,9 @@ def cases(methods: list[str]) -> list[Case]:
             found.append(Case("", (), ranks, rate))
             for kd in (*(name for name in methods if name != "shkd"), "adadistill+embedding", "gkd+embedding"):
                 options = DEFAULTS.get(kd.partition("+")[0], ())
-                found += [Case(kd, options, ranks, rate, cached) for cached in (False, True)]
+                # TCS takes nothing but the cache.
+                teachers = (True,) if kd == "tcs" else (False, True)
+                found += [Case(kd, options, ranks, rate, cached) for cached in teachers]
         for kd, variants in VARIANTS.items():
             found += [Case(kd, options, ranks, cached=kd == "tcs") for options in variants]
         found.append(Case("adadistill", (), ranks, keys={"gradient_acc": 3, "optimizer": "adamw", "lr": 0.001}))
