@@ -1,6 +1,7 @@
 """Which records of a file are images: InsightFace's layout, the plain one, and several sets under one index."""
 
 import logging
+from contextlib import suppress
 from itertools import pairwise
 
 import numpy as np
@@ -37,6 +38,7 @@ def find_images(reader: RecordReader, on_bad_record: OnBadRecord) -> np.ndarray 
     zero = int(reader.find(np.zeros(1, dtype=np.int64))[0])
     header = None if zero < 0 else _imageless(reader, zero)
     if header is None:
+        _refuse_identities(reader)
         return slice(0, len(reader))
     if header.flag < 2:
         raise DataError(f"{reader.where(zero)}: it holds neither an image nor the two counts of a header record")
@@ -75,6 +77,17 @@ def unpack_at(reader: RecordReader, position: int) -> tuple[RecordHeader, memory
         return unpack(record)
     except DataError as error:
         raise BadRecordError(f"{reader.where(position)}: {error}") from None
+
+
+def _refuse_identities(reader: RecordReader) -> None:
+    """Refuse InsightFace's identity records where no header precedes them: labels would be taken for images."""
+    last = int(reader.offsets.argmax())
+    with suppress(BadRecordError):
+        if _imageless(reader, last) is not None:
+            raise DataError(
+                f"{reader.where(last)}: it is an identity record of InsightFace's layout, but no header record has "
+                "key 0: it was lost, or sets of two layouts stand behind each other"
+            )
 
 
 def _imageless(reader: RecordReader, position: int) -> RecordHeader | None:

@@ -178,6 +178,20 @@ def test_sets_behind_each_other_that_share_labels_are_refused(
         RecordDataset(folder)
 
 
+def test_a_set_of_the_other_layout_in_front_is_refused(tmp_path: Path) -> None:
+    records = [content for _, content in [*plain_records([0, 1]), *insightface_records([2, 2])]]
+    folder = write_records(tmp_path, list(enumerate(records)))
+    with pytest.raises(DataError, match=r"train\.rec: record with key 8 ") as caught:
+        RecordDataset(folder, on_bad_record="skip")
+    assert not isinstance(caught.value, BadRecordError)
+
+
+def test_a_set_of_the_other_layout_behind_is_read_whole(tmp_path: Path) -> None:
+    records = [content for _, content in [*insightface_records([2, 2]), *plain_records([2, 3, 2])]]
+    folder = write_records(tmp_path, list(enumerate(records)))
+    assert RecordDataset(folder, num_classes=4).labels().tolist() == [0, 0, 1, 1, 2, 3, 2]
+
+
 def test_folders(tmp_path: Path) -> None:
     for seed, name in enumerate(["anna/1.jpg", "anna/2.jpg", "bert/1.jpg"]):
         (tmp_path / name).parent.mkdir(exist_ok=True)
