@@ -87,11 +87,12 @@ def add_commands(commands: Commands) -> None:
 def _check(arguments: argparse.Namespace) -> None:
     from arcface_kd.data.formats.verification_bin import read_bin
     from arcface_kd.evaluation.teacher_check import check_teacher
+    from arcface_kd.system.device import default_device
     from arcface_kd.teachers.base import load_teacher
 
     options = teacher_options_of(arguments)
     pairs = None if arguments.bin is None else read_bin(arguments.bin)
-    print(check_teacher(load_teacher(arguments.kd_teacher, options), pairs))
+    print(check_teacher(load_teacher(arguments.kd_teacher, options, device=default_device()), pairs))
 
 
 def _compare(arguments: argparse.Namespace) -> None:
@@ -117,7 +118,7 @@ def _compare(arguments: argparse.Namespace) -> None:
     device = default_device()
     models = [run_contestant(run, device) for run in runs]
     if arguments.kd_teacher is not None:
-        teacher = load_teacher(arguments.kd_teacher, options, device=device)
+        teacher = load_teacher(arguments.kd_teacher, {"precision": "fp32", **(options or {})}, device=device)
         models.append(teacher_contestant(arguments.kd_teacher, teacher))
     compared = compare(models, files, device, progress=True)
     for path in write_report(compared, arguments.out, faces=not arguments.no_faces):

@@ -25,6 +25,7 @@ from arcface_kd.errors import ConfigError, TeacherError
 from arcface_kd.methods.base import Requirement
 from arcface_kd.teachers.base import Teacher, load_teacher
 from arcface_kd.teachers.cache.embedding_cache import EmbeddingCache, fill_hint
+from arcface_kd.teachers.collapse import warn_of_collapse
 
 logger = logging.getLogger(__name__)
 
@@ -114,6 +115,8 @@ class Distiller:
         self.cache = open_cache(self.kd, self.methods, self.teacher, loader.faces, ranks)
         if self.from_cache_alone:
             self.teacher = None
+        if self.teacher is not None:
+            warn_of_collapse(self.teacher, loader.faces, self.cache)
 
     # The name that loops of users' own know.
     read_through_cache = use_cache

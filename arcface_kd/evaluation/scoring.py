@@ -3,7 +3,7 @@
 import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -84,8 +84,11 @@ def load_models(
             f"teacher options were given, but {', '.join(sources)} is what this trainer trained, which takes RGB as "
             "(x - 127.5) / 127.5; leave the options out"
         )
+    # Models are judged in full precision, also where a run's teacher would compute in fp16.
+    exact = replace(checked, precision=checked.precision or "fp32")
+    trained = TeacherOptions(precision="fp32")
     return {
-        source: load_teacher(source, None if is_run_folder(source) else checked, device=device) for source in sources
+        source: load_teacher(source, trained if is_run_folder(source) else exact, device=device) for source in sources
     }
 
 

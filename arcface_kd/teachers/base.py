@@ -6,17 +6,20 @@ import logging
 import os
 import re
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from itertools import chain
 from pathlib import Path
 from typing import Any, ClassVar, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import normalize
 
 from arcface_kd import registry
 from arcface_kd.errors import TeacherError, first_line
 from arcface_kd.teachers.file_type import describe
 from arcface_kd.teachers.options import Precision, Preprocessing, TeacherOptions
+from arcface_kd.teachers.preparation import TOLERANCE, as_rows, autocast, prepared, probe_images
 
 __all__ = [
     "LARGEST_FILE",
@@ -24,7 +27,6 @@ __all__ = [
     "Teacher",
     "TeacherOptions",
     "TeacherSource",
-    "as_rows",
     "existing_file",
     "first_line",
     "load_teacher",
@@ -36,7 +38,6 @@ __all__ = [
 
 logger = logging.getLogger(__name__)
 
-_AUTOCAST: dict[Precision, torch.dtype] = {"bf16": torch.bfloat16, "fp16": torch.float16}
 LARGEST_FILE = 1 << 31
 """What one protobuf message, and so an ONNX file, can hold; MXNet's largest face networks have a tenth of it."""
 _SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9_+.-]+:")
@@ -122,51 +123,6 @@ def tensors_digest(tensors: Mapping[str, Tensor]) -> str:
     return digest.hexdigest()
 
 
-def _probe_images(size: int) -> Tensor:
-    """Two unlike images that are the same in every process: noise, and a ramp."""
-    noise = torch.rand((3, size, size), generator=torch.Generator().manual_seed(0)) * 2 - 1
-    ramp = torch.linspace(-1, 1, size).expand(3, size, size)
-    return torch.stack([noise, ramp])
-
-
-def prepared(images: Tensor, wanted: Preprocessing) -> Tensor:
-    """Turn the student's view of images into what a network expects.
-
-    Args:
-        images: (B, 3, H, W), RGB, pixel values x as x / 127.5 - 1, in [-1, 1].
-        wanted: what the network expects.
-
-    Returns:
-        (B, 3, S, S) in the network's channel order, (x - mean) / std, S = ``wanted.size``.
-    """
-    if images.shape[-2:] != (wanted.size, wanted.size):
-        images = nn.functional.interpolate(
-            images, (wanted.size, wanted.size), mode="bilinear", align_corners=False, antialias=True
-        )
-    if wanted.channels == "bgr":
-        images = images.flip(1)
-    # ((image + 1) 127.5 - mean) / std in one step: exact when nothing is to be done.
-    scale = [127.5 / std for std in wanted.std]
-    shift = [(127.5 - mean) / std for mean, std in zip(wanted.mean, wanted.std, strict=True)]
-    if scale != [1.0] * 3 or shift != [0.0] * 3:
-        images = images * images.new_tensor(scale).view(3, 1, 1) + images.new_tensor(shift).view(3, 1, 1)
-    return images
-
-
-def as_rows(embeddings: Tensor, count: int) -> Tensor:
-    """Embeddings without axes of length 1: (N, D, 1, 1), (N, 1, D), or (D,) of one image, as (N, D).
-
-    Args:
-        embeddings: of any shape; others are returned as they are.
-        count: the number of images N.
-    """
-    if count == 1 and embeddings.dim() == 1:
-        return embeddings[None]
-    if embeddings.dim() > 2 and embeddings.shape[1:].numel() == max(embeddings.shape[1:]):
-        return embeddings.flatten(1)
-    return embeddings
-
-
 class Teacher(nn.Module):
     """A frozen network that embeds the images the student sees.
 
@@ -229,6 +185,7 @@ class Teacher(nn.Module):
         self.description = description
         self.parameter_count = parameter_count
         self.training = False
+        self._tried_on: set[torch.device] = set()
         self.embedding_size = self._probed_size()
         if embedding_size is not None and self.embedding_size != int(embedding_size):
             raise TeacherError(
@@ -292,8 +249,7 @@ class Teacher(nn.Module):
             device: of its input.
         """
         # Autocast of the student's step is switched off too: the teacher's precision is the teacher's own.
-        enabled = self.precision in _AUTOCAST
-        return torch.autocast(device.type, dtype=_AUTOCAST.get(self.precision), enabled=enabled)
+        return autocast(self.precision, device)
 
     @torch.no_grad()
     def forward(self, images: Tensor) -> Tensor:
@@ -315,12 +271,30 @@ class Teacher(nn.Module):
             )
         if len(images) == 0:
             return images.new_zeros((0, self.embedding_size), dtype=torch.float32)
+        self._go_to(images.device)
+        return self._embed(images)
+
+    def _go_to(self, device: torch.device) -> None:
+        """Have the network follow its images; on a GPU it must embed two of them as it did on the CPU."""
         network = self.network
-        if isinstance(network, nn.Module):
-            if network.training:
-                network.eval()
-            if self.device not in (None, images.device):
-                network.to(images.device)
+        if not isinstance(network, nn.Module):
+            return
+        if network.training:
+            network.eval()
+        if self.device not in (None, device):
+            network.to(device)
+        if device.type == "cuda" and device not in self._tried_on:
+            self._tried_on.add(device)
+            met = normalize(self._embed(probe_images(self.preprocessing.size).to(device))).cpu()
+            # A GPU's fp32 may be TF32, which rounds as fp16 does.
+            if not (met - self._reference).abs().max() < max(TOLERANCE[self.precision], TOLERANCE["fp16"]):
+                raise TeacherError(
+                    f"teacher {self.description} embeds test images on {device} in {self.precision} otherwise than on "
+                    "the CPU in fp32: give --kd-option teacher.precision=fp32"
+                )
+
+    def _embed(self, images: Tensor) -> Tensor:
+        network = self.network
         with self.autocast(images.device):
             embeddings = network(self.prepare(images.float()))
         if not isinstance(embeddings, Tensor):
@@ -354,9 +328,10 @@ class Teacher(nn.Module):
         return f"{self.description}, embedding_size={self.embedding_size}, input={self.preprocessing}"
 
     def _probed_size(self) -> int:
-        images = _probe_images(self.preprocessing.size).to(self.device or "cpu")
+        images = probe_images(self.preprocessing.size).to(self.device or "cpu")
         # Rows are counted by `forward`; the dimension is what the probe is for.
         self.embedding_size = 0
+        self._tried_on.add(images.device)
         try:
             embeddings = self(images)
         except TeacherError:
@@ -372,6 +347,7 @@ class Teacher(nn.Module):
                 f"teacher {self.description} embeds test images as NaN or inf in {self.precision}: its weights are "
                 "damaged, or the precision is too low for it"
             )
+        self._reference = normalize(embeddings).cpu()
         return embeddings.shape[1]
 
 
@@ -407,8 +383,7 @@ def load_teacher(
         source: a file, a folder, ``insightface:NAME``, ``timm:NAME``, an ``nn.Module`` or a callable. The kinds are the
             entry points of the group ``arcface_kd.teachers``, chosen by what the source is.
         options: the ``teacher.*`` options.
-        device: where the teacher computes; by default where its source puts it: ONNX on the GPU when onnxruntime has
-            one, everything else wherever its images are.
+        device: where the teacher computes; by default wherever its images are.
 
     Returns:
         The teacher, frozen, tried on two images.
@@ -419,6 +394,8 @@ def load_teacher(
         ConfigError: an option is unknown, out of range or without meaning for this source.
     """
     checked = TeacherOptions.of(options)
+    if device is not None and torch.device(device).type == "cpu" and checked.precision is None:
+        checked = replace(checked, precision="fp32")
     sources = registry.load_all(registry.TEACHERS)
     willing = {name: kind for name, kind in sources.items() if _accepts(name, kind, source)}
     if len(willing) > 1:

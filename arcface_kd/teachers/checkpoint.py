@@ -16,7 +16,8 @@ from arcface_kd.backbones.vit import HOST_NAMES, VITS
 from arcface_kd.errors import ConfigError, TeacherError, first_line
 from arcface_kd.teachers.base import Teacher, local_path, tensors_digest
 from arcface_kd.teachers.file_type import signature
-from arcface_kd.teachers.options import Preprocessing, TeacherOptions
+from arcface_kd.teachers.options import Precision, Preprocessing, TeacherOptions
+from arcface_kd.teachers.preparation import autocast, default_precision
 from arcface_kd.teachers.state_dict import is_trained, outlined, read_content, short, state_dicts
 
 logger = logging.getLogger(__name__)
@@ -24,7 +25,6 @@ logger = logging.getLogger(__name__)
 # What a run leaves in its folder: arcface_torch until 2021 called it backbone.pth, as its model zoo still does.
 _STUDENTS = ("model.pt", "backbone.pth", "checkpoint_gpu_0.pt")
 _SUFFIXES = (".pt", ".pth", ".ckpt", ".safetensors")
-_HALF = {"bf16": torch.bfloat16, "fp16": torch.float16}
 _WEIGHTS = frozenset((torch.float16, torch.bfloat16, torch.float32, torch.float64))
 _T = TypeVar("_T")
 _KNOWN = {**NETWORKS, **VITS}
@@ -274,9 +274,9 @@ def load_network(path: str | os.PathLike[str], name: str | None = None) -> Netwo
     return NetworkCheckpoint(network.eval(), found.name, found.num_features, digest)
 
 
-def _autocast(dtype: torch.dtype, tensor: Tensor, *, half: bool) -> torch.autocast:
+def _autocast(precision: Precision, tensor: Tensor, *, half: bool) -> torch.autocast:
     """A backbone's context for its convolutions in the type asked for; its own rule goes by the device."""
-    return torch.autocast(tensor.device.type, dtype=dtype, enabled=half)
+    return autocast(precision if half else "fp32", tensor.device)
 
 
 class CheckpointSource:
@@ -316,15 +316,16 @@ class CheckpointSource:
         path = local_path(source)
         assert path is not None
         checkpoint = load_network(path, options.network)
-        if options.precision in _HALF:
+        precision: Precision = options.precision or default_precision()  # type: ignore[assignment]
+        if precision != "fp32":
             checkpoint.network.fp16 = True
-            setattr(checkpoint.network, "autocast", partial(_autocast, _HALF[options.precision]))  # noqa: B010
+            setattr(checkpoint.network, "autocast", partial(_autocast, precision))  # noqa: B010
         return Teacher(
             checkpoint.network,
             preprocessing=options.preprocessing(Preprocessing()),
             description=f"{checkpoint.name} from {path}",
             weights=checkpoint.digest,
-            precision=options.precision,
+            precision=precision,
             embedding_size=options.embedding_size,
             channels_last=True,
         )

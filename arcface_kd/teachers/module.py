@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from arcface_kd.errors import TeacherError, first_line
 from arcface_kd.teachers.base import Teacher, tensors_digest
 from arcface_kd.teachers.options import Preprocessing, TeacherOptions
+from arcface_kd.teachers.preparation import default_precision
 
 _TIMM = "timm:"
 # Models on Hugging Face's hub, which timm keeps no list of: their weights are there, or loading them fails.
@@ -144,7 +145,7 @@ class TimmSource:
             preprocessing=options.preprocessing(known),
             description=source,
             weights=_digest(network, known.size),
-            precision=options.precision,
+            precision=options.precision or default_precision(),
             embedding_size=options.embedding_size,
         )
 

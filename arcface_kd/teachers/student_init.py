@@ -10,11 +10,12 @@ from torch import Tensor, nn
 from arcface_kd.backbones.face_backbone import FaceBackbone
 from arcface_kd.errors import TeacherError, first_line
 from arcface_kd.system.device import autocast_dtype
-from arcface_kd.teachers.base import Teacher, load_teacher, prepared
+from arcface_kd.teachers.base import Teacher, load_teacher
 from arcface_kd.teachers.onnx.graph import OnnxGraph
-from arcface_kd.teachers.onnx.source import OnnxNetwork
+from arcface_kd.teachers.onnx.session import OnnxNetwork
 from arcface_kd.teachers.onnx.torch_module import TorchGraph
 from arcface_kd.teachers.options import Preprocessing, TeacherOptions
+from arcface_kd.teachers.preparation import prepared
 
 
 class TrainedGraph(TorchGraph):
@@ -86,7 +87,7 @@ def start_from(
             f"embedding_size={teacher.embedding_size}"
         )
     network = teacher.network
-    if isinstance(network, OnnxNetwork):
+    if isinstance(network, OnnxNetwork | TorchGraph):
         return TrainedGraph(network.graph, fp16=fp16).train(), teacher.preprocessing
     if not isinstance(network, FaceBackbone):
         raise TeacherError(
@@ -130,7 +131,7 @@ def trained_graph_file(teacher: Teacher, state: Mapping[str, Tensor]) -> bytes:
         TeacherError: the teacher is no ONNX graph, or the state is another graph's.
     """
     network = teacher.network
-    if not isinstance(network, OnnxNetwork):
+    if not isinstance(network, OnnxNetwork | TorchGraph):
         raise TeacherError(f"{teacher.description} is no ONNX graph")
     graph = TrainedGraph(network.graph)
     try:

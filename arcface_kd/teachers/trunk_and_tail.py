@@ -16,11 +16,9 @@ from arcface_kd.backbones.face_backbone import FaceBackbone
 from arcface_kd.backbones.feature_taps import MapPlace, find_map
 from arcface_kd.errors import ConfigError, TeacherError, first_line
 from arcface_kd.teachers.base import Teacher
-from arcface_kd.teachers.onnx.source import OnnxNetwork
+from arcface_kd.teachers.onnx.session import OnnxNetwork
 from arcface_kd.teachers.onnx.torch_module import TorchGraph
-
-# Unit embeddings that two ways of computing them in one precision give differ by less.
-_TOLERANCE = {"fp32": 2e-3, "bf16": 0.1, "fp16": 2e-2}
+from arcface_kd.teachers.preparation import TOLERANCE
 
 
 class _Cut(Protocol):
@@ -187,7 +185,7 @@ class CutTeacher:
             except Exception as error:
                 fault = f"what lies behind it cannot be run alone: {first_line(error)}"
                 continue
-            if met.shape == wanted.shape and (met - wanted).abs().max() < _TOLERANCE[self._teacher.precision]:
+            if met.shape == wanted.shape and (met - wanted).abs().max() < TOLERANCE[self._teacher.precision]:
                 channels, height, width = found.shape[1:]
                 return channels, height, width
             fault = "the embedding is not made of it alone"
@@ -215,9 +213,9 @@ def cut_teacher(teacher: Teacher, name: str | None = None, tap: int = 0) -> CutT
     """
     network = teacher.network
     where = f"teacher {teacher.description}"
-    if isinstance(network, OnnxNetwork):
+    if isinstance(network, OnnxNetwork | TorchGraph):
         try:
-            graph = TorchGraph(network.graph).eval()
+            graph = network if isinstance(network, TorchGraph) else TorchGraph(network.graph).eval()
             graph.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
             tensor = _graph_map(graph, teacher.preprocessing.size, name, tap)
         except TeacherError as error:
@@ -238,7 +236,8 @@ def cut_teacher(teacher: Teacher, name: str | None = None, tap: int = 0) -> CutT
 def _graph_map(graph: TorchGraph, size: int, name: str | None, tap: int) -> str:
     """The tensor of a graph that is its map."""
     bottlenecks = graph.bottlenecks()
-    values = graph.run({graph.graph.input_name: torch.zeros(2, 3, size, size)}, bottlenecks)
+    device = next((weight.device for weight in graph.parameters()), None)
+    values = graph.run({graph.graph.input_name: torch.zeros(2, 3, size, size, device=device)}, bottlenecks)
     shapes = {each: tuple(value.shape) for each, value in zip(bottlenecks, values, strict=True)}
     maps = {each: shape for each, shape in shapes.items() if len(shape) == 4 and shape[2] * shape[3] > 1}
     listed = ", ".join(f"{each} {shape[1]}x{shape[2]}x{shape[3]}" for each, shape in maps.items()) or "none"

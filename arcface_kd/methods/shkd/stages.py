@@ -33,7 +33,8 @@ from arcface_kd.methods.shkd.method import SHKDConfig
 from arcface_kd.system.files import atomic_write
 from arcface_kd.teachers.base import Teacher, load_teacher
 from arcface_kd.teachers.checkpoint import load_network
-from arcface_kd.teachers.onnx.source import OnnxNetwork
+from arcface_kd.teachers.onnx.session import OnnxNetwork
+from arcface_kd.teachers.onnx.torch_module import TorchGraph
 from arcface_kd.teachers.student_init import trained_graph_file
 
 NAME = "shkd"
@@ -154,7 +155,7 @@ class _Stages:
             return wanted, None
         given = {name.partition(".")[2]: value for name, value in self.teacher_options.items()}
         teacher = load_teacher(self.source, given)
-        if isinstance(teacher.network, OnnxNetwork):
+        if isinstance(teacher.network, OnnxNetwork | TorchGraph):
             network = "onnx"
         elif isinstance(teacher.network, FaceBackbone):
             name = given.get("network")

@@ -27,6 +27,7 @@ from arcface_kd.system.device import default_device
 from arcface_kd.system.memory import named_shortages
 from arcface_kd.teachers.base import Teacher, load_teacher
 from arcface_kd.teachers.cache.embedding_cache import EmbeddingCache, identity_of, readable_size
+from arcface_kd.teachers.collapse import warn_of_collapse
 
 # A bar that nobody watches goes into a log: a line now and then is enough.
 _SECONDS_BETWEEN_LINES = 30.0
@@ -125,6 +126,7 @@ def fill_cache(config: Mapping[str, Any], *, teacher: Teacher | None = None) -> 
         missing = ~_known(cache, RankGroup(), device)
         records = np.flatnonzero(missing.any(1))
         own = _share(records, RankGroup())
+        warn_of_collapse(teacher, faces, cache, device)
         skipped = SkippedRecords()
         began = time.perf_counter()
         if len(own):

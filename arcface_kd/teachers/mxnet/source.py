@@ -11,6 +11,7 @@ from arcface_kd.teachers.file_type import signature
 from arcface_kd.teachers.mxnet.arrays import read_arrays
 from arcface_kd.teachers.mxnet.symbol import SymbolGraph
 from arcface_kd.teachers.options import Preprocessing, TeacherOptions
+from arcface_kd.teachers.preparation import default_precision
 
 _SYMBOL = "-symbol.json"
 _PARAMS = re.compile(r"-\d{4,}\.params$")
@@ -94,7 +95,7 @@ class MXNetSource:
             preprocessing=preprocessing,
             description=f"MXNet {params}",
             weights=tensors_digest(network.arrays),
-            precision=options.precision,
+            precision=options.precision or default_precision(),
             embedding_size=options.embedding_size,
             channels_last=True,
         )

@@ -5,8 +5,8 @@ nothing else here needs; a face network is made of a few dozen operators, which
 :mod:`arcface_kd.teachers.onnx.torch_operators` holds.
 """
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -15,13 +15,20 @@ from torch import Tensor, nn
 
 from arcface_kd.errors import TeacherError, first_line
 from arcface_kd.teachers.onnx.graph import OnnxGraph, free_batch
-from arcface_kd.teachers.onnx.torch_operators import OPERATORS, Call, UnsupportedError
+from arcface_kd.teachers.onnx.operator_call import Call, UnsupportedError
+from arcface_kd.teachers.onnx.torch_layout import ONE_BY_ONE
+from arcface_kd.teachers.onnx.torch_operators import OPERATORS
 
 # What multiplies an image with weights; sums and factors before the first of these are a normalisation of the input.
 _MIXING = frozenset(("Conv", "Gemm", "MatMul"))
 _ARITHMETIC = frozenset(("Add", "Sub", "Mul", "Div"))
 # Inputs that are no weights although they may be floating-point tensors: settings and running statistics.
 _SETTINGS = {"BatchNormalization": (3, 4), "Clip": (1, 2), "Pad": (2,), "Pow": (1,), "Where": (0,)}
+# Numbers that the functions read: on a GPU, reading them in each step would wait for it.
+_READ = {"Clip": {1: "min", 2: "max"}, "Pad": {2: "value"}}
+_FOLDED = _ARITHMETIC | {"Cast", "Identity", "Neg", "Reciprocal", "Reshape", "Sqrt", "Squeeze", "Unsqueeze"}
+# Whole numbers that go where the values are; all others are shapes and places, which are read on the CPU.
+_ON_DEVICE = frozenset(("Where", "Gather", "GatherElements"))
 
 
 @dataclass(frozen=True)
@@ -64,11 +71,14 @@ class TorchGraph(nn.Module):
         constants = {tensor.name: numpy_helper.to_array(tensor) for tensor in model.graph.initializer}
         self._nodes = [_node(node, number) for number, node in enumerate(model.graph.node)]
         self._check(constants)
-        settings = _settings(self._nodes)
+        settings = _settings(self._nodes, constants, graph.input_name)
+        taken = {name for node in self._nodes for name in node.inputs}
+        self._nodes = [_with_numbers(node, self._nodes, constants, self._opset) for node in self._nodes]
         self.weights = nn.Module()
         self._places: dict[str, str] = {}
         self._whole: dict[str, Tensor] = {}
-        taken = {name for node in self._nodes for name in node.inputs}
+        self._copies: dict[tuple[str, torch.device], Tensor] = {}
+        self._plans: dict[tuple[frozenset[str], tuple[str, ...]], tuple[list[_Node], dict[str, int]]] = {}
         for name, array in constants.items():
             # What no node takes would be a parameter without a gradient.
             if name not in taken:
@@ -128,8 +138,7 @@ class TorchGraph(nn.Module):
         Raises:
             TeacherError: a value that does not follow from those given, or an operator that refuses its inputs.
         """
-        nodes = self._between(frozenset(given), tuple(wanted))
-        last = {name: number for number, node in enumerate(nodes) for name in node.inputs}
+        nodes, last = self._plan(frozenset(given), tuple(wanted))
         weights = {name: getattr(self.weights, place) for name, place in self._places.items()}
         first = next(iter(given.values()))
         size = self.graph.size or 1
@@ -139,13 +148,40 @@ class TorchGraph(nn.Module):
         floats = next(iter(weights.values()), torch.empty(0)).new_empty(0)
         for number, node in enumerate(nodes):
             call = Call(node.attributes, self._opset, len(node.outputs), self.training, floats)
-            results = _run_node(node, call, [values[name] if name else None for name in node.inputs])
+            inputs = [values[name] if name else None for name in node.inputs]
+            if node.operator in _ON_DEVICE:
+                inputs = self._on_device(node, inputs)
+            results = _run_node(node, call, inputs)
             values.update(zip(node.outputs, results, strict=False))
             # Activations go as soon as nobody wants them.
             for name in node.inputs:
                 if last[name] == number and name not in wanted:
                     values.pop(name, None)
         return [values[name] for name in wanted]
+
+    def _plan(self, given: frozenset[str], wanted: tuple[str, ...]) -> tuple[list[_Node], dict[str, int]]:
+        """The nodes to run, and the last one that takes each value."""
+        plan = self._plans.get((given, wanted))
+        if plan is None:
+            nodes = self._between(given, wanted)
+            plan = nodes, {name: number for number, node in enumerate(nodes) for name in node.inputs}
+            self._plans[given, wanted] = plan
+        return plan
+
+    def _on_device(self, node: _Node, inputs: list[Tensor | None]) -> list[Tensor | None]:
+        """Masks and long indices where the values are, copied once."""
+        device = next((each.device for each in inputs if each is not None and each.is_floating_point()), None)
+        if device is None or device.type == "cpu":
+            return inputs
+        moved = list(inputs)
+        for place, name in enumerate(node.inputs):
+            whole = self._whole.get(name)
+            if whole is None or (node.operator == "Gather" and whole.numel() <= ONE_BY_ONE):
+                continue
+            if (name, device) not in self._copies:
+                self._copies[name, device] = whole.to(device)
+            moved[place] = self._copies[name, device]
+        return moved
 
     def _between(self, given: frozenset[str], wanted: tuple[str, ...]) -> list[_Node]:
         """The nodes that lead from some values to others, in order."""
@@ -264,16 +300,48 @@ def _node(node: Any, number: int) -> _Node:
     return _Node(operator, name, tuple(node.input), tuple(node.output), attributes)
 
 
-def _settings(nodes: Sequence[_Node]) -> set[str]:
-    """Names of constants that are not to be trained."""
+def _settings(nodes: Sequence[_Node], constants: Iterable[str], image: str) -> set[str]:
+    """Names of constants that are not to be trained: the normalisation of the input, running statistics, bounds."""
     found: set[str] = set()
-    before_weights = True
+    made_of = {name: {name} for name in constants}
+    before_weights = {image}
     for node in nodes:
-        before_weights = before_weights and node.operator not in _MIXING
-        if before_weights and node.operator in _ARITHMETIC:
-            found.update(node.inputs)
         found.update(node.inputs[place] for place in _SETTINGS.get(node.operator, ()) if place < len(node.inputs))
+        sources = [made_of[name] for name in node.inputs if name in made_of]
+        if before_weights.intersection(node.inputs):
+            if node.operator in _ARITHMETIC:
+                found.update(*sources)
+            if node.operator not in _MIXING:
+                before_weights.update(node.outputs)
+        elif len(sources) == len(node.inputs):
+            made_of.update(dict.fromkeys(node.outputs, set().union(*sources)))
     return found
+
+
+def _with_numbers(node: _Node, nodes: Sequence[_Node], constants: Mapping[str, np.ndarray], opset: int) -> _Node:
+    """A node whose constant bounds are attributes."""
+    attributes, inputs = dict(node.attributes), list(node.inputs)
+    for place, attribute in _READ.get(node.operator, {}).items():
+        if place < len(inputs) and inputs[place]:
+            number = _value(inputs[place], nodes, constants, opset)
+            if number is not None and number.numel() == 1:
+                attributes[attribute], inputs[place] = float(number), ""
+    return replace(node, attributes=attributes, inputs=tuple(inputs))
+
+
+def _value(
+    name: str, nodes: Sequence[_Node], constants: Mapping[str, np.ndarray], opset: int, depth: int = 8
+) -> Tensor | None:
+    """A value that follows from constants alone by few steps, None for any other."""
+    if name in constants:
+        return torch.from_numpy(np.array(constants[name]))
+    maker = next((node for node in nodes if name in node.outputs), None)
+    if maker is None or maker.operator not in _FOLDED or depth == 0:
+        return None
+    inputs = [_value(taken, nodes, constants, opset, depth - 1) for taken in maker.inputs]
+    if any(value is None for value in inputs):
+        return None
+    return _run_node(maker, Call(maker.attributes, opset), inputs)[0]
 
 
 def _run_node(node: _Node, call: Call, inputs: Sequence[Tensor | None]) -> tuple[Tensor, ...]:

@@ -1,52 +1,26 @@
 """ONNX operators as torch functions, with gradient: those that face networks are exported with.
 
-Each function takes a :class:`Call` and the node's inputs (None where an optional one is left out) and returns its
-first output, or a tuple of outputs. Integers, which shapes are made of, stay on the CPU. Semantics are those of ONNX's
-operator specification, at the opset that the graph declares.
+Each function takes a :class:`~arcface_kd.teachers.onnx.operator_call.Call` and the node's inputs (None where an
+optional one is left out) and returns its first output, or a tuple of outputs. Integers, which shapes are made of, stay
+on the CPU, and nothing here waits for a GPU. Semantics are those of ONNX's operator specification, at the opset that
+the graph declares.
 """
 
-import itertools
 import math
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
-Operator = Callable[..., Tensor | tuple[Tensor, ...]]
+from arcface_kd.teachers.onnx.operator_call import Call, Operator, UnsupportedError, axes_of, numbers, registering
+from arcface_kd.teachers.onnx.torch_layout import LAYOUT_OPERATORS, pad_by
 
-
-class UnsupportedError(ValueError):
-    """A use of an operator that this file does not know; the message says which."""
-
-
-@dataclass(frozen=True)
-class Call:
-    """A node as its operator sees it.
-
-    Attributes:
-        attributes: by name; text as ``str``, tensors as ``Tensor``.
-        opset: version of the operator set.
-        outputs: how many outputs the graph names.
-        training: whether batch norms take the batch's statistics and move their running ones.
-        floats: an empty tensor in the number format and on the device of the weights.
-    """
-
-    attributes: Mapping[str, Any]
-    opset: int
-    outputs: int = 1
-    training: bool = False
-    floats: Tensor = field(default_factory=lambda: torch.empty(0))
-
-    def get(self, name: str, default: Any) -> Any:
-        """An attribute, or the default that the specification gives it."""
-        return self.attributes.get(name, default)
-
-
-OPERATORS: dict[str, Operator] = {}
+OPERATORS: dict[str, Operator] = dict(LAYOUT_OPERATORS)
 """Operators of ONNX's own domain by name."""
+
+_operator = registering(OPERATORS)
 
 # Types of ONNX's TensorProto that are whole numbers or truth values; every other one is a floating-point type.
 _DISCRETE = {
@@ -57,25 +31,6 @@ _DISCRETE = {
     7: torch.int64,
     9: torch.bool,
 }
-
-
-def _operator(*names: str) -> Callable[[Operator], Operator]:
-    def register(function: Operator) -> Operator:
-        OPERATORS.update(dict.fromkeys(names, function))
-        return function
-
-    return register
-
-
-def _numbers(values: Tensor | Sequence[int]) -> list[int]:
-    """Whole numbers out of an attribute or an input."""
-    return [int(value) for value in (values.tolist() if isinstance(values, Tensor) else values)]
-
-
-def _axes(call: Call, given: Tensor | None) -> list[int] | None:
-    """Axes as an input, as later opsets have them, or as an attribute."""
-    axes = given if given is not None else call.get("axes", None)
-    return None if axes is None else _numbers(axes)
 
 
 # ---- element by element
@@ -150,6 +105,7 @@ def _elu(call: Call, x: Tensor) -> Tensor:
 
 @_operator("PRelu")
 def _prelu(call: Call, x: Tensor, slope: Tensor) -> Tensor:
+    slope = slope.to(x.dtype)
     if slope.numel() == 1 or slope.shape == (x.shape[1], *[1] * (x.dim() - 2)):
         return functional.prelu(x, slope.reshape(-1))
     return x.clamp_min(0) + slope * x.clamp_max(0)
@@ -178,7 +134,10 @@ def _cast(call: Call, x: Tensor) -> Tensor:
     if kind is not None:
         return x.to(kind)
     # The whole graph computes in its weights' format, whatever mixture the file asks for.
-    return x if x.is_floating_point() else x.to(call.floats)
+    if x.is_floating_point():
+        return x
+    # A number goes along with tensors of any device; it comes out of a shape as a rule.
+    return x.to(call.floats.dtype) if x.dim() == 0 else x.to(call.floats)
 
 
 # ---- convolutions, products and pools
@@ -191,7 +150,7 @@ def _padding(
     mode = call.get("auto_pad", "NOTSET")
     dimensions = len(kernel)
     if mode in ("", "NOTSET"):
-        pads = _numbers(call.get("pads", [0] * 2 * dimensions))
+        pads = numbers(call.get("pads", [0] * 2 * dimensions))
         return pads[:dimensions], pads[dimensions:]
     if mode == "VALID":
         return [0] * dimensions, [0] * dimensions
@@ -205,20 +164,14 @@ def _padding(
     return (less, more) if mode == "SAME_UPPER" else (more, less)
 
 
-def _pad_by(x: Tensor, before: Sequence[int], behind: Sequence[int], value: float = 0.0) -> Tensor:
-    """Pad the last dimensions."""
-    pairs = [(a, b) for a, b in zip(before, behind, strict=True)]
-    return functional.pad(x, list(itertools.chain.from_iterable(reversed(pairs))), value=value)
-
-
 @_operator("Conv")
 def _conv(call: Call, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     dimensions = weight.dim() - 2
-    stride = _numbers(call.get("strides", [1] * dimensions))
-    dilation = _numbers(call.get("dilations", [1] * dimensions))
+    stride = numbers(call.get("strides", [1] * dimensions))
+    dilation = numbers(call.get("dilations", [1] * dimensions))
     before, behind = _padding(call, x.shape[2:], weight.shape[2:], stride, dilation)
     if before != behind:
-        x = _pad_by(x, before, behind)
+        x = pad_by(x, before, behind)
         before = [0] * dimensions
     convolve: Any = {1: functional.conv1d, 2: functional.conv2d, 3: functional.conv3d}.get(dimensions)
     if convolve is None:
@@ -243,9 +196,9 @@ def _einsum(call: Call, *inputs: Tensor) -> Tensor:
 
 
 def _pool_shape(call: Call, x: Tensor) -> tuple[list[int], list[int], list[int], list[int], list[int]]:
-    kernel = _numbers(call.attributes["kernel_shape"])
-    stride = _numbers(call.get("strides", [1] * len(kernel)))
-    dilation = _numbers(call.get("dilations", [1] * len(kernel)))
+    kernel = numbers(call.attributes["kernel_shape"])
+    stride = numbers(call.get("strides", [1] * len(kernel)))
+    dilation = numbers(call.get("dilations", [1] * len(kernel)))
     if len(kernel) != 2:
         raise UnsupportedError(f"a pool over {len(kernel)} spatial dimensions")
     return kernel, stride, dilation, *_padding(call, x.shape[2:], kernel, stride, dilation)
@@ -257,7 +210,7 @@ def _max_pool(call: Call, x: Tensor) -> Tensor:
         raise UnsupportedError("the places of the maxima")
     kernel, stride, dilation, before, behind = _pool_shape(call, x)
     if before != behind or any(2 * pad > size for pad, size in zip(before, kernel, strict=True)):
-        x, before = _pad_by(x, before, behind, -math.inf), [0, 0]
+        x, before = pad_by(x, before, behind, -math.inf), [0, 0]
     return functional.max_pool2d(x, kernel, stride, before, dilation, bool(call.get("ceil_mode", 0)))
 
 
@@ -270,7 +223,7 @@ def _average_pool(call: Call, x: Tensor) -> Tensor:
     if before != behind:
         if not count_padding:
             raise UnsupportedError("uneven pads that are not counted")
-        x, before = _pad_by(x, before, behind), [0, 0]
+        x, before = pad_by(x, before, behind), [0, 0]
     return functional.avg_pool2d(x, kernel, stride, before, bool(call.get("ceil_mode", 0)), count_padding)
 
 
@@ -339,7 +292,7 @@ def _log_softmax(call: Call, x: Tensor) -> Tensor:
 
 def _reduction(function: Callable[[Tensor, list[int], bool], Tensor]) -> Operator:
     def reduce(call: Call, x: Tensor, given: Tensor | None = None) -> Tensor:
-        axes = _axes(call, given)
+        axes = axes_of(call, given)
         if not axes:
             if call.get("noop_with_empty_axes", 0):
                 return x
@@ -358,138 +311,10 @@ def _product(x: Tensor, axes: list[int], keep: bool) -> Tensor:
 OPERATORS.update(
     ReduceMean=_reduction(lambda x, axes, keep: x.mean(axes, keepdim=keep)),
     ReduceSum=_reduction(lambda x, axes, keep: x.sum(axes, keepdim=keep)),
-    ReduceSumSquare=_reduction(lambda x, axes, keep: x.square().sum(axes, keepdim=keep)),
+    ReduceSumSquare=_reduction(lambda x, axes, keep: x.pow(2).sum(axes, keepdim=keep)),
     ReduceMax=_reduction(lambda x, axes, keep: x.amax(axes, keepdim=keep)),
     ReduceMin=_reduction(lambda x, axes, keep: x.amin(axes, keepdim=keep)),
     ReduceL1=_reduction(lambda x, axes, keep: x.abs().sum(axes, keepdim=keep)),
     ReduceL2=_reduction(lambda x, axes, keep: torch.linalg.vector_norm(x, dim=axes, keepdim=keep)),
     ReduceProd=_reduction(_product),
 )
-
-
-# ---- shapes
-
-
-@_operator("Shape")
-def _shape(call: Call, x: Tensor) -> Tensor:
-    return torch.tensor(x.shape[call.get("start", 0) : call.get("end", None)], dtype=torch.int64)
-
-
-@_operator("Flatten")
-def _flatten(call: Call, x: Tensor) -> Tensor:
-    axis = call.get("axis", 1)
-    axis = axis + x.dim() if axis < 0 else axis
-    return x.reshape(math.prod(x.shape[:axis]), math.prod(x.shape[axis:]))
-
-
-@_operator("Reshape")
-def _reshape(call: Call, x: Tensor, given: Tensor | None = None) -> Tensor:
-    shape = _numbers(call.attributes["shape"] if given is None else given)
-    if not call.get("allowzero", 0):
-        shape = [x.shape[place] if size == 0 else size for place, size in enumerate(shape)]
-    return x.reshape(shape)
-
-
-@_operator("Transpose")
-def _transpose(call: Call, x: Tensor) -> Tensor:
-    return x.permute(_numbers(call.get("perm", range(x.dim() - 1, -1, -1))))
-
-
-@_operator("Squeeze")
-def _squeeze(call: Call, x: Tensor, given: Tensor | None = None) -> Tensor:
-    axes = _axes(call, given)
-    return x.squeeze() if axes is None else x.squeeze(axes)
-
-
-@_operator("Unsqueeze")
-def _unsqueeze(call: Call, x: Tensor, given: Tensor | None = None) -> Tensor:
-    axes = _axes(call, given) or []
-    rank = x.dim() + len(axes)
-    for axis in sorted(axis % rank for axis in axes):
-        x = x.unsqueeze(axis)
-    return x
-
-
-@_operator("Concat")
-def _concat(call: Call, *inputs: Tensor) -> Tensor:
-    return torch.cat(inputs, call.attributes["axis"])
-
-
-@_operator("Split")
-def _split(call: Call, x: Tensor, given: Tensor | None = None) -> tuple[Tensor, ...]:
-    axis = call.get("axis", 0)
-    sizes = given if given is not None else call.get("split", None)
-    if sizes is None:
-        return x.split(-(-x.shape[axis] // call.outputs), axis)
-    return x.split(_numbers(sizes), axis)
-
-
-@_operator("Slice")
-def _slice(
-    call: Call,
-    x: Tensor,
-    starts: Tensor | None = None,
-    ends: Tensor | None = None,
-    axes: Tensor | None = None,
-    steps: Tensor | None = None,
-) -> Tensor:
-    first = _numbers(call.attributes["starts"] if starts is None else starts)
-    last = _numbers(call.attributes["ends"] if ends is None else ends)
-    which = _axes(call, axes) or list(range(len(first)))
-    stride = [1] * len(first) if steps is None else _numbers(steps)
-    for axis, start, end, step in zip(which, first, last, stride, strict=True):
-        places = range(*slice(start, end, step).indices(x.shape[axis]))
-        if step == 1:
-            x = x.narrow(axis, places.start, len(places))
-        else:
-            x = x.index_select(axis, torch.tensor(list(places), dtype=torch.int64, device=x.device))
-    return x
-
-
-@_operator("Gather")
-def _gather(call: Call, x: Tensor, index: Tensor) -> Tensor:
-    axis = call.get("axis", 0) % x.dim()
-    index = torch.where(index < 0, index + x.shape[axis], index).long()
-    rows = x.index_select(axis, index.reshape(-1).to(x.device))
-    return rows.reshape([*x.shape[:axis], *index.shape, *x.shape[axis + 1 :]])
-
-
-@_operator("Expand")
-def _expand(call: Call, x: Tensor, shape: Tensor) -> Tensor:
-    return x.expand(torch.broadcast_shapes(x.shape, _numbers(shape)))
-
-
-@_operator("Tile")
-def _tile(call: Call, x: Tensor, repeats: Tensor) -> Tensor:
-    return x.repeat(_numbers(repeats))
-
-
-@_operator("ConstantOfShape")
-def _constant_of_shape(call: Call, shape: Tensor) -> Tensor:
-    value = call.get("value", call.floats.new_zeros(1))
-    value = value.to(call.floats) if value.is_floating_point() else value
-    return value.reshape(()).expand(_numbers(shape))
-
-
-@_operator("Range")
-def _range(call: Call, start: Tensor, limit: Tensor, delta: Tensor) -> Tensor:
-    return torch.arange(start.item(), limit.item(), delta.item(), dtype=start.dtype)
-
-
-@_operator("Pad")
-def _pad(
-    call: Call, x: Tensor, pads: Tensor | None = None, value: Tensor | None = None, axes: Tensor | None = None
-) -> Tensor:
-    amounts = _numbers(call.attributes["pads"] if pads is None else pads)
-    which = list(range(x.dim())) if axes is None else [axis % x.dim() for axis in _numbers(axes)]
-    before, behind = [0] * x.dim(), [0] * x.dim()
-    for axis, less, more in zip(which, amounts[: len(which)], amounts[len(which) :], strict=True):
-        before[axis], behind[axis] = less, more
-    mode = call.get("mode", "constant")
-    if mode == "constant":
-        return _pad_by(x, before, behind, call.get("value", 0.0) if value is None else float(value))
-    modes = {"reflect": "reflect", "edge": "replicate"}
-    touched = [axis for axis in range(x.dim()) if before[axis] or behind[axis]]
-    if mode not in modes or x.dim() != 4 or any(axis < 2 for axis in touched):
-        raise UnsupportedError(f"mode {mode!r} for {x.dim()} dimensions, of which {touched} are padded")
-    return functional.pad(x, [before[3], behind[3], before[2], behind[2]], mode=modes[mode])

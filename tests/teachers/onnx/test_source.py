@@ -17,7 +17,10 @@ from arcface_kd.errors import ConfigError, TeacherError
 from arcface_kd.evaluation.verification import evaluate
 from arcface_kd.teachers import Preprocessing, Teacher, load_teacher
 from arcface_kd.teachers.onnx.graph import read_graph
-from arcface_kd.teachers.onnx.source import OnnxSource, any_batch
+from arcface_kd.teachers.onnx.session import OnnxNetwork, any_batch
+from arcface_kd.teachers.onnx.source import OnnxSource
+from arcface_kd.teachers.onnx.torch_module import TorchGraph
+from arcface_kd.teachers.onnx.torch_operators import OPERATORS
 from benchmarks.denormals import clear_denormals
 from tests.teachers.onnx_models import EMBEDDING_SIZE, embed_one_by_one, face_network, other_network, weights
 
@@ -164,8 +167,6 @@ def test_weights_that_embed_as_nan_are_named(tmp_path: Path) -> None:
 
 def test_options_that_an_onnx_file_cannot_honour_are_refused(tmp_path: Path) -> None:
     path = saved(tmp_path, face_network())
-    with pytest.raises(ConfigError, match=r"teacher\.precision='bf16' does not apply"):
-        load_teacher(path, {"precision": "bf16"})
     with pytest.raises(ConfigError, match=r"teacher\.network='r50' does not apply"):
         load_teacher(path, {"network": "r50"})
     with pytest.raises(TeacherError, match=r"takes 112x112 images, not teacher\.size=96"):
@@ -209,9 +210,8 @@ def test_sessions_take_as_many_threads_as_torch(tmp_path: Path, monkeypatch: pyt
 @pytest.mark.parametrize(
     ("device", "available", "chosen"),
     [
-        (None, ["CUDAExecutionProvider", "CPUExecutionProvider"], ["CUDAExecutionProvider", "CPUExecutionProvider"]),
-        (None, ["AzureExecutionProvider", "CPUExecutionProvider"], ["CPUExecutionProvider"]),
         ("cpu", ["CUDAExecutionProvider", "CPUExecutionProvider"], ["CPUExecutionProvider"]),
+        ("cuda:3", ["AzureExecutionProvider", "CPUExecutionProvider"], ["CPUExecutionProvider"]),
         (
             "cuda:3",
             ["CUDAExecutionProvider", "CPUExecutionProvider"],
@@ -219,22 +219,109 @@ def test_sessions_take_as_many_threads_as_torch(tmp_path: Path, monkeypatch: pyt
         ),
     ],
 )
-def test_providers_are_insightfaces_choice_on_the_ranks_own_gpu(
-    monkeypatch: pytest.MonkeyPatch, device: str | None, available: list[str], chosen: list[str]
+def test_providers_are_those_of_the_images_own_device(
+    monkeypatch: pytest.MonkeyPatch, device: str, available: list[str], chosen: list[str]
 ) -> None:
     import onnxruntime
     from insightface.model_zoo.onnxruntime_utils import get_default_providers
 
-    from arcface_kd.teachers.onnx.source import _providers
+    from arcface_kd.teachers.onnx.session import _providers
 
     monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: available)
     monkeypatch.setattr(onnxruntime, "preload_dlls", lambda: None, raising=False)
-    providers = _providers(None if device is None else torch.device(device))
+    providers = _providers(torch.device(device))
     assert [name for name, _ in providers] == chosen
-    if device is None:
-        assert chosen == get_default_providers(available)
     if device == "cuda:3":
-        assert providers[0][1] == {"device_id": 3}
+        assert chosen == get_default_providers(available)
+        assert providers[0][1] == ({"device_id": 3} if len(chosen) == 2 else {})
+
+
+def test_a_session_follows_its_images_to_their_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not to the GPU that happens to be current when the teacher is loaded, which is the same one on all ranks."""
+    import onnxruntime
+
+    asked: list[Any] = []
+    original = onnxruntime.InferenceSession
+
+    class Session:
+        def __init__(self, model: bytes, options: Any, providers: list[Any], enable_fallback: int) -> None:
+            asked.append(providers)
+            self.inner = original(model, options, providers=["CPUExecutionProvider"])
+
+        def get_providers(self) -> list[str]:
+            return [name for name, _ in asked[-1]]
+
+        def get_inputs(self) -> Any:
+            return self.inner.get_inputs()
+
+    monkeypatch.setattr(onnxruntime, "InferenceSession", Session)
+    available = ["CUDAExecutionProvider", "CPUExecutionProvider"]
+    monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: available)
+    monkeypatch.setattr(onnxruntime, "preload_dlls", lambda: None, raising=False)
+    network = OnnxNetwork(read_graph(saved(tmp_path, face_network())))
+    assert asked == [[("CPUExecutionProvider", {})]]
+    for _ in range(2):
+        network._follow(torch.device("cuda", 2))
+    assert len(asked) == 2
+    assert asked[1][0] == ("CUDAExecutionProvider", {"device_id": 2})
+
+
+def _with_operator(name: str) -> Any:
+    """The network with one more function behind its first convolution."""
+    model = face_network(batch=None, tail="flatten")
+    model.graph.node[1].input[0] = "more"
+    model.graph.node.insert(1, onnx.helper.make_node(name, ["map1"], ["more"]))
+    return model
+
+
+@pytest.mark.parametrize("precision", [None, "fp16", "fp32"])
+def test_beside_a_gpu_torch_runs_the_graph(
+    precision: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    path, images = saved(tmp_path, face_network()), student_view(pixels(3))
+    teacher = load_teacher(path, {"precision": precision} if precision else None)
+    assert isinstance(teacher.network, TorchGraph)
+    assert teacher.precision == (precision or "fp16")
+    prepared = images.numpy()
+    np.testing.assert_allclose(teacher(images), embed_one_by_one(face_network(), prepared), rtol=1e-3, atol=1e-3)
+    on_cpu = load_teacher(path, device="cpu")
+    assert on_cpu.precision == "fp32"
+
+
+def test_what_torch_cannot_run_onnxruntime_does_and_it_is_said(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    path = saved(tmp_path, _with_operator("Softsign"))
+    with pytest.raises(ConfigError, match=r"teacher\.precision='bf16'.*Softsign"):
+        load_teacher(path, {"precision": "bf16"})
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    with caplog.at_level(logging.WARNING):
+        teacher = load_teacher(path)
+    assert isinstance(teacher.network, OnnxNetwork)
+    assert teacher.precision == "fp32"
+    assert "is run by onnxruntime and not by torch" in caplog.text
+    assert "Softsign" in caplog.text
+
+
+def test_a_module_that_embeds_otherwise_than_onnxruntime_is_not_used(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setitem(OPERATORS, "PRelu", lambda call, x, slope: x)
+    with caplog.at_level(logging.WARNING):
+        teacher = load_teacher(saved(tmp_path, face_network()))
+    assert isinstance(teacher.network, OnnxNetwork)
+    assert "differ from onnxruntime's" in caplog.text
+
+
+def test_a_narrow_precision_on_a_cpu(tmp_path: Path) -> None:
+    path, images = saved(tmp_path, face_network()), student_view(pixels(3))
+    narrow, full = load_teacher(path, {"precision": "bf16"}), load_teacher(path)
+    assert (narrow.precision, full.precision) == ("bf16", "fp32")
+    assert not torch.equal(narrow(images), full(images))
+    assert torch.nn.functional.cosine_similarity(narrow(images), full(images)).min() > 0.999
+    assert narrow.fingerprint != full.fingerprint
 
 
 def test_asking_for_a_gpu_that_onnxruntime_lacks_changes_nothing(tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from arcface_kd.errors import TeacherError
 from arcface_kd.teachers.onnx.graph import OnnxGraph, read_graph
-from arcface_kd.teachers.onnx.source import any_batch
+from arcface_kd.teachers.onnx.session import any_batch
 from arcface_kd.teachers.onnx.torch_module import TorchGraph
 from arcface_kd.teachers.options import Preprocessing
 from tests.teachers.onnx_models import embed_one_by_one, face_network

@@ -1,0 +1,68 @@
+"""A teacher whose embeddings of different faces are all alike is warned of before the first step."""
+
+import logging
+
+import numpy as np
+import torch
+from torch import Tensor, distributed
+from torch.nn.functional import normalize
+
+from arcface_kd.data.dataset import FaceDataset
+from arcface_kd.errors import DataError
+from arcface_kd.teachers.base import Teacher
+from arcface_kd.teachers.cache.embedding_cache import EmbeddingCache
+
+logger = logging.getLogger(__name__)
+
+_FACES = 24
+_FEWEST = 8
+_ALIKE = 0.9
+"""Mean cosine of different people: about 0 for good teachers, 0.67 for random weights, 0.998 and more for an input that
+is normalised twice."""
+
+
+def warn_of_collapse(
+    teacher: Teacher,
+    faces: FaceDataset,
+    cache: EmbeddingCache | None = None,
+    device: torch.device | str | None = None,
+) -> None:
+    """Embed two dozen faces of different people and warn if all embeddings are alike; on rank 0 only.
+
+    Args:
+        teacher: the run's teacher.
+        faces: the training images; bad ones are passed over, and fewer than eight people are not judged.
+        cache: of the teacher's embeddings of these faces; where all two dozen are in it, the teacher is not asked.
+        device: where the images go; None for the current GPU, or the CPU.
+    """
+    joined = distributed.is_available() and distributed.is_initialized()
+    if len(faces) == 0 or (joined and distributed.get_rank() != 0):
+        return
+    places = np.unique(np.linspace(0, len(faces) - 1, _FACES).round().astype(np.int64))
+    if cache is not None and all(cache.known(place, place + 1)[0, 0] for place in places.tolist()):
+        return
+    images: dict[int, Tensor] = {}
+    for place in places.tolist():
+        try:
+            sample = faces[place]
+        # Whoever reads the record in the run says so; here it is one face less.
+        except DataError:
+            continue
+        # Records without an identity are taken for different people.
+        images.setdefault(sample.label if sample.label >= 0 else -1 - place, sample.image)
+    if len(images) < _FEWEST:
+        return
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    embeddings = normalize(teacher(torch.stack(list(images.values())).to(device).float() / 127.5 - 1))
+    # The mean over pairs of different faces, by the norm of the sum.
+    count = len(images)
+    cosine = float((embeddings.sum(0).square().sum() - count) / (count * (count - 1)))
+    if not cosine < _ALIKE:
+        logger.warning(
+            "the teacher's embeddings of %d different faces are all alike: their mean cosine is %.3f, and a good "
+            "teacher's is near 0. Its input may be normalised twice, or not as it was trained (in use: %s): try "
+            "`arcface-kd check` with verification pairs, and the options teacher.channels, mean and std",
+            count,
+            cosine,
+            teacher.preprocessing,
+        )

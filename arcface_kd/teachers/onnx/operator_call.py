@@ -1,0 +1,74 @@
+"""A node of an ONNX graph as the function that computes it sees it."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+Operator = Callable[..., Tensor | tuple[Tensor, ...]]
+
+
+class UnsupportedError(ValueError):
+    """A use of an operator that this file does not know; the message says which."""
+
+
+@dataclass(frozen=True)
+class Call:
+    """A node as its operator sees it.
+
+    Attributes:
+        attributes: by name; text as ``str``, tensors as ``Tensor``.
+        opset: version of the operator set.
+        outputs: how many outputs the graph names.
+        training: whether batch norms take the batch's statistics and move their running ones.
+        floats: an empty tensor in the number format and on the device of the weights.
+    """
+
+    attributes: Mapping[str, Any]
+    opset: int
+    outputs: int = 1
+    training: bool = False
+    floats: Tensor = field(default_factory=lambda: torch.empty(0))
+
+    def get(self, name: str, default: Any) -> Any:
+        """An attribute, or the default that the specification gives it."""
+        return self.attributes.get(name, default)
+
+
+def registering(table: dict[str, Operator]) -> Callable[..., Callable[[Operator], Operator]]:
+    """A decorator that puts functions into a table under their operators' names.
+
+    Args:
+        table: the operators by name.
+    """
+
+    def operator(*names: str) -> Callable[[Operator], Operator]:
+        def register(function: Operator) -> Operator:
+            table.update(dict.fromkeys(names, function))
+            return function
+
+        return register
+
+    return operator
+
+
+def numbers(values: Tensor | Sequence[int]) -> list[int]:
+    """Whole numbers out of an attribute or an input.
+
+    Args:
+        values: as the graph has them; a tensor is read on the CPU.
+    """
+    return [int(value) for value in (values.tolist() if isinstance(values, Tensor) else values)]
+
+
+def axes_of(call: Call, given: Tensor | None) -> list[int] | None:
+    """Axes as an input, as later opsets have them, or as an attribute.
+
+    Args:
+        call: the node.
+        given: the input, where the node has one.
+    """
+    axes = given if given is not None else call.get("axes", None)
+    return None if axes is None else numbers(axes)

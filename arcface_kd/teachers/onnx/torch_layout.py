@@ -1,0 +1,164 @@
+"""ONNX operators that change the layout of values and not their numbers: shapes, slices, padding, broadcasting."""
+
+import itertools
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from arcface_kd.teachers.onnx.operator_call import Call, Operator, UnsupportedError, axes_of, numbers, registering
+
+LAYOUT_OPERATORS: dict[str, Operator] = {}
+"""Operators of ONNX's own domain by name."""
+
+_operator = registering(LAYOUT_OPERATORS)
+ONE_BY_ONE = 8
+"""Up to so many slices are gathered one by one, which needs no index on the device."""
+
+
+def pad_by(x: Tensor, before: Sequence[int], behind: Sequence[int], value: float = 0.0) -> Tensor:
+    """Pad the last dimensions by a number.
+
+    Args:
+        x: of any shape.
+        before: how much is put before each of the last dimensions.
+        behind: how much behind each.
+        value: the number.
+    """
+    pairs = [(a, b) for a, b in zip(before, behind, strict=True)]
+    return functional.pad(x, list(itertools.chain.from_iterable(reversed(pairs))), value=value)
+
+
+@_operator("Shape")
+def _shape(call: Call, x: Tensor) -> Tensor:
+    return torch.tensor(x.shape[call.get("start", 0) : call.get("end", None)], dtype=torch.int64)
+
+
+@_operator("Flatten")
+def _flatten(call: Call, x: Tensor) -> Tensor:
+    axis = call.get("axis", 1)
+    axis = axis + x.dim() if axis < 0 else axis
+    return x.reshape(math.prod(x.shape[:axis]), math.prod(x.shape[axis:]))
+
+
+@_operator("Reshape")
+def _reshape(call: Call, x: Tensor, given: Tensor | None = None) -> Tensor:
+    shape = numbers(call.attributes["shape"] if given is None else given)
+    if not call.get("allowzero", 0):
+        shape = [x.shape[place] if size == 0 else size for place, size in enumerate(shape)]
+    return x.reshape(shape)
+
+
+@_operator("Transpose")
+def _transpose(call: Call, x: Tensor) -> Tensor:
+    return x.permute(numbers(call.get("perm", range(x.dim() - 1, -1, -1))))
+
+
+@_operator("Squeeze")
+def _squeeze(call: Call, x: Tensor, given: Tensor | None = None) -> Tensor:
+    axes = axes_of(call, given)
+    return x.squeeze() if axes is None else x.squeeze(axes)
+
+
+@_operator("Unsqueeze")
+def _unsqueeze(call: Call, x: Tensor, given: Tensor | None = None) -> Tensor:
+    axes = axes_of(call, given) or []
+    rank = x.dim() + len(axes)
+    for axis in sorted(axis % rank for axis in axes):
+        x = x.unsqueeze(axis)
+    return x
+
+
+@_operator("Concat")
+def _concat(call: Call, *inputs: Tensor) -> Tensor:
+    return torch.cat(inputs, call.attributes["axis"])
+
+
+@_operator("Split")
+def _split(call: Call, x: Tensor, given: Tensor | None = None) -> tuple[Tensor, ...]:
+    axis = call.get("axis", 0)
+    sizes = given if given is not None else call.get("split", None)
+    if sizes is None:
+        return x.split(-(-x.shape[axis] // call.outputs), axis)
+    return x.split(numbers(sizes), axis)
+
+
+@_operator("Slice")
+def _slice(
+    call: Call,
+    x: Tensor,
+    starts: Tensor | None = None,
+    ends: Tensor | None = None,
+    axes: Tensor | None = None,
+    steps: Tensor | None = None,
+) -> Tensor:
+    first = numbers(call.attributes["starts"] if starts is None else starts)
+    last = numbers(call.attributes["ends"] if ends is None else ends)
+    which = axes_of(call, axes) or list(range(len(first)))
+    stride = [1] * len(first) if steps is None else numbers(steps)
+    for axis, start, end, step in zip(which, first, last, stride, strict=True):
+        size, width = x.shape[axis], abs(step)
+        places = range(*slice(start, end, step).indices(size))
+        begin = places.start
+        if step < 0:
+            # torch has no steps backwards.
+            x, begin = x.flip(axis), size - 1 - places.start
+        chosen = [slice(None)] * x.dim()
+        chosen[axis] = slice(begin, begin + width * (len(places) - 1) + 1, width) if places else slice(0, 0)
+        x = x[tuple(chosen)]
+    return x
+
+
+@_operator("Gather")
+def _gather(call: Call, x: Tensor, index: Tensor) -> Tensor:
+    axis = call.get("axis", 0) % x.dim()
+    if index.device.type == "cpu" and 0 < index.numel() <= ONE_BY_ONE:
+        rows = torch.stack([x.select(axis, place) for place in numbers(index.reshape(-1))], axis)
+        return rows.reshape([*x.shape[:axis], *index.shape, *x.shape[axis + 1 :]])
+    index = torch.where(index < 0, index + x.shape[axis], index).long()
+    rows = x.index_select(axis, index.reshape(-1).to(x.device))
+    return rows.reshape([*x.shape[:axis], *index.shape, *x.shape[axis + 1 :]])
+
+
+@_operator("Expand")
+def _expand(call: Call, x: Tensor, shape: Tensor) -> Tensor:
+    return x.expand(torch.broadcast_shapes(x.shape, numbers(shape)))
+
+
+@_operator("Tile")
+def _tile(call: Call, x: Tensor, repeats: Tensor) -> Tensor:
+    return x.repeat(numbers(repeats))
+
+
+@_operator("ConstantOfShape")
+def _constant_of_shape(call: Call, shape: Tensor) -> Tensor:
+    value = call.get("value", torch.zeros(1)).reshape(())
+    if value.is_floating_point():
+        value = call.floats.new_full((), float(value))
+    return value.expand(numbers(shape))
+
+
+@_operator("Range")
+def _range(call: Call, start: Tensor, limit: Tensor, delta: Tensor) -> Tensor:
+    return torch.arange(start.item(), limit.item(), delta.item(), dtype=start.dtype)
+
+
+@_operator("Pad")
+def _pad(
+    call: Call, x: Tensor, pads: Tensor | None = None, value: Tensor | None = None, axes: Tensor | None = None
+) -> Tensor:
+    amounts = numbers(call.attributes["pads"] if pads is None else pads)
+    which = list(range(x.dim())) if axes is None else [axis % x.dim() for axis in numbers(axes)]
+    before, behind = [0] * x.dim(), [0] * x.dim()
+    for axis, less, more in zip(which, amounts[: len(which)], amounts[len(which) :], strict=True):
+        before[axis], behind[axis] = less, more
+    mode = call.get("mode", "constant")
+    if mode == "constant":
+        return pad_by(x, before, behind, call.get("value", 0.0) if value is None else float(value))
+    modes = {"reflect": "reflect", "edge": "replicate"}
+    touched = [axis for axis in range(x.dim()) if before[axis] or behind[axis]]
+    if mode not in modes or x.dim() != 4 or any(axis < 2 for axis in touched):
+        raise UnsupportedError(f"mode {mode!r} for {x.dim()} dimensions, of which {touched} are padded")
+    return functional.pad(x, [before[3], behind[3], before[2], behind[2]], mode=modes[mode])
