@@ -316,7 +316,7 @@ class CheckpointSource:
         path = local_path(source)
         assert path is not None
         checkpoint = load_network(path, options.network)
-        precision: Precision = options.precision or default_precision()  # type: ignore[assignment]
+        precision: Precision = options.precision or default_precision()
         if precision != "fp32":
             checkpoint.network.fp16 = True
             setattr(checkpoint.network, "autocast", partial(_autocast, precision))  # noqa: B010
