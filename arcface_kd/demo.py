@@ -32,7 +32,6 @@ from arcface_kd.evaluation.report.page import write_report
 from arcface_kd.evaluation.report.pictures import require_matplotlib
 from arcface_kd.evaluation.scoring import Score, heading
 from arcface_kd.evaluation.verification import far_name
-from arcface_kd.methods.shkd.stages import wants_stages
 from arcface_kd.system.device import default_device
 from arcface_kd.system.files import atomic_write
 from arcface_kd.teachers.base import Teacher, load_teacher
@@ -225,11 +224,6 @@ def _checked(settings: DemoSettings) -> _Job:
     kd = KDConfig.from_config(keys)
     if settings.teacher is None and "teacher" in kd.options:
         raise ConfigError("teacher options were given without a teacher; add --kd-teacher FILE")
-    if wants_stages(keys):
-        raise ConfigError(
-            "shkd is three runs of their own, and the demo compares one with another: start them with "
-            "`arcface-kd train CONFIG --kd shkd`"
-        )
     teacher = load_teacher(settings.teacher, kd.options.get("teacher")) if settings.teacher is not None else None
     wiring = Distiller(kd, teacher if teacher is not None else load_teacher(get_backbone(TEACHER_NETWORK)))
     wiring.refuse_dimension(BASE["embedding_size"], wiring.teacher_embedding_size)

@@ -5,7 +5,8 @@ import shlex
 from pathlib import Path
 from typing import Any
 
-from arcface_kd.cli.command import Commands
+from arcface_kd.cli.command import Commands, add_config
+from arcface_kd.cli.train import train
 from arcface_kd.config.flags import add_arguments
 from arcface_kd.errors import ConfigError
 
@@ -30,20 +31,19 @@ def add_commands(commands: Commands) -> None:
     recipe = commands.add(
         "recipe",
         _recipe,
-        "run arcface_torch as often as a method takes it (shkd: three times); all paths are the trainer's own",
+        "make all runs of a method that takes several (shkd: three), in arcface_torch or in the compact trainer",
         "arcface-kd recipe insightface/recognition/arcface_torch configs/ms1mv2_mbf_shkd --nproc 8",
     )
-    recipe.add_argument("folder", type=Path, help="arcface_torch")
-    recipe.add_argument("config", help="as train_v2.py takes it: configs/NAME; --kd flags need the patched trainer")
-    recipe.add_argument("--nproc", type=int, default=1, help="processes on this machine (default: 1)")
     recipe.add_argument(
-        "--torchrun",
-        metavar="WORDS",
-        type=shlex.split,
-        default=[],
-        help='its further options: --torchrun="--nnodes=2 ..."',
+        "folder", type=Path, nargs="?", help="arcface_torch, which all paths are then seen from; none: compact trainer"
     )
-    recipe.add_argument("--print", action="store_true", help="print the command of one run and start nothing")
+    add_config(recipe)
+    host = recipe.add_argument_group("in arcface_torch", "--kd flags need the patched trainer")
+    host.add_argument("--nproc", type=int, help="processes on this machine (default: 1)")
+    host.add_argument(
+        "--torchrun", metavar="WORDS", type=shlex.split, help='its further options: --torchrun="--nnodes=2 ..."'
+    )
+    host.add_argument("--print", action="store_true", help="print the command of one run and start nothing")
     add_arguments(recipe)
 
     merge = commands.add(
@@ -66,16 +66,28 @@ def _patch(arguments: argparse.Namespace) -> None:
 
 
 def _recipe(arguments: argparse.Namespace) -> None:
+    if arguments.folder is not None:
+        _recipe_in_host(arguments, arguments.folder)
+    elif arguments.nproc or arguments.torchrun or arguments.print:
+        raise ConfigError(
+            "--nproc, --torchrun and --print are for arcface_torch: give its folder before the config; the compact "
+            "trainer runs on several GPUs under `torchrun --nproc_per_node=8 -m arcface_kd recipe CONFIG`"
+        )
+    else:
+        train(arguments)
+
+
+def _recipe_in_host(arguments: argparse.Namespace, folder: Path) -> None:
     from arcface_kd.config.arcface_torch import load_config
     from arcface_kd.config.flags import flags_of, merge_arguments
-    from arcface_kd.host.recipe import command, run_in_host, shell_line
-    from arcface_kd.methods.shkd.stages import MOST_RUNS
+    from arcface_kd.host.recipe import command, recipe_in_host, run_in_host, shell_line
 
-    folder: Path = arguments.folder
+    if arguments.set:
+        raise ConfigError("--set is for the compact trainer: arcface_torch takes its keys from the config alone")
     if not (folder / "train_v2.py").is_file():
         raise ConfigError(f"{folder} has no train_v2.py; wanted insightface's recognition/arcface_torch")
     name = f"configs/{Path(arguments.config).stem}"
-    flags = flags_of(arguments)
+    words = command(name, flags_of(arguments), arguments.nproc or 1, arguments.torchrun or [])
 
     def settings() -> dict[str, object]:
         config = load_config(str(folder / f"{name}.py"))
@@ -83,10 +95,10 @@ def _recipe(arguments: argparse.Namespace) -> None:
         return dict(config)
 
     if arguments.print:
-        line = shell_line(folder, command(name, flags, arguments.nproc, arguments.torchrun))
-        print(f"# {MOST_RUNS} times: each makes the run that is next, and goes on where it was interrupted\n{line}")
+        runs = recipe_in_host(settings()).runs
+        print(f"# {runs} times: each makes the run that is next, or resumes it\n{shell_line(folder, words)}")
         return
-    run_in_host(folder, name, flags, settings, arguments.nproc, arguments.torchrun)
+    run_in_host(folder, words, settings)
 
 
 def _merge_head(arguments: argparse.Namespace) -> None:

@@ -14,14 +14,14 @@ def add_commands(commands: Commands) -> None:
     Args:
         commands: of the command line.
     """
-    train = commands.add(
+    training = commands.add(
         "train",
-        _train,
+        train,
         "train a student from an arcface_torch config, on a CPU, a GPU or many under torchrun",
         "arcface-kd train configs/ms1mv2_mbf_adadistill.py --kd-teacher r50.pt --set batch_size=64",
     )
-    add_config(train)
-    add_arguments(train)
+    add_config(training)
+    add_arguments(training)
 
     cache = commands.add(
         "cache",
@@ -46,18 +46,21 @@ def add_commands(commands: Commands) -> None:
     add_arguments(demo)
 
 
-def _train(arguments: argparse.Namespace) -> None:
+def train(arguments: argparse.Namespace) -> None:
+    """Train with the compact trainer, all runs where the config asks for several.
+
+    Args:
+        arguments: of ``train`` or ``recipe``.
+    """
     from arcface_kd.config.arcface_torch import load_config
     from arcface_kd.config.flags import merge_arguments, refuse_flags_without_method
-    from arcface_kd.methods.shkd.stages import wants_stages
     from arcface_kd.training.stages import train_stages
-    from arcface_kd.training.trainer import train
 
     config = load_config(arguments.config, settings_of(arguments))
     merge_arguments(config, arguments)
     refuse_flags_without_method(config, arguments)
     first = os.environ.get("RANK", "0") == "0"
-    result = train_stages(config, print if first else None) if wants_stages(config) else train(config)
+    result = train_stages(config, print if first else None)
     if not first:
         return
     for name, verification in result.verification.items():

@@ -11,6 +11,7 @@ from arcface_kd.config.options import build
 from arcface_kd.errors import ConfigError, TeacherError
 from arcface_kd.methods.base import MapsWanted, Method, Requirement, RunContext
 from arcface_kd.methods.learned_classifier import LearnedClassifier
+from arcface_kd.methods.recipe import Recipe
 
 
 class MethodSet:
@@ -100,6 +101,8 @@ class MethodSet:
 
 def _load(name: str) -> type[Method]:
     kind = registry.load(registry.METHODS, name)
+    if isinstance(kind, type) and issubclass(kind, Recipe):
+        raise ConfigError(f"{name} is {kind.runs} runs, and this is one: start them with `arcface-kd recipe`")
     if not (isinstance(kind, type) and issubclass(kind, Method)):
         raise ConfigError(f"the entry point of method {name!r} is {kind!r}; it must be a subclass of Method")
     return kind

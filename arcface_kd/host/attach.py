@@ -14,17 +14,17 @@ from typing import Any
 
 from arcface_kd.config.arcface_torch import reading_config
 from arcface_kd.config.flags import flags_of, merge_arguments, refuse_flags_without_method
-from arcface_kd.config.kd import KDConfig
 from arcface_kd.distillation.drop_ins import DropIns, drop_ins
 from arcface_kd.distributed.ranks import RankGroup
 from arcface_kd.errors import ConfigError
-from arcface_kd.methods.shkd.stages import NAME as STAGED
-from arcface_kd.methods.shkd.stages import next_stage, wants_stages
+from arcface_kd.methods.recipe import Recipe, all_done, recipe_of
 
 logger = logging.getLogger(__name__)
 
 # What the running trainer must know by these names for the drop-ins to take their place.
 HOST_NAMES = ("get_model", "get_dataloader", "PartialFC_V2")
+# Where the trainer's module keeps the recipe that a copied config has begun a run of; None for a method of one run.
+_COPIED = "_arcface_kd_copied"
 
 
 def _live_config(config: Mapping[str, Any]) -> Callable[[], Mapping[str, Any]]:
@@ -34,26 +34,35 @@ def _live_config(config: Mapping[str, Any]) -> Callable[[], Mapping[str, Any]]:
     folder only afterwards.
     """
 
+    def base() -> Mapping[str, Any]:
+        found: Mapping[str, Any] = getattr(sys.modules.get("configs.base"), "config", {})
+        return found
+
+    before = base().get("output")
+
     def current() -> Mapping[str, Any]:
-        base = sys.modules.get("configs.base")
-        merged = dict(getattr(base, "config", {}))
-        merged.update({key: value for key, value in config.items() if value is not None})
+        merged = {**base(), **config}
+        if merged.get("output") is None:
+            # What the base has of its own is overridden by the file's None; the host then fills in the file's name.
+            completed = base().get("output")
+            merged["output"] = str(Path("work_dirs") / _name_of(config)) if completed in (None, before) else completed
         return merged
 
     return current
 
 
-def _go_to_next_stage(config: dict[str, Any], caller: str) -> None:
-    """Make the config of a method of several runs that of the next one."""
-    settings = dict(_live_config(config)())
-    if settings.get("output") is None:
-        # The trainer will call it so, but has not yet.
-        settings["output"] = str(Path("work_dirs") / caller.rpartition(".")[2])
-    stage = next_stage(settings)
+def _name_of(config: Mapping[str, Any]) -> str:
+    """The file that defines a config, without folder and suffix; the host imports it as ``configs.NAME``."""
+    modules = [(name, module) for name, module in sys.modules.items() if name.startswith("configs.")]
+    return next((name.rpartition(".")[2] for name, module in modules if vars(module).get("config") is config), "run")
+
+
+def _go_to_next_run(config: dict[str, Any], recipe: type[Recipe]) -> None:
+    """Turn the config of a recipe into that of its next run."""
+    settings = _live_config(config)()
+    stage = recipe.next_run(settings)
     if stage is None:
-        raise ConfigError(
-            f"all three runs of shkd are done, see {settings['output']}; give another output to begin anew"
-        )
+        raise all_done(settings)
     config.update(stage.changes)
     if RankGroup().rank == 0:
         print(stage, flush=True)
@@ -96,26 +105,26 @@ def attach(
     if reading_config():
         return None
     host = trainer if trainer is not None else sys.modules["__main__"]
-    if arguments is not None and (copied := host.__dict__.get("_arcface_kd_copied")) is not None:
+    if arguments is not None and _COPIED in host.__dict__:
         given = [word for word in flags_of(arguments) if word.startswith("--")]
-        if not given and arguments.kd is None:
+        if not given:
             return None
-        if given and copied == STAGED:
+        if host.__dict__[_COPIED] is not None:
             raise ConfigError(
-                f"{' and '.join(given)} would change a run of {STAGED} that the config's last line has begun: set the "
-                "keys in the config"
+                f"{' and '.join(given)} would change a run that the config's last line has begun: set the keys in the "
+                "config"
             )
     if arguments is not None:
         merge_arguments(config, arguments)
         refuse_flags_without_method(config, arguments, reads_records=False)
+    recipe = recipe_of(config)
     if config.get("kd"):
         _require_names(host)
         if arguments is None:
-            host.__dict__["_arcface_kd_copied"] = config["kd"]
-    if wants_stages(config):
-        _go_to_next_stage(config, str(sys._getframe(1).f_globals.get("__name__", "")))
+            host.__dict__[_COPIED] = recipe
+    if recipe is not None:
+        _go_to_next_run(config, recipe)
     if not config.get("kd"):
-        KDConfig.from_config(config)
         # A flag has switched off what a copied config asks for.
         for name, value in host.__dict__.pop("_arcface_kd_replaced", {}).items():
             setattr(host, name, value)

@@ -1,47 +1,36 @@
-"""Run arcface_torch's trainer as often as a method takes it."""
+"""Run arcface_torch's trainer as often as a recipe takes it."""
 
 import contextlib
 import os
 import shlex
 import subprocess
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from arcface_kd.errors import ArcfaceKDError, ConfigError
-from arcface_kd.methods.shkd.stages import Stage, next_stage, wants_stages
+from arcface_kd.methods.recipe import Recipe, Stage, all_done, recipe_of
 
 # torchrun gives its ranks 30 before it kills them.
 _SECONDS_TO_END = 40.0
 
 
-def run_in_host(
-    folder: Path,
-    config: str,
-    flags: Sequence[str],
-    settings: Callable[[], dict[str, Any]],
-    ranks: int = 1,
-    launch: Sequence[str] = (),
-) -> list[str]:
-    """Run arcface_torch's trainer as often as a method takes it, one run after the other.
+def run_in_host(folder: Path, words: Sequence[str], settings: Callable[[], dict[str, Any]]) -> list[str]:
+    """Run arcface_torch's trainer as often as a recipe takes it, one run after the other.
 
     Args:
         folder: arcface_torch.
-        config: as ``train_v2.py`` takes it: ``configs/NAME``.
-        flags: ``--kd*`` flags for the trainer; a copied config needs none.
-        settings: gives the run's merged config with absolute paths, to see which run is next.
-        ranks: processes on this machine.
-        launch: further options of ``torchrun``.
+        words: the command of a run, see :func:`command`.
+        settings: gives the merged config, to see which run is next.
 
     Returns:
         The titles of the runs that were made.
 
     Raises:
-        ConfigError: the config does not ask for such a method, or all its runs are done.
+        ConfigError: the config does not ask for a recipe, or all its runs are done.
         ArcfaceKDError: a run failed; the same command goes on from where it stood.
     """
-    words = command(config, flags, ranks, launch)
     made: list[str] = []
     while (stage := _next_in_host(folder, settings)) is not None:
         if made and made[-1] == stage.title:
@@ -50,7 +39,7 @@ def run_in_host(
             raise ArcfaceKDError(f"{stage} has failed, see above; the same command goes on from its last checkpoint")
         made.append(stage.title)
     if not made:
-        raise ConfigError(f"all three runs are done, see {settings()['output']}; give another output to begin anew")
+        raise all_done(settings())
     return made
 
 
@@ -75,8 +64,8 @@ def command(config: str, flags: Sequence[str], ranks: int = 1, launch: Sequence[
     """The words that start one run in arcface_torch's folder; each start makes the run that is next.
 
     Args:
-        config: as ``train_v2.py`` takes it.
-        flags: for the trainer.
+        config: as ``train_v2.py`` takes it: ``configs/NAME``.
+        flags: ``--kd*`` flags for the trainer; a copied config needs none.
         ranks: processes on this machine.
         launch: further options of ``torchrun``.
     """
@@ -95,10 +84,23 @@ def shell_line(folder: Path, words: Sequence[str]) -> str:
 
 def _next_in_host(folder: Path, settings: Callable[[], dict[str, Any]]) -> Stage | None:
     config = settings()
-    if not wants_stages(config):
-        raise ConfigError(f"kd is {config.get('kd')!r}, which is one run: start it with torchrun; shkd takes three")
     with _working_in(folder):
-        return next_stage(config)
+        return recipe_in_host(config).next_run(config)
+
+
+def recipe_in_host(config: Mapping[str, Any]) -> type[Recipe]:
+    """The recipe that a config asks for.
+
+    Args:
+        config: an arcface_torch config.
+
+    Raises:
+        ConfigError: it asks for none.
+    """
+    recipe = recipe_of(config)
+    if recipe is None:
+        raise ConfigError(f"kd is {config.get('kd')!r}, which is one run: start it with torchrun, as any other")
+    return recipe
 
 
 @contextlib.contextmanager

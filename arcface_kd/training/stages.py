@@ -1,12 +1,11 @@
-"""One command for a method of several runs: all of them one after the other, here or in arcface_torch."""
+"""Train a config with the compact trainer: one run, or all runs of a recipe one after the other."""
 
 from collections.abc import Callable
 
 from easydict import EasyDict
 
 from arcface_kd.distributed.process_group import process_group
-from arcface_kd.errors import ConfigError
-from arcface_kd.methods.shkd.stages import MOST_RUNS, Stage, next_stage
+from arcface_kd.methods.recipe import Stage, all_done, recipe_of
 from arcface_kd.training.trainer import TrainResult, train
 
 
@@ -15,11 +14,11 @@ def train_stages(
     on_stage: Callable[[Stage], None] | None = None,
     on_epoch: Callable[[int], None] | None = None,
 ) -> TrainResult:
-    """Train all runs of a method that takes several, with the compact trainer.
+    """Train what a config asks for; started again, it resumes where it stood.
 
     Args:
-        config: a merged arcface_torch config with ``kd`` = ``shkd``.
-        on_stage: called on every rank before each run.
+        config: a merged arcface_torch config.
+        on_stage: called on every rank before each run of a recipe.
         on_epoch: called on every rank with the number of a run's epochs that are done, after their files are written.
 
     Returns:
@@ -30,15 +29,17 @@ def train_stages(
         TeacherError: a teacher that is missing or does not fit.
         DataError: records that cannot be read.
     """
+    recipe = recipe_of(config)
+    if recipe is None:
+        return train(config, on_epoch=on_epoch)
     result: TrainResult | None = None
     # One process group for all runs: the ranks meet in it between them.
     with process_group():
-        while (stage := next_stage(config)) is not None:
+        while (stage := recipe.next_run(config)) is not None:
             if on_stage is not None:
                 on_stage(stage)
-            result = train(
-                EasyDict({**config, **stage.changes}), title=f"run {stage.number}/{MOST_RUNS}", on_epoch=on_epoch
-            )
+            settings = EasyDict({**config, **stage.changes})
+            result = train(settings, title=f"run {stage.number}/{stage.runs}", on_epoch=on_epoch)
     if result is None:
-        raise ConfigError(f"all three runs are done, see {config['output']}; give another output to begin anew")
+        raise all_done(config)
     return result

@@ -18,16 +18,17 @@ from unidiff import PatchSet
 
 from arcface_kd.config.arcface_torch import load_config
 from arcface_kd.config.flags import add_arguments, merge_arguments
+from arcface_kd.config.kd import KDConfig
 from arcface_kd.distillation import drop_ins as drop_ins_module
 from arcface_kd.distillation.distiller import Distiller
-from arcface_kd.distillation.drop_ins import drop_ins
+from arcface_kd.distillation.drop_ins import DropIns, drop_ins
 from arcface_kd.distillation.head import DistillationHead
 from arcface_kd.errors import ConfigError, TeacherError
-from arcface_kd.host import attach as hook
 from arcface_kd.host.attach import HOST_NAMES, attach
 from arcface_kd.host.patching import patches_folder
 from arcface_kd.losses.margin import Margin
-from arcface_kd.methods.shkd.stages import Stage
+from arcface_kd.methods.recipe import Stage
+from arcface_kd.methods.shkd.method import SHKD
 from arcface_kd.teachers.base import Teacher, load_teacher
 from arcface_kd.teachers.options import TeacherOptions
 
@@ -251,22 +252,28 @@ def test_flags_do_not_change_a_copied_config_of_several_runs(
     trainer: types.ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Its last line has made it the config of one of them, before the flags are read."""
-    stage = Stage(1, "the temporary student", {"kd": None, "output": str(tmp_path / "stage1_student")})
+    stage = Stage("shkd", 1, 3, "the temporary student", {"kd": None, "output": str(tmp_path / "stage1_student")})
     asked: list[str] = []
 
     def next_of(settings: dict[str, Any]) -> Stage:
         asked.append(settings["output"])
         return stage
 
-    monkeypatch.setattr(hook, "next_stage", next_of)
-    config = {"kd": "shkd", "kd_teacher": "r50.pt"}
+    monkeypatch.setattr(SHKD, "next_run", next_of)
+    config = {"kd": "shkd", "kd_teacher": "r50.pt", "output": None}
+    base, own = types.ModuleType("configs.base"), types.ModuleType("configs.ours")
+    base.config = {"output": "ms1mv3_arcface_r50"}  # type: ignore[attr-defined]
+    own.config = config  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "configs.base", base)
+    monkeypatch.setitem(sys.modules, "configs.ours", own)
     assert attach(config, trainer=trainer) is None
-    # Neither the config nor the trainer has named a folder yet: the trainer will call it after the config.
-    assert asked == [str(Path("work_dirs") / __name__.rpartition(".")[2])]
+    # Neither the config nor the trainer has named a folder yet: the trainer will call it after the config, whatever
+    # its base has.
+    assert asked == [str(Path("work_dirs") / "ours")]
     assert config["kd"] is None
     assert attach(config, parse(), trainer) is None
     for words in (["--kd", "shkd"], ["--kd-teacher", "r100.pt"]):
-        with pytest.raises(ConfigError, match=f"^{words[0]} would change a run of shkd .* set the keys in the config"):
+        with pytest.raises(ConfigError, match=f"^{words[0]} would change a run .* set the keys in the config"):
             attach(config, parse(*words), trainer)
 
 
@@ -282,7 +289,7 @@ def test_a_copied_config_sees_what_the_host_completes_later(
 ) -> None:
     """The host imports configs.base, then the copied file (which attaches), merges it and only then sets the output."""
     base = types.ModuleType("configs.base")
-    base.config = EasyDict(seed=1, batch_size=128, frequent=7, output=None)  # type: ignore[attr-defined]
+    base.config = EasyDict(seed=1, batch_size=128, frequent=7, output="its_own")  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "configs.base", base)
     copied = EasyDict(kd="adadistill", kd_teacher="r50.pt", num_image=40, batch_size=4, output=None)
     attach(copied, trainer=trainer)
@@ -310,9 +317,9 @@ def test_the_compact_trainer_reads_a_copied_config_without_attaching(trainer: ty
 # ---- drop-ins
 
 
-def made(tmp_path: Path, **more: Any) -> hook.DropIns:
+def made(tmp_path: Path, **more: Any) -> DropIns:
     config = config_of(tmp_path, kd="adadistill", **more.pop("keys", {}))
-    distiller = Distiller(hook.KDConfig.from_config(config), load_teacher(Network(4), TeacherOptions(size=8)))
+    distiller = Distiller(KDConfig.from_config(config), load_teacher(Network(4), TeacherOptions(size=8)))
     return drop_ins(lambda: config, distiller=distiller, **more)
 
 

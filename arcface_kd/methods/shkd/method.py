@@ -18,62 +18,37 @@ student has a classifier of its own and learns, beside its labels, the probabili
 under the shared frozen classifier. ``distil=thkd`` puts that classifier on the student as well, the other reading of
 "the shared head"; any method that takes a teacher and its classifier will do.
 
-There is nothing to do here in a step; :mod:`arcface_kd.methods.shkd.stages` says what each run is.
+What each run is, says :mod:`arcface_kd.methods.shkd.stages`.
 """
 
-from dataclasses import dataclass
+from collections.abc import Mapping
 from typing import Any, ClassVar
 
-from arcface_kd.config.options import Count, Options, Positive
-from arcface_kd.errors import ConfigError
-from arcface_kd.methods.base import Method, RunContext
+from arcface_kd.methods.recipe import Recipe, Stage
+from arcface_kd.methods.shkd.options import SHKDConfig
+from arcface_kd.methods.shkd.stages import RUNS, next_stage
 
 
-@dataclass(frozen=True)
-class SHKDConfig(Options):
-    """SH-KD's knobs.
-
-    Attributes:
-        distil: the method of the third run, ``kd`` (default), ``thkd`` or any other; its options stand beside these.
-        teacher_network: the teacher's architecture where it is trained from scratch; a teacher that is given says it.
-        student_epochs: of the first run; None takes ``num_epoch``.
-        teacher_epochs: of the second run; None takes ``num_epoch``.
-        teacher_lr: of the second run; None takes a tenth of ``lr`` from a given teacher, ``lr`` from scratch.
-        teacher_batch_size: of the second run on each rank; None takes ``batch_size``.
-
-    Raises:
-        ConfigError: ``distil`` names no method of one run.
-    """
-
-    distil: str = "kd"
-    teacher_network: str | None = None
-    student_epochs: Count | None = None
-    teacher_epochs: Count | None = None
-    teacher_lr: Positive | None = None
-    teacher_batch_size: Count | None = None
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if not self.distil or "shkd" in self.distil.split("+"):
-            raise ConfigError(f"distil is {self.distil!r}; it must be a method of one run, such as kd or thkd")
-
-
-class SHKD(Method):
-    """A teacher trained for its student, in three runs: temporary student, teacher, final student.
-
-    Args:
-        config: the knobs.
-        context: the run.
-
-    Raises:
-        ConfigError: always: three runs are no method of one.
-    """
+class SHKD(Recipe):
+    """A teacher trained for its student, in three runs: temporary student, teacher, final student."""
 
     Config = SHKDConfig
-    combines: ClassVar[bool] = False
+    runs: ClassVar[int] = RUNS
 
-    def __init__(self, config: Any, context: RunContext) -> None:
-        raise ConfigError(
-            "shkd is three runs: start them with `arcface-kd train CONFIG --kd shkd`, or in arcface_torch with "
-            "`arcface-kd recipe`"
-        )
+    @classmethod
+    def next_run(cls, config: Mapping[str, Any]) -> Stage | None:
+        """The run to start next, or to resume.
+
+        Args:
+            config: a merged arcface_torch config with ``kd`` = ``shkd``, ``output`` and the keys of a run.
+
+        Returns:
+            The run; None when all three are done.
+
+        Raises:
+            ConfigError: an option that is unknown or out of range, no teacher to begin with, or an output folder whose
+                runs had other settings.
+            TeacherError: a teacher that cannot be read or trained, or of another dimension.
+            CheckpointError: a checkpoint that cannot be read.
+        """
+        return next_stage(config)

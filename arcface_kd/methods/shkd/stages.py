@@ -15,7 +15,6 @@ of all ranks of the first.
 import json
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +28,8 @@ from arcface_kd.config.options import build
 from arcface_kd.distributed.ranks import on_first_rank_first
 from arcface_kd.errors import CheckpointError, ConfigError, TeacherError
 from arcface_kd.methods.base import Method
-from arcface_kd.methods.shkd.method import SHKDConfig
+from arcface_kd.methods.recipe import Stage
+from arcface_kd.methods.shkd.options import SHKDConfig
 from arcface_kd.system.files import atomic_write
 from arcface_kd.teachers.base import Teacher, load_teacher
 from arcface_kd.teachers.checkpoint import load_network
@@ -39,6 +39,7 @@ from arcface_kd.teachers.student_init import trained_graph_file
 
 NAME = "shkd"
 RECORD = "shkd.json"
+RUNS = 3
 
 # What decides how a run comes out; the rest of a config may change between a run and its end.
 _DECIDING = (
@@ -48,56 +49,8 @@ _DECIDING = (
 )
 
 
-@dataclass(frozen=True)
-class Stage:
-    """One of the three runs.
-
-    Attributes:
-        number: 1, 2 or 3.
-        title: what is trained, from where, in one line.
-        changes: the run's own keys, over those of the config.
-    """
-
-    number: int
-    title: str
-    changes: Mapping[str, Any] = field(repr=False)
-
-    def __str__(self) -> str:
-        return f"{NAME}: run {self.number} of 3: {self.title}"
-
-
-def wants_stages(config: Mapping[str, Any]) -> bool:
-    """Whether a config asks for SH-KD.
-
-    Args:
-        config: an arcface_torch config.
-
-    Raises:
-        ConfigError: it asks for SH-KD joined with another method.
-    """
-    methods = str(config.get("kd") or "").split("+")
-    if NAME in methods and len(methods) > 1:
-        raise ConfigError(
-            f"kd is {config['kd']!r}; {NAME} is three runs: name what the third distils with as {NAME}.distil"
-        )
-    return NAME in methods
-
-
 def next_stage(config: Mapping[str, Any]) -> Stage | None:
-    """The run that is to be started next, or gone on with.
-
-    Args:
-        config: a merged arcface_torch config with ``kd`` = ``shkd``, ``output`` and the keys of a run.
-
-    Returns:
-        The run; None when all three are done.
-
-    Raises:
-        ConfigError: an option that is unknown or out of range, no teacher to begin with, or an output folder whose runs
-            had other settings.
-        TeacherError: a teacher that cannot be read or trained, or of another dimension.
-        CheckpointError: a checkpoint that cannot be read.
-    """
+    """The run that is next; see :meth:`arcface_kd.methods.shkd.method.SHKD.next_run`."""
     stages = _Stages(config)
     # The third is looked at when the second is done: its teacher is what that one leaves.
     for make in (stages.first, stages.second, stages.third):
@@ -248,7 +201,7 @@ class _Stages:
         nothing = dict.fromkeys(key.name for key in KDConfig.keys().values() if key.distils)
         # Checkpoints are what the next run needs, and what this one goes on from.
         kept = {"output": str(folder), "save_all_states": True, "resume": checkpoint_file(folder, 0).exists()}
-        return Stage(number, title, {**nothing, **kept, **changes})
+        return Stage(NAME, number, RUNS, title, {**nothing, **kept, **changes})
 
 
 def _done(stage: Stage, config: Mapping[str, Any]) -> bool:
@@ -284,6 +237,3 @@ def _done(stage: Stage, config: Mapping[str, Any]) -> bool:
 def _rank() -> int:
     joined = distributed.is_available() and distributed.is_initialized()
     return distributed.get_rank() if joined else int(os.environ.get("RANK", "0"))
-
-
-MOST_RUNS = 3

@@ -13,7 +13,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from arcface_kd.backbones import get_backbone
 from arcface_kd.config.arcface_torch import BASE
 from arcface_kd.errors import ConfigError, TeacherError
-from arcface_kd.methods.shkd.stages import Stage, next_stage, wants_stages
+from arcface_kd.methods.recipe import Stage, recipe_of
+from arcface_kd.methods.shkd.method import SHKD
 from arcface_kd.system.device import autocast_dtype
 from arcface_kd.teachers.base import load_teacher
 from arcface_kd.teachers.student_init import start_from
@@ -82,7 +83,7 @@ def saved(folder: Path) -> dict[str, Any]:
 def stages_of(config: EasyDict) -> list[Stage]:
     """All three, as if each had been done."""
     made = []
-    while (stage := next_stage(config)) is not None:
+    while (stage := SHKD.next_run(config)) is not None:
         made.append(stage)
         folder = Path(stage.changes["output"])
         folder.mkdir(parents=True, exist_ok=True)
@@ -117,7 +118,7 @@ def test_a_whole_run_from_a_checkpoint(faces: Faces, checkpoint: Path, tmp_path:
     images = torch.stack([torch.full((3, 112, 112), value) for value in (-0.5, 0.5)])
     before, after = (load_teacher(path)(images) for path in (checkpoint, second / "model.pt"))
     assert not torch.equal(before, after)
-    with pytest.raises(ConfigError, match=r"all three runs are done, see .*/out; give another output"):
+    with pytest.raises(ConfigError, match=r"all runs of shkd are done, see .*/out; give another output"):
         train_stages(config)
 
 
@@ -214,7 +215,7 @@ def test_interrupted_between_and_within_runs_it_goes_on_to_the_same_bytes(
     train_stages(config_for(faces, tmp_path / "whole", **keys))
     config = config_for(faces, tmp_path / "parts", **keys)
     # Between the first and the second run.
-    stage = next_stage(config)
+    stage = SHKD.next_run(config)
     assert stage is not None
     train(EasyDict({**config, **stage.changes}))
 
@@ -260,7 +261,7 @@ def test_what_is_wrong_is_said_before_the_first_run(
     faces: Faces, tmp_path: Path, keys: dict[str, Any], said: str
 ) -> None:
     with pytest.raises(ConfigError, match=said) as error:
-        next_stage(config_for(faces, tmp_path / "out", **keys))
+        SHKD.next_run(config_for(faces, tmp_path / "out", **keys))
     assert "\n" not in str(error.value)
     assert not (tmp_path / "out").exists()
 
@@ -270,12 +271,12 @@ def test_a_teacher_that_does_not_fit_is_said_before_the_first_run(
 ) -> None:
     config = config_for(faces, tmp_path / "out", kd_teacher=str(checkpoint), embedding_size=32)
     with pytest.raises(TeacherError, match=r"has 16 dimensions, the student 32, .* set embedding_size=16"):
-        next_stage(config)
+        SHKD.next_run(config)
     config = config_for(faces, tmp_path / "out", kd_teacher=str(checkpoint), kd_option=options(teacher_network="mbf"))
     with pytest.raises(ConfigError, match=r"shkd.teacher_network is 'mbf', and .* is 'thin_r18': leave it out"):
-        next_stage(config)
+        SHKD.next_run(config)
     with pytest.raises(TeacherError, match="does not exist"):
-        next_stage(config_for(faces, tmp_path / "out", kd_teacher=str(tmp_path / "none.pt")))
+        SHKD.next_run(config_for(faces, tmp_path / "out", kd_teacher=str(tmp_path / "none.pt")))
     assert not (tmp_path / "out").exists()
 
 
@@ -283,32 +284,33 @@ def test_runs_of_other_settings_are_not_joined(faces: Faces, checkpoint: Path, t
     keys = {"kd_teacher": str(checkpoint)}
     stages_of(config_for(faces, tmp_path, **keys))
     assert set(json.loads((tmp_path / "shkd.json").read_text())) == {"1", "2", "3"}
-    assert next_stage(config_for(faces, tmp_path, **keys)) is None
+    assert SHKD.next_run(config_for(faces, tmp_path, **keys)) is None
     with pytest.raises(
         ConfigError, match=r"run 1 of shkd in .*stage1_student was begun with lr=0.1, and is now .* 0.2"
     ):
-        next_stage(config_for(faces, tmp_path, lr=0.2, **keys))
+        SHKD.next_run(config_for(faces, tmp_path, lr=0.2, **keys))
     # What does not decide how a run comes out may change.
-    assert next_stage(config_for(faces, tmp_path, frequent=7, num_workers=1, **keys)) is None
+    assert SHKD.next_run(config_for(faces, tmp_path, frequent=7, num_workers=1, **keys)) is None
 
 
 def test_another_run_s_folder_is_not_taken_up(faces: Faces, checkpoint: Path, tmp_path: Path) -> None:
     (tmp_path / "stage1_student").mkdir()
     torch.save({"epoch": 1, "state_dict_softmax_fc": {}}, tmp_path / "stage1_student" / "checkpoint_gpu_0.pt")
     with pytest.raises(ConfigError, match=r"stage1_student holds the checkpoints of another run; give another output"):
-        next_stage(config_for(faces, tmp_path, kd_teacher=str(checkpoint)))
+        SHKD.next_run(config_for(faces, tmp_path, kd_teacher=str(checkpoint)))
 
 
 def test_joined_with_another_method_it_is_refused() -> None:
-    assert wants_stages({"kd": "shkd"})
-    assert not wants_stages({"kd": "adadistill"})
-    assert not wants_stages({"kd": None})
-    with pytest.raises(ConfigError, match=r"name what the third distils with as shkd.distil"):
-        wants_stages({"kd": "shkd+embedding"})
+    assert recipe_of({"kd": "shkd"}) is SHKD
+    assert recipe_of({"kd": "adadistill"}) is None
+    assert recipe_of({"kd": None}) is None
+    for kd in ("shkd+embedding", "embedding+shkd"):
+        with pytest.raises(ConfigError, match="shkd is 3 runs and does not combine"):
+            recipe_of({"kd": kd})
 
 
 def test_as_one_run_it_says_how_to_start_it(faces: Faces, checkpoint: Path, tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="shkd is three runs: start them with `arcface-kd train CONFIG --kd shkd`"):
+    with pytest.raises(ConfigError, match=r"shkd is 3 runs, .* `arcface-kd recipe`"):
         train(config_for(faces, tmp_path, kd_teacher=str(checkpoint)))
 
 

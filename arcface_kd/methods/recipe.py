@@ -1,0 +1,94 @@
+"""Recipes: methods that are several ordinary runs, started one after the other by one command."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+from arcface_kd import registry
+from arcface_kd.config.kd import KDConfig
+from arcface_kd.errors import ConfigError
+from arcface_kd.methods.base import Requirement
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One run of a recipe.
+
+    Attributes:
+        recipe: its name, as in ``kd``.
+        number: from 1.
+        runs: how many there are at most.
+        title: what is trained, from where, in one line.
+        changes: the run's own keys, over those of the config.
+    """
+
+    recipe: str
+    number: int
+    runs: int
+    title: str
+    changes: Mapping[str, Any] = field(repr=False)
+
+    def __str__(self) -> str:
+        return f"{self.recipe}: run {self.number} of {self.runs}: {self.title}"
+
+
+class Recipe(ABC):
+    """A method of several runs, registered as methods are; each run is one of another method or of none.
+
+    Attributes:
+        Config: its options, as a method's.
+        requires: what it cannot do without, for ``arcface-kd methods``.
+        runs: how many there are at most.
+    """
+
+    Config: ClassVar[type[Any]]
+    requires: ClassVar[frozenset[Requirement]] = frozenset()
+    runs: ClassVar[int]
+
+    @classmethod
+    @abstractmethod
+    def next_run(cls, config: Mapping[str, Any]) -> Stage | None:
+        """The run to start next, or to resume; which are done is read from their checkpoints.
+
+        Args:
+            config: a merged arcface_torch config with ``output`` and the keys of a run.
+
+        Returns:
+            The run; None when all are done.
+        """
+
+
+def recipe_of(config: Mapping[str, Any]) -> type[Recipe] | None:
+    """The recipe that a config asks for.
+
+    Args:
+        config: an arcface_torch config.
+
+    Returns:
+        None where ``kd`` names methods of one run, or none.
+
+    Raises:
+        ConfigError: a bad ``kd*`` key, an unknown method, or a recipe that is joined with another method.
+    """
+    names = KDConfig.from_config(config).methods
+    for name in names:
+        kind = registry.load(registry.METHODS, name)
+        if isinstance(kind, type) and issubclass(kind, Recipe):
+            if len(names) > 1:
+                raise ConfigError(
+                    f"kd is {config['kd']!r}; {name} is {kind.runs} runs and does not combine with other methods: its "
+                    "options say what they distil with"
+                )
+            return kind
+    return None
+
+
+def all_done(config: Mapping[str, Any]) -> ConfigError:
+    """The error of a recipe that has no run left.
+
+    Args:
+        config: merged.
+    """
+    where = config["output"]
+    return ConfigError(f"all runs of {config['kd']} are done, see {where}; give another output to begin anew")
