@@ -118,6 +118,7 @@ class TestRecipe:
             ({"kd": "adadistill", "kd_option": {}}, "ours", "kd is 'adadistill', which is one run"),
             ({"kd_teacher": "none.pt"}, "ours", "none.pt does not exist"),
             ({}, "theirs", "no config"),
+            ({}, "ours --set lr=1", "--set is for the compact trainer"),
         ],
     )
     def test_what_cannot_be_run_is_one_line(
@@ -131,10 +132,22 @@ class TestRecipe:
         capsys: pytest.CaptureFixture[str],
     ) -> None:
         write_config(stand_in, "ours", keys(faces, graph, **changes), ATTACH)
-        assert main(["recipe", str(stand_in), config]) == 2
+        assert main(["recipe", str(stand_in), *config.split()]) == 2
         printed = capsys.readouterr().err
         assert said in printed
         assert printed.count("\n") == 1
+
+    def test_flags_may_stand_between_the_folder_and_the_config(
+        self, stand_in: Path, faces: Faces, graph: Path, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        write_config(stand_in, "ours", keys(faces, graph), ATTACH)
+        assert main(["recipe", str(stand_in), "--nproc", "2", "--print", "ours"]) == 0
+        assert "--nproc_per_node=2 train_v2.py configs/ours" in capsys.readouterr().out
+
+    @pytest.mark.parametrize("words", [["--nproc", "2"], ["--print"], [STANDALONE]])
+    def test_the_host_s_flags_want_its_folder(self, words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+        assert main(["recipe", "ours", *words]) == 2
+        assert "give its folder before the config" in capsys.readouterr().err
 
     def test_a_folder_without_the_trainer_is_named(self, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         assert main(["recipe", str(tmp_path), "ours"]) == 2
@@ -197,11 +210,14 @@ class TestTheRealTrainer:
     def test_the_copied_config_from_an_onnx_teacher(
         self, flagged: Path, faces: Faces, graph: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
+        """With ``output = None``, as configs/ has it: the folder bears the file's name, whatever the base says."""
         monkeypatch.setenv("OMP_NUM_THREADS", "1")
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
-        own = settings(faces, tmp_path / "out", embedding_size=EMBEDDING_SIZE)
-        own |= {"kd": "shkd", "kd_teacher": str(graph), "kd_option": LEARNING}
+        own = settings(faces, tmp_path, embedding_size=EMBEDDING_SIZE)
+        own |= {"kd": "shkd", "kd_teacher": str(graph), "kd_option": LEARNING, "output": None}
         config = write_config(flagged, "copied", own, ATTACH)
         assert main(["recipe", str(flagged), f"configs/{config}", STANDALONE]) == 0
-        assert_three_runs(tmp_path / "out")
-        assert load_teacher(tmp_path / "out" / "stage2_teacher" / "teacher.onnx").embedding_size == EMBEDDING_SIZE
+        assert_three_runs(flagged / "work_dirs" / "copied")
+        teacher = load_teacher(flagged / "work_dirs" / "copied" / "stage2_teacher" / "teacher.onnx")
+        assert teacher.embedding_size == EMBEDDING_SIZE
+        assert not (flagged / "ms1mv3_arcface_r50").exists()

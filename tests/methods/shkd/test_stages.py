@@ -11,6 +11,7 @@ from easydict import EasyDict
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from arcface_kd.backbones import get_backbone
+from arcface_kd.cli.main import main
 from arcface_kd.config.arcface_torch import BASE
 from arcface_kd.errors import ConfigError, TeacherError
 from arcface_kd.methods.recipe import Stage, recipe_of
@@ -148,6 +149,26 @@ def test_a_whole_run_from_an_onnx_teacher(faces: Faces, graph: Path, tmp_path: P
     assert not torch.allclose(
         trained(images), load_teacher(graph, {"channels": "bgr", "mean": 120, "std": 100})(images)
     )
+
+
+def test_one_command_without_a_host(
+    faces: Faces, checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """``arcface-kd recipe CONFIG`` and ``arcface-kd train CONFIG`` are one; a method of one run is its one run."""
+    keys = {key: value for key, value in config_for(faces, tmp_path / "out").items() if BASE.get(key, "") != value}
+    keys |= {"num_epoch": 1, "kd": None}
+    lines = ["from easydict import EasyDict", f"config = EasyDict({keys!r})"]
+    (tmp_path / "ours.py").write_text("\n".join(lines), encoding="utf-8")
+    config = str(tmp_path / "ours.py")
+    flags = ["--kd", "shkd", "--kd-teacher", str(checkpoint), "--kd-option", "shkd.teacher_lr=0.05"]
+    assert main(["recipe", config, *flags]) == 0
+    said = capsys.readouterr().out
+    assert [said.count(f"shkd: run {number} of 3") for number in (1, 2, 3)] == [1, 1, 1]
+    assert saved(tmp_path / "out")["epoch"] == 1
+    assert main(["train", config, *flags]) == 2
+    assert "all runs of shkd are done" in capsys.readouterr().err
+    assert main(["recipe", config, "--set", f"output={tmp_path / 'alone'}"]) == 0
+    assert (tmp_path / "alone" / "model.pt").is_file()
 
 
 def test_from_scratch_and_says_so(faces: Faces, tmp_path: Path) -> None:
