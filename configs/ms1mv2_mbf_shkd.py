@@ -2,6 +2,8 @@
 # loss of the face experiments were never published and are chosen here.
 # Copy into arcface_torch/configs/, then `arcface-kd recipe PATH/TO/arcface_torch configs/ms1mv2_mbf_shkd --nproc 8`,
 # or run the trainer on it three times: each makes the run that is next.
+# Another student: network = "r18". Other data: the lines from rec to val_targets (for WebFace42M also sample_rate,
+# batch_size and lr) of DATA_mbf_adadistill.py.
 from easydict import EasyDict as edict
 
 import arcface_kd

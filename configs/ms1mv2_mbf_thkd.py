@@ -1,5 +1,7 @@
 # MobileFaceNet on MS1MV2 with TH-KD: the teacher's frozen head beside the student's own.
 # Copy into arcface_torch/configs/ and run the trainer on it; only keys that differ from configs/base.py.
+# Another student: network = "r18". Other data: the lines from rec to val_targets (for WebFace42M also sample_rate,
+# batch_size and lr) of DATA_mbf_adadistill.py.
 from easydict import EasyDict as edict
 
 import arcface_kd

@@ -11,7 +11,9 @@ import arcface_kd
 from arcface_kd import registry
 from arcface_kd.config.arcface_torch import BASE, load_config
 from arcface_kd.config.kd import KDConfig
+from arcface_kd.config.options import build
 from arcface_kd.distillation.distiller import Distiller
+from arcface_kd.methods.recipe import recipe_of
 from arcface_kd.teachers.base import load_teacher
 from arcface_kd.teachers.options import TeacherOptions
 from arcface_kd.training.config_check import check_keys
@@ -97,9 +99,12 @@ class TestEveryConfig:
         check_keys(config)
         kd = KDConfig.from_config(config)
         assert kd.methods
+        assert config.output == f"work_dirs/{path.stem}"
+        if (recipe := recipe_of(config)) is not None:
+            assert build(recipe.Config, kd.options[config.kd], config.kd)
+            return
         distiller = Distiller(kd, load_teacher(Network(), TeacherOptions(size=8)))
         assert set(distiller.methods.types) == set(kd.methods)
-        assert config.output == f"work_dirs/{path.stem}"
 
     def test_beside_the_host_s_own_it_differs_where_it_must(
         self, path: Path, arcface_torch: Path, monkeypatch: pytest.MonkeyPatch
@@ -124,9 +129,21 @@ def test_every_method_has_a_config() -> None:
     assert own - SAME_AS_ANOTHER <= {parts(path)[2] for path in CONFIGS}
 
 
-@pytest.mark.parametrize("data", DATA)
-@pytest.mark.parametrize("student", STUDENTS)
-def test_every_data_set_and_student_has_a_config(data: str, student: str) -> None:
-    """With distilled and with frozen centers; of the other methods one data set shows the keys."""
-    methods = {parts(path)[2] for path in CONFIGS} if data == "ms1mv2" else {"adadistill", "proxylesskd"}
-    assert {f"{data}_{student}_{method}" for method in methods} <= {path.stem for path in CONFIGS}
+def test_adadistill_has_a_config_for_every_data_set_and_student_and_the_other_methods_one_each() -> None:
+    own = {f"{data}_{student}_adadistill" for data in DATA for student in STUDENTS}
+    others = {path.stem for path in CONFIGS} - own
+    assert own <= {path.stem for path in CONFIGS}
+    assert {name.split("_", 2)[:2] == ["ms1mv2", "mbf"] for name in others} == {True}
+    assert len(CONFIGS) <= 20
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_other_data_are_the_lines_that_it_says(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the comment tells to copy is all that data sets differ in."""
+    if parts(path)[2] == "adadistill":
+        reference = own_keys(path.with_name(f"ms1mv2_{parts(path)[1]}_adadistill.py"), monkeypatch)
+        keys = own_keys(path, monkeypatch)
+        differing = {key for key in {*keys, *reference} if keys.get(key) != reference.get(key)}
+        assert not differing - {*OF_THE_DATA, "num_epoch", "warmup_epoch"}
+    else:
+        assert "DATA_mbf_adadistill.py" in path.read_text(encoding="utf-8")
