@@ -245,6 +245,15 @@ class KDConfig:
                 words += [key.flag, *key.write(value)]
         return words
 
+    def shared(self) -> dict[str, Any]:
+        """What must be the same on all ranks, by key or dotted option; of files, whether they are there."""
+        found: dict[str, Any] = {}
+        for field, key in self.keys().items():
+            value = getattr(self, field)
+            found[key.name] = value is not None if key.file else value
+        options = found.pop("kd_option")
+        return found | {f"{prefix}.{name}": value for prefix, own in options.items() for name, value in own.items()}
+
     @property
     def student(self) -> StudentOptions:
         """The options under ``student.``."""

@@ -95,7 +95,7 @@ class DistillationHead(nn.Module):
         own = {**asdict(margin), "sample_rate": sample_rate, "seed": seed}
         self._settings = {**distiller.sources, **own, **distiller.methods.settings}
         sizes = {"num_classes": num_classes, "embedding_size": embedding_size, "steps_per_epoch": steps_per_epoch}
-        require_agreement({"kd": distiller.methods.title, **self._settings, **sizes}, ranks)
+        require_agreement({**distiller.kd.shared(), **self._settings, **sizes}, ranks)
         context = RunContext(
             num_classes=num_classes,
             embedding_size=embedding_size,

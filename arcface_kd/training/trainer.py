@@ -38,7 +38,7 @@ _CANNOT_WRITE = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG, errno.EIO
 _IS_GONE = (errno.ENOENT, errno.ENOTDIR, errno.ESTALE)
 
 # What may differ from rank to rank, as the machines do, if all of them have it or none has.
-_OF_MACHINES = ("rec", "num_workers", *(key.name for key in KDConfig.keys().values() if key.file))
+_OF_MACHINES = ("rec", "num_workers")
 
 
 @dataclass(frozen=True)
@@ -110,8 +110,10 @@ def train(
         if torch.cuda.is_available():
             torch.cuda.set_device(local_rank)
         torch.manual_seed(config.seed)
-        shared = {key: value is not None if key in _OF_MACHINES else value for key, value in config.items()}
-        require_agreement({**shared, "torch": torch.__version__}, RankGroup())
+        plain = {key: value for key, value in config.items() if not key.startswith("kd")}
+        shared = {key: value is not None if key in _OF_MACHINES else value for key, value in plain.items()}
+        kd = KDConfig.from_config(config)
+        require_agreement({**shared, **kd.shared(), "torch": torch.__version__}, RankGroup())
         with early_messages() as early:
             # Whatever can be wrong is found before the first file is written.
             run = Run(config, drop_ins(lambda: config, distiller=distiller), rank, local_rank, world_size)

@@ -15,7 +15,6 @@ from arcface_kd.config.arcface_torch import BASE, RUN_KEYS, find_config, load_co
 from arcface_kd.config.kd import KDConfig, Key
 from arcface_kd.errors import ConfigError
 from arcface_kd.methods.shkd.stages import _DECIDING
-from arcface_kd.training.trainer import _OF_MACHINES
 
 HEAD = "from easydict import EasyDict as edict\nconfig = edict()\n"
 
@@ -292,11 +291,20 @@ def test_a_new_field_is_among_the_words_of_a_child_run() -> None:
     assert Extended.from_config({"kd": "a", "kd_loader": "host"}).flags() == ["--kd", "a", "--kd-loader", "host"]
 
 
-def test_every_key_may_be_set_on_the_command_line_and_agrees_between_ranks() -> None:
+def test_ranks_agree_on_every_key_and_may_have_their_files_elsewhere() -> None:
+    options = {"teacher.size": 112, "a.x": "1"}
+    kd = Extended.from_config({"kd": "a", "kd_teacher": "here.pt", "kd_option": options, "kd_loader": "host"})
+    shared = kd.shared()
+    assert shared == {
+        **{"kd": ("a",), "kd_teacher": True, "kd_cache": False, "kd_classifier": False},
+        **{"kd_on_bad_record": "stop", "kd_loader": "host", "teacher.size": 112, "a.x": "1"},
+    }
+    assert {key.name for key in Extended.keys().values()} - {"kd_option"} <= set(shared)
+
+
+def test_every_key_may_be_set_on_the_command_line_and_decides_a_run_where_it_says_so() -> None:
     for field, key in KDConfig.keys().items():
         assert RUN_KEYS[key.name] is (list if key.many else str), field
-        # Files may lie elsewhere on another machine; everything else is the same on all ranks.
-        assert (key.name in _OF_MACHINES) == key.file, field
         assert (key.name in _DECIDING) == key.decides, field
 
 
