@@ -17,6 +17,7 @@ Shapes = Mapping[str, "list[int | None]"]
 USUAL_SIZE = 112
 OWN_DOMAIN = ("", "ai.onnx")
 
+_CONVERTED_TO = 9
 # Which inputs of an operator are scales and zero points of its 8-bit numbers: no weights of the network.
 _QUANTISATION = {
     "QuantizeLinear": (1, 2),
@@ -268,6 +269,36 @@ def modernise(model: Any, shapes: Shapes) -> None:
             slope, shape = held[node.input[1]], shapes.get(node.input[0]) or []
             if len(shape) == 4 and shape[1] == slope.dims[0] and shape[3] not in (None, shape[1]) and shape[1] != 1:
                 slope.dims.extend([1, 1])
+
+
+def raise_opset(model: Any) -> Any:
+    """A graph of operator sets below 7, which onnxruntime does not run, in those of ONNX 1.4.
+
+    Args:
+        model: a ``ModelProto``; changed in place.
+
+    Returns:
+        The other graph; the same one where it is new enough, or cannot be converted.
+    """
+    import onnx
+    from onnx import helper, version_converter
+
+    if max((entry.version for entry in model.opset_import if entry.domain in OWN_DOMAIN), default=7) >= 7:
+        return model
+    for node in model.graph.node:
+        if node.op_type == "BatchNormalization" and all(each.name != "is_test" for each in node.attribute):
+            node.attribute.append(helper.make_attribute("is_test", 1))
+    known = {value.name for value in model.graph.input}
+    model.graph.input.extend(
+        helper.make_tensor_value_info(tensor.name, tensor.data_type, tensor.dims)
+        for tensor in model.graph.initializer
+        if tensor.name not in known
+    )
+    try:
+        return version_converter.convert_version(model, _CONVERTED_TO)
+    # The converter raises its own errors and C++'s; what it cannot convert is for onnxruntime to refuse.
+    except (RuntimeError, ValueError, IndexError, onnx.checker.ValidationError):
+        return model
 
 
 def _rank(held: Mapping[str, Any], names: Iterable[str]) -> int | None:

@@ -25,6 +25,7 @@ from arcface_kd.teachers.onnx.form import (
     messages,
     modernise,
     parameter_count,
+    raise_opset,
     row_width,
 )
 
@@ -239,12 +240,13 @@ def read_graph(path: Path, output: str | None = None) -> OnnxGraph:
     model = _parse(content, path)
     external = _take_in_external_data(model, path)
     _flush_denormals(model, path)
-    drop_weights_from_inputs(model)
     _refuse_hostile(model, path)
     if model.functions:
         model = inliner.inline_local_functions(model)
     shapes = _shapes(model, path)
     modernise(model, shapes)
+    model = raise_opset(model)
+    drop_weights_from_inputs(model)
     choice = choose_output(model, shapes, output, path)
     source = image_input(model, path)
     shape = dimensions(source) or [None] * 4

@@ -18,21 +18,22 @@ from arcface_kd.teachers.options import Preprocessing, Triple, in_words
 
 _FOLLOWED = frozenset(
     (
-        *("Sub", "Add", "Mul", "Div", "Neg", "Sum", "BatchNormalization", "Clip", "ImageScaler"),
+        *("Sub", "Add", "Mul", "Div", "Neg", "Sum", "BatchNormalization", "Clip", "Max", "Min", "ImageScaler"),
         *("Cast", "CastLike", "Identity", "Dropout", "Expand"),
         *("Transpose", "Reshape", "Squeeze", "Unsqueeze", "Gather", "Slice", "Split", "Concat"),
         *("QuantizeLinear", "DequantizeLinear", "QLinearAdd", "QLinearMul"),
     )
 )
 _MEASURES = frozenset(("Shape", "Size"))
-# What a graph may be shown, as (pixel - mean) / std: a tie goes to the first, but for -1..1, which every other
-# teacher is shown.
+# What a graph may be shown, as (pixel - mean) / std; a tie goes to the first.
 _RANGES: Mapping[str, tuple[float, float]] = {
     "0..255": (0.0, 1.0),
     "0..1": (0.0, 255.0),
     "-1..1": (127.5, 127.5),
     "-127.5..127.5": (127.5, 1.0),
 }
+# What every other teacher is shown: taken where nothing tells another range clearly.
+_DEFAULT = "-1..1"
 # Mean and std in pixel values that networks are trained with: faces, 0..1, pixels as they are, -0.5..0.5, ImageNet's
 # or a batch norm's, ImageNet's mean alone.
 _USUAL = ((127.5, 127.5), (0.0, 255.0), (0.0, 1.0), (127.5, 255.0), (116.0, 57.7), (127.5, 1.0))
@@ -68,12 +69,12 @@ class InputNormalisation:
             return "0..255"
         if min(self.scale) <= 0:
             return None
-        distances = {name: self._distance(name) for name in _RANGES}
-        least = min(distances.values())
-        near = [name for name, distance in distances.items() if distance <= least + _TIE]
-        if least > _TOO_FAR:
+        # Rounded, so that the last digits of a constant break no tie.
+        distances = {name: round(self._distance(name), 3) for name in _RANGES}
+        nearest = min(_RANGES, key=lambda name: distances[name])
+        if distances[nearest] > _TOO_FAR:
             return None
-        return "-1..1" if "-1..1" in near else near[0]
+        return _DEFAULT if distances[_DEFAULT] <= distances[nearest] + _TIE else nearest
 
     def _overall(self, name: str) -> tuple[list[float], list[float]]:
         """Mean and std in pixel values of range and graph together, per channel."""
@@ -95,20 +96,28 @@ class InputNormalisation:
             size: height and width of the input.
         """
         name = self.input_range
-        mean, std = _RANGES[name or "-1..1"]
+        mean, std = _RANGES[name or _DEFAULT]
         means = self._overall(name)[0] if name is not None else [0.0] * 3
         trained_on_bgr = means[2] - means[0] > _REDDER
         turned = self.order == (2, 1, 0)
         return Preprocessing("bgr" if trained_on_bgr != turned else "rgb", (mean,) * 3, (std,) * 3, size)
 
+    @property
+    def is_identity(self) -> bool:
+        """Whether nothing is done to the image."""
+        same = np.allclose(self.scale, 1, atol=1e-3) and np.allclose(self.shift, 0, atol=1e-3)
+        return bool(same) and self.order == (0, 1, 2)
+
     def __str__(self) -> str:
+        if self.is_identity:
+            return "takes whole numbers 0..255"
         if 0 in self.scale:
             formula = f"x {_in_words(self.scale)} + {_in_words(self.shift)}"
         else:
             pairs = list(zip(self.scale, self.shift, strict=True))
             formula = f"(x - {_in_words(-b / a for a, b in pairs)}) / {_in_words(1 / a for a, _ in pairs)}"
         turned = "" if self.order == (0, 1, 2) else ", channels swapped"
-        return f"{formula} of {self.input_range or 'a range that its numbers do not tell'}{turned}"
+        return f"normalises inside: {formula} of {self.input_range or 'a range that its numbers do not tell'}{turned}"
 
 
 def _in_words(values: Iterable[float]) -> str:
@@ -135,9 +144,8 @@ def find_normalisation(graph: OnnxGraph, size: int) -> InputNormalisation | None
     if places and (graph.fixed_batch or 1) * 3 * size * size <= MOST_ELEMENTS:
         for found in _tried(model, graph, places, size, kind):
             if found is not None:
-                scale, shift, order = found
-                same = np.allclose(scale, 1, atol=1e-3) and np.allclose(shift, 0, atol=1e-3) and order == (0, 1, 2)
-                return None if same and not takes_bytes else InputNormalisation(scale, shift, order, takes_bytes)
+                normalisation = InputNormalisation(*found, takes_bytes)
+                return None if normalisation.is_identity and not takes_bytes else normalisation
     return InputNormalisation((1.0,) * 3, (0.0,) * 3, takes_bytes=True) if takes_bytes else None
 
 
@@ -172,9 +180,9 @@ def _leading_values(model: Any, image: str) -> list[str]:
 
 
 def _is_followed(node: Any, held: Mapping[str, Any]) -> bool:
-    if node.op_type == "Conv":
+    if node.op_type in ("Conv", "MatMul"):
         weight = held.get(node.input[1])
-        return weight is not None and list(weight.dims[:1]) == [3] and set(weight.dims[2:]) == {1}
+        return weight is not None and weight.dims[0] == 3 and set(weight.dims[1:]) <= {1, 3}
     return node.op_type in _FOLLOWED
 
 

@@ -29,7 +29,7 @@ def _input_of(graph: OnnxGraph, size: int | str | None) -> tuple[Preprocessing, 
     normalisation = find_normalisation(graph, usual.size)
     if normalisation is None:
         return usual, []
-    return normalisation.preprocessing(usual.size), [f"normalises inside: {normalisation}"]
+    return normalisation.preprocessing(usual.size), [str(normalisation)]
 
 
 def _network(graph: OnnxGraph, known: Preprocessing, wanted: str | None) -> tuple[nn.Module, str]:

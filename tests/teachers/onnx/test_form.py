@@ -13,6 +13,7 @@ from arcface_kd.errors import ConfigError, TeacherError
 from arcface_kd.teachers import load_teacher
 from arcface_kd.teachers.onnx.graph import read_graph
 from arcface_kd.teachers.onnx.torch_module import TorchGraph
+from arcface_kd.teachers.student_init import TrainedGraph
 from tests.teachers.onnx_models import EMBEDDING_SIZE, embed_one_by_one, face_network, weights
 
 
@@ -191,10 +192,11 @@ def batch_norm(shape: tuple[int, ...], opset: int, **attributes: int) -> Any:
     return model
 
 
-def test_a_batch_norm_that_is_not_spatial_has_one_scale_a_channel(tmp_path: Path) -> None:
-    """As MXNet's exporter writes them; onnxruntime refuses the file as it is."""
+@pytest.mark.parametrize("opset", [6, 7, 8, 9])
+def test_a_batch_norm_that_is_not_spatial_has_one_scale_a_channel(opset: int, tmp_path: Path) -> None:
+    """As MXNet's exporter writes them; onnxruntime refuses the file as it is, and operator sets below 7 at all."""
     wanted = embed_one_by_one(batch_norm((8,), 9), images().numpy())
-    assert_embeds_as(wanted, saved(tmp_path, batch_norm((8,), 7, spatial=0)))
+    assert_embeds_as(wanted, saved(tmp_path, batch_norm((8,), opset, spatial=0)))
 
 
 def test_a_batch_norm_with_a_scale_for_each_place(tmp_path: Path) -> None:
@@ -258,3 +260,13 @@ def test_quantised_weights_count_as_those_that_they_were_made_of(kind: str, tmp_
     count = read_graph(path).parameter_count
     assert count == read_graph(source).parameter_count
     assert load_teacher(path).parameter_count == count
+
+
+def test_a_trained_graph_goes_back_to_a_file_in_the_same_form(wanted: np.ndarray, tmp_path: Path) -> None:
+    """Channels last and two outputs in; one image with channels first and the embedding out."""
+    model = channels_last()
+    model.graph.node.append(helper.make_node("ReduceL2", ["embedding"], ["norm"], axes=[1]))
+    model.graph.output.append(helper.make_tensor_value_info("norm", TensorProto.FLOAT, ["batch", 1]))
+    graph = TrainedGraph(read_graph(saved(tmp_path, model)))
+    (tmp_path / "trained.onnx").write_bytes(graph.serialised())
+    assert_embeds_as(wanted, tmp_path / "trained.onnx")

@@ -15,7 +15,8 @@ from arcface_kd.evaluation.verification import evaluate
 from arcface_kd.teachers import load_teacher
 from arcface_kd.teachers.onnx.graph import read_graph
 from arcface_kd.teachers.onnx.normalisation import find_normalisation
-from tests.teachers.onnx_models import embed_one_by_one, face_network
+from arcface_kd.teachers.onnx.torch_module import TorchGraph
+from tests.teachers.onnx_models import embed_one_by_one, face_network, weights
 
 IMAGENET = np.array([123.675, 116.28, 103.53], np.float32), np.array([58.395, 57.12, 57.375], np.float32)
 
@@ -136,6 +137,21 @@ CASES: dict[str, tuple[Any, Any, tuple[np.ndarray, np.ndarray, str, str]]] = {
         [number("std", 1 / 255)],
         (np.zeros(3), np.full(3, 255), "0..255", "rgb"),
     ),
+    "half_alone": (
+        [("Sub", ["x", "mean"], ["y"])],
+        [number("mean", 0.5)],
+        (np.full(3, 127.5), np.full(3, 255), "0..1", "rgb"),
+    ),
+    "bounds": (
+        [
+            ("Max", ["x", "none"], ["a"]),
+            ("Min", ["a", "all"], ["b"]),
+            ("Sub", ["b", "mean"], ["c"]),
+            ("Mul", ["c", "std"], ["y"]),
+        ],
+        [MEAN, STD, number("none", 0), number("all", 255)],
+        (*FACES, "0..255", "rgb"),
+    ),
     "mean_alone": ([("Sub", ["x", "mean"], ["y"])], [MEAN], (np.full(3, 127), np.ones(3), "0..255", "rgb")),
     "factor_alone": (
         [("Mul", ["x", "std"], ["y"])],
@@ -183,6 +199,21 @@ CASES: dict[str, tuple[Any, Any, tuple[np.ndarray, np.ndarray, str, str]]] = {
 }
 
 
+def test_its_constants_are_not_trained(tmp_path: Path) -> None:
+    """Not even those that the graph computes from others."""
+    arrays = [number("mean", [1, 2, 3]), number("std", [4, 5, 6]), ("axes", np.array([1, 2]))]
+    nodes = [
+        ("Unsqueeze", ["mean", "axes"], ["m"]),
+        ("Unsqueeze", ["std", "axes"], ["s"]),
+        ("Sub", ["x", "m"], ["a"]),
+        ("Div", ["a", "s"], ["y"]),
+    ]
+    graph = TorchGraph(read_graph(saved(tmp_path, normalising(nodes, arrays))))
+    sizes = sorted(tuple(parameter.shape) for parameter in graph.parameters())
+    assert sizes == sorted(array.shape for array in weights().values())
+    assert sorted(tuple(each.shape) for each in graph.buffers()) == [(3,), (3,)]
+
+
 @pytest.mark.parametrize("case", CASES)
 def test_the_whole_is_what_the_network_was_trained_with(case: str, tmp_path: Path) -> None:
     nodes, arrays, (mean, std, described, channels) = CASES[case]
@@ -217,6 +248,13 @@ def test_channels_last(tmp_path: Path) -> None:
         assert "(123.67, 116.28, 103.53)) / (58.395, 57.12, 57.375) of 0..255" in teacher.description
 
 
+def test_a_graph_of_whole_numbers_takes_pixel_values(tmp_path: Path) -> None:
+    nodes = [("Cast", ["x"], ["y"], {"to": TensorProto.FLOAT})]
+    teacher = load_teacher(saved(tmp_path, normalising(nodes, element=TensorProto.UINT8)))
+    assert "takes whole numbers 0..255" in teacher.description
+    assert str(teacher.preprocessing) == "rgb, (x - 0) / 1, 112x112"
+
+
 def test_a_quantised_normalisation(tmp_path: Path) -> None:
     """Every step rounds to 8 bits, and the constants are 8-bit numbers too."""
     nodes = [
@@ -232,7 +270,7 @@ def test_a_quantised_normalisation(tmp_path: Path) -> None:
     arrays = [STD, number("one", 1), *((name, np.array(value)) for name, value in eight.items())]
     found = find_normalisation(read_graph(saved(tmp_path, normalising(nodes, arrays))), 112)
     assert found is not None
-    assert (str(found), found.input_range) == ("(x - 127) / 128 of 0..255", "0..255")
+    assert (str(found), found.input_range) == ("normalises inside: (x - 127) / 128 of 0..255", "0..255")
 
 
 @pytest.mark.parametrize(
