@@ -13,7 +13,7 @@ Providers:
 import itertools
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -195,7 +195,8 @@ def _cost(sizes: Sizes, device: torch.device, recorder: Recorder) -> None:
         # A prefix of the largest one's centers: all of them at once would not fit into an ordinary machine.
         head.centers.weight = largest.centers.weight[:classes]
         head.centers.inverse_norms = largest.centers.inverse_norms[:classes]
-        head.centers.shard = RankGroup(alone=True).shard(classes)
+        head.context = replace(head.context, num_classes=classes)
+        head.centers.shard = head.context.shard
         providers[str(classes)] = _step_of(head, classes, batch, dimension, device)
     seconds = interleaved_seconds(providers, sizes.cost_rounds, device)
     points = {int(name): value for name, value in seconds.items()}

@@ -37,8 +37,8 @@ import torch
 from torch import Tensor
 
 from arcface_kd.distributed.ranks import RankGroup, for_ddp
+from arcface_kd.losses.class_chunks import chunk_size
 from arcface_kd.losses.margin import Margin
-from arcface_kd.losses.margin_softmax import chunk_size
 from arcface_kd.methods.adadistill import AdaDistill, AdaDistillConfig
 from arcface_kd.methods.base import Batch, RunContext
 from benchmarks.peak_memory import can_measure, peak_mb

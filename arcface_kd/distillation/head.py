@@ -175,6 +175,7 @@ class DistillationHead(nn.Module):
             step=self._count_step() + self.schedule_offset,
             student_map=maps[0],
             teacher_map=maps[1],
+            observed=self.monitor.observes(self._steps_done),
         )
 
     def _terms(self, batch: Batch) -> dict[str, Tensor]:

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from arcface_kd.distillation.nan_monitor import BatchRows, NaNMonitor
 from arcface_kd.distillation.tensorboard_log import TensorBoardLog
 from arcface_kd.distributed.ranks import RankGroup
+from arcface_kd.losses.gradients import in_embeddings_alone
 from arcface_kd.methods.base import Batch
 
 
@@ -32,6 +33,10 @@ class Monitor:
         self._ranks = ranks
         self._log = log
         self._watches_gradients = watches_gradients
+
+    def observes(self, step: int) -> bool:
+        """Whether the methods' observations of a step, counted from 1, may be asked for: always without a log."""
+        return self._log is None or self._log.due(step)
 
     def inputs(self, batch: Batch, num_classes: int | None, rows: BatchRows) -> None:
         """Look at the gathered batch.
@@ -149,5 +154,6 @@ def _squared_norm(term: Tensor, embeddings: Tensor) -> Tensor:
     """The squared norm of a term's gradient in the embeddings, 0 where it does not depend on them."""
     gradient = None
     if term.requires_grad:
-        (gradient,) = torch.autograd.grad(term, embeddings, retain_graph=True, allow_unused=True)
+        with in_embeddings_alone():
+            (gradient,) = torch.autograd.grad(term, embeddings, retain_graph=True, allow_unused=True)
     return term.new_zeros(()) if gradient is None else gradient.to(term.dtype).square().sum()

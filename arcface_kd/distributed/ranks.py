@@ -226,6 +226,10 @@ class RankGroup:
             distributed.all_reduce(values, distributed.ReduceOp.MAX, group=self.group)
         return values
 
+    def max_of(self, *values: Tensor) -> tuple[Tensor, ...]:
+        """The maxima over ranks of tensors of one shape, in one reduction."""
+        return self.max_(torch.stack(values)).unbind() if self.world_size > 1 else values
+
 
 class _GatherRows(torch.autograd.Function):
     """Gather whose backward pass sums every rank's gradient of this rank's rows."""

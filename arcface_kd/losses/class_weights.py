@@ -6,7 +6,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from arcface_kd.distributed.class_shard import positions_in_shard
+from arcface_kd.distributed.class_shard import ShardPositions, positions_in_shard
 from arcface_kd.distributed.ranks import RankGroup
 
 
@@ -21,8 +21,11 @@ class ClassWeights:
         index: (K,) int64, sorted positions in the shard of the classes that take part (PartialFC's sample), or None for
             all. Targets take part always.
         ranks: the ranks that share the classes.
-        product_dtype: number format of the matrix products' factors (``torch.bfloat16``, ``torch.float16``); sums and
-            exponentials stay in fp32. None means the format of the sums.
+        product_dtype: number format of the matrix products' factors (``torch.bfloat16``, ``torch.float16``); results,
+            sums and exponentials stay in fp32. None means the format of the sums.
+        targets: where the labels of the step's batch are, if the caller has found it for several losses.
+        units: (C, D) the normalised centers in ``product_dtype``, where the caller keeps them; None makes them in every
+            pass.
     """
 
     centers: Tensor
@@ -31,6 +34,8 @@ class ClassWeights:
     index: Tensor | None = None
     ranks: RankGroup = field(default_factory=lambda: RankGroup(alone=True))
     product_dtype: torch.dtype | None = None
+    targets: "Targets | None" = None
+    units: Tensor | None = None
 
     @property
     def visited(self) -> int:
@@ -46,6 +51,33 @@ class ClassWeights:
         return replace(self, centers=centers, inverse_norms=inverse_norms, index=index)
 
 
+class Targets(NamedTuple):
+    """Where the targets of a batch's rows stand among a shard's classes.
+
+    Attributes:
+        position: (B,) among the classes that take part in the step; -1 where it is none of this shard's.
+        target: (B,) in the shard; any place where the target is another shard's.
+        owned: (B,) bool, whether the target is this shard's.
+    """
+
+    position: Tensor
+    target: Tensor
+    owned: Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class StepClasses:
+    """A shard's classes in one step, the same for all losses over them.
+
+    Attributes:
+        index: (K,) sorted positions in the shard of the classes that take part, or None for all.
+        targets: where the labels of the step's batch are.
+    """
+
+    index: Tensor | None
+    targets: Targets
+
+
 class VisitedClasses(NamedTuple):
     """This rank's classes as a pass over them sees them: the centers, the sampled rows and where the targets stand.
 
@@ -53,9 +85,10 @@ class VisitedClasses(NamedTuple):
         centers: (C, D) class centers of this shard, not normalised.
         inverse_norms: (C,) one over each center's norm, or None to find it on the way.
         sampled: (K,) sorted positions of the sampled classes, or None for all.
-        position: (B,) the target's position among the classes that the pass visits; -1 where it is not here.
-        target: (B,) the target's position in ``centers``; 0 where it is not here.
-        owned: (B,) bool, whether the target is on this rank.
+        position: see :class:`Targets`, like the next two.
+        target: see ``position``.
+        owned: see ``position``.
+        units: (C, D) the normalised centers in the products' format, or None to make them on the way.
     """
 
     centers: Tensor
@@ -64,6 +97,7 @@ class VisitedClasses(NamedTuple):
     position: Tensor
     target: Tensor
     owned: Tensor
+    units: Tensor | None = None
 
     @property
     def visited(self) -> int:
@@ -76,20 +110,32 @@ def inverse_norm(rows: Tensor) -> Tensor:
     return rows.norm(dim=-1).clamp_min(1e-12).reciprocal()
 
 
+def targets_among(positions: ShardPositions, index: Tensor | None) -> Targets:
+    """Find where a batch's targets stand among the classes that take part in a step.
+
+    Args:
+        positions: of the labels in the shard.
+        index: (K,) sorted positions of the classes that take part, or None for all.
+    """
+    target, owned = positions
+    if index is None:
+        return Targets(torch.where(owned, target, -1), target, owned)
+    if index.shape[0] == 0:
+        return Targets(torch.full_like(target, -1), target, owned)
+    place = torch.searchsorted(index, target).clamp_max(index.shape[0] - 1)
+    return Targets(torch.where(owned & (index[place] == target), place, -1), target, owned)
+
+
 def visited_classes(weights: ClassWeights, labels: Tensor) -> VisitedClasses:
-    """Find where a batch's targets stand among the classes that a pass over this shard visits.
+    """The classes that a pass over a shard visits, and where a batch's targets stand among them.
 
     Args:
         weights: this rank's classes.
         labels: (B,) int64 labels over all classes, negative ones for none.
     """
     centers, inverse_norms, index = weights.tensors()
-    target, owned = positions_in_shard(labels, weights.start, centers.shape[0])
-    if index is None:
-        return VisitedClasses(centers, inverse_norms, None, torch.where(owned, target, -1), target, owned)
-    index = index.contiguous()
-    place = torch.searchsorted(index, target).clamp_max(max(index.shape[0] - 1, 0))
-    if index.shape[0] == 0:
-        return VisitedClasses(centers, inverse_norms, index, torch.full_like(target, -1), target, owned)
-    visited = owned & (index[place] == target)
-    return VisitedClasses(centers, inverse_norms, index, torch.where(visited, place, -1), target, owned)
+    index = None if index is None else index.contiguous()
+    targets = weights.targets
+    if targets is None:
+        targets = targets_among(positions_in_shard(labels, weights.start, centers.shape[0]), index)
+    return VisitedClasses(centers, inverse_norms, index, *targets, weights.units)

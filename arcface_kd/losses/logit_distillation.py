@@ -13,37 +13,35 @@ teacher each against its own class centers:
 ``KL(p_t || p_s) = KL_binary + p_t(P) KL_P + p_t(S) KL_S`` in every row.
 
 All of them follow from a few sums over classes: of exp(x) for student and teacher in P and in S, of
-``exp(x_t) (x_t - x_s)`` in P and in S, and of exp(z). S is summed for itself and not as a difference, and group
-probabilities come as logistic functions of differences of log-sum-exps, so that no logarithm meets a zero where
-one group holds all of the probability. The target's terms are added on every rank from its own two logits.
+``exp(x_t) (x_t - x_s)`` in P and in S, and of exp(z); see :mod:`~arcface_kd.losses.divergences`.
 
 The cross entropy is that of :func:`~arcface_kd.losses.margin_softmax.margin_softmax`. It is found here along with the
 rest because the student's logits are at hand: called beside this, that function would multiply as often again.
 """
 
-import math
 from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
-from torch.nn.functional import logsigmoid
 
 from arcface_kd.distributed.ranks import RankGroup
+from arcface_kd.losses.class_chunks import chunk_size
 from arcface_kd.losses.class_groups import GroupRule, RankedLogits
 from arcface_kd.losses.class_weights import ClassWeights, inverse_norm, visited_classes
+from arcface_kd.losses.divergences import DivergenceRows, TargetLogits, Upstream, derivative_factors, divergences
+from arcface_kd.losses.fused import fused
+from arcface_kd.losses.gradients import finds_center_gradients
+from arcface_kd.losses.logit_passes import GroupSplit, LogitPasses
 from arcface_kd.losses.margin import Margin
-from arcface_kd.losses.margin_softmax import chunk_size, through_normalisation
-from arcface_kd.losses.sharded_logits import ShardedLogits, gradients_through_cosines, pass_size, sharded_logits, slices
+from arcface_kd.losses.margin_softmax import through_normalisation, unit_and_inverse
+from arcface_kd.losses.sharded_logits import ShardedLogits, gradients_through_cosines, pass_size, sharded_logits
 
 RankedBy = Literal["student", "teacher"]
 Logits = Literal["margin", "plain"]
 
 # exp(64), exp(-64) and the sum of two thousand million of them are normal numbers of fp32.
 _LARGEST_BARE_SCALE = 64.0
-
-# fp16 holds up to 65504: sums of derivatives stay inside.
-_LARGEST_NARROW_SUM = 32768.0
 
 
 class Distillation(NamedTuple):
@@ -94,53 +92,6 @@ class TeacherLogits(NamedTuple):
     temperature: float
 
 
-class _Sums(NamedTuple):
-    """Sums over the classes of all ranks but the target, each (B,); exponentials are taken relative to the shifts."""
-
-    softmax: Tensor  # of exp(z) of the student, temperature 1
-    student_primary: Tensor  # of exp(x_s) in P
-    student_secondary: Tensor
-    teacher_primary: Tensor
-    teacher_secondary: Tensor
-    product_primary: Tensor  # of exp(x_t) (x_t - x_s) in P
-    product_secondary: Tensor
-    size: Tensor  # classes in P
-
-
-class _Rows(NamedTuple):
-    """What the backward pass keeps of each row, (B,) each."""
-
-    weight: Tensor  # of the row in the mean
-    student_shift: Tensor | None
-    teacher_shift: Tensor | None
-    threshold: Tensor | None  # of the primary group
-    softmax_all: Tensor  # log-sum-exp at temperature 1, with the target
-    student_primary: Tensor  # log-sum-exp of x_s in P, with the target
-    teacher_primary: Tensor
-    student_secondary: Tensor
-    teacher_secondary: Tensor
-    has_secondary: Tensor  # bool, whether S holds a class
-    excess: Tensor  # p_s(S) - p_t(S)
-    miss: Tensor  # 1 - p_y of the margin softmax
-    student_target: Tensor  # x_s of the target
-    teacher_target: Tensor
-    slope: Tensor  # of the target's margin, d psi / d cos
-    kd_slope: Tensor  # the same for the logit that is distilled
-
-
-class _Factors(NamedTuple):
-    """What the exponentials are multiplied by to become derivatives in the cosine, (B,) each.
-
-    None stands for nothing to do, for student or teacher in both groups at once.
-    """
-
-    softmax: Tensor | None
-    student_primary: Tensor | None
-    student_secondary: Tensor | None
-    teacher_primary: Tensor | None
-    teacher_secondary: Tensor | None
-
-
 class _Setting(NamedTuple):
     """What a call fixes for both passes."""
 
@@ -153,116 +104,11 @@ class _Setting(NamedTuple):
     passing: int  # and in passes over kept logits
     product_dtype: torch.dtype
 
-
-def _exponentials(values: Tensor, shift: Tensor | None, out: Tensor) -> Tensor:
-    return torch.exp(values, out=out) if shift is None else torch.sub(values, shift, out=out).exp_()
-
-
-def _relative(shift: Tensor | None, total: Tensor) -> Tensor:
-    """What makes exponentials relative to a shift into shares of a sum, given as its logarithm.
-
-    A sum too far below the shift has no exponentials left that could be enlarged; all that is to be had is a finite
-    number.
-    """
-    # With room for a logit scale.
-    largest = 0.9 * math.log(torch.finfo(total.dtype).max)
-    return (-total if shift is None else shift - total).clamp_max(largest).exp()
-
-
-class _Passes:
-    """The two passes over kept logits, in buffers that all chunks share.
-
-    Args:
-        student: the student's logits over the temperature.
-        teacher: the teacher's.
-        setting: of the call.
-    """
-
-    def __init__(self, student: ShardedLogits, teacher: ShardedLogits, setting: _Setting) -> None:
-        self.student, self.teacher, self.setting = student.values, teacher.values, setting
-        visited, batch = student.values.shape
-        size = min(setting.passing, visited)
-        self._buffers = [student.values.new_empty(size, batch) for _ in range(4)]
-        self._filter_threshold = setting.margin.filter_threshold * student.factor
-        self.ranked = self.student
-        if setting.grouping is not None and setting.grouping.ranked_by == "teacher":
-            self.ranked = self.teacher
-
-    def _softmax(self, part: slice, shift: Tensor | None, out: Tensor) -> Tensor:
-        """exp(z - shift) at temperature 1; 0 for what interclass filtering hides."""
-        values, temperature = self.student[part], self.setting.temperature
-        torch.mul(values, temperature, out=out)
-        if shift is not None:
-            out.sub_(shift * temperature)
-        out.exp_()
-        if self._filter_threshold > 0:
-            out.masked_fill_(values > self._filter_threshold, 0.0)
-        return out
-
-    def sums(self, threshold: Tensor | None, student_shift: Tensor | None, teacher_shift: Tensor | None) -> Tensor:
-        """What :class:`_Sums` names, of this shard, as one (8, B) tensor."""
-        visited, batch = self.student.shape
-        result = self.student.new_zeros(len(_Sums._fields), batch)
-        sums = _Sums(*result)
-        secondary = self.setting.grouping is not None and self.setting.grouping.secondary
-        for part in slices(visited, self.setting.passing):
-            count = self.student[part].shape[0]
-            inside, a, b, c = (buffer[:count] for buffer in self._buffers)
-            sums.softmax.add_(self._softmax(part, student_shift, a).sum(0))
-            if self._filter_threshold > 0:
-                filtered = torch.gt(self.student[part], self._filter_threshold, out=a).sum(0)
-                # Their logits are 0.
-                one = 1.0 if student_shift is None else (student_shift * -self.setting.temperature).exp()
-                sums.softmax.add_(filtered * one)
-            _exponentials(self.student[part], student_shift, a)
-            if threshold is None:
-                sums.student_primary.add_(a.sum(0))
-                _exponentials(self.teacher[part], teacher_shift, b)
-                sums.teacher_primary.add_(b.sum(0))
-                torch.sub(self.teacher[part], self.student[part], out=c)
-                sums.product_primary.add_(b.mul_(c).sum(0))
-                continue
-            torch.ge(self.ranked[part], threshold, out=inside)
-            sums.size.add_(inside.sum(0))
-            torch.mul(a, inside, out=b)
-            sums.student_primary.add_(b.sum(0))
-            sums.student_secondary.add_(a.sub_(b).sum(0))
-            _exponentials(self.teacher[part], teacher_shift, a)
-            torch.mul(a, inside, out=b)
-            sums.teacher_primary.add_(b.sum(0))
-            sums.teacher_secondary.add_(a.sub_(b).sum(0))
-            torch.sub(self.teacher[part], self.student[part], out=c)
-            sums.product_primary.add_(b.mul_(c).sum(0))
-            if secondary:
-                sums.product_secondary.add_(a.mul_(c).sum(0))
-        return result
-
-    def derivatives(self, part: slice, out: Tensor, rows: _Rows, factors: _Factors) -> None:
-        """Write the loss's derivatives (k, B) in the cosines of some classes, 0 for targets."""
-        inside, a, b = (buffer[: out.shape[0]] for buffer in self._buffers[:3])
-        if factors.softmax is None:
-            out.zero_()
-        else:
-            self._softmax(part, rows.student_shift, out).mul_(factors.softmax)
-        if factors.student_primary is None:
-            return
-        _exponentials(self.student[part], rows.student_shift, a)
-        if rows.threshold is None:
-            out.addcmul_(a, factors.student_primary)
-        else:
-            torch.ge(self.ranked[part], rows.threshold, out=inside)
-            # At weights of 0 and 1 an interpolation is the one or the other end.
-            assert factors.student_secondary is not None
-            out.addcmul_(a, torch.lerp(factors.student_secondary, factors.student_primary, inside, out=b))
-        if factors.teacher_primary is None:
-            return
-        _exponentials(self.teacher[part], rows.teacher_shift, a)
-        if rows.threshold is None:
-            out.addcmul_(a, factors.teacher_primary, value=-1)
-        else:
-            assert factors.teacher_secondary is not None
-            b = torch.lerp(factors.teacher_secondary, factors.teacher_primary, inside, out=b)
-            out.addcmul_(a, b, value=-1)
+    def passes(self, student: ShardedLogits, teacher: ShardedLogits) -> LogitPasses:
+        """The passes over the logits of a call."""
+        filter_threshold = self.margin.filter_threshold * student.factor
+        by_teacher = self.grouping is not None and self.grouping.ranked_by == "teacher"
+        return LogitPasses(student, teacher, self.temperature, filter_threshold, by_teacher, self.passing)
 
 
 class _LogitDistillation(torch.autograd.Function):
@@ -279,20 +125,16 @@ class _LogitDistillation(torch.autograd.Function):
         setting: _Setting,
     ) -> tuple[Tensor, ...]:
         margin, temperature, grouping, ranks = setting.margin, setting.temperature, setting.grouping, setting.ranks
-        raw = embeddings.to(_format_of_sums(embeddings))
-        inverse = inverse_norm(raw).unsqueeze(1)
-        unit = raw * inverse
+        unit, inverse = unit_and_inverse(embeddings.to(_format_of_sums(embeddings)))
         classes = visited_classes(weights, labels)
         factor = margin.scale / temperature
         student = sharded_logits(unit, classes, factor, setting.chunk, setting.product_dtype)
-        passes = _Passes(student, teacher, setting)
+        passes = setting.passes(student, teacher)
 
-        psi, slope = margin.target(student.own)
-        kd_psi, kd_slope = (psi, slope) if setting.with_margin else (student.own, torch.ones_like(slope))
-        teacher_psi = margin.target(teacher.own)[0] if setting.with_margin else teacher.own
         # One reduction brings every target's logits from the one rank that holds it, and the largest ones.
-        found = torch.stack([margin.scale * psi, factor * kd_psi, factor * teacher_psi])
-        found.masked_fill_(~classes.owned, -torch.inf)
+        found, slope, kd_slope = _own_logits(
+            student.own, teacher.own, classes.owned, margin, factor, with_margin=setting.with_margin
+        )
         follows = margin.scale * max(1.0, 1 / temperature) > _LARGEST_BARE_SCALE
         if follows and classes.visited:
             found = torch.cat([found, torch.stack([student.values.amax(0), teacher.values.amax(0)])])
@@ -300,88 +142,38 @@ class _LogitDistillation(torch.autograd.Function):
             found = torch.nn.functional.pad(found, (0, 0, 0, 2), value=-torch.inf)
         found = ranks.max_(found)
         valid = labels >= 0
-        target, student_target, teacher_target = found[:3].masked_fill(~valid, 0.0).unbind()
-        student_shift = teacher_shift = threshold = None
+        targets = TargetLogits(*found[:3].masked_fill(~valid, 0.0).unbind())
+        split = GroupSplit(None, None, None)
         if follows:
-            student_shift, teacher_shift = found[3].maximum(student_target), found[4].maximum(teacher_target)
+            split = GroupSplit(found[3].maximum(targets.student), found[4].maximum(targets.teacher), None)
         if grouping is not None:
             by_teacher = grouping.ranked_by == "teacher"
             threshold = RankedLogits(
                 passes.ranked,
-                teacher_target if by_teacher else student_target,
+                targets.teacher if by_teacher else targets.student,
                 valid,
                 classes,
                 factor,
                 temperature,
-                teacher_shift if by_teacher else student_shift,
+                split.teacher_shift if by_teacher else split.student_shift,
                 ranks,
                 setting.passing,
             ).thresholds(grouping.rule)
-        sums = _Sums(*ranks.sum_(passes.sums(threshold, student_shift, teacher_shift)))
-        student_offset = torch.zeros_like(target) if student_shift is None else student_shift
-        teacher_offset = torch.zeros_like(target) if teacher_shift is None else teacher_shift
-
-        weight = valid / valid.sum().clamp_min(1).to(unit.dtype)
-        # log(1 + others / own) and 1 - p_y by their small parts: nothing cancels where p_y is nearly 1.
-        others = sums.softmax.log() + temperature * student_offset
-        odds = others - target
-        ce = (torch.logaddexp(odds, torch.zeros_like(odds)) * weight).sum()
-
-        def mean(divergence: Tensor) -> Tensor:
-            return (divergence * weight).sum() * temperature**2
-
-        student_primary = torch.logaddexp(sums.student_primary.log() + student_offset, student_target)
-        teacher_primary = torch.logaddexp(sums.teacher_primary.log() + teacher_offset, teacher_target)
-        difference = sums.product_primary * _relative(teacher_shift, teacher_primary)
-        difference += (teacher_target - teacher_primary).exp() * (teacher_target - student_target)
-        primary = mean(difference - (teacher_primary - student_primary))
-        # An empty group weighs as little as the format can say.
-        least = torch.finfo(unit.dtype).tiny
-        student_secondary = sums.student_secondary.clamp_min(least).log() + student_offset
-        teacher_secondary = sums.teacher_secondary.clamp_min(least).log() + teacher_offset
-        has_secondary = (sums.student_secondary > 0) & (sums.teacher_secondary > 0)
-        binary, secondary = torch.zeros_like(ce), torch.zeros_like(ce)
-        student_odds, teacher_odds = student_secondary - student_primary, teacher_secondary - teacher_primary
-        if grouping is not None:
-            in_primary = logsigmoid(-teacher_odds) - logsigmoid(-student_odds)
-            in_secondary = logsigmoid(teacher_odds) - logsigmoid(student_odds)
-            binary = mean(torch.lerp(in_primary, in_secondary, teacher_odds.sigmoid()))
-            if grouping.secondary:
-                difference = sums.product_secondary / sums.teacher_secondary.clamp_min(least)
-                inside = difference - (teacher_secondary - student_secondary)
-                secondary = mean(inside.masked_fill(~has_secondary, 0.0))
-
-        rows = _Rows(
-            weight=weight,
-            student_shift=student_shift,
-            teacher_shift=teacher_shift,
-            threshold=threshold,
-            softmax_all=torch.logaddexp(others, target),
-            student_primary=student_primary,
-            teacher_primary=teacher_primary,
-            student_secondary=student_secondary,
-            teacher_secondary=teacher_secondary,
-            has_secondary=has_secondary,
-            excess=student_odds.sigmoid() - teacher_odds.sigmoid(),
-            miss=odds.sigmoid(),
-            student_target=student_target,
-            teacher_target=teacher_target,
-            slope=slope,
-            kd_slope=kd_slope,
+            split = split._replace(threshold=threshold)
+        secondary = grouping is not None and grouping.secondary
+        sums = ranks.sum_(passes.sums(split, secondary=secondary))
+        terms, rows = divergences(
+            sums, targets, split, valid, temperature, groups=grouping is not None, secondary=secondary
         )
-        ctx.save_for_backward(unit, inverse, labels, *weights.tensors(), *student[:3], *teacher[:3], *rows)
+        kept = (unit, inverse, labels, *weights.tensors(), *student[:3], *teacher[:3], slope, kd_slope, *split, *rows)
+        ctx.save_for_backward(*kept)
         ctx.settings = (weights, setting, embeddings.dtype)
         # A term that nobody differentiates costs nothing in the backward pass.
         ctx.set_materialize_grads(False)
-        observed = (
-            ((sums.size + 1) * weight).sum() if grouping is not None else torch.zeros_like(ce),
-            (torch.sigmoid(-student_odds) * weight).sum(),
-            (torch.sigmoid(-teacher_odds) * weight).sum(),
-        )
-        constant: tuple[Tensor, ...] = () if grouping is not None and grouping.secondary else (secondary,)
-        constant += () if grouping is not None else (binary,)
-        ctx.mark_non_differentiable(*constant, *observed)
-        return ce, primary, binary, secondary, *observed
+        constant: tuple[Tensor, ...] = () if secondary else (terms.secondary,)
+        constant += () if grouping is not None else (terms.binary,)
+        ctx.mark_non_differentiable(*constant, *terms[4:])
+        return tuple(terms)
 
     @staticmethod
     @once_differentiable
@@ -391,91 +183,67 @@ class _LogitDistillation(torch.autograd.Function):
         factor = setting.margin.scale / setting.temperature
         student = ShardedLogits(saved[0], saved[1], saved[2], factor)
         teacher = ShardedLogits(saved[3], saved[4], saved[5], factor)
-        rows = _Rows(*saved[6:])
+        slope, kd_slope, split, rows = saved[6], saved[7], GroupSplit(*saved[8:11]), DivergenceRows(*saved[11:])
         classes = visited_classes(weights.with_tensors(centers, inverse_norms, index), labels)
-        upstream = _Upstream(*gradients[:4])
-        passes = _Passes(student, teacher, setting)
-        factors, own_weight = _factors(rows, upstream, setting)
-        own_weight = own_weight * classes.owned
-        enlarged = _enlargement(rows, upstream, setting)
-        if enlarged is not None:
-            factors = _Factors(*(None if each is None else each * enlarged for each in factors))
+        passes = setting.passes(student, teacher)
+        factors, own_weight, enlarged = derivative_factors(
+            *(rows, split, Upstream(*gradients[:4]), slope, kd_slope, classes.owned),
+            *(setting.margin.scale, setting.temperature),
+            narrow=setting.product_dtype == torch.float16,
+        )
         # As in the forward pass, the products' format is chosen here and nowhere else.
         with torch.autocast(unit.device.type, enabled=False):
             in_unit, in_centers = gradients_through_cosines(
-                lambda part, out: passes.derivatives(part, out, rows, factors),
+                lambda part, out: passes.derivatives(part, out, split, factors),
                 unit,
                 classes,
                 student,
                 setting.chunk,
                 setting.product_dtype,
-                in_centers=ctx.needs_input_grad[1],
+                in_centers=ctx.needs_input_grad[1] and finds_center_gradients(),
             )
         if enlarged is not None:
             in_unit.div_(enlarged)
             in_centers = None if in_centers is None else in_centers.div_(enlarged)
-        own = centers[classes.target].to(unit.dtype)
-        own_inverse = inverse_norm(own).unsqueeze(1)
-        own = own * own_inverse
-        in_embeddings = through_normalisation(in_unit + own * own_weight.unsqueeze(1), unit, inverse)
+        in_embeddings, pull = _with_targets(in_unit, own_weight, centers, classes.target, unit, inverse)
         if in_centers is not None:
-            # Rows of other ranks add zero to row 0.
-            pull = through_normalisation(unit * own_weight.unsqueeze(1), own, own_inverse)
+            # Rows of other ranks add zero.
             in_centers.index_add_(0, classes.target, pull.to(in_centers.dtype))
         wanted = ctx.needs_input_grad[0]
         return in_embeddings.to(embedding_dtype) if wanted else None, in_centers, *(None,) * 4
 
 
-class _Upstream(NamedTuple):
-    """The gradient in each term, a scalar; None for 0."""
+@fused()
+def _own_logits(
+    student: Tensor, teacher: Tensor, owned: Tensor, margin: Margin, factor: float, *, with_margin: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The targets' logits (3, B) as in :class:`TargetLogits`, -inf for other shards', and the slopes of the first two.
 
-    ce: Tensor | None
-    primary: Tensor | None
-    binary: Tensor | None
-    secondary: Tensor | None
-
-
-def _factors(rows: _Rows, upstream: _Upstream, setting: _Setting) -> tuple[_Factors, Tensor]:
-    """What exponentials are multiplied by, and the derivative in the target's cosine, (B,)."""
-    common = rows.weight * setting.margin.scale
-    kd_common = common * setting.temperature
-    own = torch.zeros_like(common)
-    softmax = student_primary = student_secondary = teacher_primary = teacher_secondary = None
-
-    if upstream.ce is not None:
-        shift = None if rows.student_shift is None else rows.student_shift * setting.temperature
-        softmax = common * upstream.ce * _relative(shift, rows.softmax_all)
-        own = own - common * upstream.ce * rows.miss * rows.slope
-    if upstream.primary is None and upstream.binary is None and upstream.secondary is None:
-        return _Factors(softmax, None, None, None, None), own
-    zero = torch.zeros_like(common)
-    primary = zero if upstream.primary is None else kd_common * upstream.primary
-    binary = zero if upstream.binary is None else kd_common * upstream.binary * rows.excess
-    secondary = zero if upstream.secondary is None else kd_common * upstream.secondary
-    student_primary = (primary - binary) * _relative(rows.student_shift, rows.student_primary)
-    own = own + (primary - binary) * (rows.student_target - rows.student_primary).exp() * rows.kd_slope
-    student_secondary = (secondary + binary) * _relative(rows.student_shift, rows.student_secondary)
-    student_secondary = torch.where(rows.has_secondary, student_secondary, zero)
-    if upstream.primary is not None or upstream.secondary is not None:
-        teacher_primary = primary * _relative(rows.teacher_shift, rows.teacher_primary)
-        own = own - primary * (rows.teacher_target - rows.teacher_primary).exp() * rows.kd_slope
-        teacher_secondary = secondary * _relative(rows.teacher_shift, rows.teacher_secondary)
-        teacher_secondary = torch.where(rows.has_secondary, teacher_secondary, zero)
-    return _Factors(softmax, student_primary, student_secondary, teacher_primary, teacher_secondary), own
-
-
-def _enlargement(rows: _Rows, upstream: _Upstream, setting: _Setting) -> Tensor | None:
-    """A factor that brings the derivatives into the middle of fp16's range, scalar; None for other formats.
-
-    A row's derivatives add up to no more than the bound, and a class's over all rows to no more than B times that.
+    Args:
+        student: (B,) cosines of the student's rows and their targets.
+        teacher: (B,) the teacher's.
+        owned: (B,) bool, whether the target is this shard's.
+        margin: the margin and the logit scale.
+        factor: the logit scale over the temperature.
+        with_margin: whether the margin is on the targets' distilled logits.
     """
-    if setting.product_dtype != torch.float16:
-        return None
-    bound = rows.weight.new_zeros(())
-    for gradient, share in zip(upstream, (1.0, *(2 * setting.temperature,) * 3), strict=True):
-        bound = bound if gradient is None else bound + gradient.abs() * share
-    bound = bound * setting.margin.scale * rows.weight.amax() if rows.weight.numel() else bound
-    return _LARGEST_NARROW_SUM / (bound * max(rows.weight.shape[0], 1)).clamp_min(1e-30)
+    psi, slope = margin.target(student)
+    kd_psi, kd_slope = (psi, slope.clone()) if with_margin else (student, torch.ones_like(slope))
+    teacher_psi = margin.target(teacher)[0] if with_margin else teacher
+    found = torch.stack([margin.scale * psi, factor * kd_psi, factor * teacher_psi])
+    return found.masked_fill(~owned, -torch.inf), slope, kd_slope
+
+
+@fused()
+def _with_targets(
+    in_unit: Tensor, own_weight: Tensor, centers: Tensor, target: Tensor, unit: Tensor, inverse: Tensor
+) -> tuple[Tensor, Tensor]:
+    """The gradient in the embeddings with the targets' share, and the targets' pull on their class centers, (B, D)."""
+    own = centers[target].to(unit.dtype)
+    own_inverse = inverse_norm(own).unsqueeze(1)
+    own = own * own_inverse
+    in_embeddings = through_normalisation(in_unit + own * own_weight.unsqueeze(1), unit, inverse)
+    return in_embeddings, through_normalisation(unit * own_weight.unsqueeze(1), own, own_inverse)
 
 
 def _format_of_sums(embeddings: Tensor) -> torch.dtype:
@@ -522,8 +290,7 @@ def teacher_logits(
     """
     _check_matrices(embeddings, weights.centers, labels, "teacher")
     with torch.autocast(embeddings.device.type, enabled=False):
-        raw = embeddings.to(_format_of_sums(embeddings))
-        unit = raw * inverse_norm(raw).unsqueeze(1)
+        unit, _ = unit_and_inverse(embeddings.to(_format_of_sums(embeddings)))
         classes = visited_classes(weights, labels)
         chunk = chunk or chunk_size(unit.shape[0], unit.device)
         logits = sharded_logits(unit, classes, scale / temperature, chunk, weights.product_dtype or unit.dtype)

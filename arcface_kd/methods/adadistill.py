@@ -15,17 +15,19 @@ own: (1, m, 0) gives AdaArc (published m = 0.45), (1, 0, m) AdaCos (published m 
 """
 
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import ClassVar, Literal, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
 from arcface_kd.config.options import Options
+from arcface_kd.distributed.class_shard import ShardPositions
+from arcface_kd.losses.fused import fused
 from arcface_kd.losses.margin_softmax import sharded_margin_softmax
 from arcface_kd.methods.base import Batch, Method, Requirement, RunContext
 from arcface_kd.methods.class_centers import DistilledCenters, Repeated
-from arcface_kd.methods.class_sampling import sample_classes
+from arcface_kd.methods.class_sampling import step_classes
 
 Alpha = Literal["weighted", "plain"]
 
@@ -47,6 +49,7 @@ class AdaDistillConfig(Options):
     repeated: Repeated = "mean"
 
 
+@fused()
 def adaptive_alpha(student_teacher: Tensor, center_teacher: Tensor | None) -> Tensor:
     """How much of the old center stays, per sample.
 
@@ -82,13 +85,12 @@ class AdaDistill(Method):
 
     def __init__(self, config: AdaDistillConfig, context: RunContext) -> None:
         super().__init__(config, context)
-        shard = context.ranks.shard(context.num_classes)
         # Without a teacher of its own the run was stopped before it came here, see `requires`.
         assert context.teacher_embedding_size is not None
-        self.centers = DistilledCenters(shard, context.teacher_embedding_size, context.seed)
-        self._alpha: Tensor | None = None
-        self._agreement: Tensor | None = None
-        self._turned: Tensor | None = None
+        self.centers = DistilledCenters(
+            context.shard, context.teacher_embedding_size, context.seed, context.product_dtype
+        )
+        self._seen: _Seen | None = None
 
     def forward(self, batch: Batch) -> dict[str, Tensor]:
         """Update the centers from the gathered batch, then score the student against them.
@@ -99,42 +101,62 @@ class AdaDistill(Method):
         Returns:
             ``{"ce": scalar}``.
         """
-        self._move_centers(batch)
-        labels, centers = batch.labels, self.centers
-        index = sample_classes(centers.shard, labels, self.context, batch.step, centers.weight.device)
-        weights = self.context.class_weights(centers.weight, index, centers.inverse_norms)
-        return {"ce": sharded_margin_softmax(batch.projected, labels, weights, self.context.margin)}
+        classes = step_classes(self.context, batch)
+        self._move_centers(batch, ShardPositions(classes.targets.target, classes.targets.owned))
+        weights = self.context.class_weights(self.centers, classes)
+        return {"ce": sharded_margin_softmax(batch.projected, batch.labels, weights, self.context.margin)}
 
     @torch.no_grad()
-    def _move_centers(self, batch: Batch) -> None:
+    def _move_centers(self, batch: Batch, positions: ShardPositions) -> None:
         """One step of the moving average, with an alpha for each row."""
         assert batch.teacher is not None
-        labels, dtype = batch.labels, self.centers.weight.dtype
-        teacher = normalize(batch.teacher.to(dtype))
-        agreement = (normalize(batch.projected.to(dtype)) * teacher).sum(1)
+        centers, labels, dtype = self.centers, batch.labels, self.centers.weight.dtype
+        teacher, agreement = _agreement(batch.projected.to(dtype), batch.teacher.to(dtype))
         weighted = self.config.alpha == "weighted"
-        before = self.context.ranks.sum_(self.centers.cosine(labels, teacher)) if weighted else None
+        before = self.context.ranks.sum_(centers.cosine(labels, teacher, positions=positions)) if weighted else None
         alpha = adaptive_alpha(agreement, before)
-        old = self.centers.unit_rows(labels)
-        self.centers.update(labels, teacher, alpha, self.config.repeated)
-        self._turned = torch.where(labels >= 0, self.centers.cosine(labels, old), torch.nan)
-        self._alpha = alpha.masked_fill(labels < 0, torch.nan)
-        self._agreement = agreement.masked_fill(labels < 0, torch.nan)
+        old = centers.unit_rows(labels, positions=positions) if batch.observed else None
+        centers.update(labels, teacher, alpha, self.config.repeated, positions=positions)
+        self._seen = None
+        if old is not None:
+            turned = centers.cosine(labels, old, positions=positions)
+            self._seen = _Seen(labels >= 0, alpha, agreement, turned)
 
     def observations(self) -> dict[str, Tensor]:
-        """Means over the rows of the last gathered batch that have a label.
+        """Means over the rows of the last gathered batch that have a label, where the batch said that it is observed.
 
         Alpha (its quantiles as well), the cosine of student and teacher, and ``center_drift``: 1 - cos of a row's class
         center before and after the step.
         """
-        if self._alpha is None or self._agreement is None or self._turned is None:
+        if self._seen is None:
             return {}
-        low, middle, high = torch.nanquantile(self._alpha, self._alpha.new_tensor([0.1, 0.5, 0.9]))
+        valid = self._seen.valid
+        turned = self.context.ranks.sum_(self._seen.turned.clone())
+        alpha, agreement, turned = (
+            torch.where(valid, values, torch.nan) for values in (self._seen.alpha, self._seen.agreement, turned)
+        )
+        low, middle, high = torch.nanquantile(alpha, alpha.new_tensor([0.1, 0.5, 0.9]))
         return {
-            "alpha_mean": self._alpha.nanmean(),
+            "alpha_mean": alpha.nanmean(),
             "alpha_q10": low,
             "alpha_q50": middle,
             "alpha_q90": high,
-            "student_teacher_cosine": self._agreement.nanmean(),
-            "center_drift": 1 - self.context.ranks.sum_(self._turned.clone()).nanmean(),
+            "student_teacher_cosine": agreement.nanmean(),
+            "center_drift": 1 - turned.nanmean(),
         }
+
+
+class _Seen(NamedTuple):
+    """What a step's observations follow from, (B,) each."""
+
+    valid: Tensor
+    alpha: Tensor
+    agreement: Tensor
+    turned: Tensor  # of this rank's classes: cosine of a center before and after the step
+
+
+@fused()
+def _agreement(student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
+    """The teacher's unit rows, and the cosines of the student's with them."""
+    teacher = normalize(teacher)
+    return teacher, (normalize(student) * teacher).sum(1)

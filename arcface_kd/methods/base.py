@@ -10,8 +10,9 @@ from torch import Tensor, nn
 
 from arcface_kd.distributed.class_shard import ClassShard
 from arcface_kd.distributed.ranks import RankGroup
-from arcface_kd.losses.class_weights import ClassWeights
+from arcface_kd.losses.class_weights import ClassWeights, StepClasses
 from arcface_kd.losses.margin import Margin
+from arcface_kd.methods.class_centers import FrozenCenters
 from arcface_kd.teachers.cache.embedding_cache import EmbeddingCache
 
 
@@ -97,17 +98,29 @@ class RunContext:
         """The classes that this rank holds."""
         return self.ranks.shard(self.num_classes)
 
-    def class_weights(
-        self, centers: Tensor, index: Tensor | None = None, inverse_norms: Tensor | None = None
-    ) -> ClassWeights:
+    def class_weights(self, centers: Tensor | FrozenCenters, classes: StepClasses | None = None) -> ClassWeights:
         """One step's class centers of this rank, as the losses take them.
 
         Args:
-            centers: (C_local, D) for the classes of :attr:`shard`.
-            index: (K,) positions of the classes that take part, None for all.
-            inverse_norms: (C_local,) one over the centers' norms, where the method keeps them.
+            centers: (C_local, D) for the classes of :attr:`shard`, or frozen ones.
+            classes: that take part in the step, see :func:`~arcface_kd.methods.class_sampling.step_classes`; None for
+                all.
         """
-        return ClassWeights(centers, inverse_norms, self.shard.start, index, self.ranks, self.product_dtype)
+        weight, inverse_norms, units = (
+            (centers.weight, centers.inverse_norms, centers.units)
+            if isinstance(centers, FrozenCenters)
+            else (centers, None, None)
+        )
+        return ClassWeights(
+            weight,
+            inverse_norms,
+            self.shard.start,
+            None if classes is None else classes.index,
+            self.ranks,
+            self.product_dtype,
+            targets=None if classes is None else classes.targets,
+            units=units,
+        )
 
 
 @dataclass(frozen=True)
@@ -126,6 +139,7 @@ class Batch:
         student_map: (b, C, H, W) the student's feature map of this rank's own rows, with gradient; for methods that
             require it, None elsewhere.
         teacher_map: (b, Ct, Ht, Wt) the teacher's of the same images, without gradient.
+        observed: whether the method's observations are asked for after this step; they may cost something.
     """
 
     embeddings: Tensor
@@ -136,6 +150,7 @@ class Batch:
     step: int
     student_map: Tensor | None = None
     teacher_map: Tensor | None = None
+    observed: bool = True
 
 
 class Method(nn.Module):

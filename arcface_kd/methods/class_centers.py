@@ -1,16 +1,19 @@
-"""Distilled class centers: fp32 buffers, split over ranks, moved towards the teacher's embeddings.
+"""Class centers that no optimiser moves, split over ranks: a teacher's, and those distilled from its embeddings.
 
 They are no parameters: no optimiser moves them, no gradient is computed for them and nothing is all-reduced. Every rank
 sees the gathered batch and updates the classes that it holds, so the ranks never disagree.
 """
 
+from collections.abc import Callable
 from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
-from arcface_kd.distributed.class_shard import ClassShard
+from arcface_kd.distributed.class_shard import ClassShard, ShardPositions
+from arcface_kd.losses.class_chunks import unit_rows
 from arcface_kd.losses.class_weights import inverse_norm
+from arcface_kd.losses.fused import fused
 
 Repeated = Literal["mean", "last"]
 
@@ -41,86 +44,143 @@ def initial_centers(shard: ClassShard, embedding_size: int, seed: int, std: floa
     return centers
 
 
-def repetition_weights(labels: Tensor, repeated: Repeated, dtype: torch.dtype = torch.float32) -> Tensor:
+def repetition_weights(
+    positions: ShardPositions, size: int, repeated: Repeated, dtype: torch.dtype = torch.float32
+) -> Tensor:
     """How much each row of a batch counts in the update of its class.
 
     Args:
-        labels: (B,) int64, negative ones count nothing.
+        positions: of the batch's labels in the shard.
+        size: classes of the shard.
         repeated: ``mean`` gives each of n rows of one class 1 / n, whatever their order; ``last`` gives the last row 1
             and the others 0, as the published code leaves it.
         dtype: of the weights.
 
     Returns:
-        (B,) weights.
+        (B,) weights; of no meaning for rows of other shards.
     """
-    # Sorted, since a comparison of all pairs takes more memory than the head for the thousands of rows of many ranks.
-    labels = labels.contiguous()
-    ordered, order = labels.sort(stable=True)
-    end = torch.searchsorted(ordered, labels, right=True)
+    # By class and not by a comparison of all pairs, which takes more memory than the head for the thousands of rows of
+    # many ranks.
+    position, owned = positions
     if repeated == "mean":
-        weights = (end - torch.searchsorted(ordered, labels)).to(dtype).reciprocal()
-    else:
-        weights = (order[end - 1] == torch.arange(labels.shape[0], device=labels.device)).to(dtype)
-    return weights * (labels >= 0)
+        count = torch.zeros(size, dtype=dtype, device=position.device)
+        return count.index_add_(0, position, owned.to(dtype))[position].reciprocal()
+    row = torch.arange(len(position), device=position.device)
+    last = torch.full((size,), -1, device=position.device)
+    last.scatter_reduce_(0, position, torch.where(owned, row, -1), "amax")
+    return (last[position] == row).to(dtype)
 
 
-class DistilledCenters(nn.Module):
-    """This rank's share of the class centers, with the exponential moving average that distils into them.
+class FrozenCenters(nn.Module):
+    """This rank's share of class centers that no optimiser moves, with what follows from them.
 
     Buffers:
-        weight: (shard.size, D) fp32, not normalised: an average of unit vectors is shorter than 1.
-        inverse_norms: (shard.size,) fp32, one over the norms; follows from ``weight`` and is not saved.
+        weight: (shard.size, D) fp32, any norm.
+        inverse_norms: (shard.size,) fp32, one over the norms.
+        units: (shard.size, D) the normalised centers in the products' format where that is a narrow one, else None.
+
+    The latter two follow from ``weight`` whenever it is loaded, moved to a device or cast; they are not saved.
 
     Args:
+        weight: the centers.
         shard: the classes of this rank.
-        embedding_size: dimension D of the teacher's embeddings.
-        seed: of the run.
+        product_dtype: number format of the head's matrix products, None for that of the centers.
+        saved: whether ``weight`` is part of the state.
     """
 
     weight: Tensor
     inverse_norms: Tensor
+    units: Tensor | None
 
-    def __init__(self, shard: ClassShard, embedding_size: int, seed: int = 0) -> None:
+    def __init__(
+        self, weight: Tensor, shard: ClassShard, product_dtype: torch.dtype | None = None, *, saved: bool = False
+    ) -> None:
         super().__init__()
         self.shard = shard
-        self.register_buffer("weight", initial_centers(shard, embedding_size, seed))
-        self.register_buffer("inverse_norms", inverse_norm(self.weight), persistent=False)
+        self._product_dtype = None if product_dtype == weight.dtype else product_dtype
+        self.register_buffer("weight", weight, persistent=saved)
+        self.register_buffer("inverse_norms", inverse_norm(weight), persistent=False)
+        self.register_buffer("units", None, persistent=False)
+        self.refresh()
         self.register_load_state_dict_post_hook(lambda module, _: module.refresh())
 
+    @torch.no_grad()
     def refresh(self) -> None:
-        """Find the norms again after ``weight`` was written from outside."""
-        self.inverse_norms.copy_(inverse_norm(self.weight))
+        """Find norms and unit centers again after ``weight`` was written from outside."""
+        self.inverse_norms = inverse_norm(self.weight)
+        if self._product_dtype is not None:
+            self.units = unit_rows(self.weight, self.inverse_norms.unsqueeze(1), self._product_dtype)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "FrozenCenters":
+        # A cast of the module would cast the narrow copy along.
+        self.units = None
+        super()._apply(fn, recurse)
+        self.refresh()
+        return self
 
     @torch.no_grad()
-    def cosine(self, labels: Tensor, unit: Tensor) -> Tensor:
+    def cosine(self, labels: Tensor, unit: Tensor, *, positions: ShardPositions | None = None) -> Tensor:
         """Cosines of rows and their own class centers, for the classes of this rank.
 
         Args:
             labels: (B,) labels of the gathered batch.
             unit: (B, D) normalised rows.
+            positions: of the labels in the shard, where the caller has found them.
 
         Returns:
             (B,) cosines, 0 where the class is held by another rank.
         """
-        position, owned = self.shard.local(labels)
-        cosine = (self.weight[position] * unit).sum(1) * self.inverse_norms[position]
-        return torch.where(owned, cosine, torch.zeros_like(cosine))
+        position, owned = positions or self.shard.local(labels)
+        return _own_cosine(self.weight, self.inverse_norms, position, owned, unit)
 
     @torch.no_grad()
-    def unit_rows(self, labels: Tensor) -> Tensor:
+    def unit_rows(self, labels: Tensor, *, positions: ShardPositions | None = None) -> Tensor:
         """The normalised class centers of a batch, for the classes of this rank.
 
         Args:
             labels: (B,) labels of the gathered batch.
+            positions: of the labels in the shard, where the caller has found them.
 
         Returns:
             (B, D); rows of other ranks' classes mean nothing.
         """
-        position, _ = self.shard.local(labels)
+        position, _ = positions or self.shard.local(labels)
         return self.weight[position] * self.inverse_norms[position].unsqueeze(1)
 
+
+@fused()
+def _own_cosine(weight: Tensor, inverse_norms: Tensor, position: Tensor, owned: Tensor, unit: Tensor) -> Tensor:
+    cosine = (weight[position] * unit).sum(1) * inverse_norms[position]
+    return torch.where(owned, cosine, torch.zeros_like(cosine))
+
+
+class DistilledCenters(FrozenCenters):
+    """Class centers with the exponential moving average that distils into them; they are part of the state.
+
+    An average of unit vectors is shorter than 1.
+
+    Args:
+        shard: the classes of this rank.
+        embedding_size: dimension D of the teacher's embeddings.
+        seed: of the run.
+        product_dtype: number format of the head's matrix products, None for fp32.
+    """
+
+    def __init__(
+        self, shard: ClassShard, embedding_size: int, seed: int = 0, product_dtype: torch.dtype | None = None
+    ) -> None:
+        super().__init__(initial_centers(shard, embedding_size, seed), shard, product_dtype, saved=True)
+
     @torch.no_grad()
-    def update(self, labels: Tensor, teacher: Tensor, alpha: Tensor, repeated: Repeated = "mean") -> None:
+    def update(
+        self,
+        labels: Tensor,
+        teacher: Tensor,
+        alpha: Tensor,
+        repeated: Repeated = "mean",
+        *,
+        positions: ShardPositions | None = None,
+    ) -> None:
         r"""Move the centers of this rank's classes: ``w_y <- a w_y + (1 - a) f_t`` (AdaDistill, eq. 5).
 
         A class that occurs n times in the batch has its n updates combined after ``repeated``. The step is written as
@@ -132,15 +192,34 @@ class DistilledCenters(nn.Module):
             teacher: (B, D) normalised teacher embeddings.
             alpha: (B,) in [0, 1], how much of the old center stays.
             repeated: ``mean`` or ``last``.
+            positions: of the labels in the shard, where the caller has found them.
         """
-        position, owned = self.shard.local(labels)
+        positions = positions or self.shard.local(labels)
+        position, owned = positions
         if self.weight.shape[0] == 0:
             return
-        share = repetition_weights(labels, repeated, teacher.dtype) * (1 - alpha)
-        difference = (teacher - self.weight[position]) * share.unsqueeze(1)
-        # Other ranks' rows add zero to row 0. A row that fp16 has overflown is passed over: the step that it spoils can
-        # be skipped, a center that it spoils would be lost for good.
-        kept = owned & difference.isfinite().all(1)
-        difference = torch.where(kept.unsqueeze(1), difference, torch.zeros_like(difference))
-        self.weight.index_add_(0, position, difference.to(self.weight.dtype))
-        self.inverse_norms[position] = inverse_norm(self.weight[position])
+        share = repetition_weights(positions, len(self.weight), repeated, teacher.dtype)
+        self.weight.index_add_(0, position, _differences(self.weight, teacher, position, owned, share, alpha))
+        inverse, units = _normalised(self.weight, position, self._product_dtype)
+        self.inverse_norms[position] = inverse
+        if self.units is not None and units is not None:
+            self.units[position] = units
+
+
+@fused()
+def _differences(
+    weight: Tensor, teacher: Tensor, position: Tensor, owned: Tensor, share: Tensor, alpha: Tensor
+) -> Tensor:
+    difference = (teacher - weight[position]) * (share * (1 - alpha)).unsqueeze(1)
+    # Other ranks' rows add zero. A row that fp16 has overflown is passed over: the step that it spoils can be skipped,
+    # a center that it spoils would be lost for good.
+    kept = owned & difference.isfinite().all(1)
+    return torch.where(kept.unsqueeze(1), difference, torch.zeros_like(difference)).to(weight.dtype)
+
+
+@fused()
+def _normalised(weight: Tensor, position: Tensor, product_dtype: torch.dtype | None) -> tuple[Tensor, Tensor | None]:
+    """One over the norms of some rows, and the unit rows in a narrow format if there is one."""
+    rows = weight[position]
+    inverse = inverse_norm(rows)
+    return inverse, None if product_dtype is None else (rows * inverse.unsqueeze(1)).to(product_dtype)

@@ -3,23 +3,33 @@
 import torch
 from torch import Tensor
 
-from arcface_kd.distributed.class_shard import ClassShard
-from arcface_kd.methods.base import RunContext
+from arcface_kd.distributed.class_shard import ClassShard, ShardPositions
+from arcface_kd.losses.class_weights import StepClasses, targets_among
+from arcface_kd.methods.base import Batch, RunContext
 
 
-def sample_classes(
-    shard: ClassShard, labels: Tensor, context: RunContext, step: int, device: torch.device
-) -> Tensor | None:
+def step_classes(context: RunContext, batch: Batch) -> StepClasses:
+    """The classes of this rank that take part in a step, and where the batch's targets are among them.
+
+    Args:
+        context: of the run.
+        batch: the gathered batch.
+    """
+    positions = context.shard.local(batch.labels)
+    index = sample_classes(context.shard, positions, context, batch.step)
+    return StepClasses(index, targets_among(positions, index))
+
+
+def sample_classes(shard: ClassShard, positions: ShardPositions, context: RunContext, step: int) -> Tensor | None:
     """The classes of a shard that take part in a step (An et al., CVPR 2022, arXiv 2203.15565).
 
     The draw depends on the run's seed, the rank and the step alone, so that a resumed run draws the same.
 
     Args:
         shard: this rank's classes.
-        labels: (B,) labels of the gathered batch.
+        positions: of the gathered batch's labels in the shard; the draw is made where they are.
         context: for the sample rate and the seed.
         step: micro-steps done before this one.
-        device: where the draw is made.
 
     Returns:
         (K,) sorted positions in the shard, among them all classes of the batch that it holds; K is
@@ -28,11 +38,12 @@ def sample_classes(
     if context.sample_rate >= 1:
         return None
     wanted = int(context.sample_rate * shard.size)
-    position, owned = shard.local(labels)
+    position, owned = positions
+    device = position.device
     generator = torch.Generator(device=device).manual_seed((context.seed * 1_000_003 + step) * 4099 + shard.rank)
     score = torch.rand(shard.size, device=device, generator=generator)
     # A score above every random one keeps the batch's classes in; the sum writes the others' zeros without a branch.
     score.index_add_(0, position, owned.to(score.dtype) * 2)
     # The batch bounds its number of classes, so that nobody has to count them and wait for the device.
-    size = min(max(wanted, labels.shape[0]), shard.size)
+    size = min(max(wanted, position.shape[0]), shard.size)
     return torch.topk(score, size).indices.sort().values

@@ -31,12 +31,12 @@ from torch.nn.functional import adaptive_avg_pool2d
 
 from arcface_kd.config.options import Options, Range, Temperature, Weight
 from arcface_kd.distributed.ranks import for_ddp
-from arcface_kd.losses.class_weights import inverse_norm
 from arcface_kd.losses.embedding_losses import squared_distance
 from arcface_kd.losses.logit_distillation import logit_distillation, teacher_logits
 from arcface_kd.losses.map_alignment import align_scale
 from arcface_kd.methods.base import Batch, MapsWanted, Method, Requirement, RunContext
-from arcface_kd.methods.class_sampling import sample_classes
+from arcface_kd.methods.class_centers import FrozenCenters
+from arcface_kd.methods.class_sampling import step_classes
 
 Mimic = Literal["embedding", "logits", "both"]
 Statistics = Literal["rank", "all"]
@@ -129,8 +129,6 @@ class CrossKD(Method):
     projects: ClassVar[bool] = False
     computes_part: ClassVar[bool] = True
     config: CrossKDConfig
-    teacher_weight: Tensor | None
-    teacher_inverse_norms: Tensor | None
 
     def __init__(self, config: CrossKDConfig, context: RunContext) -> None:
         super().__init__(config, context)
@@ -141,11 +139,10 @@ class CrossKD(Method):
         self.adapter = Adapter(context.student_map_shape, context.teacher_map_shape, config.adapter, context.seed)
         for parameter in self.adapter.parameters():
             context.ranks.average_gradient(parameter)
-        self.shard = context.ranks.shard(context.num_classes)
-        classifier = context.teacher_classifier if config.mimic != "embedding" else None
-        norms = None if classifier is None else inverse_norm(classifier)
-        self.register_buffer("teacher_weight", classifier, persistent=False)
-        self.register_buffer("teacher_inverse_norms", norms, persistent=False)
+        self.teacher_centers: FrozenCenters | None = None
+        if config.mimic != "embedding":
+            assert context.teacher_classifier is not None
+            self.teacher_centers = FrozenCenters(context.teacher_classifier, context.shard, context.product_dtype)
         self._cosine: Tensor | None = None
 
     @classmethod
@@ -198,10 +195,9 @@ class CrossKD(Method):
     def _divergence(self, cross: Tensor, batch: Batch) -> Tensor:
         """T^2 KL of the two embeddings' logits, both against this rank's rows of the teacher's classifier."""
         assert batch.teacher is not None
-        assert self.teacher_weight is not None
+        assert self.teacher_centers is not None
         margin = self.context.margin
-        index = sample_classes(self.shard, batch.labels, self.context, batch.step, self.teacher_weight.device)
-        weights = self.context.class_weights(self.teacher_weight, index, self.teacher_inverse_norms)
+        weights = self.context.class_weights(self.teacher_centers, step_classes(self.context, batch))
         teacher = teacher_logits(
             batch.teacher.to(cross.dtype), batch.labels, weights, margin.scale, self.config.temperature
         )

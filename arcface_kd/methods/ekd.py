@@ -32,7 +32,8 @@ import torch
 from torch import Tensor
 
 from arcface_kd.config.options import Count, Options, Positive, Share, Weight
-from arcface_kd.losses.embedding_losses import impostor_thresholds, inner_products, rank_loss, soft_rank
+from arcface_kd.losses.fused import fused
+from arcface_kd.losses.pair_ranks import Pairs, impostor_thresholds, rank_losses
 from arcface_kd.methods.base import Batch, Method, Requirement, RunContext
 
 # One over each false positive rate.
@@ -56,6 +57,18 @@ class EKDConfig(Options):
     hardest: Count = 2000
     temperature: Positive = 0.01
     momentum: Share = 0.01
+
+
+@fused()
+def _followed(
+    before: tuple[Tensor, Tensor], met: tuple[Tensor, Tensor], steps: Tensor, negatives: Tensor, momentum: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Both moving averages and the number of steps that have moved them, a step later."""
+    share = torch.full_like(before[0][0], momentum).masked_fill(steps == 0, 1.0) * (negatives > 0)
+    student, teacher = (
+        torch.lerp(old, new.nan_to_num(neginf=0.0).to(old.dtype), share) for old, new in zip(before, met, strict=True)
+    )
+    return student, teacher, steps + (negatives > 0)
 
 
 class EKD(Method):
@@ -95,38 +108,27 @@ class EKD(Method):
         """
         assert batch.teacher is not None
         config, labels = self.config, batch.labels
-        # Each pair once; how many are positive or negative is never asked, so that nobody waits for the device.
-        first, second = torch.triu_indices(len(labels), len(labels), 1, device=labels.device)
-        student = inner_products(batch.embeddings)[first, second]
-        teacher = inner_products(batch.teacher)[first, second].to(student.dtype)
-        known = (labels[first] >= 0) & (labels[second] >= 0)
-        same = labels[first] == labels[second]
-        positive, negative = known & same, known & ~same
-        self._positive_pairs = positive.sum()
-        self._follow_thresholds(student.detach(), teacher, negative)
-
-        def difference(chosen: Tensor, of_student: Tensor, of_teacher: Tensor) -> Tensor:
-            student_rank = soft_rank(of_student, self.student_thresholds.to(student.dtype), config.temperature)
-            teacher_rank = soft_rank(of_teacher, self.teacher_thresholds.to(student.dtype), config.temperature)
-            return rank_loss(student_rank, teacher_rank, chosen)
-
-        hard = student.detach().masked_fill(~negative, -torch.inf).topk(min(config.hardest, len(student))).indices
+        # How many pairs are positive or negative is never asked, so that nobody waits for the device.
+        with torch.autocast(labels.device.type, enabled=False):
+            pairs = Pairs(batch.embeddings, batch.teacher, labels)
+            self._positive_pairs = pairs.positives
+            self._follow_thresholds(pairs)
+            dtype = pairs.unit.dtype
+            thresholds = self.student_thresholds.to(dtype), self.teacher_thresholds.to(dtype)
+            positive, negative = rank_losses(batch.embeddings, pairs, thresholds, config.temperature, config.hardest)
         return {
-            "ekd_positive": difference(positive, student, teacher) * config.positive_weight,
-            "ekd_negative": difference(negative[hard], student[hard], teacher[hard]) * config.negative_weight,
+            "ekd_positive": positive * config.positive_weight,
+            "ekd_negative": negative * config.negative_weight,
         }
 
     @torch.no_grad()
-    def _follow_thresholds(self, student: Tensor, teacher: Tensor, negative: Tensor) -> None:
+    def _follow_thresholds(self, pairs: Pairs) -> None:
         """One step of the moving averages; a batch without a negative pair leaves them as they are."""
-        if not len(student):
-            return
-        share = torch.full_like(self.student_thresholds[0], self.config.momentum)
-        share = share.masked_fill(self.followed == 0, 1.0) * negative.any()
-        for thresholds, cosine in ((self.student_thresholds, student), (self.teacher_thresholds, teacher)):
-            met = impostor_thresholds(cosine, negative, _PAIRS_PER_ACCEPTANCE).nan_to_num(neginf=0.0)
-            thresholds.lerp_(met.to(thresholds.dtype), share)
-        self.followed += negative.any()
+        met = impostor_thresholds(pairs, _PAIRS_PER_ACCEPTANCE)
+        before = self.student_thresholds, self.teacher_thresholds
+        after = _followed(before, met, self.followed, pairs.negatives, self.config.momentum)
+        for thresholds, moved in zip((*before, self.followed), after, strict=True):
+            thresholds.copy_(moved)
 
     def observations(self) -> dict[str, Tensor]:
         """Positive pairs in the last gathered batch, and the student's and the teacher's threshold at 1 in 1,000."""

@@ -26,6 +26,7 @@ from arcface_kd.config.options import Count, Options, Range, Share, Temperature,
 from arcface_kd.losses.class_groups import BatchMass, FixedSize, GroupRule, SampleMass
 from arcface_kd.losses.logit_distillation import Distillation, Grouping, Logits, RankedBy
 from arcface_kd.methods.base import Batch, RunContext
+from arcface_kd.methods.class_sampling import step_classes
 from arcface_kd.methods.logit_method import LogitMethod
 
 Group = Literal["batch", "sample", "fixed"]
@@ -107,10 +108,10 @@ class GKD(LogitMethod):
             ``{"ce": scalar, "primary_kd": scalar, "binary_kd": scalar}``, and ``secondary_kd`` where it has a weight.
         """
         config = self.config
-        index = self.drawn_classes(batch)
+        classes = step_classes(self.context, batch)
         grouping = Grouping(config.rule(), config.ranked_by, secondary=config.secondary_weight > 0)
-        teacher = self.teacher_logits(batch, index, config.temperature)
-        terms = self._seen = self.distil(batch, index, teacher, config.logits, grouping)
+        teacher = self.teacher_logits(batch, classes, config.temperature)
+        terms = self._seen = self.distil(batch, classes, teacher, config.logits, grouping)
         primary, binary, secondary = config.weights(batch.step // self.context.steps_per_epoch)
         named = {"ce": terms.ce, "primary_kd": primary * terms.primary, "binary_kd": binary * terms.binary}
         if config.secondary_weight > 0:

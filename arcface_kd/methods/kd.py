@@ -13,6 +13,7 @@ from torch import Tensor
 from arcface_kd.config.options import Options, Temperature, Weight
 from arcface_kd.losses.logit_distillation import Logits
 from arcface_kd.methods.base import Batch
+from arcface_kd.methods.class_sampling import step_classes
 from arcface_kd.methods.logit_method import LogitMethod
 
 
@@ -53,7 +54,7 @@ class LogitKD(LogitMethod):
         Returns:
             ``{"ce": scalar, "kd": scalar}``.
         """
-        index = self.drawn_classes(batch)
-        teacher = self.teacher_logits(batch, index, self.config.temperature)
-        terms = self.distil(batch, index, teacher, self.config.logits)
+        classes = step_classes(self.context, batch)
+        teacher = self.teacher_logits(batch, classes, self.config.temperature)
+        terms = self.distil(batch, classes, teacher, self.config.logits)
         return {"ce": terms.ce, "kd": self.config.weight * terms.primary}

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from arcface_kd.losses.margin_softmax import sharded_margin_softmax
 from arcface_kd.methods.base import Batch, Method, RunContext
 from arcface_kd.methods.class_centers import initial_centers
-from arcface_kd.methods.class_sampling import sample_classes
+from arcface_kd.methods.class_sampling import step_classes
 
 
 @dataclass(frozen=True)
@@ -45,6 +45,5 @@ class LearnedClassifier(Method):
         Returns:
             ``{"ce": scalar}``.
         """
-        index = sample_classes(self.shard, batch.labels, self.context, batch.step, self.weight.device)
-        weights = self.context.class_weights(self.weight, index)
+        weights = self.context.class_weights(self.weight, step_classes(self.context, batch))
         return {"ce": sharded_margin_softmax(batch.embeddings, batch.labels, weights, self.context.margin)}

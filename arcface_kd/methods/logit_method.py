@@ -3,9 +3,8 @@
 from typing import Any, ClassVar
 
 import torch
-from torch import Tensor
 
-from arcface_kd.losses.class_weights import ClassWeights, inverse_norm
+from arcface_kd.losses.class_weights import ClassWeights, StepClasses
 from arcface_kd.losses.logit_distillation import (
     Distillation,
     Grouping,
@@ -15,7 +14,7 @@ from arcface_kd.losses.logit_distillation import (
     teacher_logits,
 )
 from arcface_kd.methods.base import Batch, Method, Requirement, RunContext
-from arcface_kd.methods.class_sampling import sample_classes
+from arcface_kd.methods.class_centers import FrozenCenters
 from arcface_kd.methods.learned_classifier import LearnedClassifier
 
 
@@ -42,36 +41,27 @@ class LogitMethod(Method):
     projects: ClassVar[bool] = False
     sharded: ClassVar[tuple[str, ...]] = ("classifier.weight",)
 
-    teacher_weight: Tensor
-    teacher_inverse_norms: Tensor
-
     def __init__(self, config: Any, context: RunContext) -> None:
         super().__init__(config, context)
         # Without a classifier the run was stopped before it came here, see `requires`.
         assert context.teacher_classifier is not None
         self.classifier = LearnedClassifier(context)
-        self.register_buffer("teacher_weight", context.teacher_classifier, persistent=False)
-        self.register_buffer("teacher_inverse_norms", inverse_norm(context.teacher_classifier), persistent=False)
+        self.teacher_centers = FrozenCenters(context.teacher_classifier, context.shard, context.product_dtype)
 
-    def drawn_classes(self, batch: Batch) -> Tensor | None:
-        """The classes of this shard that take part in the step, None for all."""
-        classifier = self.classifier
-        return sample_classes(classifier.shard, batch.labels, self.context, batch.step, classifier.weight.device)
-
-    def teacher_classes(self, index: Tensor | None) -> ClassWeights:
+    def teacher_classes(self, classes: StepClasses) -> ClassWeights:
         """The teacher's classifier in a step.
 
         Args:
-            index: what :meth:`drawn_classes` returned.
+            classes: that take part in the step.
         """
-        return self.context.class_weights(self.teacher_weight, index, self.teacher_inverse_norms)
+        return self.context.class_weights(self.teacher_centers, classes)
 
-    def teacher_logits(self, batch: Batch, index: Tensor | None, temperature: float) -> TeacherLogits:
+    def teacher_logits(self, batch: Batch, classes: StepClasses, temperature: float) -> TeacherLogits:
         """The teacher's own logits of the batch.
 
         Args:
             batch: the gathered batch, with teacher embeddings.
-            index: what :meth:`drawn_classes` returned.
+            classes: that take part in the step.
             temperature: T.
         """
         assert batch.teacher is not None
@@ -79,7 +69,7 @@ class LogitMethod(Method):
         return teacher_logits(
             batch.teacher.double() if in_double else batch.teacher,
             batch.labels,
-            self.teacher_classes(index),
+            self.teacher_classes(classes),
             self.context.margin.scale,
             temperature,
         )
@@ -87,7 +77,7 @@ class LogitMethod(Method):
     def distil(
         self,
         batch: Batch,
-        index: Tensor | None,
+        classes: StepClasses,
         teacher: TeacherLogits,
         logits: Logits,
         grouping: Grouping | None = None,
@@ -96,7 +86,7 @@ class LogitMethod(Method):
 
         Args:
             batch: the gathered batch.
-            index: what :meth:`drawn_classes` returned.
+            classes: that take part in the step.
             teacher: the teacher's logits.
             logits: whether the targets' are distilled with the margin.
             grouping: Grouped KD's groups, None for none.
@@ -104,7 +94,7 @@ class LogitMethod(Method):
         return logit_distillation(
             batch.embeddings,
             batch.labels,
-            self.context.class_weights(self.classifier.weight, index),
+            self.context.class_weights(self.classifier.weight, classes),
             teacher,
             self.context.margin,
             grouping=grouping,

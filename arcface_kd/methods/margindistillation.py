@@ -22,7 +22,9 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from arcface_kd.config.options import Range
+from arcface_kd.distributed.class_shard import ShardPositions
 from arcface_kd.errors import ConfigError
+from arcface_kd.losses.fused import fused
 from arcface_kd.losses.margin import Margin
 from arcface_kd.methods.base import Batch, Requirement, RunContext
 from arcface_kd.methods.proxylesskd import ProxylessKD, ProxylessKDConfig
@@ -53,6 +55,7 @@ class MarginDistillationConfig(ProxylessKDConfig):
         return replace(margin, m1=1.0, m2=self.largest, m3=0.0)
 
 
+@fused(kernels=2)
 def distilled_margins(cosine: Tensor, largest: float, smallest: float) -> Tensor:
     """Additive angular margins out of the teacher's cosines.
 
@@ -68,6 +71,11 @@ def distilled_margins(cosine: Tensor, largest: float, smallest: float) -> Tensor
     if not len(near):
         return near
     return near / near.amax().clamp_min(torch.finfo(near.dtype).tiny) * (largest - smallest) + smallest
+
+
+@fused()
+def _cosines(teacher: Tensor, centers: Tensor, owned: Tensor) -> Tensor:
+    return (normalize(teacher) * centers).sum(1) * owned
 
 
 class MarginDistillation(ProxylessKD):
@@ -91,14 +99,13 @@ class MarginDistillation(ProxylessKD):
         self._margins: Tensor | None = None
 
     @torch.no_grad()
-    def row_margins(self, batch: Batch) -> Tensor:
+    def row_margins(self, batch: Batch, positions: ShardPositions) -> Tensor:
         """The margin of each row of the gathered batch, (B,) in radians."""
         assert batch.teacher is not None
-        position, owned = self.shard.local(batch.labels)
-        centers = self.weight[position] * self.inverse_norms[position].unsqueeze(1)
-        own = (normalize(batch.teacher.to(centers.dtype)) * centers).sum(1) * owned
+        centers = self.centers.unit_rows(batch.labels, positions=positions)
+        own = _cosines(batch.teacher.to(centers.dtype), centers, positions.owned)
         margins = distilled_margins(self.context.ranks.sum_(own), self.config.largest, self.config.smallest)
-        self._margins = margins.masked_fill(batch.labels < 0, torch.nan)
+        self._margins = margins.masked_fill(batch.labels < 0, torch.nan) if batch.observed else None
         return margins
 
     def observations(self) -> dict[str, Tensor]:

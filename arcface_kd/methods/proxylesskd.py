@@ -17,11 +17,12 @@ from typing import Annotated, ClassVar
 from torch import Tensor
 
 from arcface_kd.config.options import Options, Range
-from arcface_kd.losses.class_weights import inverse_norm
+from arcface_kd.distributed.class_shard import ShardPositions
 from arcface_kd.losses.margin import Margin
 from arcface_kd.losses.margin_softmax import sharded_margin_softmax
 from arcface_kd.methods.base import Batch, Method, Requirement, RunContext
-from arcface_kd.methods.class_sampling import sample_classes
+from arcface_kd.methods.class_centers import FrozenCenters
+from arcface_kd.methods.class_sampling import step_classes
 
 
 @dataclass(frozen=True)
@@ -78,17 +79,12 @@ class ProxylessKD(Method):
     classifies: ClassVar[bool] = True
     computes_part: ClassVar[bool] = True
 
-    weight: Tensor
-    inverse_norms: Tensor
-
     def __init__(self, config: ProxylessKDConfig, context: RunContext) -> None:
         super().__init__(config, context)
         # Without a classifier the run was stopped before it came here, see `requires`.
         assert context.teacher_classifier is not None
-        self.shard = context.ranks.shard(context.num_classes)
         self.margin = config.applied_to(context.margin)
-        self.register_buffer("weight", context.teacher_classifier, persistent=False)
-        self.register_buffer("inverse_norms", inverse_norm(context.teacher_classifier), persistent=False)
+        self.centers = FrozenCenters(context.teacher_classifier, context.shard, context.product_dtype)
 
     def forward(self, batch: Batch) -> dict[str, Tensor]:
         """Score the student against the teacher's classes.
@@ -99,15 +95,18 @@ class ProxylessKD(Method):
         Returns:
             ``{"ce": scalar}``.
         """
-        index = sample_classes(self.shard, batch.labels, self.context, batch.step, self.weight.device)
-        weights = self.context.class_weights(self.weight, index, self.inverse_norms)
-        loss = sharded_margin_softmax(
-            batch.projected, batch.labels, weights, self.margin, row_m2=self.row_margins(batch)
-        )
-        return {"ce": loss}
+        classes = step_classes(self.context, batch)
+        margins = self.row_margins(batch, ShardPositions(classes.targets.target, classes.targets.owned))
+        weights = self.context.class_weights(self.centers, classes)
+        return {"ce": sharded_margin_softmax(batch.projected, batch.labels, weights, self.margin, row_m2=margins)}
 
-    def row_margins(self, batch: Batch) -> Tensor | None:
-        """An additive angular margin for each row, for methods that have one; None leaves all rows the same."""
+    def row_margins(self, batch: Batch, positions: ShardPositions) -> Tensor | None:
+        """An additive angular margin for each row, for methods that have one; None leaves all rows the same.
+
+        Args:
+            batch: the gathered batch.
+            positions: of its labels in this rank's shard.
+        """
         return None
 
 

@@ -19,6 +19,7 @@ from torch import Tensor
 from arcface_kd.config.options import Options, Range, Temperature, Weight
 from arcface_kd.losses.logit_distillation import Logits, logit_distillation
 from arcface_kd.methods.base import Batch
+from arcface_kd.methods.class_sampling import step_classes
 from arcface_kd.methods.logit_method import LogitMethod
 
 Form = Literal["mixed", "additive"]
@@ -73,13 +74,13 @@ class THKD(LogitMethod):
             ``{"ce": scalar, "kd": scalar, "kd_teacher_head": scalar}``, and ``ce_teacher_head`` in the mixed form.
         """
         config = self.config
-        index = self.drawn_classes(batch)
-        teacher = self.teacher_logits(batch, index, config.temperature)
-        own = self.distil(batch, index, teacher, config.logits)
+        classes = step_classes(self.context, batch)
+        teacher = self.teacher_logits(batch, classes, config.temperature)
+        own = self.distil(batch, classes, teacher, config.logits)
         through = logit_distillation(
             batch.projected,
             batch.labels,
-            self.teacher_classes(index),
+            self.teacher_classes(classes),
             teacher,
             self.context.margin,
             logits=config.logits,

@@ -366,7 +366,7 @@ def test_a_classifier_that_fits_the_records(
     assert "of 128 images their own class" in caplog.text
     method = head.methods["proxylesskd"]
     assert isinstance(method, ProxylessKD)
-    assert torch.equal(method.weight, classifier)
+    assert torch.equal(method.centers.weight, classifier)
     assert not (tmp_path / "rows").exists()
 
 

@@ -123,7 +123,7 @@ def _run(ranks: RankGroup, case: Case) -> tuple[Tensor, Tensor | None, list[Step
                 None if projection is None or projection.grad is None else projection.grad.clone(),
                 method.centers.weight.clone(),
                 method.centers.inverse_norms.clone(),
-                method._alpha.clone(),
+                torch.where(method._seen.valid, method._seen.alpha, torch.nan),
                 method.observations()["center_drift"],
             )
         )

@@ -79,7 +79,7 @@ def _sampled(sizes: list[int], sample_rate: float, step: int) -> Tensor:
     for rank in range(len(sizes)):
         shard = ClassShard(CLASSES, rank, len(sizes))
         context = RunContext(CLASSES, 6, ARCFACE, RankGroup(), sample_rate=sample_rate, seed=5)
-        index = sample_classes(shard, labels, context, step, torch.device("cpu"))
+        index = sample_classes(shard, shard.local(labels), context, step)
         assert index is not None
         drawn.append(index + shard.start)
     return torch.cat(drawn)

@@ -84,7 +84,7 @@ def _drawn(sizes: list[int], sample_rate: float) -> Tensor | None:
     for rank in range(len(sizes)):
         shard = ClassShard(CLASSES, rank, len(sizes))
         context = given.context(RankGroup(alone=True), COSFACE, sample_rate=sample_rate)
-        index = sample_classes(shard, given.labels, context, 0, torch.device("cpu"))
+        index = sample_classes(shard, shard.local(given.labels), context, 0)
         assert index is not None
         drawn.append(index + shard.start)
     return torch.cat(drawn)

@@ -37,7 +37,7 @@ def _step(ranks: RankGroup, sizes: list[int], file: Path) -> Answer:
     assert embeddings.grad is not None
     method = head.methods["proxylesskd"]
     assert isinstance(method, ProxylessKD)
-    return Answer(loss.detach(), embeddings.grad, len(method.weight))
+    return Answer(loss.detach(), embeddings.grad, len(method.centers.weight))
 
 
 @pytest.mark.parametrize("sizes", [[9], [5, 4], [0, 7], [1, 6, 2], [2, 3, 1, 4]], ids=str)

@@ -12,9 +12,10 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.nn.functional import normalize
 
+from arcface_kd.losses.class_chunks import chunk_size
 from arcface_kd.losses.class_weights import inverse_norm
 from arcface_kd.losses.margin import Margin
-from arcface_kd.losses.margin_softmax import chunk_size, margin_softmax
+from arcface_kd.losses.margin_softmax import margin_softmax
 from tests.reference.margin_softmax import dense_margin_softmax
 from tests.reference.problems import ARCFACE, COMBINED, COSFACE, MARGINS, Problem, random_problem
 

@@ -4,6 +4,7 @@ Several ranks are in tests/distributed/test_adadistill.py.
 """
 
 import re
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -72,7 +73,9 @@ def test_a_step_equals_the_twin(alpha: Any, repeated: Any, margin: str) -> None:
     torch.testing.assert_close(loss, wanted.loss, rtol=1e-10, atol=1e-10)
     torch.testing.assert_close(given.embeddings.grad, student.grad, rtol=1e-10, atol=1e-10)
     torch.testing.assert_close(method.centers.weight, wanted.centers, rtol=1e-10, atol=1e-10)
-    torch.testing.assert_close(method._alpha, wanted.alpha, rtol=1e-10, atol=1e-10, equal_nan=True)
+    assert method._seen is not None
+    alpha_met = torch.where(method._seen.valid, method._seen.alpha, torch.nan)
+    torch.testing.assert_close(alpha_met, wanted.alpha, rtol=1e-10, atol=1e-10, equal_nan=True)
     valid = wanted.alpha[~wanted.alpha.isnan()]
     assert ((valid > 0.01) & (valid < 0.99)).all(), "the clips would hide the formula"
 
@@ -135,8 +138,8 @@ def test_observations_are_those_of_rows_with_a_label() -> None:
     method = make()
     assert method.observations() == {}
     method(batch([3, 0, -1, 8]))
-    assert method._alpha is not None
-    alpha = method._alpha[torch.tensor([0, 1, 3])]
+    assert method._seen is not None
+    alpha = method._seen.alpha[torch.tensor([0, 1, 3])]
     met = method.observations()
     wanted = {"alpha_mean", "alpha_q10", "alpha_q50", "alpha_q90", "student_teacher_cosine", "center_drift"}
     assert set(met) == wanted
@@ -232,7 +235,15 @@ def test_fault_4_ranks_cannot_diverge_since_each_class_has_one_owner() -> None:
         shards.append(part)
     for centers in (whole.centers, *shards):
         centers.update(given.labels, teacher, alpha)
-    assert torch.equal(torch.cat([shard.weight for shard in shards]), whole.centers.weight)
+    assert torch.equal(torch.cat([part.weight for part in shards]), whole.centers.weight)
+
+
+def test_a_batch_that_nobody_observes_leaves_no_observations() -> None:
+    method, given = make(), batch([2, 5])
+    method(given)
+    assert method.observations()
+    method(replace(given, observed=False))
+    assert method.observations() == {}
 
 
 def test_fault_5_no_gradient_is_computed_for_the_centers() -> None:

@@ -1,5 +1,7 @@
 """Distilled class centers: where they start, how they move, what is saved."""
 
+import copy
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -7,7 +9,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from arcface_kd.distributed.class_shard import ClassShard
+from arcface_kd.distributed.class_shard import ClassShard, positions_in_shard
 from arcface_kd.losses.class_weights import inverse_norm
 from arcface_kd.methods.class_centers import DistilledCenters, Repeated, initial_centers, repetition_weights
 
@@ -43,15 +45,17 @@ def test_initial_centers_leave_the_global_generator_alone() -> None:
 @given(labels=st.lists(st.integers(-1, 4), min_size=1, max_size=12))
 def test_repetition_weights_are_one_a_class(labels: list[int]) -> None:
     for repeated in ("mean", "last"):
-        weights = repetition_weights(torch.tensor(labels), repeated).tolist()
+        weights = repetition_weights(positions_in_shard(torch.tensor(labels), 0, 5), 5, repeated).tolist()
         for i, label in enumerate(labels):
             same = [j for j, other in enumerate(labels) if other == label]
-            wanted = 0.0 if label < 0 else 1 / len(same) if repeated == "mean" else float(i == same[-1])
+            if label < 0:
+                continue
+            wanted = 1 / len(same) if repeated == "mean" else float(i == same[-1])
             assert weights[i] == pytest.approx(wanted, abs=1e-7)
 
 
 def test_repetition_weights_have_the_precision_asked_for() -> None:
-    weights = repetition_weights(torch.tensor([2, 2, 2]), "mean", torch.float64)
+    weights = repetition_weights(positions_in_shard(torch.tensor([2, 2, 2]), 0, 3), 3, "mean", torch.float64)
     assert weights.tolist() == [1 / 3] * 3
 
 
@@ -165,3 +169,30 @@ def test_an_empty_shard_is_no_fault() -> None:
     module = DistilledCenters(ClassShard(1, rank=1, world_size=2), 4)
     module.update(torch.tensor([0]), normalize(torch.randn(1, 4)), torch.zeros(1))
     assert module.weight.shape == (0, 4)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_the_narrow_copy_is_never_stale(dtype: torch.dtype) -> None:
+    """At the start, after a step, a load, a move and a cast: it is what a new one would be."""
+
+    def holds(module: DistilledCenters) -> None:
+        assert module.units is not None
+        assert module.units.dtype == dtype
+        assert torch.equal(module.units, (module.weight * inverse_norm(module.weight).unsqueeze(1)).to(dtype))
+        assert torch.equal(module.inverse_norms, inverse_norm(module.weight))
+
+    shard = ClassShard(5)
+    module = DistilledCenters(shard, 4, product_dtype=dtype)
+    holds(module)
+    module.update(torch.tensor([3, 3, 1, -1]), normalize(torch.randn(4, 4)), torch.rand(4))
+    holds(module)
+    other = torch.nn.ModuleDict({"c": DistilledCenters(shard, 4, seed=1, product_dtype=dtype)})
+    other.load_state_dict({"c.weight": module.weight})
+    loaded = other["c"]
+    assert isinstance(loaded, DistilledCenters)
+    holds(loaded)
+    assert torch.equal(loaded.weight, module.weight)
+    holds(copy.deepcopy(module).double())
+    holds(copy.deepcopy(module).to("cpu"))
+    assert set(module.state_dict()) == {"weight"}
+    assert torch.nn.ModuleDict({"c": module}).double().to(torch.device("meta"))["c"].units.device.type == "meta"

@@ -12,19 +12,17 @@ from arcface_kd.methods.base import RunContext
 from arcface_kd.methods.class_sampling import sample_classes
 from tests.reference.problems import ARCFACE
 
-CPU = torch.device("cpu")
-
 
 def sample(shard: ClassShard, labels: list[int], rate: float, *, seed: int = 0, step: int = 0) -> Tensor:
     context = RunContext(shard.num_classes, 4, ARCFACE, RankGroup(alone=True), sample_rate=rate, seed=seed)
-    index = sample_classes(shard, torch.tensor(labels, dtype=torch.int64), context, step, CPU)
+    index = sample_classes(shard, shard.local(torch.tensor(labels, dtype=torch.int64)), context, step)
     assert index is not None
     return index
 
 
 def test_a_rate_of_1_samples_nothing() -> None:
     context = RunContext(10, 4, ARCFACE, RankGroup(alone=True))
-    assert sample_classes(ClassShard(10), torch.tensor([1]), context, 0, CPU) is None
+    assert sample_classes(ClassShard(10), ClassShard(10).local(torch.tensor([1])), context, 0) is None
 
 
 @settings(deadline=None)

@@ -10,6 +10,7 @@ from arcface_kd.distillation.distiller import Distiller
 from arcface_kd.distributed.ranks import RankGroup
 from arcface_kd.errors import ConfigError, TeacherError
 from arcface_kd.losses.logit_distillation import Logits
+from arcface_kd.methods.class_sampling import step_classes
 from arcface_kd.methods.kd import LogitKD, LogitKDConfig
 from tests.reference.logit_distillation import dense_distillation
 from tests.reference.problems import ARCFACE, COSFACE
@@ -57,20 +58,20 @@ def test_the_teacher_s_format_is_its_own() -> None:
 def test_only_the_student_s_classifier_is_learned_and_saved() -> None:
     given = two_sides(3)
     method = make(given)
-    before = method.teacher_weight.clone()
+    before = method.teacher_centers.weight.clone()
     terms = method(given.batch())
     (terms["ce"] + terms["kd"]).backward()
     assert [name for name, _ in method.named_parameters()] == ["classifier.weight"]
     assert list(method.state_dict()) == ["classifier.weight"] == list(method.sharded)
-    assert torch.equal(method.teacher_weight, before)
-    assert method.teacher_weight.grad is None
+    assert torch.equal(method.teacher_centers.weight, before)
+    assert method.teacher_centers.weight.grad is None
 
 
 def test_a_sample_of_the_classes_is_that_of_all_terms() -> None:
     given = two_sides(4, classes=60)
     method = make(given, sample_rate=0.5)
     terms, batch = method(given.batch()), given.batch()
-    index = method.drawn_classes(batch)
+    index = step_classes(method.context, batch).index
     assert index is not None
     assert len(index) == 30
     ce, kd, _, _ = dense_distillation(
@@ -78,7 +79,7 @@ def test_a_sample_of_the_classes_is_that_of_all_terms() -> None:
     )
     torch.testing.assert_close(terms["ce"], ce, rtol=1e-10, atol=1e-10)
     torch.testing.assert_close(terms["kd"], kd, rtol=1e-10, atol=1e-10)
-    later = method.drawn_classes(given.batch(step=1))
+    later = step_classes(method.context, given.batch(step=1)).index
     assert later is not None
     assert not torch.equal(later, index)
 

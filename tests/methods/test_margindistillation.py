@@ -61,7 +61,7 @@ def test_the_margins_are_the_published_line_and_are_observed() -> None:
     assert given.teacher is not None
     method = make(classifier)
     assert method.observations() == {}
-    margins = method.row_margins(given)
+    margins = method.row_margins(given, method.context.shard.local(given.labels))
     wanted = torch.tensor(margins_of(given.teacher, given.labels, classifier, 0.5, 0.2), dtype=torch.float64)
     torch.testing.assert_close(margins, wanted)
     assert margins.max() == pytest.approx(0.5)

@@ -95,8 +95,8 @@ def test_the_classifier_is_frozen_and_not_saved() -> None:
     method(given)["ce"].backward()
     assert list(method.parameters()) == []
     assert method.state_dict() == {}
-    assert torch.equal(method.weight, before)
-    assert method.weight.grad is None
+    assert torch.equal(method.centers.weight, before)
+    assert method.centers.weight.grad is None
 
 
 def test_sampling_keeps_every_class_of_the_batch_in() -> None:

@@ -1,0 +1,266 @@
+"""The passes over a shard's classes that margin softmax makes, a chunk of classes at a time.
+
+The first finds each row's sum of exponentials and its weighted sum of unit centers. The second, for learned class
+centers alone, finds the centers' gradient. Neither holds more than a chunk of the (classes, batch) logits.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from arcface_kd.losses.class_weights import VisitedClasses, inverse_norm
+from arcface_kd.losses.fused import fused
+from arcface_kd.losses.margin import Margin
+from arcface_kd.losses.narrow_products import WEIGHT_SCALE, RunningSoftmax, add_chunk, product
+
+# A chunk's logits should stay in the processor's cache on a CPU, and in the last-level cache of a GPU as a rule.
+_CHUNK_ELEMENTS = {"cpu": 1 << 20, "cuda": 1 << 23}
+_LARGEST_CHUNK = 1 << 15
+
+# exp(64), exp(-64) and the sum of two thousand million of them are normal numbers of fp32.
+_LARGEST_BARE_SCALE = 64.0
+
+
+def chunk_size(batch: int, device: torch.device) -> int:
+    """Classes in one chunk for a gathered batch, chosen so that a chunk's logits suit the device's memory."""
+    budget = _CHUNK_ELEMENTS.get(device.type, _CHUNK_ELEMENTS["cuda"])
+    return min(max(256, budget // max(batch, 1) // 256 * 256), _LARGEST_CHUNK)
+
+
+class ClassSums(NamedTuple):
+    """Sums over the classes of this shard but the rows' targets.
+
+    Attributes:
+        shift: (B,) what exponentials are relative to: the largest logit or the log-sum-exp; -inf for no classes.
+        total: (B,) sum of ``exp(z - shift)``.
+        pull: (B, D) sum of ``exp(z - shift) w`` with unit centers w, times ``scale``.
+        scale: see ``pull``.
+    """
+
+    shift: Tensor
+    total: Tensor
+    pull: Tensor
+    scale: float
+
+
+class _Chunk(NamedTuple):
+    """One chunk of classes, ready for products: ``factor * inverse`` is the matrix of unit centers.
+
+    In the sums' own format the norms are divided out of the (K, batch) products, which is cheaper than a normalised
+    copy of (K, D); a narrower format needs a copy anyhow, and unit rows keep fp16 away from its smallest numbers.
+    Classes stand in rows, as they do in memory: on a CPU the products are faster that way round.
+    """
+
+    rows: Tensor  # (K, D) centers as they are
+    inverse: Tensor  # (K, 1) one over their norms
+    logits: Tensor  # (K, B), the target's -inf
+    filtered: Tensor | None  # (K, B) bool, logits that interclass filtering has set to 0
+
+
+class _Chunks:
+    """A shard's classes chunk by chunk beside one batch, in memory that all chunks share.
+
+    Fresh memory for each chunk would cost more time than the exponentials.
+
+    Args:
+        unit: (B, D) normalised embeddings.
+        classes: this rank's classes.
+        margin: for the scale and the interclass filter.
+        chunk: classes at a time.
+        product_dtype: number format of the factors of the matrix products.
+    """
+
+    def __init__(
+        self, unit: Tensor, classes: VisitedClasses, margin: Margin, chunk: int, product_dtype: torch.dtype
+    ) -> None:
+        batch, self._dtype = unit.shape[0], unit.dtype
+        self._classes = classes
+        self._threshold = margin.filter_threshold * margin.scale
+        self._size = max(min(chunk, classes.visited), 1)
+        self._scaled = (unit * margin.scale).to(product_dtype)
+        self.narrow = product_dtype != unit.dtype
+        # One element more takes what is written for rows whose target is in another chunk.
+        self._spare = self._size * batch
+        self._flat = unit.new_empty(self._spare + 1)
+        self._logits = self._flat[:-1].view(self._size, batch)
+        self._gathered = None
+        if classes.sampled is not None:
+            self._gathered = classes.centers.new_empty(self._size, unit.shape[1])
+        self._target_place = classes.position * batch + torch.arange(batch, device=unit.device)
+
+    def __len__(self) -> int:
+        return -(-self._classes.visited // self._size)
+
+    def chosen(self, number: int) -> slice | Tensor:
+        """A chunk's rows of the centers."""
+        visited = slice(number * self._size, min((number + 1) * self._size, self._classes.visited))
+        return visited if self._classes.sampled is None else self._classes.sampled[visited]
+
+    def load(self, number: int) -> _Chunk:
+        """A chunk's centers and logits; they stay until the next one is loaded."""
+        chosen, centers, inverse_norms = self.chosen(number), self._classes.centers, self._classes.inverse_norms
+        if isinstance(chosen, Tensor) and self._gathered is not None:
+            rows = torch.index_select(centers, 0, chosen, out=self._gathered[: chosen.shape[0]])
+        else:
+            rows = centers[chosen]
+        rows = rows.to(self._dtype)
+        inverse = inverse_norm(rows) if inverse_norms is None else inverse_norms[chosen].to(self._dtype)
+        inverse = inverse.unsqueeze(1)
+        logits = self._logits[: rows.shape[0]]
+        if self.narrow:
+            logits.copy_(product(unit_rows(rows, inverse, self._scaled.dtype), self._scaled.T))
+        else:
+            logits.addmm_(rows, self._scaled.T, beta=0).mul_(inverse)
+        # Without a branch on data: no wait for the device.
+        self._flat.index_fill_(0, _within(self._target_place, number * self._spare, self._spare), -torch.inf)
+        filtered = None
+        if self._threshold > 0:
+            filtered = logits > self._threshold
+            logits.masked_fill_(filtered, 0.0)
+        return _Chunk(rows, inverse, logits, filtered)
+
+
+@fused()
+def _within(place: Tensor, first: int, size: int) -> Tensor:
+    """Places relative to the first of a chunk; ``size`` for those that are not in the chunk."""
+    place = place - first
+    return torch.where((place >= 0) & (place < size), place, size)
+
+
+@fused()
+def unit_rows(rows: Tensor, inverse: Tensor | float, dtype: torch.dtype) -> Tensor:
+    """Rows (K, D) times a factor, such as one over their norms (K, 1), in a narrow format."""
+    return (rows * inverse).to(dtype)
+
+
+def sum_over_classes(
+    unit: Tensor, classes: VisitedClasses, margin: Margin, chunk: int, product_dtype: torch.dtype
+) -> ClassSums:
+    """The sum of exponentials and the weighted sum of centers over this shard's classes but the target.
+
+    Args:
+        unit: (B, D) normalised embeddings.
+        classes: this rank's classes.
+        margin: for the scale and the interclass filter.
+        chunk: classes at a time.
+        product_dtype: number format of the factors of the two matrix products.
+    """
+    if product_dtype != unit.dtype:
+        return _sum_by_narrow_products(unit, classes, margin, chunk, product_dtype)
+    follows = margin.scale > _LARGEST_BARE_SCALE
+    shift = unit.new_full((unit.shape[0],), -torch.inf if follows else 0.0)
+    total = torch.zeros_like(shift)
+    pull = torch.zeros_like(unit)
+    chunks = _Chunks(unit, classes, margin, chunk, product_dtype)
+    for number in range(len(chunks)):
+        part = chunks.load(number)
+        if follows:
+            risen = torch.maximum(shift, part.logits.amax(0))
+            base = finite(risen)
+            fade = (shift - base).exp_()
+            total.mul_(fade)
+            pull.mul_(fade.unsqueeze(1))
+            part.logits.sub_(base)
+            shift = risen
+        weights = part.logits.exp_()
+        total.add_(weights.sum(0))
+        if part.filtered is not None:
+            weights.masked_fill_(part.filtered, 0.0)
+        pull.addmm_(weights.mul_(part.inverse).T, part.rows)
+    if not follows:
+        shift, total, pull = _relative_to_sum(total, pull)
+    return ClassSums(shift, total, pull, 1.0)
+
+
+@fused()
+def _relative_to_sum(total: Tensor, pull: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    shift = total.log()
+    fade = finite(shift).neg().exp()
+    return shift, total * fade, pull * fade.unsqueeze(1)
+
+
+def _sum_by_narrow_products(
+    unit: Tensor, classes: VisitedClasses, margin: Margin, chunk: int, product_dtype: torch.dtype
+) -> ClassSums:
+    """The same with narrow factors: rows stand in rows, so that a GPU's kernel has each row's logits side by side."""
+    scaled = unit_rows(unit, margin.scale, product_dtype)
+    running = RunningSoftmax.none(unit)
+    pull: Tensor | None = None
+    for first in range(0, classes.visited, chunk):
+        rows = _narrow_rows(classes, slice(first, min(first + chunk, classes.visited)), unit.dtype, product_dtype)
+        logits = product(scaled, rows.T)
+        weights = torch.empty(logits.shape, dtype=product_dtype, device=unit.device)
+        add_chunk(logits, weights, classes.position, first, margin.filter_threshold * margin.scale, running)
+        part = product(weights, rows)
+        pull = part if pull is None else torch.addcmul(part, pull, running.fade.unsqueeze(1))
+    return ClassSums(running.shift, running.total, torch.zeros_like(unit) if pull is None else pull, WEIGHT_SCALE)
+
+
+def _narrow_rows(classes: VisitedClasses, part: slice, dtype: torch.dtype, product_dtype: torch.dtype) -> Tensor:
+    """Unit centers (K, D) of some of the visited classes, kept ones where there are any."""
+    chosen = part if classes.sampled is None else classes.sampled[part]
+    if classes.units is not None and classes.units.dtype == product_dtype:
+        return classes.units[chosen]
+    rows = classes.centers[chosen].to(dtype)
+    inverse = inverse_norm(rows) if classes.inverse_norms is None else classes.inverse_norms[chosen].to(dtype)
+    return unit_rows(rows, inverse.unsqueeze(1), product_dtype)
+
+
+def finite(shift: Tensor) -> Tensor:
+    """A row whose every class is its target has no logits: -inf - -inf would be nan."""
+    return shift.nan_to_num(nan=torch.nan, posinf=0.0, neginf=0.0)
+
+
+def gradient_in_centers(
+    unit: Tensor,
+    classes: VisitedClasses,
+    margin: Margin,
+    chunk: int,
+    product_dtype: torch.dtype,
+    shift: Tensor,
+    share: Tensor,
+    upstream: Tensor,
+) -> Tensor:
+    """The second pass: softmax weights again, and their product with the embeddings, but for the targets' own pull.
+
+    Args:
+        unit: (B, D) normalised embeddings.
+        classes: this rank's classes.
+        margin: for the scale and the interclass filter.
+        chunk: classes at a time.
+        product_dtype: number format of the factors of the two matrix products.
+        shift: (B,) largest logit or log-sum-exp of this shard, from the first pass.
+        share: (B,) factor from ``exp(z - shift)`` to the loss's derivative in the cosine.
+        upstream: scalar, the gradient in the loss.
+    """
+    dtype, centers, sampled = unit.dtype, classes.centers, classes.sampled
+    if unit.shape[0] == 0:
+        return torch.zeros_like(centers)
+    result = torch.empty_like(centers) if sampled is None else torch.zeros_like(centers)
+    # The largest share is divided out of the product and put back behind it: a loss scaled for fp16 and a mean over a
+    # large batch stay inside the format's range.
+    largest = share.amax().clamp_min(torch.finfo(dtype).tiny)
+    weighted = (unit * (share / largest).unsqueeze(1)).to(product_dtype)
+    restore = largest * upstream
+    shift = finite(shift)
+    chunks = _Chunks(unit, classes, margin, chunk, product_dtype)
+    if chunks.narrow:
+        restore = restore / WEIGHT_SCALE
+    buffer = unit.new_empty(min(chunk, classes.visited), unit.shape[1])
+    in_place = sampled is None and centers.dtype == product_dtype == dtype
+    for number in range(len(chunks)):
+        part, chosen = chunks.load(number), chunks.chosen(number)
+        weights = part.logits.sub_(shift).exp_()
+        if part.filtered is not None:
+            weights.masked_fill_(part.filtered, 0.0)
+        if chunks.narrow:
+            gradient = product(weights.mul_(WEIGHT_SCALE).to(product_dtype), weighted)
+        else:
+            gradient = result[chosen].addmm_(weights, weighted, beta=0) if in_place else weights @ weighted
+        # Through the normalisation without a copy: less its part along the center, over the center's norm.
+        along = torch.mul(gradient, part.rows, out=buffer[: part.rows.shape[0]]).sum(1, keepdim=True)
+        gradient.addcmul_(part.rows, along * part.inverse.square(), value=-1).mul_(part.inverse * restore)
+        if not in_place:
+            result[chosen] = gradient.to(result.dtype)
+    return result

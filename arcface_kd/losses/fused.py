@@ -1,0 +1,96 @@
+"""Arithmetic that runs as written on a CPU and as one or two kernels on a GPU.
+
+A step of a head has a hundred small operations on numbers of the batch's rows. On a GPU each would be a launch, which
+costs more than its arithmetic: ``torch.compile`` makes one kernel of many. Where it cannot (no triton, no C compiler),
+torch's own kernels take its place, with a warning. ``TORCH_COMPILE_DISABLE=1`` switches it off.
+"""
+
+import functools
+import importlib
+import logging
+from collections.abc import Callable
+from typing import ParamSpec, TypeVar
+
+import torch
+from torch import Tensor
+
+from arcface_kd.errors import first_line
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+logger = logging.getLogger(__name__)
+
+
+def fused(kernels: int = 1) -> Callable[[Callable[P, R]], Callable[P, R]]:
+    """Mark a function of tensors and constants, without side effects, as one that a GPU may run in a few kernels.
+
+    Args:
+        kernels: how many: one, and one more for each sum over the whole batch that others wait for.
+    """
+
+    def mark(function: Callable[P, R]) -> Callable[P, R]:
+        @functools.wraps(function)
+        def run(*arguments: P.args, **keywords: P.kwargs) -> R:
+            # A caller that is being compiled itself takes the function into its own kernels.
+            if torch.compiler.is_compiling() or not any(
+                isinstance(each, Tensor) and each.is_cuda for each in arguments
+            ):
+                return function(*arguments, **keywords)
+            return on_gpu(function, kernels, None)(*arguments, **keywords)
+
+        return run
+
+    return mark
+
+
+def on_gpu(function: Callable[P, R], kernels: int, kernel: Callable[P, R] | None) -> Callable[P, R]:
+    """What runs in a function's place on a GPU.
+
+    Args:
+        function: in torch's own operations.
+        kernels: how many kernels the other way takes.
+        kernel: the other way, written by hand; None compiles ``function``.
+    """
+    if not _compiles():
+        return function
+    return kernel or _compiled(function)
+
+
+@functools.cache
+def _compiled(function: Callable[P, R]) -> Callable[P, R]:
+    from torch._dynamo.exc import TorchDynamoException
+
+    chosen = torch.compile(function, dynamic=True)
+
+    def run(*arguments: P.args, **keywords: P.kwargs) -> R:
+        nonlocal chosen
+        try:
+            return chosen(*arguments, **keywords)
+        except TorchDynamoException as error:
+            _warn(f"{function.__qualname__} cannot be compiled here", error)
+            chosen = function
+            return function(*arguments, **keywords)
+
+    return run
+
+
+@functools.cache
+def _compiles() -> bool:
+    """Whether kernels can be compiled here, found by compiling one."""
+    try:
+        importlib.import_module("triton")
+        torch.compile(_probe, dynamic=True)(torch.ones(2, device="cuda"))
+    except Exception as error:
+        # Whatever a compiler that is missing or broken raises: nothing but time depends on it.
+        _warn("no kernels can be compiled here", error)
+        return False
+    return True
+
+
+def _probe(values: Tensor) -> Tensor:
+    return values.exp() + 1
+
+
+def _warn(what: str, error: Exception) -> None:
+    logger.warning("%s: the head takes torch's own kernels, which are slower: %s", what, first_line(error))
