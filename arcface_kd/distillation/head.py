@@ -151,7 +151,7 @@ class DistillationHead(nn.Module):
         shown = BatchRows(self._steps_done, sizes, self.ranks.rank, views, distiller.faces)
         self.monitor.inputs(batch, self.num_classes if self._scores_classes else None, shown)
         terms = self._terms(batch)
-        self.monitor.terms(terms, local_embeddings, shown, self._observations)
+        self.monitor.terms(terms, local_embeddings, shown, lambda: _observations(self.methods))
         return torch.stack(list(terms.values())).sum()
 
     def _gathered(
@@ -188,9 +188,6 @@ class DistillationHead(nn.Module):
                 terms = {key: self.ranks.computed_by_all(term) for key, term in terms.items()}
             found[name] = terms
         return _by_name(found)
-
-    def _observations(self) -> dict[str, Tensor]:
-        return _by_name({name: cast(Method, method).observations() for name, method in self.methods.items()})
 
     def _sizes(self, rows: int, *, announced: bool) -> list[int]:
         """Rows of each rank; where the loader brings all ranks equally many, exchanged when their number changes.
@@ -407,6 +404,10 @@ def _before_optimizer_steps(head: DistillationHead) -> None:
             watching.look_at_gradients(optimizer)
 
     weakref.finalize(head, register_optimizer_step_pre_hook(look).remove)
+
+
+def _observations(methods: nn.ModuleDict) -> dict[str, Tensor]:
+    return _by_name({name: cast(Method, method).observations() for name, method in methods.items()})
 
 
 def _by_name(found: Mapping[str, Mapping[str, Tensor]]) -> dict[str, Tensor]:
