@@ -114,6 +114,8 @@ def _methods(arguments: argparse.Namespace) -> None:
     for name in registry.entry_points(registry.METHODS):
         try:
             method: Any = registry.load(registry.METHODS, name)
+            if not hasattr(method, "requires"):
+                raise ConfigError(f"its entry point is {method!r}; it must be a subclass of Method")
         except ConfigError as error:
             print(f"{name:20} {' '.join(str(error).split())}")
             continue
