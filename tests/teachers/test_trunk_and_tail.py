@@ -6,11 +6,12 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from arcface_kd.backbones import get_backbone
 from arcface_kd.errors import TeacherError
 from arcface_kd.teachers.base import Teacher, load_teacher
+from arcface_kd.teachers.student_init import TrainedGraph, start_from, trained_graph_file
 from arcface_kd.teachers.trunk_and_tail import CutTeacher, cut_teacher
 from tests.teachers.feature_networks import Around, Iresnet, Plain, Vit, seeded
 from tests.teachers.onnx_models import face_network, weights
@@ -113,6 +114,27 @@ def test_an_onnx_graph_at_its_last_map(batch: int | None, tmp_path: Path) -> Non
     assert cut.place == "the tensor 'map2'"
     matrix = torch.from_numpy(weights()["matrix"])
     assert_makes_up(cut, teacher, lambda each: each.flatten(1) @ matrix)
+
+
+def test_a_graph_that_torch_runs_is_cut_and_trained_as_one_that_onnxruntime_does(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on a GPU: the weights are there once, and a run may start from them."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    path = tmp_path / "network.onnx"
+    path.write_bytes(face_network().SerializeToString())
+    teacher = load_teacher(path)
+    cut = cut_teacher(teacher)
+    assert cut._cut.network is teacher.network
+    matrix = torch.from_numpy(weights()["matrix"])
+    assert_makes_up(cut, teacher, lambda each: each.flatten(1) @ matrix)
+    student, _ = start_from(path, None, nn.Identity, 16)
+    assert isinstance(student, TrainedGraph)
+    assert all(parameter.requires_grad for parameter in student.parameters())
+    content = trained_graph_file(teacher, student.state_dict())
+    path.write_bytes(content)
+    given = images(2, 112)
+    torch.testing.assert_close(load_teacher(path)(given), teacher(given))
 
 
 @pytest.mark.parametrize("how", [{"tap": 1}, {"name": "active"}])

@@ -51,7 +51,7 @@ class InputNormalisation:
     """What a graph does to its image: channel c becomes ``scale[c] x + shift[c]``, x being channel ``order[c]``.
 
     Attributes:
-        scale: per channel.
+        scale: per channel, not 0.
         shift: per channel.
         order: which channel of the input each one is made of.
         takes_bytes: the input is whole numbers 0..255.
@@ -111,11 +111,8 @@ class InputNormalisation:
     def __str__(self) -> str:
         if self.is_identity:
             return "takes whole numbers 0..255"
-        if 0 in self.scale:
-            formula = f"x {_in_words(self.scale)} + {_in_words(self.shift)}"
-        else:
-            pairs = list(zip(self.scale, self.shift, strict=True))
-            formula = f"(x - {_in_words(-b / a for a, b in pairs)}) / {_in_words(1 / a for a, _ in pairs)}"
+        pairs = list(zip(self.scale, self.shift, strict=True))
+        formula = f"(x - {_in_words(-b / a for a, b in pairs)}) / {_in_words(1 / a for a, _ in pairs)}"
         turned = "" if self.order == (0, 1, 2) else ", channels swapped"
         return f"normalises inside: {formula} of {self.input_range or 'a range that its numbers do not tell'}{turned}"
 
@@ -138,7 +135,7 @@ def find_normalisation(graph: OnnxGraph, size: int) -> InputNormalisation | None
     import onnx
 
     model = onnx.load_model_from_string(graph.model)
-    kind = inputs_type(model)
+    kind = _image_type(model)
     takes_bytes = kind == np.uint8
     places = _leading_values(model, graph.input_name)
     if places and (graph.fixed_batch or 1) * 3 * size * size <= MOST_ELEMENTS:
@@ -149,7 +146,7 @@ def find_normalisation(graph: OnnxGraph, size: int) -> InputNormalisation | None
     return InputNormalisation((1.0,) * 3, (0.0,) * 3, takes_bytes=True) if takes_bytes else None
 
 
-def inputs_type(model: Any) -> Any:
+def _image_type(model: Any) -> Any:
     """The number format of the image, as numpy has it."""
     import onnx
 
@@ -181,8 +178,9 @@ def _leading_values(model: Any, image: str) -> list[str]:
 
 def _is_followed(node: Any, held: Mapping[str, Any]) -> bool:
     if node.op_type in ("Conv", "MatMul"):
-        weight = held.get(node.input[1])
-        return weight is not None and weight.dims[0] == 3 and set(weight.dims[1:]) <= {1, 3}
+        # A layer of one pixel and three channels may be no more than factors and a swap.
+        shape = next((list(held[name].dims) for name in node.input[1:2] if name in held), [])
+        return shape[:1] == [3] and set(shape[1:]) <= {1, 3}
     return node.op_type in _FOLLOWED
 
 
@@ -232,7 +230,8 @@ def _affine(shown: np.ndarray, results: list[np.ndarray]) -> _Found | None:
         scale = matrix[np.arange(3), order]
         wanted = scale[:, None, None] * shown[:, order] + shift[:, None, None]
         reach = np.abs(scale).max() * brightest
-        if reach > 0 and sorted(order) == [0, 1, 2] and np.abs(maps - wanted).max() <= _TOLERANCE * reach:
+        blind = np.abs(scale).min() * brightest <= _TOLERANCE * reach
+        if not blind and sorted(order) == [0, 1, 2] and np.abs(maps - wanted).max() <= _TOLERANCE * reach:
             a, b = (tuple(float(f"{value:.6g}") for value in values) for values in (scale, shift))
             return (a[0], a[1], a[2]), (b[0], b[1], b[2]), (int(order[0]), int(order[1]), int(order[2]))
     return None
