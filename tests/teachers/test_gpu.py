@@ -1,0 +1,125 @@
+"""Teachers on a make-believe GPU: they follow their images, and no step waits for the device or mixes the two."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from onnx import TensorProto, helper, numpy_helper
+from torch import Tensor, nn
+
+from arcface_kd.backbones import get_backbone
+from arcface_kd.errors import TeacherError
+from arcface_kd.teachers import Teacher, load_teacher
+from arcface_kd.teachers.onnx.torch_module import TorchGraph
+from tests.make_believe_gpu import make_believe_gpu, on_device
+from tests.teachers.mxnet_files import write_checkpoint
+from tests.teachers.onnx_models import face_network
+
+IMAGES = torch.rand(4, 3, 112, 112, generator=torch.Generator().manual_seed(0)) * 2 - 1
+
+
+@pytest.fixture(autouse=True)
+def _beside_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+
+
+def _onnx_with_everything_that_is_read() -> Any:
+    """Swapped channels, computed bounds, padding by a number, a mask, a long index, a factor made of a shape."""
+    model = face_network(batch=None, tail="flatten")
+    arrays = {
+        "backwards": np.array([2, 1, 0]),
+        "from": np.array([-1]),
+        "to": np.array([-9]),
+        "axis": np.array([1]),
+        "step": np.array([-1]),
+        "low": np.array([-2], np.float32),
+        "no_axes": np.array([0]),
+        "high": np.array(2, np.float32),
+        "pads": np.array([0, 0, 0, 0, 0, 0, 0, 0]),
+        "filling": np.array(0.5, np.float32),
+        "mask": np.arange(16) % 3 > 0,
+        "places": np.arange(16)[::-1].copy(),
+    }
+    model.graph.initializer.extend(numpy_helper.from_array(array, name) for name, array in arrays.items())
+    first = [
+        helper.make_node("Gather", ["image", "backwards"], ["g"], axis=1),
+        helper.make_node("Slice", ["g", "from", "to", "axis", "step"], ["s"]),
+        helper.make_node("Squeeze", ["low", "no_axes"], ["lowest"]),
+        helper.make_node("Clip", ["s", "lowest", "high"], ["c"]),
+        helper.make_node("Pad", ["c", "pads", "filling"], ["p"]),
+    ]
+    model.graph.node[0].input[0] = "p"
+    for node in reversed(first):
+        model.graph.node.insert(0, node)
+    model.graph.node[-1].output[0] = "e"
+    model.graph.node.extend(
+        [
+            helper.make_node("Shape", ["e"], ["shape"]),
+            helper.make_node("Gather", ["shape", "width"], ["size"]),
+            helper.make_node("Cast", ["size"], ["length"], to=TensorProto.FLOAT),
+            helper.make_node("Sqrt", ["length"], ["root"]),
+            helper.make_node("Div", ["e", "root"], ["d"]),
+            helper.make_node("Where", ["mask", "d", "e"], ["w"]),
+            helper.make_node("Gather", ["w", "places"], ["embedding"], axis=1),
+        ]
+    )
+    model.graph.initializer.append(numpy_helper.from_array(np.array(1), "width"))
+    return model
+
+
+def onnx_teacher(folder: Path) -> Teacher:
+    (folder / "teacher.onnx").write_bytes(_onnx_with_everything_that_is_read().SerializeToString())
+    teacher = load_teacher(folder / "teacher.onnx", {"mean": "123.675,116.28,103.53", "std": "58.395,57.12,57.375"})
+    assert isinstance(teacher.network, TorchGraph)
+    return teacher
+
+
+def mxnet_teacher(folder: Path) -> Teacher:
+    return load_teacher(write_checkpoint(folder), {"channels": "bgr"})
+
+
+def checkpoint_teacher(folder: Path) -> Teacher:
+    torch.save(get_backbone("thin_r18", num_features=16).eval().state_dict(), folder / "model.pt")
+    return load_teacher(folder / "model.pt", {"mean": [120, 110, 100]})
+
+
+@pytest.mark.parametrize("load", [onnx_teacher, mxnet_teacher, checkpoint_teacher])
+def test_a_step_neither_waits_nor_mixes(load: Callable[[Path], Teacher], tmp_path: Path) -> None:
+    teacher = load(tmp_path)
+    assert teacher.precision == "fp16"
+    wanted = teacher(IMAGES)
+    with make_believe_gpu() as record:
+        images = IMAGES.to("cuda")
+        teacher(images)
+        record.clear()
+        embeddings = teacher(images)
+        assert on_device(embeddings)
+        assert record.launches
+        assert (dict(record.syncs), dict(record.mixes)) == ({}, {})
+        met = embeddings.cpu()
+    torch.testing.assert_close(met, wanted, rtol=1e-3, atol=1e-3)
+
+
+class Fickle(nn.Module):
+    """Embeds otherwise on a GPU, as a network does whose numbers are too large for fp16."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.matrix = nn.Parameter(torch.randn(48, 16, generator=torch.Generator().manual_seed(0)))
+
+    def forward(self, images: Tensor) -> Tensor:
+        embeddings = nn.functional.adaptive_avg_pool2d(images, 4).flatten(1) @ self.matrix
+        return embeddings.flip(1) if on_device(embeddings) else embeddings
+
+
+def test_a_gpu_that_embeds_otherwise_ends_the_run_before_its_first_step() -> None:
+    teacher = load_teacher(Fickle(), {"size": 8, "precision": "fp16"})
+    with make_believe_gpu(), pytest.raises(TeacherError, match=r"in fp16 otherwise.*teacher\.precision=fp32"):
+        teacher(torch.zeros(2, 3, 8, 8, device="cuda"))
+
+
+def test_a_module_of_the_users_own_stays_in_full_precision() -> None:
+    assert load_teacher(Fickle(), {"size": 8}).precision == "fp32"
