@@ -5,7 +5,7 @@ import os
 import statistics
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -14,11 +14,11 @@ from easydict import EasyDict
 
 from arcface_kd.backbones import get_backbone
 from arcface_kd.config.arcface_torch import BASE
-from arcface_kd.config.kd import CLASS_MEANS, KDConfig
+from arcface_kd.config.kd import CLASS_MEANS, KDConfig, option_items
 from arcface_kd.data.dataset import RecordDataset
 from arcface_kd.data.formats.verification_bin import list_bins
 from arcface_kd.distillation.distiller import Distiller
-from arcface_kd.errors import ConfigError, DataError, OnBadRecord
+from arcface_kd.errors import ConfigError, DataError
 from arcface_kd.evaluation.report.bootstrap import Interval
 from arcface_kd.evaluation.report.comparison import (
     ComparedSet,
@@ -51,7 +51,7 @@ _TEACHER_EPOCHS = 7
 _TEACHER_MARGIN = (1.0, 0.0, 0.15)
 # With a handful of images a class, centers that average over them (the plain alpha stays larger) carry further than
 # centers that follow the image at hand: on 985 real identities TAR@FAR=1e-2 was 62 % weighted and 69 % plain.
-_FEW_IMAGES = {"adadistill": ("alpha=plain",)}
+_FEW_IMAGES = {"adadistill.alpha": "plain"}
 # Rows of a batch, where there are as many faces.
 _BATCH = 128
 _TARS = tuple(f"tar@far={far_name(level)}" for level in FAR_LEVELS)
@@ -68,24 +68,16 @@ class DemoSettings:
     Attributes:
         out: folder for everything it writes.
         data: folder with ``train.rec`` and ``.bin`` sets; None draws synthetic faces.
-        teacher: a teacher's file; None trains one on the same data.
-        options: ``--kd-option`` strings; ``adadistill.alpha`` is ``plain`` unless they say otherwise.
-        method: what the student is distilled with.
-        classifier: the teacher's classifier, or ``class-means``, for methods that need one.
-        cache: the teacher's embeddings; None keeps them in ``out`` and makes them anew.
-        on_bad_record: what becomes of a record that cannot be read.
+        keys: ``kd*`` keys as in a config. Without ``kd`` it is AdaDistill, ``adadistill.alpha`` is ``plain`` unless the
+            options say otherwise, without ``kd_teacher`` one is trained on the same data, without ``kd_cache`` the
+            teacher's embeddings are kept in ``out`` and made anew.
         seeds: how often each student is trained.
         epochs: of the students; None chooses for the data.
     """
 
     out: Path
     data: Path | None = None
-    teacher: str | None = None
-    options: Sequence[str] = ()
-    method: str = "adadistill"
-    classifier: str | None = None
-    cache: Path | None = None
-    on_bad_record: OnBadRecord = "stop"
+    keys: Mapping[str, Any] = field(default_factory=dict)
     seeds: int = 1
     epochs: int | None = None
 
@@ -94,6 +86,24 @@ class DemoSettings:
             raise ConfigError(f"seeds is {self.seeds}; it must be at least 1")
         if self.epochs is not None and self.epochs < 1:
             raise ConfigError(f"epochs is {self.epochs}; it must be at least 1")
+
+    @property
+    def all_keys(self) -> dict[str, Any]:
+        """The keys with the demo's own choices where there are none."""
+        keys = {"kd": "adadistill", "kd_cache": str(self.out / "teacher.cache"), **self.keys}
+        methods = KDConfig.from_config({"kd": keys["kd"]}).methods
+        chosen = {name: value for name, value in _FEW_IMAGES.items() if name.partition(".")[0] in methods}
+        return {**keys, "kd_option": {**chosen, **dict(option_items(keys.get("kd_option")))}}
+
+    @property
+    def kd(self) -> KDConfig:
+        """The keys, read."""
+        return KDConfig.from_config(self.all_keys)
+
+    @property
+    def method(self) -> str:
+        """What the student is distilled with."""
+        return "+".join(self.kd.methods)
 
 
 @dataclass
@@ -133,7 +143,6 @@ class _Job:
     """What is known before anything is written: the method's keys, its teacher and what it wants."""
 
     kd: KDConfig
-    keys: dict[str, Any]
     teacher: Teacher | None
     fills_first: bool
 
@@ -178,8 +187,8 @@ def run_demo(settings: DemoSettings) -> list[Row]:
     own_teacher = job.teacher is None
     stages = _Stages(drawn + (drawn and own_teacher) + own_teacher + job.fills_first + 2 * settings.seeds + 1)
     settings.out.mkdir(parents=True, exist_ok=True)
-    if settings.cache is None:
-        cache = Path(job.keys["kd_cache"])
+    if "kd_cache" not in settings.keys:
+        cache = Path(str(job.kd.cache))
         for stale in (cache, cache.with_name(cache.name + ".json")):
             stale.unlink(missing_ok=True)
     if base is None:
@@ -193,7 +202,7 @@ def run_demo(settings: DemoSettings) -> list[Row]:
         teacher = load_teacher(Path(config.output) / "model.pt", {"network": config.network})
     if job.fills_first:
         stages.next("embedding all faces with the teacher")
-        fill_cache({**base, **job.keys}, teacher=teacher)
+        fill_cache({**base, **settings.all_keys}, teacher=teacher)
     alone, distilled = _Trained("alone"), _Trained(settings.method)
     for seed in range(settings.seeds):
         for runs, distiller in ((alone, None), (distilled, Distiller(job.kd, teacher))):
@@ -212,22 +221,13 @@ def run_demo(settings: DemoSettings) -> list[Row]:
 
 def _checked(settings: DemoSettings) -> _Job:
     """Load the teacher where one was given, and see that the method can work with it."""
-    options = [f"{name}.{option}" for name in settings.method.split("+") for option in _FEW_IMAGES.get(name, ())]
-    keys = {
-        "kd": settings.method,
-        "kd_teacher": settings.teacher,
-        "kd_cache": str(settings.cache or settings.out / "teacher.cache"),
-        "kd_classifier": settings.classifier,
-        "kd_option": [*options, *settings.options],
-        "kd_on_bad_record": settings.on_bad_record,
-    }
-    kd = KDConfig.from_config(keys)
-    if settings.teacher is None and "teacher" in kd.options:
+    kd = settings.kd
+    if kd.teacher is None and "teacher" in kd.options:
         raise ConfigError("teacher options were given without a teacher; add --kd-teacher FILE")
-    teacher = load_teacher(settings.teacher, kd.options.get("teacher")) if settings.teacher is not None else None
+    teacher = load_teacher(kd.teacher, kd.options.get("teacher")) if kd.teacher is not None else None
     wiring = Distiller(kd, teacher if teacher is not None else load_teacher(get_backbone(TEACHER_NETWORK)))
     wiring.refuse_dimension(BASE["embedding_size"], wiring.teacher_embedding_size)
-    return _Job(kd, keys, teacher, wiring.from_cache_alone or kd.classifier == CLASS_MEANS)
+    return _Job(kd, teacher, wiring.from_cache_alone or kd.classifier == CLASS_MEANS)
 
 
 class _Stages:
@@ -286,7 +286,7 @@ def _teacher_config(base: EasyDict, out: Path, stages: _Stages) -> EasyDict:
 
 def _config_for(data: Path, settings: DemoSettings) -> EasyDict:
     """An arcface_torch config for a student on this data."""
-    records = RecordDataset(data, on_bad_record=settings.on_bad_record)
+    records = RecordDataset(data, on_bad_record=settings.kd.on_bad_record)
     if not list_bins(data):
         raise DataError(f"{data} has no verification set (*.bin); the demo's numbers come from held-out identities")
     config = EasyDict(BASE)
@@ -307,8 +307,10 @@ def _config_for(data: Path, settings: DemoSettings) -> EasyDict:
         verbose=10**9,
         frequent=max(1, min(10, len(records) // _BATCH)),
         num_workers=0,
-        kd_on_bad_record=settings.on_bad_record,
     )
+    # The student alone has the keys that mean something without a method.
+    plain = [key.name for key in KDConfig.keys().values() if not key.distils]
+    config.update({name: value for name, value in settings.keys.items() if name in plain})
     return config
 
 
@@ -319,8 +321,8 @@ def _compared(settings: DemoSettings, teacher: Teacher, trained: Sequence[_Train
         replace(run_contestant(run, device), is_teacher=run.name == "teacher")
         for run in read_runs([result.output for runs in trained for result in runs.results])
     ]
-    if settings.teacher is not None:
-        models.insert(0, teacher_contestant(settings.teacher, teacher.to(device)))
+    if settings.kd.teacher is not None:
+        models.insert(0, teacher_contestant(settings.kd.teacher, teacher.to(device)))
     return compare(models, list_bins(data), device, progress=True)
 
 

@@ -1,6 +1,7 @@
 """The main job, at a small size: its files, its rows, its honesty."""
 
 import json
+import shlex
 import sys
 from pathlib import Path
 
@@ -57,7 +58,7 @@ def test_runs_on_given_data_with_a_given_teacher(tmp_path: Path, capsys: pytest.
     teacher = tmp_path / "teacher.pt"
     torch.save(get_backbone("thin_r18").state_dict(), teacher)
     out = tmp_path / "out"
-    rows = run_demo(DemoSettings(out=out, data=faces.folder, teacher=str(teacher), epochs=1, seeds=2))
+    rows = run_demo(DemoSettings(out=out, data=faces.folder, keys={"kd_teacher": str(teacher)}, epochs=1, seeds=2))
     assert [r.score.model for r in rows] == ["teacher", "alone", "adadistill"]
     assert [len(r.accuracy_by_seed) for r in rows] == [1, 2, 2]
     assert rows[2].kd_overhead is not None
@@ -90,7 +91,9 @@ def test_runs_on_given_data_with_a_given_teacher(tmp_path: Path, capsys: pytest.
 
 def test_fewer_faces_than_a_batch_are_one_batch(tmp_path: Path) -> None:
     faces = draw_faces(tmp_path, identities=4, images=4)
-    config = _config_for(faces.folder, DemoSettings(out=tmp_path / "out", data=faces.folder, teacher="none.pt"))
+    config = _config_for(
+        faces.folder, DemoSettings(out=tmp_path / "out", data=faces.folder, keys={"kd_teacher": "none.pt"})
+    )
     assert config.batch_size == 16
     assert config.frequent == 1
 
@@ -118,10 +121,12 @@ def test_a_method_of_class_means_finds_the_cache_filled(tmp_path: Path, capsys: 
     settings = DemoSettings(
         out=tmp_path / "out",
         data=faces.folder,
-        teacher=str(tmp_path / "teacher.pt"),
-        method="proxylesskd",
-        classifier="class-means",
-        cache=tmp_path / "kept.cache",
+        keys={
+            "kd": "proxylesskd",
+            "kd_teacher": str(tmp_path / "teacher.pt"),
+            "kd_classifier": "class-means",
+            "kd_cache": str(tmp_path / "kept.cache"),
+        },
         epochs=1,
     )
     assert [r.score.model for r in run_demo(settings)] == ["teacher", "alone", "proxylesskd"]
@@ -134,7 +139,7 @@ def test_a_method_of_class_means_finds_the_cache_filled(tmp_path: Path, capsys: 
     [
         ("adadistill", 64, ConfigError, "the teacher has 64 dimensions and the student 512"),
         ("proxylesskd", 512, TeacherError, "proxylesskd needs"),
-        ("shkd", 512, ConfigError, "shkd is three runs"),
+        ("shkd", 512, ConfigError, "shkd is 3 runs"),
     ],
 )
 def test_what_the_student_cannot_use_is_refused_before_anything_is_trained(
@@ -146,7 +151,10 @@ def test_what_the_student_cannot_use_is_refused_before_anything_is_trained(
     with pytest.raises(error, match=words):
         run_demo(
             DemoSettings(
-                out=tmp_path / "out", data=faces.folder, teacher=str(tmp_path / "teacher.pt"), method=method, epochs=1
+                out=tmp_path / "out",
+                data=faces.folder,
+                keys={"kd": method, "kd_teacher": str(tmp_path / "teacher.pt")},
+                epochs=1,
             )
         )
     assert not (tmp_path / "out").exists()
@@ -156,12 +164,11 @@ def test_every_flag_of_the_command_reaches_the_demo(monkeypatch: pytest.MonkeyPa
     asked: list[DemoSettings] = []
     monkeypatch.setattr(demo, "run_demo", asked.append)
     words = (
-        "demo --kd kd --kd-teacher t --kd-classifier class-means --kd-cache c --on-bad-record skip --kd-option kd.t=1"
+        "demo --kd kd --kd-teacher t --kd-cache c --kd-option kd.t=1 --kd-classifier class-means --on-bad-record skip"
     )
     assert main(words.split()) == 0
     (settings,) = asked
-    assert (settings.method, settings.teacher, settings.classifier) == ("kd", "t", "class-means")
-    assert (settings.cache, settings.on_bad_record, settings.options) == (Path("c"), "skip", ["kd.t=1"])
+    assert settings.kd.flags() == shlex.split(words.removeprefix("demo "))
 
 
 def test_missing_pictures_are_told_before_anything_is_trained(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,9 +3,10 @@
 import argparse
 import os
 from pathlib import Path
+from typing import Any
 
 from arcface_kd.cli.command import Commands, add_config, settings_of
-from arcface_kd.config.flags import add_arguments
+from arcface_kd.config.flags import add_arguments, merge_arguments, refuse_flags_without_method
 
 
 def add_commands(commands: Commands) -> None:
@@ -53,7 +54,6 @@ def train(arguments: argparse.Namespace) -> None:
         arguments: of ``train`` or ``recipe``.
     """
     from arcface_kd.config.arcface_torch import load_config
-    from arcface_kd.config.flags import merge_arguments, refuse_flags_without_method
     from arcface_kd.training.stages import train_stages
 
     config = load_config(arguments.config, settings_of(arguments))
@@ -70,7 +70,6 @@ def train(arguments: argparse.Namespace) -> None:
 
 def _cache(arguments: argparse.Namespace) -> None:
     from arcface_kd.config.arcface_torch import load_config
-    from arcface_kd.config.flags import merge_arguments
     from arcface_kd.teachers.cache.fill import fill_cache
 
     config = load_config(arguments.config, settings_of(arguments))
@@ -85,16 +84,13 @@ def _cache(arguments: argparse.Namespace) -> None:
 def _demo(arguments: argparse.Namespace) -> None:
     from arcface_kd.demo import DemoSettings, run_demo
 
+    keys: dict[str, Any] = {}
+    merge_arguments(keys, arguments)
     run_demo(
         DemoSettings(
             out=arguments.out,
             data=arguments.data,
-            teacher=arguments.kd_teacher,
-            options=arguments.kd_option or [],
-            method=arguments.kd or "adadistill",
-            classifier=arguments.kd_classifier,
-            cache=None if arguments.kd_cache is None else Path(arguments.kd_cache),
-            on_bad_record=arguments.kd_on_bad_record or "stop",
+            keys=keys,
             seeds=arguments.seeds,
             epochs=arguments.epochs,
         )
