@@ -235,6 +235,8 @@ def test_adadistill_trains_the_student_towards_the_teacher(faces: Faces, teacher
     before = {key: value.clone() for key, value in teacher.state_dict().items()}
     result = train(config_for(faces, tmp_path / "run", num_epoch=6, lr=0.02, save_all_states=True), distiller=distiller)
     assert same_weights(before, teacher.state_dict())
+    told = f"-teacher: {teacher.description}, 32-d, {teacher.preprocessing}\n"
+    assert (tmp_path / "run" / "training.log").read_text().count(told) == 1
     scalars = read_scalars(result.output / "tensorboard")
     cosine = scalars["kd/student_teacher_cosine"].y
     assert cosine[-5:].mean() > cosine[:5].mean() + 0.1
