@@ -38,8 +38,12 @@ def test_other_ranks_tell_their_early_warnings(tmp_path: Path, capsys: pytest.Ca
 
 
 def test_warnings_of_a_run_that_never_begins_are_shown(capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(ValueError, match="no run"), early_messages():
-        logger.info("nobody asked")
-        logger.warning("num_image is 7")
-        raise ValueError("no run")
+    def begin() -> None:
+        with early_messages():
+            logger.info("nobody asked")
+            logger.warning("num_image is 7")
+            raise ValueError("no run")
+
+    with pytest.raises(ValueError, match="no run"):
+        begin()
     assert capsys.readouterr().err == "num_image is 7\n"
