@@ -25,7 +25,7 @@ from arcface_kd.errors import ConfigError, TeacherError
 from arcface_kd.methods.base import Requirement
 from arcface_kd.teachers.base import Teacher, load_teacher
 from arcface_kd.teachers.cache.embedding_cache import EmbeddingCache, fill_hint
-from arcface_kd.teachers.collapse import warn_of_collapse
+from arcface_kd.teachers.collapse import warn_if_alike, warn_of_collapse
 
 logger = logging.getLogger(__name__)
 
@@ -81,7 +81,7 @@ class Distiller:
         self._shown: BatchViews | None = None
         self._seen: Tensor | None = None
         self._untold = False
-        self._range_checked = False
+        self._first_batch = True
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "Distiller":
         """One for copies of student and head; teacher, cache and data, which no step changes, are shared."""
@@ -220,8 +220,8 @@ class Distiller:
         """
         if not self._listens:
             return
-        if not self._range_checked:
-            self._range_checked = True
+        first, self._first_batch = self._first_batch, False
+        if first:
             _tell_range(images)
         views, self._views = self._views, None
         if self.maps is not None and self.methods.compares_maps:
@@ -234,6 +234,9 @@ class Distiller:
             self._seen = normalize(self.teacher(images))
         else:
             raise TeacherError(NO_CACHE.format(self.methods.title))
+        # Without a loader of ours this batch is all that is known of the faces.
+        if first and self.faces is None and self.teacher is not None and self._seen is not None:
+            warn_if_alike(self.teacher, self._seen)
 
     def take_teacher_embeddings(self, rows: int) -> Tensor | None:
         """The teacher's embeddings of the batch that the student has just seen; handed out once.

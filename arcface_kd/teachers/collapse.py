@@ -35,8 +35,7 @@ def warn_of_collapse(
         cache: of the teacher's embeddings of these faces; where all two dozen are in it, the teacher is not asked.
         device: where the images go; None for the current GPU, or the CPU.
     """
-    joined = distributed.is_available() and distributed.is_initialized()
-    if len(faces) == 0 or (joined and distributed.get_rank() != 0):
+    if len(faces) == 0 or not _is_first_rank():
         return
     places = np.unique(np.linspace(0, len(faces) - 1, _FACES).round().astype(np.int64))
     if cache is not None and all(cache.known(place, place + 1)[0, 0] for place in places.tolist()):
@@ -53,9 +52,21 @@ def warn_of_collapse(
     if len(images) < _FEWEST:
         return
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    embeddings = normalize(teacher(torch.stack(list(images.values())).to(device).float() / 127.5 - 1))
+    shown = torch.stack(list(images.values())).to(device).float() / 127.5 - 1
+    warn_if_alike(teacher, normalize(teacher(shown)))
+
+
+def warn_if_alike(teacher: Teacher, embeddings: Tensor) -> None:
+    """Warn if the embeddings of different faces are all alike; on rank 0 only.
+
+    Args:
+        teacher: whose they are.
+        embeddings: (N, D) unit vectors of faces most of which are different people; fewer than eight are not judged.
+    """
+    count = len(embeddings)
+    if count < _FEWEST or not _is_first_rank():
+        return
     # The mean over pairs of different faces, by the norm of the sum.
-    count = len(images)
     cosine = float((embeddings.sum(0).square().sum() - count) / (count * (count - 1)))
     if not cosine < _ALIKE:
         logger.warning(
@@ -66,3 +77,7 @@ def warn_of_collapse(
             cosine,
             teacher.preprocessing,
         )
+
+
+def _is_first_rank() -> bool:
+    return not (distributed.is_available() and distributed.is_initialized()) or distributed.get_rank() == 0

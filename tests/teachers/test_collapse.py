@@ -64,6 +64,19 @@ def test_a_run(
     assert network.shown == 12
 
 
+@pytest.mark.parametrize(("offset", "warned"), [(0.0, False), (100.0, True)])
+def test_a_loop_with_a_loader_of_its_own(offset: float, warned: bool, caplog: pytest.LogCaptureFixture) -> None:
+    """Its first batch is judged, and no other."""
+    distiller = Distiller(KDConfig(("adadistill",)), load_teacher(Network(offset), {"size": 8}))
+    student = distiller.watch(nn.Flatten()).train()
+    images = torch.rand(8, 3, 8, 8, generator=torch.Generator().manual_seed(1)) * 2 - 1
+    for expected in (warned, False):
+        caplog.clear()
+        with caplog.at_level(logging.WARNING):
+            student(images)
+        assert ("are all alike" in caplog.text) is expected
+
+
 def test_filling_a_cache_warns_and_a_full_cache_is_not_looked_at(
     faces: Faces, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -115,10 +115,7 @@ def fill_cache(config: Mapping[str, Any], *, teacher: Teacher | None = None) -> 
     with process_group() as (rank, local_rank, _), named_shortages(lambda: place, "lower batch_size"):
         if torch.cuda.is_available():
             torch.cuda.set_device(local_rank)
-        if teacher is None:
-            if kd.teacher is None:
-                raise TeacherError("a cache keeps a teacher's embeddings: give a teacher with --kd-teacher FILE")
-            teacher = load_teacher(kd.teacher, kd.options.get("teacher"))
+        teacher = teacher if teacher is not None else _teacher_of(kd)
         faces = open_dataset(config["rec"], config.get("num_classes"), kd.on_bad_record)
         identity = identity_of(teacher, fingerprint(faces), len(faces))
         cache = on_first_rank_first(lambda: EmbeddingCache(str(kd.cache), identity))
@@ -161,6 +158,12 @@ def fill_cache(config: Mapping[str, Any], *, teacher: Teacher | None = None) -> 
             images_per_second=len(records) / seconds if len(records) else 0.0,
             unreadable=unreadable,
         )
+
+
+def _teacher_of(kd: KDConfig) -> Teacher:
+    if kd.teacher is None:
+        raise TeacherError("a cache keeps a teacher's embeddings: give a teacher with --kd-teacher FILE")
+    return load_teacher(kd.teacher, kd.options.get("teacher"))
 
 
 def _share(records: np.ndarray, ranks: RankGroup) -> np.ndarray:

@@ -53,7 +53,7 @@ def channels_last(*, declared: bool = True, side: int | None = 112, before: tupl
     nodes, last = [], "image"
     for operator in before:
         others = ["nothing"] if operator in ("Add", "Sub") else []
-        attributes = {"to": TensorProto.FLOAT} if operator == "Cast" else {}
+        attributes: dict[str, Any] = {"to": TensorProto.FLOAT} if operator == "Cast" else {}
         nodes.append(helper.make_node(operator, [last, *others], [f"{operator}_out"], **attributes))
         last = f"{operator}_out"
     nodes.append(helper.make_node("Transpose", [last], ["nchw"], perm=[0, 3, 1, 2]))
@@ -175,7 +175,7 @@ def test_an_output_that_is_not_there_is_refused_with_those_that_are(tmp_path: Pa
         load_teacher(torch.nn.Flatten(), {"output": "feature"})
 
 
-def batch_norm(shape: tuple[int, ...], opset: int, **attributes: int) -> Any:
+def batch_norm(shape: tuple[int, ...], opset: int, **attributes: Any) -> Any:
     """The network with a batch norm behind its first convolution, and weights among the inputs, as MXNet writes it."""
     model = plain()
     generator = np.random.default_rng(5)
