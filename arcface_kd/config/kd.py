@@ -126,7 +126,8 @@ class KDConfig:
             :class:`arcface_kd.data.dataset.FaceDataset`; with or without distillation.
 
     Raises:
-        ConfigError: options that are not sorted by prefix, or with a prefix that nobody looks at; a method named twice.
+        ConfigError: a value of the wrong type, a method named twice, options that are not sorted by prefix or have one
+            that nobody looks at.
     """
 
     methods: Annotated[
@@ -183,6 +184,9 @@ class KDConfig:
             raise ConfigError(f"methods is {self.methods!r}; it must be a tuple of names, such as ({self.methods!r},)")
         if len(set(self.methods)) < len(self.methods):
             raise ConfigError(f"kd is {'+'.join(self.methods)!r}; it names a method twice")
+        for field, key in self.keys().items():
+            if key.read is None:
+                object.__setattr__(self, field, convert(getattr(self, field), kinds_of(type(self))[field], field))
         allowed = (*PREFIXES, *self.methods)
         for prefix, values in self.options.items():
             if not isinstance(values, Mapping):

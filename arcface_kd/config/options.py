@@ -195,5 +195,5 @@ def _described(kind: Any) -> str:
         kinds = get_args(kind)
         number = _described(kinds[0])
         return f"{number}, or several" if kinds[-1] is Ellipsis else f"{number}, or {len(kinds)} of them"
-    words = {bool: "true or false", int: "a whole number", float: "a finite number", str: "a word"}
+    words = {bool: "true or false", int: "a whole number", float: "a finite number", str: "text"}
     return words.get(kind) or f"a {getattr(kind, '__name__', kind)}"

@@ -203,13 +203,15 @@ def test_a_value_may_hold_an_equals_sign_and_a_name_a_dot() -> None:
     ("fields", "said"),
     [
         ({"methods": "adadistill"}, r"methods is 'adadistill'.*\('adadistill',\)"),
+        ({"on_bad_record": "skipp"}, "on_bad_record is 'skipp'"),
+        ({"teacher": object()}, "^teacher is <object"),
         ({"methods": ("kd",), "options": {"kd.weight": 2.0}}, r"'kd.weight': 2.0; it must have a mapping"),
         (
             {"methods": ("kd",), "options": {"gkd": {"mass": 0.9}}},
             "unknown option 'gkd.mass'; .*did you mean 'kd'",
         ),
     ],
-    ids=["a word", "dotted names", "another method's"],
+    ids=["a word", "another word", "no file", "dotted names", "another method's"],
 )
 def test_fields_that_would_have_no_effect_are_refused(fields: dict[str, Any], said: str) -> None:
     with pytest.raises(ConfigError, match=said):
