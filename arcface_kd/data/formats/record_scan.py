@@ -41,9 +41,9 @@ class Headers(NamedTuple):
 def read_headers(reader: RecordReader) -> Iterator[Headers]:
     """Read the headers of all records that an index lists, in one pass over the file.
 
-    The pass goes through a memory map of its own in the order of the file, so that the disk reads ahead: at most the
-    time of reading the file once, and a fraction of a second for a million records that are in memory already. It keeps
-    nothing but the chunk at hand.
+    The pass goes through a memory map of its own in the order of the file, so that the disk reads ahead. It takes one
+    to two seconds for a million records that the system has in memory, else the time of reading the file once, and
+    keeps nothing but the chunk at hand.
 
     Args:
         reader: the records.
@@ -52,7 +52,7 @@ def read_headers(reader: RecordReader) -> Iterator[Headers]:
         Chunks, in the order of the file.
 
     Raises:
-        DataError: the file cannot be read any more.
+        OSError: the file is gone.
     """
     offsets = reader.offsets
     order = None if ascending(offsets) else np.argsort(offsets, kind="stable")
@@ -82,16 +82,17 @@ def _headers(words: np.ndarray, positions: np.ndarray, begins: np.ndarray, ends:
     def word(place: np.ndarray) -> np.ndarray:
         return words.take(place, mode="clip")
 
-    length = word(at + 1)
-    end = begins + PART.size + ((length & LENGTH_MASK).astype(np.int64) + 3 & ~3)
+    part = word(at + 1)
+    length = (part & LENGTH_MASK).astype(np.int64)
+    end = begins + PART.size + (length + 3 & ~3)
     flag = word(at + 2).astype(np.int64)
     labels = word(at + 3).view(np.float32)
     vectors = np.flatnonzero(flag)
     # The labels of a vector stand behind the header.
     labels[vectors] = word(at[vectors] + (PART.size + HEADER.size) // _WORD).view(np.float32)
-    payload = (length & LENGTH_MASK).astype(np.int64) - HEADER.size - _WORD * flag
+    payload = length - HEADER.size - _WORD * flag
     followed = (end == len(words) * _WORD) | (word(end // _WORD) == MAGIC)
-    whole = (word(at) == MAGIC) & (length >> LENGTH_BITS == WHOLE) & (end <= ends) & followed
+    whole = (word(at) == MAGIC) & (part >> LENGTH_BITS == WHOLE) & (end <= ends) & followed
     sound = whole & ((payload > 0) | (payload == 0) & (flag > 0))
     return Headers(positions, labels, payload > 0, ~sound)
 

@@ -2,20 +2,19 @@ import multiprocessing
 import pickle
 import struct
 import threading
-import tracemalloc
 from pathlib import Path
 from types import ModuleType
 
 import numpy as np
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from arcface_kd.data.formats import record_index, recordio
-from arcface_kd.data.formats.record import RecordHeader, pack, unpack, unpack_label
+from arcface_kd.data.formats import recordio
+from arcface_kd.data.formats.record import pack, unpack
 from arcface_kd.data.formats.recordio import RecordReader, RecordWriter
 from arcface_kd.errors import DataError
-from tests.data.record_sets import insightface_records, plain_records, write_records
+from tests.data.record_sets import write_records
 
 MAGIC = struct.pack("<I", 0xCED7230A)
 
@@ -71,62 +70,6 @@ def naive_rec(records: list[bytes]) -> tuple[bytes, list[int]]:
 def write(folder: Path, records: list[bytes], keys: list[int] | None = None) -> tuple[Path, Path]:
     write_records(folder, list(zip(keys or range(len(records)), records, strict=True)))
     return folder / "train.rec", folder / "train.idx"
-
-
-# Packing ------------------------------------------------------------------------------------------------------------
-
-LABELS = st.one_of(
-    st.floats(width=32),
-    st.integers(-(2**31), 2**31),
-    st.booleans(),
-    st.lists(st.floats(width=32), max_size=6),
-    st.lists(st.floats(width=32), max_size=6).map(lambda values: np.array(values, dtype=np.float64)),
-    st.sampled_from([np.float32(3), np.float64(4), np.int64(5), np.array(6.0)]),
-)
-
-
-@settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(flag=st.integers(0, 9), label=LABELS, number=st.integers(0, 2**64 - 1), payload=st.binary(max_size=40))
-def test_packing_equals_mxnets(mxnet: ModuleType, flag: int, label: float, number: int, payload: bytes) -> None:
-    theirs = mxnet.recordio.pack(mxnet.recordio.IRHeader(flag, label, number, 7), payload)
-    assert pack(RecordHeader(flag, label, number, 7), payload) == theirs
-    expected, rest = mxnet.recordio.unpack(theirs)
-    header, mine = unpack(theirs)
-    assert (header.flag, header.id, header.id2, bytes(mine)) == (expected.flag, expected.id, expected.id2, rest)
-    np.testing.assert_array_equal(header.label, expected.label)
-    if np.size(expected.label):
-        value, mine = unpack_label(theirs)
-        np.testing.assert_equal(value, float(np.atleast_1d(expected.label)[0]))
-        assert bytes(mine) == rest
-
-
-def test_packing_is_what_the_format_says() -> None:
-    packed = pack(RecordHeader(0, 3.0, 5, 6), b"xy")
-    assert packed == struct.pack("<IfQQ", 0, 3.0, 5, 6) + b"xy"
-    packed = pack(RecordHeader(0, np.array([1.0, 2.5]), 5, 0), b"xy")
-    assert packed == struct.pack("<IfQQ2f", 2, 0.0, 5, 0, 1.0, 2.5) + b"xy"
-    header, payload = unpack(packed)
-    assert header.flag == 2
-    assert header.label.tolist() == [1.0, 2.5]  # type: ignore[union-attr]
-    assert payload == b"xy"
-    assert unpack_label(packed) == (1.0, b"xy")
-
-
-@pytest.mark.parametrize("header", [(0, 1.0, -1, 0), (0, 1.0, 2**64, 0), (0, 1e300, 0, 0), (0, "name", 0, 0)])
-def test_what_a_header_cannot_hold_is_refused(header: tuple[int, float, int, int]) -> None:
-    with pytest.raises(DataError, match="a record header cannot hold label"):
-        pack(RecordHeader(*header), b"")
-
-
-@pytest.mark.parametrize("take_apart", [unpack, unpack_label])
-def test_short_records_are_refused(take_apart: object) -> None:
-    assert callable(take_apart)
-    with pytest.raises(DataError, match="a record of 23 bytes is too short for its header of 24"):
-        take_apart(bytes(23))
-    with pytest.raises(DataError, match="a record of 31 bytes is too short for the 2 labels"):
-        take_apart(struct.pack("<IfQQ", 2, 0, 0, 0) + bytes(7))
-    with pytest.raises(DataError, match="too short for the 4294967295 labels"):
-        take_apart(struct.pack("<IfQQ", 2**32 - 1, 0, 0, 0) + bytes(7))
 
 
 # Writing and reading ------------------------------------------------------------------------------------------------
@@ -245,111 +188,6 @@ def test_too_long_a_record_is_refused(tmp_path: Path, monkeypatch: pytest.Monkey
     monkeypatch.setattr(recordio, "LENGTH_MASK", 10)
     with pytest.raises(DataError, match="key 4 has 11 bytes"), RecordWriter(tmp_path / "a", tmp_path / "b") as writer:
         writer.write(4, bytes(11))
-
-
-# The index ----------------------------------------------------------------------------------------------------------
-
-
-def naive_index(path: Path) -> tuple[list[int], list[int]]:
-    rows = [line.split("\t") for line in path.read_text().splitlines()]
-    return [int(row[0]) for row in rows], [int(row[1]) for row in rows]
-
-
-@settings(max_examples=150, deadline=None)
-@given(
-    rows=st.lists(st.tuples(st.integers(0, 10**18 - 1), st.integers(0, 10**18 - 1)), min_size=1, max_size=60),
-    end=st.sampled_from(["\n", "\r\n"]),
-    finished=st.booleans(),
-    width=st.integers(0, 12),
-    chunk=st.sampled_from([64, 1 << 20]),
-)
-def test_the_index_is_what_python_reads(
-    rows: list[tuple[int, int]],
-    end: str,
-    finished: bool,
-    width: int,
-    chunk: int,
-    tmp_path_factory: pytest.TempPathFactory,
-) -> None:
-    path = tmp_path_factory.getbasetemp() / "any.idx"
-    # Leading zeros make lines of one width, which take the quick way.
-    text = end.join(f"{key:0{width}}\t{offset:0{width}}" for key, offset in rows) + (end if finished else "")
-    path.write_bytes(text.encode())
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(record_index, "_INDEX_CHUNK", chunk)
-        index = record_index.read_index(path)
-    assert (index[0].tolist(), index[1].tolist()) == naive_index(path)
-
-
-def test_a_long_index_goes_through_chunks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(record_index, "_INDEX_CHUNK", 1000)
-    path = tmp_path / "train.idx"
-    rng = np.random.default_rng(0)
-    offsets = np.cumsum(rng.integers(1, 10**4, 12_000)) * 4
-    for keys in (np.arange(12_000), rng.permutation(12_000)):
-        path.write_text("".join(f"{key}\t{offset}\n" for key, offset in zip(keys, offsets, strict=True)))
-        index = record_index.read_index(path)
-        np.testing.assert_array_equal(index, [keys, offsets])
-
-
-@pytest.mark.parametrize(
-    "line",
-    [
-        "",
-        "5",
-        "5 40",
-        "5\t",
-        "\t40",
-        "5\t40\t3",
-        "-5\t40",
-        "5\t4O",
-        "5\t40 ",
-        "5.0\t40",
-        "5\t\t40",
-        "5\t1234567890123456789",
-        "1234567890123456789\t40",
-        "\x00\x01\x02",
-        "five\tforty",
-        "5\r\t40",
-    ],
-)
-@pytest.mark.parametrize("wide", [False, True])
-def test_garbage_in_the_index_is_named_with_its_line(tmp_path: Path, line: str, wide: bool) -> None:
-    rec, idx = write(tmp_path, [b"x"] * 3)
-    good = [f"{key}\t{key * 12}" for key in (range(3) if wide else range(9, 12))]
-    idx.write_text("\n".join([*good[:2], line, good[2]]) + "\n")
-    with pytest.raises(DataError, match=r"train\.idx: line 3 is .*, wanted 'key<TAB>offset'") as caught:
-        RecordReader(rec, idx)
-    assert "\n" not in str(caught.value)
-
-
-def test_a_binary_index_is_refused_at_its_first_chunk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    rec, idx = write(tmp_path, [b"x"])
-    with open(idx, "wb") as stream:
-        stream.truncate(1 << 33)
-    tracemalloc.start()
-    with pytest.raises(DataError, match="line 1 is"):
-        RecordReader(rec, idx)
-    _, peak = tracemalloc.get_traced_memory()
-    tracemalloc.stop()
-    assert peak < 50 << 20
-
-
-@pytest.mark.slow
-def test_a_million_lines_are_kept_once(tmp_path: Path) -> None:
-    offsets = np.arange(1_000_000) * 4980
-    rec, idx = tmp_path / "train.rec", tmp_path / "train.idx"
-    idx.write_text("".join(f"{key}\t{offset}\n" for key, offset in enumerate(offsets.tolist())))
-    with open(rec, "wb") as stream:
-        stream.seek(int(offsets[-1]))
-        stream.write(MAGIC + struct.pack("<I", 0))
-    with RecordReader(rec, idx) as reader:
-        np.testing.assert_array_equal(reader.offsets, offsets)
-        np.testing.assert_array_equal(reader.keys, np.arange(len(offsets)))
-        # 93 MB for the 5.8 M records of MS1MV2.
-        assert np.shares_memory(reader.keys, reader._index)
-        assert np.shares_memory(reader.offsets, reader._index)
-        assert reader._index.nbytes == 16 * len(offsets)
 
 
 # Bad files ----------------------------------------------------------------------------------------------------------
@@ -610,26 +448,3 @@ def test_real_records_equal_mxnets(mxnet: ModuleType, real_data: Path) -> None:
             assert bytes(reader.read(key)) == theirs
             header, payload = unpack(theirs)
             assert pack(header, bytes(payload)) == theirs
-
-
-def test_both_layouts_are_bytes_that_mxnet_writes(mxnet: ModuleType, tmp_path: Path) -> None:
-    for records in (insightface_records([2, 3]), plain_records([0, 1, 1])):
-        write_records(tmp_path, records)
-        oracle = mxnet.recordio.MXIndexedRecordIO(str(tmp_path / "mx.idx"), str(tmp_path / "mx.rec"), "w")
-        for key, packed in records:
-            header, payload = unpack(packed)
-            oracle.write_idx(key, mxnet.recordio.pack((header.flag, header.label, header.id, 0), bytes(payload)))
-        oracle.close()
-        assert (tmp_path / "train.rec").read_bytes() == (tmp_path / "mx.rec").read_bytes()
-        assert (tmp_path / "train.idx").read_bytes() == (tmp_path / "mx.idx").read_bytes()
-
-
-@pytest.mark.parametrize("at_once", [1, 2, 3, 4, 100])
-def test_whether_values_ascend_does_not_depend_on_the_pieces(monkeypatch: pytest.MonkeyPatch, at_once: int) -> None:
-    monkeypatch.setattr(record_index, "_COMPARED_AT_ONCE", at_once)
-    for size in range(9):
-        values = np.arange(size)
-        assert record_index.ascending(values)
-        for place in range(1, size):
-            for smaller in (values[place - 1], -1):
-                assert not record_index.ascending(np.where(values == place, smaller, values))
