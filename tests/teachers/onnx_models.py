@@ -1,15 +1,35 @@
 """Small ONNX graphs of the shapes that face networks have, for the tests to break."""
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 import onnx
+import torch
 from onnx import TensorProto, helper, numpy_helper
 
 EMBEDDING_SIZE = 16
 
 Tail = Literal["reshape", "constant_node", "flatten", "merged", "mixing"]
+
+
+def saved(folder: Path, model: Any, name: str = "model.onnx") -> Path:
+    """Write a model into a folder, which is made."""
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / name
+    path.write_bytes(model.SerializeToString())
+    return path
+
+
+def pixels(count: int = 5) -> np.ndarray:
+    """Random images (count, 3, 112, 112), uint8."""
+    return np.random.default_rng(3).integers(0, 256, (count, 3, 112, 112), dtype=np.uint8)
+
+
+def student_view(images: np.ndarray) -> torch.Tensor:
+    """Images as the student sees them, in [-1, 1]."""
+    return torch.from_numpy(images.astype(np.float32) / 127.5 - 1)
 
 
 def weights(seed: int = 0) -> dict[str, np.ndarray]:

@@ -14,13 +14,7 @@ from arcface_kd.teachers import load_teacher
 from arcface_kd.teachers.onnx.graph import read_graph
 from arcface_kd.teachers.onnx.torch_module import TorchGraph
 from arcface_kd.teachers.student_init import TrainedGraph
-from tests.teachers.onnx_models import EMBEDDING_SIZE, embed_one_by_one, face_network, weights
-
-
-def saved(folder: Path, model: Any, name: str = "teacher.onnx") -> Path:
-    path = folder / name
-    path.write_bytes(model.SerializeToString())
-    return path
+from tests.teachers.onnx_models import EMBEDDING_SIZE, embed_one_by_one, face_network, saved, weights
 
 
 def images(count: int = 3) -> torch.Tensor:
@@ -85,7 +79,7 @@ def test_channels_last_of_a_declared_batch_size(wanted: np.ndarray, tmp_path: Pa
     model = channels_last()
     model.graph.input[0].type.tensor_type.shape.dim[0].dim_value = 1
     assert read_graph(saved(tmp_path, model)).fixed_batch == 1
-    assert_embeds_as(wanted, tmp_path / "teacher.onnx")
+    assert_embeds_as(wanted, tmp_path / "model.onnx")
 
 
 def ended(operator: str, shape: list[Any], axes: list[int]) -> Any:

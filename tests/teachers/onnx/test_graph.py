@@ -17,15 +17,10 @@ from tests.teachers.onnx_models import (
     face_network,
     other_network,
     parsed,
+    saved,
     shape_constants,
     weights,
 )
-
-
-def saved(folder: Path, model: Any, name: str = "model.onnx") -> Path:
-    path = folder / name
-    path.write_bytes(model.SerializeToString())
-    return path
 
 
 def images(count: int = 3) -> np.ndarray:

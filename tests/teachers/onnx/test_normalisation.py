@@ -16,7 +16,7 @@ from arcface_kd.teachers import load_teacher
 from arcface_kd.teachers.onnx.graph import read_graph
 from arcface_kd.teachers.onnx.normalisation import find_normalisation
 from arcface_kd.teachers.onnx.torch_module import TorchGraph
-from tests.teachers.onnx_models import embed_one_by_one, face_network, weights
+from tests.teachers.onnx_models import embed_one_by_one, face_network, saved, weights
 
 IMAGENET = np.array([123.675, 116.28, 103.53], np.float32), np.array([58.395, 57.12, 57.375], np.float32)
 
@@ -52,12 +52,6 @@ def normalising(
         model.graph.node.insert(place, made)
     model.graph.initializer.extend(numpy_helper.from_array(array, name) for name, array in arrays)
     return model
-
-
-def saved(folder: Path, model: Any) -> Path:
-    path = folder / "teacher.onnx"
-    path.write_bytes(model.SerializeToString())
-    return path
 
 
 def pixels(count: int = 3) -> np.ndarray:
@@ -291,7 +285,7 @@ def test_what_is_no_normalisation_is_left_alone(nodes: list[Any], tmp_path: Path
     arrays = [number("one", 1), number("zero", 0), number("plane", plane), MEAN]
     model = normalising(nodes or [("Identity", ["x"], ["y"])], arrays)
     assert find_normalisation(read_graph(saved(tmp_path, model)), 112) is None
-    teacher = load_teacher(tmp_path / "teacher.onnx")
+    teacher = load_teacher(tmp_path / "model.onnx")
     assert str(teacher.preprocessing) == "rgb, (x - 127.5) / 127.5, 112x112"
 
 
