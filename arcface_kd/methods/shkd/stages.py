@@ -48,6 +48,9 @@ _DECIDING = (
     *("seed", *(key.name for key in KDConfig.keys().values() if key.decides)),
 )
 
+# Keys that each run has its own of; all others are the config's.
+_ITS_OWN = ("kd", "kd_teacher", "kd_cache", "kd_classifier", "kd_option")
+
 
 def next_stage(config: Mapping[str, Any]) -> Stage | None:
     """The run that is next; see :meth:`arcface_kd.methods.shkd.method.SHKD.next_run`."""
@@ -198,7 +201,7 @@ class _Stages:
         return {f"teacher.{name}": value for name, value in vars(self.teacher.preprocessing).items()}
 
     def _stage(self, number: int, title: str, folder: Path, **changes: object) -> Stage:
-        nothing = dict.fromkeys(key.name for key in KDConfig.keys().values() if key.distils)
+        nothing = dict.fromkeys(_ITS_OWN)
         # Checkpoints are what the next run needs, and what this one goes on from.
         kept = {"output": str(folder), "save_all_states": True, "resume": checkpoint_file(folder, 0).exists()}
         return Stage(NAME, number, RUNS, title, {**nothing, **kept, **changes})

@@ -187,8 +187,9 @@ def test_what_each_run_gets_of_the_config(faces: Faces, checkpoint: Path, tmp_pa
         "teacher.network": "thin_r18",
         "embedding.weight": 32,
     }
-    keys = {"kd_teacher": str(checkpoint), "kd_option": given, "kd_cache": "cache"}
+    keys = {"kd_teacher": str(checkpoint), "kd_option": given, "kd_cache": "cache", "kd_on_bad_record": "skip"}
     first, second, third = (stage.changes for stage in stages_of(config_for(faces, tmp_path, **keys)))
+    assert not [stage for stage in (first, second, third) if "kd_on_bad_record" in stage], "it is that of the config"
     assert [first[key] for key in ("kd", "kd_teacher", "kd_option", "kd_cache", "num_epoch")] == [*[None] * 4, 1]
     assert all(stage["save_all_states"] and not stage["resume"] for stage in (first, second, third))
     assert second["kd_classifier"] == third["kd_classifier"] == first["output"]
