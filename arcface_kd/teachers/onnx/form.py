@@ -15,6 +15,8 @@ Shapes = Mapping[str, "list[int | None]"]
 """Dimensions of a graph's values by name, for one image; None where they are open. Values may be missing."""
 
 USUAL_SIZE = 112
+EMBEDDING_STEP = 16
+"""Embeddings come in multiples of so many numbers; classes, landmarks and attributes as a rule do not."""
 OWN_DOMAIN = ("", "ai.onnx")
 
 _CONVERTED_TO = 9
@@ -128,8 +130,8 @@ def choose_output(model: Any, shapes: Shapes, wanted: str | None, path: Path) ->
     Args:
         model: a ``ModelProto``, changed in place.
         shapes: of the graph's values.
-        wanted: name of an output or of any other value of the graph; None takes the only output, or the only one that
-            is a row of more than one number.
+        wanted: name of an output or of any other value of the graph; None takes the only output, the only one that is
+            a row of more than one number, or the only such row whose length is a multiple of 16.
         path: the file, for messages.
 
     Returns:
@@ -143,6 +145,9 @@ def choose_output(model: Any, shapes: Shapes, wanted: str | None, path: Path) ->
     how = "name the embedding with --kd-option teacher.output=NAME"
     if wanted is None and len(names) > 1:
         rows = [name for name in names if row_width(shapes.get(name)) not in (0, 1)]
+        if len(rows) > 1:
+            # Attributes and poses come in other numbers.
+            rows = [name for name in rows if (row_width(shapes.get(name)) or 0) % EMBEDDING_STEP == 0]
         if len(rows) != 1:
             raise TeacherError(f"teacher {path} has {len(names)} outputs, {listed}: {how}")
         wanted = rows[0]

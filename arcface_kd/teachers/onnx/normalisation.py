@@ -19,7 +19,7 @@ from arcface_kd.teachers.options import Preprocessing, Triple, in_words
 _FOLLOWED = frozenset(
     (
         *("Sub", "Add", "Mul", "Div", "Neg", "Sum", "BatchNormalization", "Clip", "Max", "Min", "ImageScaler"),
-        *("Cast", "CastLike", "Identity", "Dropout", "Expand"),
+        *("Cast", "CastLike", "Identity", "Dropout", "Expand", "Resize", "Upsample"),
         *("Transpose", "Reshape", "Squeeze", "Unsqueeze", "Gather", "Slice", "Split", "Concat"),
         *("QuantizeLinear", "DequantizeLinear", "QLinearAdd", "QLinearMul"),
     )
@@ -194,10 +194,10 @@ def _tried(model: Any, graph: OnnxGraph, places: list[str], size: int, kind: Any
     keep_only(model, places)
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 4
-    noise = np.random.default_rng(0).random((3, size, size))
-    probes = np.stack([np.zeros_like(noise), *(np.zeros_like(noise) for _ in range(3)), noise])
-    for channel in range(3):
-        probes[1 + channel, channel] = 1
+    # Black, the three channels, another colour, and noise.
+    colours = np.array([[0, 0, 0], [1, 0, 0], [0, 1, 0], [0, 0, 1], [0.2, 0.8, 0.4]])
+    noise = np.random.default_rng(0).random((1, 3, size, size))
+    probes = np.concatenate([np.tile(colours[:, :, None, None], (size, size)), noise])
     answers: dict[str, list[_Found | None]] = {place: [] for place in places}
     try:
         session = onnxruntime.InferenceSession(
@@ -221,17 +221,18 @@ def _affine(shown: np.ndarray, results: list[np.ndarray]) -> _Found | None:
     axes = [axis for axis in (1, 3) if results[0].ndim == 4 and results[0].shape[axis] == 3]
     for axis in axes:
         maps = np.stack([np.moveaxis(result[0].astype(np.float64), axis - 1, 0) for result in results])
-        if maps.shape != shown.shape:
-            continue
         brightest = shown[1].max()
         levels = maps[:4].mean((2, 3))
         shift, matrix = levels[0], (levels[1:] - levels[0]).T / brightest
         order = np.abs(matrix).argmax(1)
         scale = matrix[np.arange(3), order]
-        wanted = scale[:, None, None] * shown[:, order] + shift[:, None, None]
+        # Noise tells whether pixels stay where they are; a graph that scales the image shows it in colours alone.
+        told = len(shown) if maps.shape == shown.shape else len(shown) - 1
+        colours = shown[:told] if told == len(shown) else shown[:told, :, :1, :1]
+        wanted = scale[:, None, None] * colours[:, order] + shift[:, None, None]
         reach = np.abs(scale).max() * brightest
         blind = np.abs(scale).min() * brightest <= _TOLERANCE * reach
-        if not blind and sorted(order) == [0, 1, 2] and np.abs(maps - wanted).max() <= _TOLERANCE * reach:
+        if not blind and sorted(order) == [0, 1, 2] and np.abs(maps[:told] - wanted).max() <= _TOLERANCE * reach:
             a, b = (tuple(float(f"{value:.6g}") for value in values) for values in (scale, shift))
             return (a[0], a[1], a[2]), (b[0], b[1], b[2]), (int(order[0]), int(order[1]), int(order[2]))
     return None

@@ -6,7 +6,7 @@ import re
 from pathlib import Path
 
 from arcface_kd.errors import TeacherError, first_line
-from arcface_kd.teachers.onnx.form import USUAL_SIZE
+from arcface_kd.teachers.onnx.form import EMBEDDING_STEP, USUAL_SIZE
 from arcface_kd.teachers.onnx.graph import OnnxGraph, read_graph
 from arcface_kd.teachers.options import Preprocessing
 
@@ -16,7 +16,6 @@ PREFIX = "insightface:"
 _PACK_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 # Sizes of insightface's landmark networks, whose output may have any number of numbers.
 _OTHER_SIZES = (192,)
-_EMBEDDING_STEP = 16
 
 
 def pack_files(folder: Path) -> list[Path]:
@@ -87,7 +86,7 @@ def recognition_network(folder: Path, output: str | None) -> tuple[Path, OnnxGra
             continue
         if graph.size in _OTHER_SIZES:
             others[file] = f"takes {graph.size}x{graph.size}, as landmark networks do"
-        elif graph.width is not None and (graph.width == 0 or graph.width % _EMBEDDING_STEP):
+        elif graph.width is not None and (graph.width == 0 or graph.width % EMBEDDING_STEP):
             others[file] = f"puts out {graph.width or 'no row of'} numbers"
             # The insightface package would take it, if its name comes first.
             level = logging.WARNING if graph.width and (graph.size or 0) >= USUAL_SIZE else level

@@ -138,6 +138,14 @@ def test_of_two_outputs_the_embedding_is_taken(wanted: np.ndarray, tmp_path: Pat
     assert (graph.output_name, graph.width) == ("feature", EMBEDDING_SIZE)
 
 
+def test_an_output_of_a_few_attributes_is_no_embedding(wanted: np.ndarray, tmp_path: Path) -> None:
+    model = plain()
+    model.graph.initializer.append(numpy_helper.from_array(np.ones((EMBEDDING_SIZE, 3), np.float32), "poses"))
+    model.graph.node.append(helper.make_node("MatMul", ["embedding", "poses"], ["pose"]))
+    model.graph.output.insert(0, helper.make_tensor_value_info("pose", TensorProto.FLOAT, ["batch", 3]))
+    assert_embeds_as(wanted, saved(tmp_path, model))
+
+
 def with_logits() -> Any:
     """A classifier's logits beside the embedding, and labels among the inputs."""
     model = plain()

@@ -267,6 +267,40 @@ def test_a_quantised_normalisation(tmp_path: Path) -> None:
     assert (str(found), found.input_range) == ("normalises inside: (x - 127) / 128 of 0..255", "0..255")
 
 
+@pytest.mark.parametrize("kind", ["QDQ", "QOperator"])
+def test_a_network_that_onnxruntime_has_quantised(kind: str, tmp_path: Path) -> None:
+    from onnxruntime.quantization import CalibrationDataReader, QuantFormat, quantize_static
+
+    class Faces(CalibrationDataReader):
+        given = 0
+
+        def get_next(self) -> dict[str, np.ndarray] | None:
+            self.given += 1
+            return {"x": pixels()} if self.given == 1 else None
+
+    nodes, arrays, _ = CASES["factor_first"]
+    source = saved(tmp_path, normalising(nodes, arrays))
+    quantize_static(source, tmp_path / "int8.onnx", Faces(), quant_format=QuantFormat[kind])
+    teacher = load_teacher(tmp_path / "int8.onnx")
+    assert "of 0..255" in teacher.description
+    assert teacher.preprocessing == load_teacher(source).preprocessing
+
+
+def test_an_image_that_the_graph_scales(tmp_path: Path) -> None:
+    """To the size of its layers, before it is normalised."""
+    nodes = [
+        ("Resize", ["x", "", "scales"], ["r"], {"mode": "linear"}),
+        ("Sub", ["r", "mean"], ["a"]),
+        ("Mul", ["a", "std"], ["y"]),
+    ]
+    model = normalising(nodes, [MEAN, STD, number("scales", [1, 1, 0.5, 0.5])])
+    for axis in (2, 3):
+        model.graph.input[0].type.tensor_type.shape.dim[axis].dim_value = 224
+    teacher = load_teacher(saved(tmp_path, model))
+    assert "(x - 127) / 128 of 0..255" in teacher.description
+    assert str(teacher.preprocessing) == "rgb, (x - 0) / 1, 224x224"
+
+
 @pytest.mark.parametrize(
     "nodes",
     [
