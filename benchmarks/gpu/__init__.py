@@ -1,0 +1,1 @@
+"""What is checked on a GPU before a release: ``make gpu``, see ``docs/gpu.md``."""

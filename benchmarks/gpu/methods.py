@@ -1,0 +1,154 @@
+"""Check 3: every method's loss and gradient against the same method in fp64 on the CPU."""
+
+import itertools
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import normalize
+
+from arcface_kd import registry
+from arcface_kd.distributed.ranks import RankGroup
+from arcface_kd.losses.margin import Margin
+from arcface_kd.methods.base import Batch, Method, RunContext
+from arcface_kd.methods.learned_classifier import LearnedClassifier
+from arcface_kd.teachers.cache.embedding_cache import EmbeddingCache
+from benchmarks.gpu.checks import Findings, Place
+
+# shkd is three runs and no loss of its own.
+_NO_LOSS = ("shkd",)
+_CLASSIFIER = "the learned classifier"
+# Relative, of loss and gradient: two steps, one after the other. A logit of 64 in 16 bits is off by 2^-11 of it.
+_TOLERANCE = {torch.float32: 2e-4, torch.float16: 2e-2}
+_IMAGES = 64
+
+
+def against_fp64(place: Place, found: Findings) -> None:
+    """Each method in fp32 and fp16, with all classes and a sample, without and with a filter, two steps each."""
+    rows, classes, dimension = (12, 40, 16) if place.tiny else (256, 5000, 128)
+    names = [_CLASSIFIER, *(name for name in registry.entry_points(registry.METHODS) if name not in _NO_LOSS)]
+    cache = _filled_cache(place.scratch / "methods_rows", dimension)
+    for name in names:
+        worst = dict.fromkeys(_TOLERANCE, 0.0)
+        for sample_rate, threshold in itertools.product((1.0, 0.3), (0.0, 0.4)):
+            context = _context(classes, dimension, sample_rate, threshold, cache)
+            expected = _steps(name, context, rows, torch.device("cpu"), torch.float64)
+            for dtype, tolerance in _TOLERANCE.items():
+                narrow = replace(context, product_dtype=None if dtype is torch.float32 else dtype)
+                met = _steps(name, narrow, rows, place.device, torch.float32)
+                difference = max(_difference(a, b) for a, b in zip(met, expected, strict=True))
+                worst[dtype] = max(worst[dtype], difference)
+                found.expect(
+                    difference <= tolerance,
+                    f"{name}, {dtype}, sample_rate {sample_rate}, filter {threshold}: differs by {difference:.1e}",
+                )
+        for dtype, difference in worst.items():
+            found.add(f"{name}, {str(dtype).removeprefix('torch.')}: largest relative difference", difference)
+
+
+def _difference(met: Tensor, expected: Tensor) -> float:
+    return float((met.double().cpu() - expected).norm() / expected.norm().clamp_min(1e-12))
+
+
+def method_of(name: str, context: RunContext) -> Method:
+    """A method with its default options, or the learned classifier."""
+    if name == _CLASSIFIER:
+        return LearnedClassifier(context)
+    kind: Any = registry.load(registry.METHODS, name)
+    if context.student is not None:
+        kind.prepare_student(kind.Config(), context.student)
+    made: Method = kind(kind.Config(), context)
+    return made
+
+
+def _steps(name: str, context: RunContext, rows: int, device: torch.device, dtype: torch.dtype) -> list[Tensor]:
+    """Losses of two steps and their gradients in what comes from the student; class centers move between the steps."""
+    torch.manual_seed(0)
+    size = context.embedding_size
+    student = nn.Sequential(nn.AvgPool2d(14), nn.Flatten(), nn.Linear(192, size), nn.BatchNorm1d(size))
+    method = method_of(name, replace(context, student=student)).to(device, dtype)
+    met = []
+    for step in range(2):
+        batch = _batch(context, rows, step, device, dtype)
+        with _drawn_on_the_cpu():
+            loss = torch.stack(list(method(batch).values())).sum()
+        loss.backward()
+        leaves = (batch.embeddings, batch.student_map)
+        met += [loss.detach(), *(leaf.grad for leaf in leaves if leaf is not None and leaf.grad is not None)]
+    return met
+
+
+def _batch(context: RunContext, rows: int, step: int, device: torch.device, dtype: torch.dtype) -> Batch:
+    """A half-learned batch with two rows of one class and one row without a label."""
+    generator = torch.Generator().manual_seed(1 + step)
+    size = context.embedding_size
+    classifier = context.teacher_classifier
+    assert classifier is not None
+
+    def draw(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator)
+
+    labels = torch.randint(context.num_classes, (rows,), generator=generator)
+    labels[2], labels[3] = labels[1], -1
+    known = normalize(classifier[labels.clamp_min(0)])
+    student_map, teacher_map = draw(rows, 6, 7, 7), normalize(draw(rows, 8, 7, 7), dim=1)
+    embeddings = normalize(draw(rows, size)) + known
+    teacher = normalize(normalize(draw(rows, size)) + known)
+    own, theirs, own_map, their_map = (
+        values.to(device, dtype) for values in (embeddings, teacher, student_map, teacher_map)
+    )
+    for leaf in (own, own_map):
+        leaf.requires_grad_()
+    return Batch(own, own, labels.to(device), theirs, [rows], step, student_map=own_map, teacher_map=their_map)
+
+
+def _context(
+    classes: int, dimension: int, sample_rate: float, threshold: float, cache: EmbeddingCache
+) -> RunContext:
+    classifier = torch.randn(classes, dimension, generator=torch.Generator().manual_seed(3))
+    mixing = torch.randn(8, dimension, generator=torch.Generator().manual_seed(4))
+    return RunContext(
+        num_classes=classes,
+        embedding_size=dimension,
+        teacher_embedding_size=dimension,
+        margin=Margin(64.0, 1.0, 0.5, 0.0, filter_threshold=threshold),
+        ranks=RankGroup(alone=True),
+        sample_rate=sample_rate,
+        teacher_classifier=classifier,
+        total_steps=100,
+        cache=cache,
+        teacher_tail=lambda maps: maps.mean((2, 3)) @ mixing.to(maps),
+        teacher_map_shape=(8, 7, 7),
+        student_map_shape=(6, 7, 7),
+    )
+
+
+def _filled_cache(path: Path, dimension: int) -> EmbeddingCache:
+    """A cache of made-up embeddings."""
+    identity = {"format": 1, "teacher": "0", "preprocessing": "0", "precision": "fp32", "data": "0"}
+    cache = EmbeddingCache(path, {**identity, "images": _IMAGES, "embedding_size": dimension})
+    generator = torch.Generator().manual_seed(5)
+    for flipped in (False, True):
+        rows = torch.randn(_IMAGES, dimension, generator=generator)
+        cache.store(torch.arange(_IMAGES), torch.full((_IMAGES,), flipped), rows)
+    return cache
+
+
+@contextmanager
+def _drawn_on_the_cpu() -> Iterator[None]:
+    """Let a GPU's generator draw what the CPU's would, so that both sample the same classes."""
+    plain: Callable[..., Tensor] = torch.rand
+
+    def rand(*size: Any, generator: torch.Generator | None = None, device: Any = None, **keys: Any) -> Tensor:
+        if generator is None:
+            return plain(*size, device=device, **keys)
+        twin = torch.Generator().manual_seed(generator.initial_seed())
+        return plain(*size, generator=twin, **keys).to(generator.device)
+
+    with mock.patch.object(torch, "rand", rand):
+        yield

@@ -1,0 +1,95 @@
+"""Checks in processes of their own: one that fails, hangs or takes its process down does not stop the others."""
+
+import contextlib
+import importlib
+import json
+import multiprocessing
+import os
+import signal
+import sys
+import time
+import traceback
+from multiprocessing.context import BaseContext
+from pathlib import Path
+from typing import Any
+
+from benchmarks.gpu.checks import Check, Findings, Place, Skipped
+
+_SHOWN = 3000
+
+
+def start_method(place: Place) -> BaseContext:
+    """How processes begin: bare on a GPU, which no fork survives; from one that has imported torch on a CPU."""
+    if place.device.type == "cuda":
+        return multiprocessing.get_context("spawn")
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["torch", "torch._dynamo", "arcface_kd.training.trainer"])
+    return context
+
+
+def run_check(check: Check, place: Place, seconds: float) -> dict[str, Any]:
+    """Run a check in a process of its own.
+
+    Args:
+        check: the check.
+        place: where.
+        seconds: after which it is ended, with all that it has started.
+
+    Returns:
+        ``number``, ``title``, ``status`` (passed, failed, skipped, timed out), ``seconds``, ``numbers``, ``faults``,
+        ``goals``.
+    """
+    found, log = (place.scratch / f"check_{check.number}.{kind}" for kind in ("json", "log"))
+    Findings(found).save()
+    process = start_method(place).Process(target=_inside, args=(check.function, place, found, log))  # type: ignore[attr-defined]
+    began = time.monotonic()
+    process.start()
+    process.join(seconds)
+    hangs = process.is_alive()
+    _end(process)
+    outcome = json.loads(found.read_text(encoding="utf-8"))
+    skipped = outcome.pop("skipped", None)
+    if hangs:
+        status = "timed out"
+        outcome["faults"].append(f"still ran after {seconds:.0f} s; it had printed: {_tail(log)}")
+    elif skipped is not None:
+        status = "skipped"
+        outcome["faults"] = [skipped]
+    else:
+        if process.exitcode:
+            outcome["faults"].append(f"ended with {process.exitcode}: {_tail(log)}")
+        status = "failed" if outcome["faults"] else "passed"
+    spent = round(time.monotonic() - began, 1)
+    return {"number": check.number, "title": check.title, "status": status, "seconds": spent, **outcome}
+
+
+def _end(process: Any) -> None:
+    """End a process and whatever of its own it has left behind."""
+    if process.is_alive():
+        process.kill()
+    with contextlib.suppress(ProcessLookupError, PermissionError):
+        os.killpg(process.pid, signal.SIGKILL)
+    process.join()
+
+
+def _tail(log: Path) -> str:
+    return log.read_text(encoding="utf-8", errors="replace")[-_SHOWN:].strip() if log.exists() else "nothing"
+
+
+def _inside(function: str, place: Place, file: Path, log: Path) -> None:
+    # A group of its own can be ended whole.
+    os.setsid()
+    with log.open("wb") as stream:
+        os.dup2(stream.fileno(), 1)
+        os.dup2(stream.fileno(), 2)
+    module, _, name = function.partition(":")
+    found = Findings(file)
+    try:
+        getattr(importlib.import_module(module if "." in module else f"benchmarks.gpu.{module}"), name)(place, found)
+        found.save()
+    except Skipped as reason:
+        content = {"numbers": found.numbers, "faults": [], "goals": {}, "skipped": str(reason)}
+        file.write_text(json.dumps(content), encoding="utf-8")
+    except BaseException:
+        traceback.print_exc()
+        sys.exit(1)
