@@ -1,4 +1,5 @@
 # make demo: the main job, from nothing.  make test: the tests.  make bench: the benchmarks (ONLY=head for one).
+# make gpu: the checks of one GPU, see docs/gpu.md (ONLY=3,4 for some; DEVICE=cpu tries them without one).
 # make docs: the pages of docs/ as a site, in site/.
 # make fuzz: the parsers under a coverage-guided fuzzer, SECONDS each.  make audit: known vulnerabilities of the versions
 # in constraints.txt.  .ci/matrix: the tests over interpreters and versions.
@@ -13,7 +14,14 @@ FUZZED := "records train.rec" "records train.idx" "records property" "pairs pair
 	"cache rows" "cache rows.json" "components rows.pca.npz" "names pairs.identities.txt" "run checkpoint_gpu_0.pt" \
 	"state new.pt" "old_state new.pt" "onnx model.onnx" "mxnet model-symbol.json" "mxnet model-0000.params"
 
-.PHONY: demo test bench docs fuzz audit lint clean
+# The machine of a GPU may have torch and no registry: its own interpreter is taken where that is so.
+DEVICE ?= cuda
+GPU_OUT ?= gpu
+ifneq ($(filter gpu,$(MAKECMDGOALS)),)
+HAS_TORCH := $(shell $(PYTHON) -c 'import importlib.util as u; print(u.find_spec("torch") and "yes" or "")' 2>/dev/null)
+endif
+
+.PHONY: demo test bench gpu docs fuzz audit lint clean
 
 demo: $(VENV)/ready
 	$(BIN)/arcface-kd demo --out demo $(ARGS)
@@ -25,6 +33,10 @@ test: $(VENV)/ready-test
 
 bench: $(VENV)/ready-test
 	$(BIN)/python -m benchmarks $(ONLY)
+
+gpu: $(if $(HAS_TORCH),,$(VENV)/ready-test)
+	$(if $(HAS_TORCH),$(PYTHON),$(BIN)/python) -m benchmarks.gpu --device $(DEVICE) --out $(GPU_OUT) \
+		$(if $(WHEELS),--wheels $(WHEELS)) $(if $(ONLY),--only $(ONLY))
 
 docs: $(VENV)/ready-test
 	$(BIN)/python -m mkdocs build --strict

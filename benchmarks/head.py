@@ -95,9 +95,11 @@ def _step_of(head: AdaDistill, classes: int, batch: int, dimension: int, device:
     return step
 
 
-def adadistill_step(classes: int, batch: int, dimension: int, device: torch.device) -> Callable[[], None]:
+def adadistill_step(
+    classes: int, batch: int, dimension: int, device: torch.device, product_dtype: torch.dtype | None = None
+) -> Callable[[], None]:
     """Provider ``arcface_kd``."""
-    return _step_of(_adadistill(classes, dimension, device), classes, batch, dimension, device)
+    return _step_of(_adadistill(classes, dimension, device, product_dtype), classes, batch, dimension, device)
 
 
 def dense_step(classes: int, batch: int, dimension: int, device: torch.device) -> Callable[[], None]:
@@ -112,9 +114,10 @@ def dense_step(classes: int, batch: int, dimension: int, device: torch.device) -
     return step
 
 
-def _floor_step(centers: Tensor, batch: int) -> Callable[[], Tensor]:
-    embeddings = torch.randn(batch, centers.shape[1], device=centers.device)
-    softmax = torch.rand(batch, centers.shape[0], device=centers.device).softmax(1)
+def floor_step(centers: Tensor, batch: int) -> Callable[[], Tensor]:
+    """Provider ``floor``, in the number format of the centers."""
+    embeddings = torch.randn(batch, centers.shape[1], device=centers.device, dtype=centers.dtype)
+    softmax = torch.rand(batch, centers.shape[0], device=centers.device).softmax(1).to(centers.dtype)
 
     def step() -> Tensor:
         logits = embeddings @ centers.T
@@ -136,7 +139,7 @@ def _compare(sizes: Sizes, device: torch.device, recorder: Recorder) -> None:
     classes, batch, dimension = sizes.classes, sizes.batch, sizes.dimension
     head = _adadistill(classes, dimension, device)
     providers: dict[str, Callable[[], object]] = {
-        "floor": _floor_step(head.centers.weight, batch),
+        "floor": floor_step(head.centers.weight, batch),
         "arcface_kd": _step_of(head, classes, batch, dimension, device),
         "dense_reference": dense_step(classes, batch, dimension, device),
     }

@@ -3,8 +3,8 @@
 Providers:
     arcface_kd: :class:`arcface_kd.methods.learned_classifier.LearnedClassifier`, forward and backward.
     arcface_torch: ``PartialFC_V2`` at sample_rate 1 under ``CombinedMarginLoss``, when ``ARCFACE_TORCH`` names a
-        checkout of ``insightface/recognition/arcface_torch``; one process on gloo, its ``.cuda()`` calls without effect
-        where there is no GPU.
+        checkout of ``insightface/recognition/arcface_torch``; one process, on nccl as the host runs it; where there is
+        no GPU on gloo, its ``.cuda()`` calls without effect.
     dense_twin: :class:`benchmarks.dense_heads.DenseClassifier`, otherwise.
 """
 
@@ -94,7 +94,8 @@ def dense_twin_step(sizes: Sizes, device: torch.device) -> Callable[[], float]:
 def arcface_torch_step(sizes: Sizes, device: torch.device, checkout: Path) -> Callable[[], float]:
     """Provider ``arcface_torch``; opens a process group of one, and lets the host believe in a GPU, for good."""
     if not distributed.is_initialized():
-        distributed.init_process_group("gloo", store=distributed.HashStore(), rank=0, world_size=1)
+        backend = "nccl" if device.type == "cuda" else "gloo"
+        distributed.init_process_group(backend, store=distributed.HashStore(), rank=0, world_size=1)
     margin_loss = _module(checkout / "losses.py").CombinedMarginLoss(MARGIN.scale, MARGIN.m1, MARGIN.m2, MARGIN.m3)
     host = _module(checkout / "partial_fc_v2.py").PartialFC_V2(margin_loss, sizes.dimension, sizes.classes, 1.0, False)
     host.weight.data.copy_(_classifier(sizes, torch.device("cpu")).weight.data)

@@ -51,7 +51,7 @@ class Recorder:
         self.benchmark = benchmark
         self.rows: list[Row] = []
         self._device = _name_of(device)
-        self._commit = _commit()
+        self._commit = commit()
 
     def add(self, provider: str, size: str, metric: str, value: float) -> None:
         """Keep one number."""
@@ -138,7 +138,7 @@ def _name_of(device: torch.device) -> str:
     return f"{device.type} {platform.machine()} {torch.get_num_threads()} threads"
 
 
-def _commit() -> str:
+def commit() -> str:
     """The checked-out commit, "unknown" outside a git checkout."""
     environment = {**os.environ, "GIT_OPTIONAL_LOCKS": "0"}
 

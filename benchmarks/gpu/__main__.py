@@ -2,11 +2,8 @@
 
 import argparse
 import datetime
-import importlib.metadata
-import importlib.util
 import json
 import os
-import shutil
 import sys
 import tempfile
 import time

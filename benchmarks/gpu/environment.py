@@ -59,7 +59,9 @@ def marked_tests(place: Place, found: Findings) -> None:
     ended = subprocess.run([*command, *files], cwd=ROOT)
     found.expect(ended.returncode == 0, f"pytest ended with {ended.returncode}")
     cases = list(ElementTree.parse(report).iter("testcase"))
-    outcomes = [next((part.tag for part in case if part.tag in ("failure", "error", "skipped")), "passed") for case in cases]
+    outcomes = [
+        next((part.tag for part in case if part.tag in ("failure", "error", "skipped")), "passed") for case in cases
+    ]
     for outcome in ("passed", "skipped", "failure", "error"):
         found.add(outcome, outcomes.count(outcome))
     for case, outcome in zip(cases, outcomes, strict=True):

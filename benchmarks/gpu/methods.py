@@ -35,7 +35,7 @@ def against_fp64(place: Place, found: Findings) -> None:
     cache = _filled_cache(place.scratch / "methods_rows", dimension)
     for name in names:
         worst = dict.fromkeys(_TOLERANCE, 0.0)
-        for sample_rate, threshold in itertools.product((1.0, 0.3), (0.0, 0.4)):
+        for sample_rate, threshold in ((0.3, 0.4),) if place.tiny else itertools.product((1.0, 0.3), (0.0, 0.4)):
             context = _context(classes, dimension, sample_rate, threshold, cache)
             expected = _steps(name, context, rows, torch.device("cpu"), torch.float64)
             for dtype, tolerance in _TOLERANCE.items():
@@ -107,9 +107,7 @@ def _batch(context: RunContext, rows: int, step: int, device: torch.device, dtyp
     return Batch(own, own, labels.to(device), theirs, [rows], step, student_map=own_map, teacher_map=their_map)
 
 
-def _context(
-    classes: int, dimension: int, sample_rate: float, threshold: float, cache: EmbeddingCache
-) -> RunContext:
+def _context(classes: int, dimension: int, sample_rate: float, threshold: float, cache: EmbeddingCache) -> RunContext:
     classifier = torch.randn(classes, dimension, generator=torch.Generator().manual_seed(3))
     mixing = torch.randn(8, dimension, generator=torch.Generator().manual_seed(4))
     return RunContext(

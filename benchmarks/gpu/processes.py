@@ -9,7 +9,7 @@ import signal
 import sys
 import time
 import traceback
-from multiprocessing.context import BaseContext
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,13 +18,20 @@ from benchmarks.gpu.checks import Check, Findings, Place, Skipped
 _SHOWN = 3000
 
 
-def start_method(place: Place) -> BaseContext:
-    """How processes begin: bare on a GPU, which no fork survives; from one that has imported torch on a CPU."""
-    if place.device.type == "cuda":
-        return multiprocessing.get_context("spawn")
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["torch", "torch._dynamo", "arcface_kd.training.trainer"])
-    return context
+def new_process(place: Place, function: Callable[..., None], *arguments: Any, inside: bool = False) -> Any:
+    """A process that is not yet started: a bare one on a GPU, whose driver no fork survives.
+
+    Args:
+        place: of the run.
+        function: of a module.
+        arguments: of the function.
+        inside: whether a check starts it, which on a CPU has all imports done.
+    """
+    kind = "spawn" if place.device.type == "cuda" else "fork" if inside else "forkserver"
+    context: Any = multiprocessing.get_context(kind)
+    if kind == "forkserver":
+        context.set_forkserver_preload(["torch", "torch._dynamo", "arcface_kd.training.trainer"])
+    return context.Process(target=function, args=arguments)
 
 
 def run_check(check: Check, place: Place, seconds: float) -> dict[str, Any]:
@@ -41,7 +48,7 @@ def run_check(check: Check, place: Place, seconds: float) -> dict[str, Any]:
     """
     found, log = (place.scratch / f"check_{check.number}.{kind}" for kind in ("json", "log"))
     Findings(found).save()
-    process = start_method(place).Process(target=_inside, args=(check.function, place, found, log))  # type: ignore[attr-defined]
+    process = new_process(place, _inside, check.function, place, found, log)
     began = time.monotonic()
     process.start()
     process.join(seconds)

@@ -55,7 +55,7 @@ def waits(place: Place, found: Findings) -> None:
         with _noted_waits(place) as places:
             for _ in itertools.islice(steps, 2 if place.tiny else _STEPS - 1):
                 pass
-        run.head.numbers.settle()
+        run.head.monitor.settle()
         found.add(f"{name}: waits after the first step", len(places))
         for where, times in Counter(places).most_common():
             found.expect(False, f"{name}: {times} waits at {where}")

@@ -30,6 +30,14 @@ def test_a_folder_without_the_host_is_named(monkeypatch: pytest.MonkeyPatch, tmp
     assert not distributed.is_initialized()
 
 
+def test_on_a_gpu_the_hosts_head_stands_on_nccl(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    opened: list[str] = []
+    monkeypatch.setattr(distributed, "init_process_group", lambda backend, **_: opened.append(backend))
+    with pytest.raises(FileNotFoundError):
+        learned.arcface_torch_step(learned.TINY, torch.device("cuda"), tmp_path)
+    assert opened == ["nccl"]
+
+
 def test_heads_that_compute_something_else_are_not_compared(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("ARCFACE_TORCH", raising=False)
     monkeypatch.setattr(learned, "dense_twin_step", lambda sizes, device: lambda: 1.0)

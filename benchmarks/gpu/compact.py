@@ -1,0 +1,109 @@
+"""Check 8: the compact trainer's runs, resumed on the GPU, on the CPU and back, and their class centers joined."""
+
+import contextlib
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from easydict import EasyDict
+from torch import Tensor, nn
+
+from arcface_kd.backbones import get_backbone
+from arcface_kd.checkpoints.shards import merge_head
+from arcface_kd.training.trainer import train
+from benchmarks.gpu.checks import Findings, Place
+from benchmarks.gpu.runs import Runs
+
+# Weight gradients on a GPU are sums in no fixed order, so that two runs part by and by.
+_APART = {"cpu": 0.0, "cuda": 5e-2}
+_ON_THE_CPU = """
+import json, sys
+from easydict import EasyDict
+from benchmarks.gpu.compact import until
+if __name__ == "__main__":
+    until(EasyDict(json.loads(sys.argv[1])), 3)
+"""
+
+
+class _Stop(Exception):
+    """Ends a run after an epoch, as a kill would."""
+
+
+def until(config: EasyDict, epoch: int) -> None:
+    """Train up to the end of an epoch of more."""
+
+    def stop(done: int) -> None:
+        if done == epoch:
+            raise _Stop
+
+    with contextlib.suppress(_Stop):
+        train(config, on_epoch=stop)
+
+
+def trainer(place: Place, found: Findings) -> None:
+    """Two epochs against one and a resumed one; a third on the CPU, a fourth back on the GPU; merge-head."""
+    name, identities, batch = ("thin_r18", 4, 8) if place.tiny else ("mbf", 100, 40)
+    runs = Runs(place, "thin_r18", name, identities, batch)
+    keys: dict[str, Any] = {"kd": "adadistill", "kd_teacher": str(runs.teacher_path), "num_epoch": 4, "frequent": 5}
+    whole, parts = (runs.config(output, **keys) for output in ("whole", "parts"))
+    until(whole, 2)
+    until(parts, 1)
+    parts.resume = True
+    until(parts, 2)
+    expected, met = (_student(config) for config in (whole, parts))
+    apart = max(float((met[key] - expected[key]).norm() / expected[key].norm().clamp_min(1e-12)) for key in expected)
+    found.add("one epoch and a resumed one against two: largest relative difference of a weight", apart)
+    found.expect(apart <= _APART[place.device.type], f"the resumed run's weights are {apart:.1e} apart")
+    if not place.tiny:
+        _third_on_the_cpu(parts, found)
+    before = _loss(parts)
+    train(parts)
+    after = _loss(parts)
+    found.add("loss after the second epoch", before)
+    found.add("loss after the fourth", after)
+    found.expect(after < before, f"the loss went from {before} to {after}")
+    classes, dimension = merge_head(Path(parts.output), place.scratch / "head.pt")
+    found.add("merged class centers", f"{classes} x {dimension}")
+    found.expect((classes, dimension) == (identities, runs.dimension), f"merge-head made {classes} x {dimension}")
+    _on_both(place, parts, found)
+
+
+def _third_on_the_cpu(config: EasyDict, found: Findings) -> None:
+    ended = subprocess.run(
+        [sys.executable, "-c", _ON_THE_CPU, json.dumps(dict(config))],
+        env={**os.environ, "CUDA_VISIBLE_DEVICES": ""},
+        stderr=subprocess.STDOUT,
+    )
+    state = torch.load(Path(config.output) / "checkpoint_gpu_0.pt", weights_only=True, map_location="cpu")
+    found.add("epochs done after the one on the CPU", int(state["epoch"]))
+    found.expect(ended.returncode == 0 and state["epoch"] == 3, f"the epoch on the CPU ended with {ended.returncode}")
+
+
+def _student(config: EasyDict) -> dict[str, Tensor]:
+    state = torch.load(Path(config.output) / "model.pt", weights_only=True, map_location="cpu")
+    return {key: value.double() for key, value in state.items() if value.is_floating_point()}
+
+
+def _loss(config: EasyDict) -> float:
+    """The mean of the last losses that the log tells."""
+    lines = (Path(config.output) / "training.log").read_text(encoding="utf-8").splitlines()
+    losses = [float(line.split("Loss ")[1].split()[0]) for line in lines if "Loss " in line]
+    last = losses[-4:]
+    return sum(last) / len(last)
+
+
+def _on_both(place: Place, config: EasyDict, found: Findings) -> None:
+    """The saved student embeds on the device as on the CPU."""
+    network: nn.Module = get_backbone(config.network, num_features=config.embedding_size)
+    network.load_state_dict(torch.load(Path(config.output) / "model.pt", weights_only=True, map_location="cpu"))
+    images = torch.rand(8, 3, 112, 112, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    with torch.no_grad():
+        here = network.eval()(images)
+        there = network.to(place.device)(images.to(place.device)).cpu()
+    difference = float((here - there).norm() / here.norm())
+    found.add("the saved student on the device against the CPU, relative difference", difference)
+    found.expect(difference < 1e-2, f"the saved student embeds otherwise on the device: {difference:.1e}")

@@ -1,0 +1,100 @@
+"""Check 9: two ranks on one GPU, which NCCL refuses and gloo does not, find the gradients of one rank."""
+
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+from easydict import EasyDict
+from torch import Tensor, distributed, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from arcface_kd.checkpoints.tensor_file import save_tensors
+from arcface_kd.config.kd import KDConfig
+from arcface_kd.distillation.distiller import Distiller
+from arcface_kd.distillation.drop_ins import drop_ins
+from arcface_kd.losses.margin import Margin
+from arcface_kd.teachers.base import load_teacher
+from benchmarks.gpu.checks import Findings, Place
+from benchmarks.gpu.inputs import config_of, records
+from benchmarks.gpu.processes import new_process
+
+# Their state begins alike whatever the number of ranks.
+_METHODS: dict[str, dict[str, Any]] = {
+    "adadistill": {},
+    "proxylesskd": {},
+    "embedding": {"kd_option": "embedding.labels=none"},
+    "embedding+rkd": {"kd_option": "embedding.labels=none"},
+}
+_ROWS, _TOLERANCE = 8, 1e-4
+
+
+class _Student(nn.Module):
+    def __init__(self, dimension: int, seed: int) -> None:
+        super().__init__()
+        generator = torch.Generator().manual_seed(seed)
+        self.weight = nn.Parameter(torch.randn(192, dimension, generator=generator) / 14)
+
+    def forward(self, images: Tensor) -> Tensor:
+        return nn.functional.avg_pool2d(images, 14).flatten(1) @ self.weight
+
+
+def same_gradients(place: Place, found: Findings) -> None:
+    """The student's gradient of a step, of one rank and of two with half of the batch each."""
+    alone = place.scratch / "alone.pt"
+    shared = place.scratch / "two_ranks.pt"
+    _begin(place, 1, alone)
+    _begin(place, 2, shared)
+    for name in _METHODS:
+        one, two = (torch.load(path, weights_only=True)[name] for path in (alone, shared))
+        difference = float((one - two).norm() / one.norm())
+        found.add(f"{name}: relative difference of the gradient", difference)
+        found.expect(difference < _TOLERANCE, f"{name}: two ranks find another gradient, by {difference:.1e}")
+
+
+def _begin(place: Place, world_size: int, out: Path) -> None:
+    meeting = place.scratch / f"meeting_{world_size}"
+    processes = [
+        new_process(place, _rank, place, rank, world_size, meeting, out, inside=True) for rank in range(world_size)
+    ]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join()
+    if any(process.exitcode for process in processes):
+        raise RuntimeError(f"of {world_size} ranks, these ended with {[process.exitcode for process in processes]}")
+
+
+def _rank(place: Place, rank: int, world_size: int, meeting: Path, out: Path) -> None:
+    os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+    store = distributed.FileStore(str(meeting), world_size)
+    distributed.init_process_group("gloo", store=store, rank=rank, world_size=world_size)
+    dimension, classes, device = 16, 10, place.device
+    folder = records(place, 4)
+    classifier = torch.randn(classes, dimension, generator=torch.Generator().manual_seed(2))
+    if rank == 0:
+        save_tensors(place.scratch / "classifier.pt", {"weight": classifier})
+    distributed.barrier()
+    generator = torch.Generator().manual_seed(3)
+    images = torch.rand(_ROWS, 3, 112, 112, generator=generator) * 2 - 1
+    labels = torch.randint(classes, (_ROWS,), generator=generator)
+    own = slice(rank * _ROWS // world_size, (rank + 1) * _ROWS // world_size)
+    gradients = {}
+    for name, keys in _METHODS.items():
+        output = place.scratch / f"{name}_of_{world_size}"
+        config: EasyDict = config_of(folder, output, classes, kd=name, batch_size=_ROWS // world_size, **keys)
+        if name == "proxylesskd":
+            config.kd_classifier = str(place.scratch / "classifier.pt")
+        teacher = load_teacher(_Student(dimension, 5))
+        distiller = Distiller(KDConfig.from_config(config), teacher)
+        made = drop_ins(lambda config=config: config, distiller=distiller)  # type: ignore[misc]
+        student = distiller.watch(_Student(dimension, 6)).to(device)
+        backbone: nn.Module = student
+        if world_size > 1:
+            backbone = DistributedDataParallel(student, device_ids=[0] if device.type == "cuda" else None)
+        head = made.PartialFC_V2(Margin(64.0, 1.0, 0.5, 0.0), dimension, classes, 1.0, False).train().to(device)
+        head(backbone(images[own].to(device)), labels[own].to(device)).backward()
+        gradients[name] = student.weight.grad.cpu()  # type: ignore[union-attr, operator]
+    if rank == 0:
+        save_tensors(out, gradients)
+    distributed.destroy_process_group()
