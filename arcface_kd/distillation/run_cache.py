@@ -112,10 +112,30 @@ def look_up_or_fill(cache: EmbeddingCache, teacher: Teacher | None, images: Tens
             raise TeacherError(
                 f"the cache {cache.path} lacks embeddings of images {index[:5].tolist()}: {cache.fill_hint}"
             )
-        cache.store(index, flipped, teacher(images[missing.to(images.device)]))
+        places = missing.nonzero().flatten()
+        if images.device.type == "cuda":
+            places = few_sizes(places, len(images)).pin_memory()
+        shown = images[places.to(images.device, non_blocking=True)]
+        cache.store(index, flipped, teacher(shown)[: len(index)])
         # Read back: the step that fills a row and the one that finds it see the same rounded numbers.
         rows[missing], _ = cache.look_up(index, flipped)
     if images.device.type == "cuda":
         # A copy of what is not pinned waits until the device has done all that came before it.
         rows = rows.pin_memory()
     return rows.to(images.device, non_blocking=True)
+
+
+def few_sizes(places: Tensor, most: int) -> Tensor:
+    """Repeat places of a batch until they are a power of two or the whole batch.
+
+    A GPU's convolutions are tuned anew for each number of images.
+
+    Args:
+        places: (n,) int64, n at least 1.
+        most: images of the batch, at least n.
+
+    Returns:
+        (m,) int64, m >= n; the first n as they were.
+    """
+    size = min(1 << (len(places) - 1).bit_length(), most)
+    return places.repeat(-(-size // len(places)))[:size]

@@ -73,17 +73,32 @@ def process_group() -> Iterator[tuple[int, int, int]]:
         patience: dict[str, Any] = {} if timeout is None else {"timeout": timeout}
         store, rank, world_size = next(distributed.rendezvous("env://", **patience))
         board = _Board(store, rank, world_size)
-        distributed.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=timeout)
-        yield rank, int(os.environ["LOCAL_RANK"]), world_size
+        local_rank = int(os.environ["LOCAL_RANK"])
+        # Else nccl guesses from the rank which GPU is this process's.
+        device = torch.device("cuda", local_rank) if backend == "nccl" else None
+        distributed.init_process_group(
+            backend, store=store, rank=rank, world_size=world_size, timeout=timeout, device_id=device
+        )
+        yield rank, local_rank, world_size
     except BaseException as error:
         cause = None if board is None else board.cause_behind(error)
-        # Taking nccl's communicators down can wait for ranks that are gone; the process is about to end anyway.
-        if backend == "gloo" and distributed.is_initialized():
-            distributed.destroy_process_group()
+        if distributed.is_initialized():
+            _leave(backend)
         if cause is not None:
             raise RankError(cause) from error
         raise
     distributed.destroy_process_group()
+
+
+def _leave(backend: str) -> None:
+    """Leave the group after a failure, without waiting for ranks that may be gone."""
+    world = distributed.group.WORLD
+    if backend == "gloo" or world is None:
+        distributed.destroy_process_group()
+        return
+    # A kernel that waits for the others would keep the process from ending.
+    with contextlib.suppress(RuntimeError):
+        world.abort()
 
 
 class _Board:

@@ -130,7 +130,14 @@ class Run:
         groups = [{"params": list(self.backbone.parameters())}, {"params": list(self.head.parameters())}]
         config = self.config
         if config.optimizer == "sgd":
-            return torch.optim.SGD(groups, lr=config.lr, momentum=config.momentum, weight_decay=config.weight_decay)
+            return torch.optim.SGD(
+                groups,
+                lr=config.lr,
+                momentum=config.momentum,
+                weight_decay=config.weight_decay,
+                # It takes the scaler's finding of an overflow on the GPU; others make the host ask for it.
+                fused=True if self.device.type == "cuda" else None,
+            )
         return torch.optim.AdamW(groups, lr=config.lr, weight_decay=config.weight_decay)
 
     def _verification_sets(self) -> list[VerificationSet]:

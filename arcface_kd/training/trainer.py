@@ -109,6 +109,8 @@ def train(
         rank, local_rank, world_size = stack.enter_context(process_group())
         if torch.cuda.is_available():
             torch.cuda.set_device(local_rank)
+            # All batches are of one size, for which the fastest convolutions are looked for once.
+            torch.backends.cudnn.benchmark = True
         torch.manual_seed(config.seed)
         plain = {key: value for key, value in config.items() if not key.startswith("kd")}
         shared = {key: value is not None if key in _OF_MACHINES else value for key, value in plain.items()}

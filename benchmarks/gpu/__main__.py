@@ -60,7 +60,9 @@ def _run(options: argparse.Namespace, scratch: Path) -> int:
         if wanted and check.number not in wanted:
             continue
         left = _SECONDS - (time.monotonic() - began)
-        outcome = run_check(check, place, max(1.0, min(check.seconds, left)))
+        # A CPU may be a busy one, and nobody has lent it.
+        limit = 10.0 * check.seconds if place.tiny else max(1.0, min(check.seconds, left))
+        outcome = run_check(check, place, limit)
         outcomes.append(outcome)
         print(f"{check.number:3} {outcome['status']:9} {outcome['seconds']:6.1f} s  {check.title}", flush=True)
         for fault in outcome["faults"]:

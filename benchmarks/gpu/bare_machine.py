@@ -53,7 +53,7 @@ def missing() -> list[str]:
     """Packages that the checks need and that are not there."""
     settings = configparser.ConfigParser()
     settings.read(ROOT / "setup.cfg", encoding="utf-8")
-    names = []
+    names: list[str] = []
     for line in settings["options"]["install_requires"].split("\n"):
         found = re.match(r"[A-Za-z0-9_.-]+", line.strip())
         if found and found[0] not in (*names, *_NOT_NEEDED):

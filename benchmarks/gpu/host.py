@@ -62,7 +62,9 @@ class _Running:
         """Wait for the end; the losses that the host wrote, by step, empty where the run failed."""
         code = self.process.wait()
         if code:
-            found.expect(False, f"{name} ended with {code}: {self.log.read_text('utf-8', 'replace')[-1500:]}")
+            # What torchrun has to say comes last, and does not tell why.
+            said, *_ = self.log.read_text("utf-8", "replace").partition("failed (exitcode")
+            found.expect(False, f"{name} ended with {code}: {said[-1500:]}")
             return {}
         losses = _trace(self.output)
         found.expect(
@@ -95,11 +97,9 @@ def trainer(place: Place, found: Findings) -> None:
     trainers = _Trainers(place)
     name, long, short, batch = ("thin_r18", 4, 4, 8) if place.tiny else ("r50", 256, 100, 40)
     student = "mbf"
-    runs = Runs(place, name, student, long, batch)
-    little = Runs(place, name, student, short, batch)
-    # The host's own networks have 512 dimensions, its logs a line a step.
-    size = {"embedding_size": 512, "frequent": 1, "num_workers": 2}
-    runs.dimension = little.dimension = 512
+    # The host's own mbf has no other.
+    runs, little = (Runs(place, name, student, identities, batch, dimension=512) for identities in (long, short))
+    size = {"frequent": 1, "num_workers": 2, "fp16": not place.tiny}
     whole = runs.config("host_adadistill", num_epoch=2, **size)
     first = trainers.start(whole, "--kd", "adadistill", *_teacher(runs))
     others = {}

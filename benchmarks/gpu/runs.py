@@ -33,11 +33,14 @@ class Runs:
         student: name of the student's.
         identities: number of classes.
         batch: images a step.
+        dimension: None takes 512, or 16 where all is tiny.
     """
 
-    def __init__(self, place: Place, teacher: str, student: str, identities: int, batch: int) -> None:
+    def __init__(
+        self, place: Place, teacher: str, student: str, identities: int, batch: int, dimension: int | None = None
+    ) -> None:
         self.place, self.student, self.identities, self.batch = place, student, identities, batch
-        self.dimension = 16 if place.tiny else DIMENSION
+        self.dimension = dimension or (16 if place.tiny else DIMENSION)
         self.folder = records(place, identities)
         self.teacher_path = teacher_file(place, teacher, self.dimension, self.folder)
         self._cache: Path | None = None

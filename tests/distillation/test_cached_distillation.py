@@ -19,6 +19,7 @@ from arcface_kd.data.sampler import ViewSampler
 from arcface_kd.distillation.distiller import Distiller
 from arcface_kd.distillation.drop_ins import drop_ins
 from arcface_kd.distillation.head import DistillationHead
+from arcface_kd.distillation.run_cache import few_sizes
 from arcface_kd.distributed.ranks import RankGroup
 from arcface_kd.errors import TeacherError
 from arcface_kd.evaluation.report.scalars import read_scalars
@@ -273,3 +274,14 @@ def test_the_trainer_reads_it(faces: Faces, tmp_path: Path) -> None:
     assert resumed[:5] == losses("short", Network(1, rounded=True), num_epoch=1)
     assert len(resumed) == 15
     assert network.shown == 0
+
+
+def test_a_gpu_meets_few_sizes_of_what_a_cache_lacks() -> None:
+    sizes = set()
+    for count in range(1, 101):
+        places = torch.randperm(100)[:count]
+        padded = few_sizes(places, 100)
+        assert torch.equal(padded[:count], places)
+        assert set(padded.tolist()) == set(places.tolist())
+        sizes.add(len(padded))
+    assert sizes == {1, 2, 4, 8, 16, 32, 64, 100}

@@ -10,14 +10,16 @@ from collections.abc import Sequence
 from concurrent.futures.process import BrokenProcessPool
 from datetime import timedelta
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from torch import distributed
 
 from arcface_kd.backbones import get_backbone
 from arcface_kd.cli import main as cli
-from arcface_kd.distributed.process_group import TIMEOUT, job_timeout
+from arcface_kd.distributed.process_group import TIMEOUT, job_timeout, process_group
 from arcface_kd.errors import ConfigError, ResourceError
 from arcface_kd.training.trainer import _shortages
 from tests.forked import free_port, ranks_environment, start, wait
@@ -213,6 +215,23 @@ def test_torchrun_ends_the_job(faces: Faces, tmp_path: Path, how: str) -> None:
     # torchrun's own account: which rank was the first, and how it ended.
     assert "rank      : 1 (local_rank: 1)" in done.stderr
     assert ("Signal 9 (SIGKILL)" if how == "kill" else "ValueError: a fault of this rank") in done.stderr
+
+
+def test_on_gpus_a_rank_names_its_own_and_aborts_when_it_fails(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Over nccl, which is not here: taking it down could wait for ranks that are gone, and so could the exit."""
+    met: dict[str, Any] = {}
+    world = SimpleNamespace(abort=lambda: met.update(aborted=True))
+    for name, value in ranks_environment(2, 0, 1).items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(distributed, "rendezvous", lambda *_, **__: iter([(distributed.HashStore(), 1, 2)]))
+    monkeypatch.setattr(distributed, "init_process_group", lambda backend, **keys: met.update(keys, backend=backend))
+    monkeypatch.setattr(distributed, "is_initialized", lambda: "backend" in met)
+    monkeypatch.setattr(distributed, "group", SimpleNamespace(WORLD=world))
+    monkeypatch.setattr(distributed, "destroy_process_group", lambda: pytest.fail("it waits"))
+    with pytest.raises(ConfigError, match="ours"), process_group():
+        raise ConfigError("ours")
+    assert (met["backend"], met["device_id"], met["aborted"]) == ("nccl", torch.device("cuda", 1), True)
 
 
 def test_the_time_out_is_a_number(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -121,6 +121,11 @@ def test_no_step_asks_for_a_value(method: str, sample_rate: float, product_dtype
             loss.item()
 
 
+def test_torchs_word_about_the_mode_that_finds_waits_is_no_error() -> None:
+    word = "Synchronization debug mode is a prototype feature and does not yet detect all synchronizing operations"
+    warnings.warn(word, UserWarning, stacklevel=1)
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("product_dtype", FORMATS.values(), ids=FORMATS.keys())
 @pytest.mark.parametrize("sample_rate", [1.0, 0.3])

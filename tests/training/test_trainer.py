@@ -9,6 +9,7 @@ import subprocess
 import sys
 from collections.abc import Mapping
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -24,6 +25,7 @@ from arcface_kd.errors import ArcfaceKDError, CheckpointError, ConfigError, Data
 from arcface_kd.evaluation.report.scalars import read_scalars
 from arcface_kd.teachers.base import load_teacher
 from arcface_kd.training.config_check import check_keys
+from arcface_kd.training.run import Run
 from arcface_kd.training.trainer import TrainResult, train
 from tests.host.trainer.faces import Faces, draw_faces
 from tests.system.test_run_lock import held_by_another
@@ -450,3 +452,10 @@ def test_two_ranks_agree_and_resume(faces: Faces, teacher_file: Path, tmp_path: 
     before = torch.load(tmp_path / "head.pt", weights_only=True)["weight"]
     after = alone["state_dict_softmax_fc"]["methods.adadistill.centers.weight"]
     assert (torch.nn.functional.cosine_similarity(before, after) > 0.8).all()
+
+
+@pytest.mark.parametrize(("device", "fused"), [("cpu", None), ("cuda", True)])
+def test_sgd_asks_a_gpu_for_no_value(device: str, fused: bool | None) -> None:
+    parts = {"backbone": torch.nn.Linear(2, 2), "head": torch.nn.Linear(2, 2)}
+    run: Any = SimpleNamespace(device=torch.device(device), config=EasyDict(BASE), **parts)
+    assert Run._optimizer(run).defaults["fused"] is fused
