@@ -35,7 +35,7 @@ def training(place: Place, found: Findings) -> None:
     for student in ("thin_r18",) if place.tiny else ("mbf", "r18"):
         runs = Runs(place, teacher, student, identities, batch)
         cached = {"kd": "adadistill", "kd_cache": str(runs.cache)}
-        workers = {} if place.tiny else {"num_workers": 8}
+        workers: dict[str, Any] = {} if place.tiny else {"num_workers": 8}
         made = {
             "alone": runs.run(f"{student}_alone", **workers),
             "cached": runs.run(f"{student}_cached", runs.teacher(), **cached, **workers),

@@ -94,7 +94,7 @@ def _rank(place: Place, rank: int, world_size: int, meeting: Path, out: Path) ->
             backbone = DistributedDataParallel(student, device_ids=[0] if device.type == "cuda" else None)
         head = made.PartialFC_V2(Margin(64.0, 1.0, 0.5, 0.0), dimension, classes, 1.0, False).train().to(device)
         head(backbone(images[own].to(device)), labels[own].to(device)).backward()
-        gradients[name] = student.weight.grad.cpu()  # type: ignore[union-attr, operator]
+        gradients[name] = student.weight.grad.cpu()  # type: ignore[union-attr]
     if rank == 0:
         save_tensors(out, gradients)
     distributed.destroy_process_group()
