@@ -5,6 +5,8 @@ import os
 import re
 from pathlib import Path
 
+from filelock import FileLock
+
 from arcface_kd.errors import TeacherError, first_line
 from arcface_kd.teachers.onnx.form import EMBEDDING_STEP, USUAL_SIZE
 from arcface_kd.teachers.onnx.graph import OnnxGraph, read_graph
@@ -135,10 +137,16 @@ def pack_folder(name: str) -> Path:
         return folder
     from insightface.utils import storage
 
-    logger.warning("%s is not there: insightface downloads %s", folder, storage.BASE_REPO_URL + f"/{name}.zip")
     try:
-        # A folder without networks is what an interrupted download leaves behind.
-        storage.download("models", name, force=True)
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        # One rank of a machine downloads; the others wait, and find the pack.
+        with FileLock(folder.parent / f".{name}.lock"):
+            if folder.is_dir() and pack_files(folder):
+                return folder
+            source = f"{storage.BASE_REPO_URL}/{name}.zip"
+            logger.warning("%s is not there: insightface downloads %s", folder, source)
+            # A folder without networks is what an interrupted download leaves behind.
+            storage.download("models", name, force=True)
     # requests, urllib3, zipfile and insightface each raise their own.
     except Exception as error:
         raise TeacherError(

@@ -3,6 +3,8 @@
 import hashlib
 import json
 import logging
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +15,7 @@ from onnx import TensorProto
 
 from arcface_kd.errors import TeacherError
 from arcface_kd.teachers import Preprocessing, load_teacher
+from arcface_kd.teachers.onnx.pack import pack_folder
 from tests.teachers.onnx_models import (
     EMBEDDING_SIZE,
     face_network,
@@ -131,6 +134,25 @@ def test_a_missing_pack_is_downloaded_by_insightface_and_said_so(
         assert load_teacher("insightface:buffalo_l").embedding_size == EMBEDDING_SIZE
     assert "insightface downloads" in caplog.text
     assert "buffalo_l.zip" in caplog.text
+
+
+def test_one_rank_of_a_machine_downloads(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from insightface.utils import storage
+
+    asked = []
+
+    def download(kind: str, name: str, force: bool) -> None:
+        asked.append(name)
+        folder = home / ".insightface" / kind / name
+        folder.mkdir(parents=True)
+        time.sleep(0.3)
+        (folder / "w600k.onnx").touch()
+
+    monkeypatch.setattr(storage, "download", download)
+    with ThreadPoolExecutor(3) as ranks:
+        folders = list(ranks.map(pack_folder, ["buffalo_l"] * 3))
+    assert folders == [home / ".insightface" / "models" / "buffalo_l"] * 3
+    assert asked == ["buffalo_l"]
 
 
 def test_a_failed_download_is_one_clear_line(home: Path) -> None:
