@@ -3,6 +3,7 @@
 import warnings
 from collections.abc import Callable, Generator, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from typing import Any, NamedTuple
 
 import torch
@@ -13,6 +14,7 @@ from arcface_kd.data.bad_records import BadRecord, SkippedRecords
 from arcface_kd.data.dataset import IMAGE_SIZE, FaceDataset, View, open_dataset
 from arcface_kd.data.sampler import ViewSampler
 from arcface_kd.errors import ConfigError, DataError, OnBadRecord
+from arcface_kd.system.console import errors_only
 from arcface_kd.system.device import default_device
 
 
@@ -292,13 +294,11 @@ def get_dataloader(
     if dali and root_dir != "synthetic":
         raise ConfigError("dali = True needs the host's own loader; set dali = False to read with arcface_kd's")
     grouped = distributed.is_available() and distributed.is_initialized()
-    dataset = open_dataset(root_dir, num_classes, on_bad_record)
-    sampler = ViewSampler(
-        len(dataset),
-        rank=distributed.get_rank() if grouped else 0,
-        world_size=distributed.get_world_size() if grouped else 1,
-        seed=_shared_seed(seed),
-    )
+    rank, world_size = (distributed.get_rank(), distributed.get_world_size()) if grouped else (0, 1)
+    # What is odd about the data is told once.
+    with nullcontext() if rank == 0 else errors_only("arcface_kd.data"):
+        dataset = open_dataset(root_dir, num_classes, on_bad_record)
+    sampler = ViewSampler(len(dataset), rank=rank, world_size=world_size, seed=_shared_seed(seed))
     return FaceLoader(
         dataset,
         batch_size=batch_size,

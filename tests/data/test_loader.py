@@ -13,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import distributed
 
+from arcface_kd.data import loader as loader_module
 from arcface_kd.data.dataset import RecordDataset, SyntheticDataset, View
 from arcface_kd.data.loader import BatchViews, FaceLoader, _normalise, get_dataloader
 from arcface_kd.data.sampler import ViewSampler, flips
@@ -380,3 +381,17 @@ def test_many_epochs_with_lasting_workers(faces: RecordDataset) -> None:
     batches = endless(faces)
     labels = [next(batches)[1].tolist() for _ in range(30)]
     assert labels == labels[:3] * 10
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_what_is_odd_about_the_data_is_told_once(
+    faces: RecordDataset, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, rank: int
+) -> None:
+    folder = faces.reader.rec_path.parent
+    (folder / "property").write_text("of somebody else")
+    monkeypatch.setattr(distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(distributed, "get_rank", lambda: rank)
+    monkeypatch.setattr(distributed, "get_world_size", lambda: 2)
+    monkeypatch.setattr(loader_module, "_shared_seed", lambda seed: 0)
+    get_dataloader(str(folder), 0, 1, num_workers=0)
+    assert len(caplog.records) == 1 - rank
