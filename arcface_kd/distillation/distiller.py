@@ -2,9 +2,9 @@
 
 import copy
 import logging
+import weakref
 from collections.abc import Callable
-from typing import Any
-from weakref import WeakKeyDictionary
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -198,7 +198,8 @@ class Distiller:
             ConfigError: a student that a method cannot work with.
             TeacherError: a teacher without the feature map that a method looks at.
         """
-        for handle in _watching.pop(student, ()):
+        before = _watching.pop(student, None)
+        for handle in () if before is None else before.handles:
             handle.remove()
         self.methods.prepare_student(student)
         handles = []
@@ -208,7 +209,7 @@ class Distiller:
             self.maps = FeatureMaps(self.methods.title, self.methods.maps_wanted, self.teacher)
             size = self.teacher.preprocessing.size if self.faces is None else IMAGE_SIZE[0]
             handles.append(self.maps.watch(student, size))
-        _watching[student] = handles
+        _watching[student] = _Watch(weakref.ref(self), handles)
         self.student = student
         return student
 
@@ -282,8 +283,13 @@ class Distiller:
         return classifier_of_run(self.kd.classifier, shard, self.teacher, self.cache, self.faces)
 
 
-# The hooks of each watched student.
-_watching: WeakKeyDictionary[nn.Module, list[RemovableHandle]] = WeakKeyDictionary()
+class _Watch(NamedTuple):
+    distiller: weakref.ref[Distiller]
+    handles: list[RemovableHandle]
+
+
+# The last watch of each student. A copy of a student has its hooks, but is not in here until it is watched itself.
+_watching: weakref.WeakKeyDictionary[nn.Module, _Watch] = weakref.WeakKeyDictionary()
 
 
 def _tell_range(images: Tensor) -> None:
@@ -307,7 +313,10 @@ class _ShowToTeacher:
         self._distiller: Distiller | None = distiller
 
     def __call__(self, student: nn.Module, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> None:
-        if self._distiller is not None and student.training and torch.is_grad_enabled():
+        if self._distiller is None or not student.training or not torch.is_grad_enabled():
+            return
+        watch = _watching.get(student)
+        if watch is None or watch.distiller() is self._distiller:
             self._distiller.show(arguments[0] if arguments else next(iter(keywords.values())))
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "_ShowToTeacher":

@@ -78,6 +78,14 @@ def test_a_student_that_is_watched_again_is_watched_once(kd: str) -> None:
     assert second.network.passes == once.network.passes > 0
 
 
+def test_a_copy_that_is_watched_itself_shows_nothing_to_the_first_teacher() -> None:
+    first = Run(Student())
+    second = Run(copy.deepcopy(first.student))
+    first.network.passes = second.network.passes = 0
+    second.head(second.student(images()), LABELS)
+    assert (first.network.passes, second.network.passes) == (0, 1)
+
+
 def test_two_students_are_watched_side_by_side() -> None:
     first, second = Run(Student(0)), Run(Student(1))
     for run in (first, second):
