@@ -129,6 +129,19 @@ RUNS: Mapping[str, Run] = {
             ("tcs", "tcs", {"kd_cache": "rows", "kd_option": ["tcs.drop_begin=0.1", "tcs.rounds=2"]}),
         )
     },
+    # The rest of what has a state of its own.
+    "crosskd-2": Run(
+        "crosskd",
+        2,
+        {
+            **TEACHER,
+            "kd_option": [f"crosskd.{side}_map=trunk" for side in ("student", "teacher")] + ["crosskd.adapter=conv"],
+        },
+    ),
+    "ekd-2": Run("ekd", 2, {**TEACHER, "kd_option": "ekd.positive_weight=1 ekd.momentum=0.5"}),
+    "margindistillation-2": Run("margindistillation", 2, {**BOTH, **SAMPLED}),
+    "projected-2": Run("embedding", 2, {**TEACHER, "embedding_size": 6, "kd_option": "student.projection=linear"}),
+    "thkd-2": Run("thkd", 2, BOTH),
     # A method of somebody else, under the contract of that commit.
     "similarity-2": Run("similarity", 2, TEACHER),
     "half-filled": Run("adadistill", 1, {**TEACHER, "kd_cache": "half", "kd_option": {"adadistill.alpha": "plain"}}),
