@@ -39,7 +39,7 @@ def add_commands(commands: Commands) -> None:
     )
     add_config(recipe)
     host = recipe.add_argument_group("in arcface_torch", "--kd flags need the patched trainer")
-    host.add_argument("--nproc", type=int, help="processes on this machine (default: 1)")
+    host.add_argument("--nproc", metavar="N", type=int, help="processes on this machine (default: 1)")
     host.add_argument(
         "--torchrun", metavar="WORDS", type=shlex.split, help='its further options: --torchrun="--nnodes=2 ..."'
     )
