@@ -11,12 +11,11 @@ import arcface_kd
 from arcface_kd.cli import data, evaluate, host, train
 from arcface_kd.cli.command import Commands
 from arcface_kd.errors import ArcfaceKDError, RankError
-from arcface_kd.system.console import flush_or_stop, stop_printing
+from arcface_kd.system.console import flush_or_stop, printable, stop_printing
 
 # What a shell says of a command that SIGPIPE has ended.
 _NOBODY_READS = 141
 
-_LONGEST_MESSAGE = 4000
 # Modules of the packages that an installation of this one brings along, itself or through insightface.
 _BROUGHT_ALONG = frozenset(
     (
@@ -40,19 +39,12 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _printable(message: str) -> str:
-    """A message on one line; names of files and what stands in them could otherwise write to the terminal at will."""
-    text = " ".join(message.split())
-    text = text if len(text) <= _LONGEST_MESSAGE else f"{text[:_LONGEST_MESSAGE]}..."
-    return "".join(each if each.isprintable() else each.encode("unicode_escape").decode() for each in text)
-
-
 def _complain(error: BaseException, message: str) -> None:
     """One line to stderr; of several ranks, it names the one that it comes from."""
     several = int(os.environ.get("WORLD_SIZE", "1")) > 1 and not isinstance(error, RankError)
     rank = f"rank {os.environ.get('RANK', '?')}: " if several else ""
     with contextlib.suppress(OSError):
-        print(f"arcface-kd: {rank}{_printable(message)}", file=sys.stderr)
+        print(f"arcface-kd: {rank}{printable(message)}", file=sys.stderr)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -6,6 +6,8 @@ from typing import NamedTuple
 
 from torch import distributed
 
+from arcface_kd.system.console import printable
+
 logger = logging.getLogger(__name__)
 
 
@@ -53,7 +55,7 @@ class SkippedRecords:
     def _tell(self, index: int, message: str) -> None:
         if index not in self.found:
             self.found[index] = message
-            logger.warning("skipped: %s", message)
+            logger.warning("skipped: %s", printable(message))
 
     def end_epoch(self) -> int:
         """Count and tell what the epoch has passed over, and begin a new one.

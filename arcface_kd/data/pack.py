@@ -15,6 +15,7 @@ from arcface_kd.data.formats.image_folder import list_identities, read_image_fil
 from arcface_kd.data.formats.record import RecordHeader, pack
 from arcface_kd.data.formats.recordio import RecordWriter
 from arcface_kd.errors import BadRecordError, DataError, OnBadRecord
+from arcface_kd.system.console import printable
 from arcface_kd.system.files import atomic_write
 
 logger = logging.getLogger(__name__)
@@ -200,7 +201,7 @@ def pack_folder(
             try:
                 payload, scaled = _as_stored(path)
             except BadRecordError as error:
-                logger.warning("cannot be packed: %s", error)
+                logger.warning("cannot be packed: %s", printable(error))
                 first = first or error
                 bad[label] += 1
                 yield None

@@ -1,10 +1,12 @@
-"""Standard output whose reader is gone, and libraries that say too much."""
+"""What is printed: messages of one line, an output that nobody reads, libraries that say too much."""
 
 import contextlib
 import logging
 import os
 import sys
 from collections.abc import Iterator
+
+_LONGEST_MESSAGE = 4000
 
 
 def flush_or_stop() -> None:
@@ -37,3 +39,14 @@ def errors_only(name: str | None) -> Iterator[None]:
         yield
     finally:
         logger.setLevel(before)
+
+
+def printable(message: object) -> str:
+    """A message on one line; names of files and what stands in them could otherwise write to the terminal at will.
+
+    Args:
+        message: or what has one, such as an error.
+    """
+    text = " ".join(str(message).split())
+    text = text if len(text) <= _LONGEST_MESSAGE else f"{text[:_LONGEST_MESSAGE]}..."
+    return "".join(each if each.isprintable() else each.encode("unicode_escape").decode() for each in text)

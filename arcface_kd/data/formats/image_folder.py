@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from arcface_kd.errors import DataError
+from arcface_kd.system.console import printable
 from arcface_kd.system.files import open_regular
 
 logger = logging.getLogger(__name__)
@@ -152,12 +153,12 @@ def _warn(root: str | os.PathLike[str], listing: _Listing, outside: int, nested:
     if listing.hidden:
         passed_over.append(f"hidden files and folders: {_some(listing.hidden)}")
     if passed_over:
-        logger.warning("%s: passed over %s", root, "; ".join(passed_over))
+        logger.warning("%s: passed over %s", printable(root), printable("; ".join(passed_over)))
     if nested:
         logger.warning(
             "%s: the images of %d of %d identities lie in sub-folders only, such as %s, and each folder directly in %s "
             "is taken for one person; where the sub-folders are the people, give the folder that holds them",
-            *(root, len(nested), identities, nested[0], root),
+            *(printable(root), len(nested), identities, printable(nested[0]), printable(root)),
         )
 
 

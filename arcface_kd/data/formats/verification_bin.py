@@ -15,6 +15,7 @@ import torch
 from arcface_kd.data.formats.image import decode_rgb
 from arcface_kd.data.formats.verification_pickle import BYTES_PER_IMAGE, FREE_IMAGES, Refused, read_pickle
 from arcface_kd.errors import DataError
+from arcface_kd.system.console import printable
 from arcface_kd.system.downloads import found_instead, is_archive
 from arcface_kd.system.files import atomic_write, open_regular
 
@@ -75,7 +76,7 @@ def list_bins(folder: str | os.PathLike[str]) -> list[Path]:
         if what is None:
             found.append(path)
         else:
-            logger.warning("passed over %s, which is no verification set: %s", path, what)
+            logger.warning("passed over %s, which is no verification set: %s", printable(path), what)
     return found
 
 
