@@ -19,7 +19,6 @@ EMBEDDING_STEP = 16
 """Embeddings come in multiples of so many numbers; classes, landmarks and attributes as a rule do not."""
 OWN_DOMAIN = ("", "ai.onnx")
 
-_CONVERTED_TO = 9
 # Which inputs of an operator are scales and zero points of its 8-bit numbers: no weights of the network.
 _QUANTISATION = {
     "QuantizeLinear": (1, 2),
@@ -276,34 +275,23 @@ def modernise(model: Any, shapes: Shapes) -> None:
                 slope.dims.extend([1, 1])
 
 
-def raise_opset(model: Any) -> Any:
-    """A graph of operator sets below 7, which onnxruntime does not run, in those of ONNX 1.4.
+def raise_opset(model: Any) -> None:
+    """Write a graph of operator set 5 or 6, which onnxruntime does not run, in operator set 7.
+
+    There nothing says any more that it is not training. Arithmetic that names its axis is left for onnxruntime to
+    refuse.
 
     Args:
-        model: a ``ModelProto``; changed in place.
-
-    Returns:
-        The other graph; the same one where it is new enough, or cannot be converted.
+        model: a ``ModelProto``, changed in place.
     """
-    import onnx
-    from onnx import helper, version_converter
-
-    if max((entry.version for entry in model.opset_import if entry.domain in OWN_DOMAIN), default=7) >= 7:
-        return model
+    sets = [entry for entry in model.opset_import if entry.domain in OWN_DOMAIN]
+    if not sets or max(entry.version for entry in sets) not in (5, 6):
+        return
     for node in model.graph.node:
-        if node.op_type == "BatchNormalization" and all(each.name != "is_test" for each in node.attribute):
-            node.attribute.append(helper.make_attribute("is_test", 1))
-    known = {value.name for value in model.graph.input}
-    model.graph.input.extend(
-        helper.make_tensor_value_info(tensor.name, tensor.data_type, tensor.dims)
-        for tensor in model.graph.initializer
-        if tensor.name not in known
-    )
-    try:
-        return version_converter.convert_version(model, _CONVERTED_TO)
-    # The converter raises its own errors and C++'s; what it cannot convert is for onnxruntime to refuse.
-    except (RuntimeError, ValueError, IndexError, onnx.checker.ValidationError):
-        return model
+        for attribute in [each for each in node.attribute if each.name in ("is_test", "consumed_inputs")]:
+            node.attribute.remove(attribute)
+    for entry in sets:
+        entry.version = 7
 
 
 def _rank(held: Mapping[str, Any], names: Iterable[str]) -> int | None:

@@ -245,7 +245,7 @@ def read_graph(path: Path, output: str | None = None) -> OnnxGraph:
         model = inliner.inline_local_functions(model)
     shapes = _shapes(model, path)
     modernise(model, shapes)
-    model = raise_opset(model)
+    raise_opset(model)
     drop_weights_from_inputs(model)
     choice = choose_output(model, shapes, output, path)
     source = image_input(model, path)

@@ -42,6 +42,8 @@ _TOO_FAR = 1.2
 _TIE = 0.1
 # Red is the brightest channel of skin, and of ImageNet, by some ten steps.
 _REDDER = 4.0
+# By ONNX's numbers of element types.
+_IMAGE_TYPES = {1: np.float32, 2: np.uint8, 10: np.float16, 11: np.float64}
 # 8-bit graphs round to a 255th of the range.
 _TOLERANCE = 0.02
 
@@ -135,7 +137,9 @@ def find_normalisation(graph: OnnxGraph, size: int) -> InputNormalisation | None
     import onnx
 
     model = onnx.load_model_from_string(graph.model)
-    kind = _image_type(model)
+    kind = _IMAGE_TYPES.get(model.graph.input[0].type.tensor_type.elem_type)
+    if kind is None:
+        return None
     takes_bytes = kind == np.uint8
     places = _leading_values(model, graph.input_name)
     if places and (graph.fixed_batch or 1) * 3 * size * size <= MOST_ELEMENTS:
@@ -144,13 +148,6 @@ def find_normalisation(graph: OnnxGraph, size: int) -> InputNormalisation | None
                 normalisation = InputNormalisation(*found, takes_bytes)
                 return None if normalisation.is_identity and not takes_bytes else normalisation
     return InputNormalisation((1.0,) * 3, (0.0,) * 3, takes_bytes=True) if takes_bytes else None
-
-
-def _image_type(model: Any) -> Any:
-    """The number format of the image, as numpy has it."""
-    import onnx
-
-    return onnx.helper.tensor_dtype_to_np_dtype(model.graph.input[0].type.tensor_type.elem_type)
 
 
 def _leading_values(model: Any, image: str) -> list[str]:

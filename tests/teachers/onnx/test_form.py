@@ -185,6 +185,8 @@ def batch_norm(shape: tuple[int, ...], opset: int, **attributes: Any) -> Any:
         array = generator.uniform(0.5, 1.5, shape).astype(np.float32)
         model.graph.initializer.append(numpy_helper.from_array(array, name))
     taken = ["map1", "scale", "bias", "mean", "variance"]
+    if opset < 7:
+        attributes |= {"is_test": 1}
     made = helper.make_node("BatchNormalization", taken, ["normal"], epsilon=2e-5, momentum=0.9, **attributes)
     model.graph.node.insert(1, made)
     model.graph.node[2].input[0] = "normal"
