@@ -1,5 +1,6 @@
 """Teachers on a make-believe GPU: they follow their images, and no step waits for the device or mixes the two."""
 
+import logging
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from arcface_kd.teachers import Teacher, load_teacher
 from arcface_kd.teachers.onnx.torch_module import TorchGraph
 from tests.make_believe_gpu import make_believe_gpu, on_device
 from tests.teachers.mxnet_files import write_checkpoint
-from tests.teachers.onnx_models import face_network
+from tests.teachers.onnx_models import face_network, saved
 
 IMAGES = torch.rand(4, 3, 112, 112, generator=torch.Generator().manual_seed(0)) * 2 - 1
 
@@ -101,6 +102,22 @@ def test_a_step_neither_waits_nor_mixes(load: Callable[[Path], Teacher], tmp_pat
         assert (dict(record.syncs), dict(record.mixes)) == ({}, {})
         met = embeddings.cpu()
     torch.testing.assert_close(met, wanted, rtol=1e-3, atol=1e-3)
+
+
+def test_a_graph_that_torch_cannot_run_is_run_on_the_host_and_said_so(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    model = face_network(batch=None, tail="flatten")
+    model.graph.node[1].op_type = "Softsign"
+    del model.graph.node[1].input[1]
+    teacher = load_teacher(saved(tmp_path, model))
+    wanted = teacher(IMAGES)
+    with make_believe_gpu(), caplog.at_level(logging.WARNING):
+        embeddings = teacher(IMAGES.to("cuda"))
+        assert on_device(embeddings)
+        met = embeddings.cpu()
+    torch.testing.assert_close(met, wanted)
+    assert "runs on the CPU, to which each batch is copied" in caplog.text
 
 
 class Fickle(nn.Module):
