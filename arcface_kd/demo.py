@@ -40,13 +40,13 @@ from arcface_kd.teachers.options import Preprocessing
 from arcface_kd.training.trainer import TrainResult, train
 
 TEACHER_NETWORK, NETWORK = "thin_r18", "thin_r10"
-FAR_LEVELS = (1e-2, 1e-3)
+FAR_LEVELS = (1e-1, 1e-2, 1e-3)
 
 # Synthetic identities: the teacher knows those of the students and many more, as the teacher of a real run does; the
 # pairs are of identities that neither has seen.
 _STUDENT_IDENTITIES, _TEACHER_IDENTITIES, _IMAGES = 150, 400, 12
 _HELDOUT_IDENTITIES, _PAIRS = 150, 1200
-_TEACHER_EPOCHS = 7
+_TEACHER_EPOCHS = 6
 # A teacher of many classes and few epochs does not come under way with the margin that a few classes want.
 _TEACHER_MARGIN = (1.0, 0.0, 0.15)
 # With a handful of images a class, centers that average over them (the plain alpha stays larger) carry further than

@@ -20,7 +20,7 @@ from tests.host.trainer.faces import draw_faces
 
 
 def row(model: str, accuracy: float, gain: tuple[float, float, float] | None = None) -> Row:
-    numbers = {"accuracy": accuracy, "auc": 0.9, "tar@far=1e-2": 0.5, "tar@far=1e-3": None}
+    numbers = {"accuracy": accuracy, "auc": 0.9, "tar@far=1e-1": 0.75, "tar@far=1e-2": 0.5, "tar@far=1e-3": None}
     gains = {} if gain is None else {"accuracy": (gain[0], Interval(*gain[1:]))}
     adds = 105_200_000 if model == "teacher" else 13_900_000
     return Row(Score(model, "pairs", "pairs", "rgb", numbers), [accuracy], 1234567, adds, 2.125, gain=gains)
@@ -28,10 +28,10 @@ def row(model: str, accuracy: float, gain: tuple[float, float, float] | None = N
 
 def test_table_has_a_line_a_row_and_leaves_out_what_no_set_tells() -> None:
     lines = table([row("teacher", 0.9), row("alone", 0.85)]).splitlines()
-    heads = [*("model", "set", "accuracy", "TAR@FAR=1e-2", "parameters", "multiply-adds", "ms/image")]
+    heads = [*("model", "set", "accuracy", "TAR@FAR=1e-1", "TAR@FAR=1e-2", "parameters", "multiply-adds", "ms/image")]
     assert lines[0].split() == heads
-    assert lines[1].split() == ["teacher", "pairs", "90.00", "50.00", "1.2", "M", "105.2", "M", "2.12"]
-    assert lines[2].split() == ["alone", "pairs", "85.00", "50.00", "1.2", "M", "13.9", "M", "2.12"]
+    assert lines[1].split() == ["teacher", "pairs", "90.00", "75.00", "50.00", "1.2", "M", "105.2", "M", "2.12"]
+    assert lines[2].split() == ["alone", "pairs", "85.00", "75.00", "50.00", "1.2", "M", "13.9", "M", "2.12"]
 
 
 @pytest.mark.parametrize(
