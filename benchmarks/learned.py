@@ -114,7 +114,8 @@ def arcface_torch_step(sizes: Sizes, device: torch.device, checkout: Path) -> Ca
 
 
 @contextmanager
-def _no_process_group_left() -> Iterator[None]:
+def no_process_group_left() -> Iterator[None]:
+    """Close the process group that the host's head was given."""
     try:
         yield
     finally:
@@ -152,7 +153,7 @@ def run(sizes: Sizes, device: torch.device) -> list[Row]:
         other, make = "arcface_torch", partial(arcface_torch_step, sizes, device, Path(folder).resolve())
     else:
         print("\nlearned: ARCFACE_TORCH is not set; a dense twin stands in for the host's head")
-    with _no_process_group_left():
+    with no_process_group_left():
         steps = {"arcface_kd": arcface_kd_step(sizes, device), other: make()}
         losses = {name: step() for name, step in steps.items()}
         if abs(losses["arcface_kd"] - losses[other]) > 1e-3 * (1 + abs(losses[other])):

@@ -43,8 +43,12 @@ def same_gradients(place: Place, found: Findings) -> None:
     """The student's gradient of a step, of one rank and of two with half of the batch each."""
     alone = place.scratch / "alone.pt"
     shared = place.scratch / "two_ranks.pt"
-    _begin(place, 1, alone)
-    _begin(place, 2, shared)
+    processes = [*_begin(place, 1, alone), *_begin(place, 2, shared)]
+    for process in processes:
+        process.join()
+    codes = [process.exitcode for process in processes]
+    if any(codes):
+        raise RuntimeError(f"a rank alone and two ranks ended with {codes}")
     for name in _METHODS:
         one, two = (torch.load(path, weights_only=True)[name] for path in (alone, shared))
         difference = float((one - two).norm() / one.norm())
@@ -52,17 +56,14 @@ def same_gradients(place: Place, found: Findings) -> None:
         found.expect(difference < _TOLERANCE, f"{name}: two ranks find another gradient, by {difference:.1e}")
 
 
-def _begin(place: Place, world_size: int, out: Path) -> None:
+def _begin(place: Place, world_size: int, out: Path) -> list[Any]:
     meeting = place.scratch / f"meeting_{world_size}"
     processes = [
         new_process(place, _rank, place, rank, world_size, meeting, out, inside=True) for rank in range(world_size)
     ]
     for process in processes:
         process.start()
-    for process in processes:
-        process.join()
-    if any(process.exitcode for process in processes):
-        raise RuntimeError(f"of {world_size} ranks, these ended with {[process.exitcode for process in processes]}")
+    return processes
 
 
 def _rank(place: Place, rank: int, world_size: int, meeting: Path, out: Path) -> None:
@@ -72,8 +73,9 @@ def _rank(place: Place, rank: int, world_size: int, meeting: Path, out: Path) ->
     dimension, classes, device = 16, 10, place.device
     folder = records(place, 4)
     classifier = torch.randn(classes, dimension, generator=torch.Generator().manual_seed(2))
+    teachers = place.scratch / f"classifier_{world_size}.pt"
     if rank == 0:
-        save_tensors(place.scratch / "classifier.pt", {"weight": classifier})
+        save_tensors(teachers, {"weight": classifier})
     distributed.barrier()
     generator = torch.Generator().manual_seed(3)
     images = torch.rand(_ROWS, 3, 112, 112, generator=generator) * 2 - 1
@@ -84,7 +86,7 @@ def _rank(place: Place, rank: int, world_size: int, meeting: Path, out: Path) ->
         output = place.scratch / f"{name}_of_{world_size}"
         config: EasyDict = config_of(folder, output, classes, kd=name, batch_size=_ROWS // world_size, **keys)
         if name == "proxylesskd":
-            config.kd_classifier = str(place.scratch / "classifier.pt")
+            config.kd_classifier = str(teachers)
         teacher = load_teacher(_Student(dimension, 5))
         distiller = Distiller(KDConfig.from_config(config), teacher)
         made = drop_ins(lambda config=config: config, distiller=distiller)  # type: ignore[misc]
