@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from arcface_kd.cli import main as cli
+from arcface_kd.cli import host
+from arcface_kd.cli.main import main
 from arcface_kd.errors import ConfigError
 from arcface_kd.evaluation.report import page as report
 from arcface_kd.evaluation.report import pictures as report_pictures
@@ -87,6 +88,6 @@ def test_a_package_of_somebody_else_is_no_matter_of_ours(
     def fail(arguments: object) -> None:
         raise ModuleNotFoundError("No module named 'theirs'", name="theirs")
 
-    monkeypatch.setattr(cli, "_methods", fail)
+    monkeypatch.setattr(host, "_methods", fail)
     with pytest.raises(ModuleNotFoundError, match="theirs"):
-        cli.main(["methods"])
+        main(["methods"])
