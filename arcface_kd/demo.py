@@ -47,7 +47,7 @@ FAR_LEVELS = (1e-1, 1e-2, 1e-3)
 _STUDENT_IDENTITIES, _TEACHER_IDENTITIES, _IMAGES = 150, 400, 12
 _HELDOUT_IDENTITIES, _PAIRS = 150, 1200
 _TEACHER_EPOCHS = 6
-# A teacher of many classes and few epochs does not come under way with the margin that a few classes want.
+# With many classes and few epochs, a teacher does not learn with the large margin that suits few classes.
 _TEACHER_MARGIN = (1.0, 0.0, 0.15)
 # With a handful of images a class, centers that average over them (the plain alpha stays larger) carry further than
 # centers that follow the image at hand: on 985 real identities TAR@FAR=1e-2 was 62 % weighted and 69 % plain.
@@ -63,7 +63,7 @@ _NEXT = """Next, on your own faces (112x112, a folder for each person; the first
 
 @dataclass(frozen=True)
 class DemoSettings:
-    """What the demo is asked for.
+    """Settings of the demo.
 
     Attributes:
         out: folder for everything it writes.
@@ -140,7 +140,7 @@ class Row:
 
 @dataclass(frozen=True)
 class _Job:
-    """What is known before anything is written: the method's keys, its teacher and what it wants."""
+    """What is checked before anything is written: the method, its keys and its teacher."""
 
     kd: KDConfig
     teacher: Teacher | None
@@ -168,7 +168,7 @@ def run_demo(settings: DemoSettings) -> list[Row]:
     """Run the main job and leave ``report.html``, ``results.txt`` and ``results.json`` in ``settings.out``.
 
     Args:
-        settings: what is asked for.
+        settings: of the demo.
 
     Returns:
         The table's rows.
@@ -220,7 +220,7 @@ def run_demo(settings: DemoSettings) -> list[Row]:
 
 
 def _checked(settings: DemoSettings) -> _Job:
-    """Load the teacher where one was given, and see that the method can work with it."""
+    """Load the given teacher, if any, and check that the method works with it."""
     kd = settings.kd
     if kd.teacher is None and "teacher" in kd.options:
         raise ConfigError("teacher options were given without a teacher; add --kd-teacher FILE")

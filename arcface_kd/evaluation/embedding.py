@@ -1,4 +1,4 @@
-"""From images to the embeddings that verification compares: flip-summed, L2-normalised."""
+"""Embed images for verification: the embeddings of an image and its mirror image, summed and L2-normalised."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager

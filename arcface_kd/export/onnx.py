@@ -42,7 +42,7 @@ _BATCH = 16
 
 @dataclass(frozen=True)
 class ExportReport:
-    """What an export came to.
+    """Result of an export.
 
     Attributes:
         out: the file.
@@ -275,7 +275,7 @@ def _cosines(content: bytes, student: nn.Module, faces: np.ndarray) -> np.ndarra
 
 
 def _insist(report: ExportReport, *, int8: bool) -> None:
-    """Stop unless the file is the student.
+    """Raise if the export disagrees with the student.
 
     In float32 every face counts. In int8 the mean does: a face that is hardly one has an embedding that rounding turns
     far, and that nobody should trust in any precision.

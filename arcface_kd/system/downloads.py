@@ -1,4 +1,4 @@
-"""What people find in place of a file: Git LFS pointers, pages of a refused download, archives not yet unpacked."""
+"""Recognise what stands in place of a file: Git LFS pointers, HTML of a failed download, archives not yet unpacked."""
 
 _ARCHIVES = {
     b"PK\x03\x04": "a zip archive",
@@ -22,7 +22,7 @@ def is_archive(head: bytes) -> bool:
 
 
 def found_instead(head: bytes) -> str | None:
-    """Recognise what is no file of anybody's own, but stands where one was expected.
+    """Recognise a file that was not downloaded or unpacked.
 
     Args:
         head: its first bytes, 512 of them tell all kinds.

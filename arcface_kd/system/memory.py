@@ -37,14 +37,14 @@ def out_of_memory_message(error: BaseException, remedy: str) -> str | None:
 
 @contextlib.contextmanager
 def named_shortages(place: Callable[[], str], remedy: str) -> Iterator[None]:
-    """Say in one line what the machine lacked.
+    """Turn errors of memory into one line.
 
     Args:
-        place: where the work was, as the line begins; asked when something is lacking.
+        place: gives the start of the line, such as ``step 7``; called on an error.
         remedy: what the user may do about memory that runs out.
 
     Raises:
-        ResourceError: something was lacking.
+        ResourceError: memory ran out, or a helper process was ended.
     """
     try:
         yield

@@ -1,4 +1,4 @@
-"""``training.log`` and what is printed beside it."""
+"""Where log messages go: ``training.log``, stdout and stderr."""
 
 import contextlib
 import logging
@@ -15,19 +15,19 @@ _NEVER = logging.CRITICAL + 1
 
 
 class _LogFile(logging.FileHandler):
-    """A log whose disk may be full: the run ends then, as for any other of its files."""
+    """The log file; a full disk ends the run, as for any other of its files."""
 
     def handleError(self, record: logging.LogRecord) -> None:
-        """Raise what ``logging`` would print and pass over."""
+        """Raise the error, which ``logging`` would only print."""
         raise
 
 
 # Before Python 3.11 a handler takes no type in brackets.
 class _Screen(logging.StreamHandler):
-    """What is printed of the log; a reader who is gone does not end the run."""
+    """The log on stdout; a reader who is gone does not end the run."""
 
     def handleError(self, record: logging.LogRecord) -> None:
-        """Print nothing more, where ``logging`` would add a traceback for each line."""
+        """Stop printing, where ``logging`` would print a traceback for each line."""
         if isinstance(sys.exc_info()[1], OSError):
             stop_printing()
         else:
@@ -36,7 +36,7 @@ class _Screen(logging.StreamHandler):
 
 @contextlib.contextmanager
 def early_messages() -> Iterator[Sequence[logging.LogRecord]]:
-    """Keep what the package logs before a run has its folder, for :func:`log_files`; warnings reach stderr on an error.
+    """Keep messages that come before the log file is open, for :func:`log_files`; on an error, print the warnings.
 
     Yields:
         The records, growing.
@@ -61,9 +61,9 @@ def early_messages() -> Iterator[Sequence[logging.LogRecord]]:
 
 @contextlib.contextmanager
 def log_files(folder: Path, rank: int, early: Sequence[logging.LogRecord] = ()) -> Iterator[None]:
-    """Send what the package logs to ``training.log`` in the host's format, and to stdout where nobody watches a bar.
+    """Send log messages to ``training.log`` in the host's format, and to stdout where stderr is no terminal.
 
-    Warnings of other ranks, and those of a run that somebody watches, go to stderr.
+    Warnings of other ranks, and warnings beside a progress bar, go to stderr.
 
     Args:
         folder: of the run.

@@ -1,4 +1,4 @@
-"""What a checkpoint of the compact trainer holds, and how a run goes on from it."""
+"""Save a run's checkpoint, and resume from it."""
 
 import contextlib
 from collections.abc import Iterator, Mapping
@@ -19,7 +19,7 @@ from arcface_kd.training.run import Run
 # The optimizer's state brings them along, so that a changed config would have no effect.
 _MUST_MATCH = ("lr", "momentum", "weight_decay")
 
-# These may change between two parts of a run; the log says so.
+# These may change on resume; the log says so.
 _MAY_CHANGE = ("batch_size", "gradient_acc", "fp16", "num_image", "num_epoch", "warmup_epoch")
 
 _PRODUCT = "batch_size x ranks"
@@ -63,21 +63,21 @@ def _state(run: Run) -> dict[str, Any]:
 
 
 def resume(run: Run) -> None:
-    """Go on from the last epoch that was saved, with as many ranks and images a step as before or with others.
+    """Resume after the last saved epoch; ranks and batch size may differ from before.
 
     Args:
-        run: made with the config to go on with.
+        run: made from the config to resume with.
 
     Raises:
-        CheckpointError: a checkpoint that is damaged, or of a run of other settings.
-        ConfigError: there is none.
+        CheckpointError: the checkpoint is damaged, or the settings have changed.
+        ConfigError: there is no checkpoint.
     """
-    # First of all: rank 0's own may be what a kill has left waiting.
+    # First, since a kill may have left even rank 0's file under its waiting name.
     on_first_rank_first(lambda: finish_saving(run.folder), run.ranks)
     path = checkpoint_file(run.folder, 0)
     if not path.is_file():
         raise ConfigError(f"resume is on but there is no {path}; set resume=False, or save_all_states=True before")
-    # What is not split over ranks is in any file; a rank that the run did not have takes the first one's.
+    # All but the class shards is the same in every file; a new rank takes the first one's.
     saved_by = open_shards(run.folder).world_size
     if run.rank < saved_by:
         path = checkpoint_file(run.folder, run.rank)
@@ -93,7 +93,7 @@ def resume(run: Run) -> None:
         run.optimizer.load_state_dict(state["state_optimizer"])
         run.logger.info("resumed after epoch %d, step %d", run.epoch, run.step)
         _load_schedule(run, state["state_lr_scheduler"], before)
-        # One that was off, as on a CPU, has left nothing.
+        # Off, as on a CPU, it has no state.
         if state.get("state_scaler"):
             run.scaler.load_state_dict(state["state_scaler"])
         if "state_random" in state:
@@ -108,11 +108,11 @@ def resume(run: Run) -> None:
 
 
 def _load_schedule(run: Run, state: Mapping[str, Any], before: Mapping[str, Any]) -> None:
-    """Go on at the same image of the schedule, however many images a step now has."""
+    """Load the schedule at the same image, whatever the batch size and the number of ranks are now."""
     done, then = state["last_epoch"], before.get(_PRODUCT, run.images_a_step)
     place = done
     if then != run.images_a_step:
-        # Epochs leave out a last batch that is not full: steps are compared by the epochs that they make.
+        # Measured in epochs, since an epoch drops its last batch when that is not full.
         place = round(done * run.steps_per_epoch / max(1, before.get("num_image", run.config.num_image) // then))
         run.logger.info(
             "%s was %d and is now %d: the schedule goes on after %d images, at step %d of %d",
@@ -129,7 +129,7 @@ def _named_damage(path: Path) -> Iterator[None]:
         yield
     except (ArcfaceKDError, torch.OutOfMemoryError):
         raise
-    # Whatever torch's optimizers, schedules and generators stumble over.
+    # What torch's optimizers, schedules and generators raise.
     except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:
         if out_of_memory_message(error, "") is not None:
             raise

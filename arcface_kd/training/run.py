@@ -31,7 +31,7 @@ _KEEP_BUFFERS: dict[str, Any] = {"forward_sync_buffers" if _RENAMED else "broadc
 
 
 def check_loss_scale(scaler: torch.amp.GradScaler, step: int) -> None:
-    """Refuse to go on when no loss scale keeps the gradients from overflowing; one that falls now and then is in order.
+    """Stop when the gradients overflow at every loss scale; a scale that falls now and then is normal.
 
     Args:
         scaler: of the run.
@@ -61,8 +61,7 @@ class Run:
         epoch: epochs done.
         step: micro-steps done, those before a resume included.
         images_a_step: ``batch_size`` times the number of ranks.
-        steps_per_epoch: of the schedule, which counts the images that the config states, as the host's does; the loop
-            takes those that are there.
+        steps_per_epoch: of the schedule, from ``num_image`` as in the host; the loop follows the data.
         writer: the TensorBoard writer; None on ranks other than 0.
 
     Raises:
@@ -141,7 +140,7 @@ class Run:
         return torch.optim.AdamW(groups, lr=config.lr, weight_decay=config.weight_decay)
 
     def _verification_sets(self) -> list[VerificationSet]:
-        """The verification sets beside the records; a name without a file is logged, as nobody has all."""
+        """The verification sets beside the records; a missing one is logged, since few people have all."""
         if self.rank != 0:
             return []
         sets = []

@@ -34,10 +34,10 @@ from arcface_kd.training.resume import resume, save
 from arcface_kd.training.run import Run
 
 _CANNOT_WRITE = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG, errno.EIO, errno.EACCES, errno.EPERM)
-# Of files that the run itself has made: somebody has taken their folder away.
+# The run has made its folder itself: if it is missing, somebody has removed it.
 _IS_GONE = (errno.ENOENT, errno.ENOTDIR, errno.ESTALE)
 
-# What may differ from rank to rank, as the machines do, if all of them have it or none has.
+# Values may differ between machines; all ranks set these keys, or none does.
 _OF_MACHINES = ("rec", "num_workers")
 
 
@@ -96,7 +96,7 @@ def train(
         The result; the host's files are in ``config.output``.
 
     Raises:
-        CheckpointError: a run to go on with that has left no whole state, or was one of other settings.
+        CheckpointError: the run cannot be resumed: its state is incomplete, or its settings have changed.
         ConfigError: a key that cannot be honoured.
         DataError: records that cannot be read.
         NumberError: NaN or inf in embeddings, loss terms or gradients.
@@ -131,7 +131,7 @@ def train(
 
 @contextlib.contextmanager
 def _claimed(folder: Path, rank: int, resumed: bool) -> Iterator[None]:
-    """Make the output folder this run's own."""
+    """Make the output folder, and lock it on rank 0."""
     if resumed and not folder.is_dir():
         # `resume` says what there is to say.
         yield
