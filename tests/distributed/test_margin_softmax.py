@@ -118,7 +118,9 @@ def test_shards_cost_no_precision(ranks: RankPool, product_dtype: torch.dtype | 
         truth = _twin(seed, case)
         for way, met in enumerate((_joined(answers, seed), _joined(alone, seed))):
             errors[way] += torch.stack([(a.double() - b).norm() / b.norm() for a, b in zip(met, truth, strict=True)])
-    assert (errors[0] <= 1.2 * errors[1]).all(), f"three ranks {errors[0]}, one {errors[1]}"
+    errors /= len(cases)
+    unit = torch.finfo(torch.float32).eps
+    assert (errors[0] <= 1.2 * errors[1] + 2 * unit).all(), f"three ranks {errors[0]}, one {errors[1]}"
 
 
 def _far_above(ranks: RankGroup) -> tuple[Tensor, Tensor]:

@@ -185,7 +185,7 @@ def _distances(problem: Problem, margin: Margin, product_dtype: torch.dtype | No
 def test_precision_is_no_worse_than_the_naive_computation(
     name: str, phase: str, product_dtype: torch.dtype | None
 ) -> None:
-    """Rounding is a lottery, so the mean over eight batches is compared, with a tenth of leeway."""
+    """Rounding is a lottery, so means over eight batches are compared: a tenth of leeway and two units of the result."""
     bound = {None: 1e-5, torch.bfloat16: 3e-2, torch.float16: 5e-3}[product_dtype]
     met, naive = torch.zeros(3), torch.zeros(3)
     for seed in range(8):
@@ -196,9 +196,10 @@ def test_precision_is_no_worse_than_the_naive_computation(
         a, b = _distances(problem, MARGINS[name], product_dtype)
         met, naive = met + torch.tensor(a), naive + torch.tensor(b)
     # In bf16 the naive cosine of a converged row rounds to 1, where acos has no finite gradient.
-    naive = naive.nan_to_num(nan=torch.inf)
-    assert (met <= 1.1 * naive).all(), f"ours {met / 8}, naive {naive / 8}"
-    assert (met / 8 < bound).all(), f"ours {met / 8}"
+    naive = naive.nan_to_num(nan=torch.inf) / 8
+    met /= 8
+    assert (met <= 1.1 * naive + 2 * torch.finfo(torch.float32).eps).all(), f"ours {met}, naive {naive}"
+    assert (met < bound).all(), f"ours {met}"
 
 
 def test_fp32_keeps_the_small_loss_of_a_confident_row() -> None:
