@@ -13,6 +13,7 @@ CLASS_MEANS = "class-means"
 PREFIXES = ("teacher", "student")
 
 Projection = Literal["none", "linear"]
+Loader = Literal["own", "host"]
 K = TypeVar("K", bound="KDConfig")
 
 
@@ -124,6 +125,8 @@ class KDConfig:
             :mod:`arcface_kd.distillation.teacher_classifier`.
         on_bad_record: ``kd_on_bad_record``: what the loader does with a record that cannot be read, see
             :class:`arcface_kd.data.dataset.FaceDataset`; with or without distillation.
+        loader: ``kd_loader``: ``own`` reads the records by this package's loader, which a cache needs; ``host`` by the
+            trainer's own ``dataset.py``.
 
     Raises:
         ConfigError: a value of the wrong type, a method named twice, options that are not sorted by prefix or have one
@@ -178,6 +181,10 @@ class KDConfig:
             decides=False,
         ),
     ] = "stop"
+    loader: Annotated[
+        Loader,
+        Key("who reads the images: this package (own, default; a cache needs it) or the trainer's dataset.py (host)"),
+    ] = "own"
 
     def __post_init__(self) -> None:
         if isinstance(self.methods, str):
@@ -187,6 +194,10 @@ class KDConfig:
         for field, key in self.keys().items():
             if key.read is None:
                 object.__setattr__(self, field, convert(getattr(self, field), kinds_of(type(self))[field], field))
+        if self.loader == "host" and self.cache is not None:
+            raise ConfigError(
+                "kd_loader is host, and kd_cache needs to know which records a batch shows: leave one of them out"
+            )
         allowed = (*PREFIXES, *self.methods)
         for prefix, values in self.options.items():
             if not isinstance(values, Mapping):

@@ -47,6 +47,8 @@ class Distiller:
         student: the one that is watched.
         faces: the training records, where the loader has told them.
         maps: the feature maps, for methods that look at them.
+        has_head: whether a head has taken a batch.
+        cache_is_off: whether somebody has said that ``kd_cache`` has no effect with this run's loader.
         even_batches: whether the loader brings all ranks equally many rows.
 
     Args:
@@ -76,12 +78,13 @@ class Distiller:
         self.faces: FaceDataset | None = None
         self.cache: EmbeddingCache | None = None
         self.maps: FeatureMaps | None = None
-        self.even_batches = False
+        self.even_batches = self.cache_is_off = False
         self._views: BatchViews | None = None
         self._shown: BatchViews | None = None
         self._seen: Tensor | None = None
         self._untold = False
         self._first_batch = True
+        self.has_head = False
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "Distiller":
         """One for copies of student and head; teacher, cache and data, which no step changes, are shared."""
@@ -179,6 +182,7 @@ class Distiller:
         Args:
             rows: number of the student's embeddings.
         """
+        self.has_head = True
         shown, self._shown = self._shown, None
         return shown if shown is not None and len(shown.index) == rows else None
 
@@ -205,6 +209,7 @@ class Distiller:
         handles = []
         if self._listens:
             handles.append(student.register_forward_pre_hook(_ShowToTeacher(self), with_kwargs=True))
+        handles.append(student.register_forward_hook(_AwaitHead(self)))
         if self.methods.maps_wanted is not None and self.teacher is not None:
             self.maps = FeatureMaps(self.methods.title, self.methods.maps_wanted, self.teacher)
             size = self.teacher.preprocessing.size if self.faces is None else IMAGE_SIZE[0]
@@ -224,6 +229,7 @@ class Distiller:
         first, self._first_batch = self._first_batch, False
         if first:
             _tell_range(images)
+            self._require_our_loader()
         views, self._views = self._views, None
         if self.maps is not None and self.methods.compares_maps:
             self._seen = self.maps.embed(images)
@@ -238,6 +244,29 @@ class Distiller:
         # Without a loader of ours this batch is all that is known of the faces.
         if first and self.faces is None and self.teacher is not None and self._seen is not None:
             warn_if_alike(self.teacher, self._seen)
+
+    def _require_our_loader(self) -> None:
+        if self.kd.cache is not None and self.faces is None and not self.cache_is_off:
+            raise ConfigError(
+                f"kd_cache={self.kd.cache} has no effect: the images come from a loader that is not arcface_kd's, which "
+                "does not say what records they are; use get_dataloader and use_cache, or leave kd_cache out"
+            )
+
+    def require_head(self, gradient: Tensor) -> None:
+        """Refuse a backward pass of a watched student whose embeddings no head of this run has seen.
+
+        Args:
+            gradient: of the embeddings; not looked at.
+
+        Raises:
+            ConfigError: the trainer has another head, and would train without distillation.
+        """
+        if not self.has_head:
+            raise ConfigError(
+                f"{self.methods.title} has no effect: the trainer's loss comes from a head of its own, not from "
+                "PartialFC_V2 as arcface_kd has put it in; name your head PartialFC_V2 in train_v2.py before "
+                "arcface_kd.attach, or build a DistillationHead (docs/library.md)"
+            )
 
     def take_teacher_embeddings(self, rows: int) -> Tensor | None:
         """The teacher's embeddings of the batch that the student has just seen; handed out once.
@@ -306,23 +335,41 @@ def _tell_range(images: Tensor) -> None:
         )
 
 
-class _ShowToTeacher:
-    """The student's hook. A student that comes out of a file is a plain network: nobody is there to show to."""
+class _StudentHook:
+    """A hook of the student. A student that comes out of a file is a plain network: nobody is there to call."""
 
     def __init__(self, distiller: Distiller) -> None:
         self._distiller: Distiller | None = distiller
 
-    def __call__(self, student: nn.Module, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> None:
-        if self._distiller is None or not student.training or not torch.is_grad_enabled():
-            return
-        watch = _watching.get(student)
-        if watch is None or watch.distiller() is self._distiller:
-            self._distiller.show(arguments[0] if arguments else next(iter(keywords.values())))
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> "_ShowToTeacher":
+    def __deepcopy__(self, memo: dict[int, Any]) -> "_StudentHook":
         twin = memo[id(self)] = object.__new__(type(self))
         twin._distiller = copy.deepcopy(self._distiller, memo)
         return twin
 
     def __getstate__(self) -> dict[str, Any]:
         return {"_distiller": None}
+
+    def _told(self, student: nn.Module) -> Distiller | None:
+        """The distiller, where this student is its own and trains."""
+        watch = _watching.get(student)
+        is_own = watch is None or watch.distiller() is self._distiller
+        return self._distiller if is_own and student.training and torch.is_grad_enabled() else None
+
+
+class _AwaitHead(_StudentHook):
+    """Looks, when gradients come back for the first time, whether they come from the run's head."""
+
+    def __call__(self, student: nn.Module, arguments: tuple[Any, ...], output: Any) -> None:
+        distiller = self._told(student)
+        if distiller is None or distiller.has_head:
+            return
+        if isinstance(output, Tensor) and output.requires_grad:
+            output.register_hook(distiller.require_head)
+
+
+class _ShowToTeacher(_StudentHook):
+    """Shows the teacher what the student is shown."""
+
+    def __call__(self, student: nn.Module, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> None:
+        if (distiller := self._told(student)) is not None:
+            distiller.show(arguments[0] if arguments else next(iter(keywords.values())))

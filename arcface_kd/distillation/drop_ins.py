@@ -1,5 +1,6 @@
 """Objects with the signatures of arcface_torch's own model, loader and head."""
 
+import inspect
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -24,36 +25,56 @@ from arcface_kd.teachers.student_init import prepare_images, start_from
 
 logger = logging.getLogger(__name__)
 
+_MARGIN_ATTRIBUTES: Mapping[str, tuple[str, ...]] = {
+    "CombinedMarginLoss": ("s", "m1", "m2", "m3"),
+    "ArcFace": ("s", "margin"),
+    "CosFace": ("s", "m"),
+}
 # Lists that were cleaned by a little keep their paper's number.
 _NUM_IMAGE_TOLERANCE = 0.05
 
 
 def margin_of(margin_loss: object) -> Margin:
-    """Read the margin out of arcface_torch's ``CombinedMarginLoss`` (or any object with its attributes).
+    """Read the margin out of arcface_torch's ``CombinedMarginLoss``, ``ArcFace`` or ``CosFace``.
 
     Args:
-        margin_loss: an object with ``s``, ``m1``, ``m2``, ``m3`` and ``interclass_filtering_threshold``; a
-            :class:`~arcface_kd.losses.margin.Margin` is returned as it is.
+        margin_loss: one of these, or a plain object with ``s``, ``m1``, ``m2``, ``m3`` and
+            ``interclass_filtering_threshold``; a :class:`~arcface_kd.losses.margin.Margin` is returned as it is.
 
     Returns:
         The margin.
 
     Raises:
-        ConfigError: an attribute is missing or a value out of range.
+        ConfigError: a margin loss of another kind, whose ``forward`` would not be called; an attribute is missing or
+            a value out of range.
     """
     if isinstance(margin_loss, Margin):
         return margin_loss
-    names: Sequence[str] = ("s", "m1", "m2", "m3")
-    missing = [name for name in names if not hasattr(margin_loss, name)]
+    kind = _host_margin(margin_loss)
+    missing = [name for name in _MARGIN_ATTRIBUTES[kind] if not hasattr(margin_loss, name)]
     if missing:
         raise ConfigError(
             f"the margin loss {type(margin_loss).__name__} has no {', '.join(missing)}; a CombinedMarginLoss is wanted"
         )
-    scale, m1, m2, m3 = (float(getattr(margin_loss, name)) for name in names)
+    scale, *margins = (float(getattr(margin_loss, name)) for name in _MARGIN_ATTRIBUTES[kind])
+    m1, m2, m3 = {"ArcFace": (1.0, margins[0], 0.0), "CosFace": (1.0, 0.0, margins[0])}.get(kind) or margins
     try:
         return Margin(scale, m1, m2, m3, float(getattr(margin_loss, "interclass_filtering_threshold", 0.0)))
     except ValueError as error:
         raise ConfigError(str(error)) from error
+
+
+def _host_margin(margin_loss: object) -> str:
+    """Which of arcface_torch's margin losses computes in this one's ``forward``."""
+    if not isinstance(margin_loss, nn.Module):
+        return "CombinedMarginLoss"
+    owner = next(each for each in type(margin_loss).__mro__ if "forward" in vars(each)).__name__
+    if owner not in _MARGIN_ATTRIBUTES:
+        raise ConfigError(
+            f"the margin loss {type(margin_loss).__name__} has a forward of its own, which distillation would not "
+            f"call: its margin is applied in the pass over the classes; wanted one of {', '.join(_MARGIN_ATTRIBUTES)}"
+        )
+    return owner
 
 
 class DropIns(NamedTuple):
@@ -101,6 +122,7 @@ def drop_ins(
     distiller: Distiller | None = None,
     host_model: Callable[..., nn.Module] | None = None,
     host_loader: Callable[..., Any] | None = None,
+    host_head: Callable[..., nn.Module] | None = None,
 ) -> DropIns:
     """Make the drop-ins of one run.
 
@@ -108,7 +130,9 @@ def drop_ins(
         config: gives the run's merged config; asked when a drop-in is called, since the host completes it late.
         distiller: None reads the ``kd*`` keys of the config now and loads the teacher.
         host_model: the trainer's own ``get_model``; None takes this package's backbones.
-        host_loader: the trainer's own ``get_dataloader``, which still serves DALI; None has no DALI.
+        host_loader: the trainer's own ``get_dataloader``, which serves DALI and ``kd_loader=host``, and whose signature
+            says what the arguments mean; None has neither.
+        host_head: the trainer's own ``PartialFC_V2``, for its signature.
 
     Returns:
         The drop-ins.
@@ -118,8 +142,64 @@ def drop_ins(
         TeacherError: no teacher where one is needed.
     """
     shared = distiller if distiller is not None else Distiller(KDConfig.from_config(config()))
-    makers = _Makers(config, shared, host_model, host_loader)
+    makers = _Makers(config, shared, host_model, host_loader, host_head)
     return DropIns(makers.get_model, makers.get_dataloader, makers.partial_fc, shared)
+
+
+# What the drop-ins take of the trainer's own arguments; the first ones every trainer has.
+_LOADER = ("root_dir", "local_rank", "batch_size"), ("dali", "dali_aug", "seed", "num_workers")
+_HEAD = ("margin_loss", "embedding_size", "num_classes"), ("sample_rate", "fp16")
+
+
+def _head_arguments(
+    margin_loss: object, embedding_size: int, num_classes: int, sample_rate: float = 1.0, fp16: bool = False
+) -> None:
+    """The signature of the newest ``PartialFC_V2``."""
+
+
+def bind(
+    own: Callable[..., Any],
+    args: Sequence[Any],
+    kwargs: Mapping[str, Any],
+    names: tuple[Sequence[str], Sequence[str]],
+) -> dict[str, Any]:
+    """What a trainer's call means, by the signature of the function that the trainer itself has for it.
+
+    Args:
+        own: the trainer's function or class; trainers of other years and forks differ in their arguments.
+        args: by position.
+        kwargs: by name.
+        names: the arguments that are needed, and those that are taken where the trainer has them.
+
+    Returns:
+        The arguments by name, defaults included; a warning tells of those that are given and have no effect.
+
+    Raises:
+        ConfigError: the call does not fit the signature, or the signature lacks an argument that is needed.
+    """
+    needed, optional = names
+    title = getattr(own, "__name__", str(own))
+    try:
+        signature = inspect.signature(own)
+        given = signature.bind(*args, **kwargs)
+    except (TypeError, ValueError) as error:
+        raise ConfigError(f"the trainer calls its {title} otherwise than it is defined: {error}") from error
+    given.apply_defaults()
+    found = {name: given.arguments[name] for name in (*needed, *optional) if name in given.arguments}
+    missing = [name for name in needed if name not in found]
+    if missing:
+        raise ConfigError(
+            f"the trainer's {title}{signature} has no {', '.join(missing)}: give it the arguments of arcface_torch's "
+            "own, or use the library in your loop (docs/library.md)"
+        )
+    ignored = [
+        name
+        for name, value in given.arguments.items()
+        if name not in found and value not in (signature.parameters[name].default, (), {})
+    ]
+    if ignored:
+        logger.warning("%s of the trainer's %s has no effect with --kd", ", ".join(ignored), title)
+    return found
 
 
 @dataclass(frozen=True)
@@ -130,6 +210,7 @@ class _Makers:
     shared: Distiller
     host_model: Callable[..., nn.Module] | None
     host_loader: Callable[..., Any] | None
+    host_head: Callable[..., nn.Module] | None
 
     def get_model(self, name: str, **kwargs: Any) -> nn.Module:
         """The student, watched; it starts from ``student.init`` where that is given."""
@@ -148,44 +229,37 @@ class _Makers:
         prepare_images(self.shared.watch(student), preprocessing)
         return student
 
-    def get_dataloader(
-        self,
-        root_dir: str,
-        local_rank: int,
-        batch_size: int,
-        dali: bool = False,
-        dali_aug: bool = False,
-        seed: int = 2048,
-        num_workers: int = 2,
-    ) -> Any:
-        """This package's loader, or the trainer's own for DALI."""
-        arguments = (root_dir, local_rank, batch_size, dali, dali_aug, seed, num_workers)
-        if dali and self.host_loader is not None:
-            self._tell_what_dali_switches_off()
-            return self.host_loader(*arguments)
+    def get_dataloader(self, *args: Any, **kwargs: Any) -> Any:
+        """This package's loader, or the trainer's own for DALI and ``kd_loader=host``."""
+        given = bind(open_loader if self.host_loader is None else self.host_loader, args, kwargs, _LOADER)
+        if self.shared.kd.loader == "host" or (given.get("dali") and self.host_loader is not None):
+            if self.host_loader is None:
+                raise ConfigError("kd_loader=host needs the host: run train_v2.py, or leave it out")
+            self._tell_what_is_off("DALI" if given.get("dali") else "the trainer's loader")
+            return self.host_loader(*args, **kwargs)
+        if self.host_loader is not None:
+            logger.info(
+                "images are read by arcface_kd, not by the trainer's dataset.py; kd_loader=host lets it read them"
+            )
         num_classes, on_bad_record = self.config().get("num_classes"), self.shared.kd.on_bad_record
-        loader = open_loader(*arguments, num_classes=num_classes, on_bad_record=on_bad_record)
+        loader = open_loader(**given, num_classes=num_classes, on_bad_record=on_bad_record)
         _compare_with_data(self.config(), loader)
         self.shared.use_cache(loader)
         return loader
 
-    def _tell_what_dali_switches_off(self) -> None:
+    def _tell_what_is_off(self, reader: str) -> None:
         if self.shared.kd.cache is not None and not self.shared.from_cache_alone:
+            self.shared.cache_is_off = True
             logger.warning(
-                "kd_cache is off: DALI does not say which records a batch shows, nor how; the teacher runs each step"
+                "kd_cache is off: %s does not say which records a batch shows, nor how; the teacher runs each step",
+                reader,
             )
         if self.shared.kd.on_bad_record == "skip":
-            logger.warning("kd_on_bad_record=skip is off: DALI decides itself what becomes of a bad record")
+            logger.warning("kd_on_bad_record=skip is off: %s decides itself what becomes of a bad record", reader)
 
-    def partial_fc(
-        self,
-        margin_loss: object,
-        embedding_size: int,
-        num_classes: int,
-        sample_rate: float = 1.0,
-        fp16: bool = False,
-    ) -> DistillationHead:
+    def partial_fc(self, *args: Any, **kwargs: Any) -> DistillationHead:
         """The head; what the trainer does not pass comes from the config."""
+        given = bind(_head_arguments if self.host_head is None else self.host_head, args, kwargs, _HEAD)
         settings, ranks = self.config(), RankGroup()
         steps_per_epoch = max(1, settings["num_image"] // (settings["batch_size"] * ranks.world_size))
         epochs = settings.get("num_epoch")
@@ -195,11 +269,11 @@ class _Makers:
             logger.info("teacher: %s, %d-d, %s", teacher.description, teacher.embedding_size, teacher.preprocessing)
         return DistillationHead(
             self.shared,
-            margin_of(margin_loss),
-            embedding_size,
-            num_classes,
-            float(sample_rate),
-            autocast_dtype(default_device()) if fp16 else None,
+            margin_of(given["margin_loss"]),
+            given["embedding_size"],
+            given["num_classes"],
+            float(given.get("sample_rate", 1.0)),
+            autocast_dtype(default_device()) if given.get("fp16") else None,
             seed=int(settings["seed"]),
             steps_per_epoch=steps_per_epoch,
             loss_is_scaled=bool(settings.get("fp16")) and default_device().type == "cuda",

@@ -5,12 +5,16 @@ in its last line. The compact trainer asks for the :func:`drop_ins` directly.
 """
 
 import argparse
+import inspect
 import logging
+import re
 import sys
 import types
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from arcface_kd.config.arcface_torch import reading_config
 from arcface_kd.config.flags import flags_of, merge_arguments, refuse_flags_without_method
@@ -68,6 +72,35 @@ def _go_to_next_run(config: dict[str, Any], recipe: type[Recipe]) -> None:
         print(stage, flush=True)
 
 
+def _running_trainer() -> types.ModuleType:
+    """The program itself where it is a trainer; else the module that somebody has imported one as."""
+    program = sys.modules["__main__"]
+    for module in (program, *list(sys.modules.values())):
+        names = getattr(module, "__dict__", {})
+        if all(name in names for name in HOST_NAMES):
+            return module
+    return program
+
+
+def _require_current_stack(host: types.ModuleType) -> None:
+    """Refuse a trainer that this torch would stop at its schedule, hours of loading later."""
+    schedule = getattr(host, "PolynomialLRWarmup", None)
+    base = torch.optim.lr_scheduler.LRScheduler
+    if not isinstance(schedule, type) or "verbose" in inspect.signature(base.__init__).parameters:
+        return
+    try:
+        passes = "verbose" in schedule.__init__.__code__.co_names + schedule.__init__.__code__.co_varnames and (
+            re.search(r"super\(.*__init__\([^)]*verbose", inspect.getsource(schedule)) is not None
+        )
+    except (AttributeError, OSError, TypeError):
+        return
+    if passes:
+        raise ConfigError(
+            f"this trainer is older than torch {torch.__version__}: its schedule passes `verbose`, which is gone; run "
+            "`arcface-kd patch DIR current_stack` on its folder once"
+        )
+
+
 def _require_names(host: types.ModuleType) -> None:
     """Refuse a trainer that lacks what the drop-ins replace."""
     missing = [name for name in HOST_NAMES if not hasattr(host, name)]
@@ -91,20 +124,25 @@ def attach(
     Args:
         config: the trainer's config, or the part of it that a config file defines.
         arguments: the command line's, whose ``--kd*`` flags win over the config's keys.
-        trainer: the running trainer's module; None takes ``__main__``.
+        trainer: the running trainer's module; None takes ``__main__``, or the module that was imported as a trainer.
 
     Returns:
         The drop-ins; None where there is nothing to do: ``kd`` is not set, a copied config has done it already and no
         flag changes it, or the compact trainer reads the config file and asks for the drop-ins itself.
 
     Raises:
-        ConfigError: a bad ``kd*`` key, a flag that would have no effect, or a name that the trainer does not have (the
-            message says which).
+        ConfigError: a bad ``kd*`` key, a flag that would have no effect, a config without the key ``kd``, a trainer
+            that this torch would stop, or a name that the trainer does not have (the message says which).
         TeacherError: no teacher where one is needed.
     """
     if reading_config():
         return None
-    host = trainer if trainer is not None else sys.modules["__main__"]
+    host = trainer if trainer is not None else _running_trainer()
+    if arguments is None and "kd" not in config:
+        raise ConfigError(
+            "attach(config) was called before config.kd is set, so that nothing would be distilled: make it the config's "
+            "last line, or set config.kd = None to train without"
+        )
     if arguments is not None and _COPIED in host.__dict__:
         given = [word for word in flags_of(arguments) if word.startswith("--")]
         if not given:
@@ -120,6 +158,7 @@ def attach(
     recipe = recipe_of(config)
     if config.get("kd"):
         _require_names(host)
+        _require_current_stack(host)
         if arguments is None:
             host.__dict__[_COPIED] = recipe
     if recipe is not None:
@@ -131,7 +170,12 @@ def attach(
         return None
     # A copied config on a trainer with the flag comes here twice: the second time must not wrap the first's drop-ins.
     own = host.__dict__.setdefault("_arcface_kd_replaced", {name: getattr(host, name) for name in HOST_NAMES})
-    made = drop_ins(_live_config(config), host_model=own["get_model"], host_loader=own["get_dataloader"])
+    made = drop_ins(
+        _live_config(config),
+        host_model=own["get_model"],
+        host_loader=own["get_dataloader"],
+        host_head=own["PartialFC_V2"],
+    )
     for name in HOST_NAMES:
         setattr(host, name, getattr(made, name))
     return made

@@ -263,43 +263,43 @@ def parse(*words: str) -> argparse.Namespace:
 
 
 def test_a_new_field_is_a_key() -> None:
-    assert Extended.from_config({"kd_loader": "Host"}).loader == "host"
+    assert Extended.from_config({"kd_mirror": "Host"}).loader == "host"
     assert Extended.from_config({}).loader == "ours"
-    with pytest.raises(ConfigError, match="kd_loader is 'x'; it must be one of ours, host"):
-        Extended.from_config({"kd_loader": "x"})
-    with pytest.raises(ConfigError, match=r"did you mean 'kd_loader'"):
+    with pytest.raises(ConfigError, match="kd_mirror is 'x'; it must be one of ours, host"):
+        Extended.from_config({"kd_mirror": "x"})
+    with pytest.raises(ConfigError, match=r"did you mean 'kd_mirror'"):
         Extended.from_config({"kd_loder": "host"})
-    with pytest.raises(ConfigError, match="unknown key 'kd_loader'"):
-        KDConfig.from_config({"kd_loader": "host"})
+    with pytest.raises(ConfigError, match="unknown key 'kd_mirror'"):
+        KDConfig.from_config({"kd_mirror": "host"})
 
 
 @pytest.mark.usefixtures("extended")
 def test_a_new_field_is_a_flag_that_is_merged_forwarded_and_refused_without_a_method(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    given = parse("--kd-loader", "host")
-    config: dict[str, Any] = {"kd_loader": "ours", "lr": 0.1}
+    given = parse("--kd-mirror", "host")
+    config: dict[str, Any] = {"kd_mirror": "ours", "lr": 0.1}
     flags.merge_arguments(config, given)
-    assert config == {"kd_loader": "host", "lr": 0.1}
-    assert flags.flags_of(given) == ["--kd-loader", "host"]
-    with pytest.raises(ConfigError, match="--kd-loader without a method"):
+    assert config == {"kd_mirror": "host", "lr": 0.1}
+    assert flags.flags_of(given) == ["--kd-mirror", "host"]
+    with pytest.raises(ConfigError, match="--kd-mirror without a method"):
         flags.refuse_flags_without_method(config, given)
     with pytest.raises(SystemExit):
         parse("--help")
-    assert "--kd-loader {ours,host}" in " ".join(capsys.readouterr().out.split())
+    assert "--kd-mirror {ours,host}" in " ".join(capsys.readouterr().out.split())
 
 
 def test_a_new_field_is_among_the_words_of_a_child_run() -> None:
-    assert Extended.from_config({"kd": "a", "kd_loader": "host"}).flags() == ["--kd", "a", "--kd-loader", "host"]
+    assert Extended.from_config({"kd": "a", "kd_mirror": "host"}).flags() == ["--kd", "a", "--kd-mirror", "host"]
 
 
 def test_ranks_agree_on_every_key_and_may_have_their_files_elsewhere() -> None:
     options = {"teacher.size": 112, "a.x": "1"}
-    kd = Extended.from_config({"kd": "a", "kd_teacher": "here.pt", "kd_option": options, "kd_loader": "host"})
+    kd = Extended.from_config({"kd": "a", "kd_teacher": "here.pt", "kd_option": options, "kd_mirror": "host"})
     shared = kd.shared()
     assert shared == {
         **{"kd": ("a",), "kd_teacher": True, "kd_cache": False, "kd_classifier": False},
-        **{"kd_on_bad_record": "stop", "kd_loader": "host", "teacher.size": 112, "a.x": "1"},
+        **{"kd_on_bad_record": "stop", "kd_loader": "own", "kd_mirror": "host", "teacher.size": 112, "a.x": "1"},
     }
     assert {key.name for key in Extended.keys().values()} - {"kd_option"} <= set(shared)
 
