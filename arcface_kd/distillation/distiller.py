@@ -248,7 +248,7 @@ class Distiller:
     def _require_our_loader(self) -> None:
         if self.kd.cache is not None and self.faces is None and not self.cache_is_off:
             raise ConfigError(
-                f"kd_cache={self.kd.cache} has no effect: the images come from a loader that is not arcface_kd's, which "
+                f"kd_cache={self.kd.cache} has no effect: the images come from a loader that is not arcface_kd's and "
                 "does not say what records they are; use get_dataloader and use_cache, or leave kd_cache out"
             )
 

@@ -1,5 +1,6 @@
 """Objects with the signatures of arcface_torch's own model, loader and head."""
 
+import functools
 import inspect
 import logging
 from collections.abc import Callable, Mapping, Sequence
@@ -143,7 +144,22 @@ def drop_ins(
     """
     shared = distiller if distiller is not None else Distiller(KDConfig.from_config(config()))
     makers = _Makers(config, shared, host_model, host_loader, host_head)
-    return DropIns(makers.get_model, makers.get_dataloader, makers.partial_fc, shared)
+    return DropIns(
+        makers.get_model,
+        _like(host_loader or open_loader, makers.get_dataloader),
+        _like(host_head or _head_arguments, makers.partial_fc),
+        shared,
+    )
+
+
+def _like(own: Callable[..., Any], drop_in: Callable[..., Any]) -> Callable[..., Any]:
+    """The drop-in with the signature of what it takes the place of."""
+
+    @functools.wraps(own, updated=())
+    def call(*args: Any, **kwargs: Any) -> Any:
+        return drop_in(*args, **kwargs)
+
+    return call
 
 
 # What the drop-ins take of the trainer's own arguments; the first ones every trainer has.
@@ -158,7 +174,8 @@ def _head_arguments(
 
 
 def bind(
-    own: Callable[..., Any],
+    own: Callable[..., Any] | None,
+    newest: Callable[..., Any],
     args: Sequence[Any],
     kwargs: Mapping[str, Any],
     names: tuple[Sequence[str], Sequence[str]],
@@ -166,7 +183,9 @@ def bind(
     """What a trainer's call means, by the signature of the function that the trainer itself has for it.
 
     Args:
-        own: the trainer's function or class; trainers of other years and forks differ in their arguments.
+        own: the trainer's function or class; trainers of other years and forks differ in their arguments. None, or
+            one that only passes everything on, is taken to be like ``newest``.
+        newest: the signature of today's arcface_torch.
         args: by position.
         kwargs: by name.
         names: the arguments that are needed, and those that are taken where the trainer has them.
@@ -178,9 +197,13 @@ def bind(
         ConfigError: the call does not fit the signature, or the signature lacks an argument that is needed.
     """
     needed, optional = names
+    own = newest if own is None else own
     title = getattr(own, "__name__", str(own))
     try:
         signature = inspect.signature(own)
+        if not any(name in signature.parameters for name in needed):
+            # One that passes everything on says nothing of its arguments.
+            signature = inspect.signature(newest)
         given = signature.bind(*args, **kwargs)
     except (TypeError, ValueError) as error:
         raise ConfigError(f"the trainer calls its {title} otherwise than it is defined: {error}") from error
@@ -231,7 +254,7 @@ class _Makers:
 
     def get_dataloader(self, *args: Any, **kwargs: Any) -> Any:
         """This package's loader, or the trainer's own for DALI and ``kd_loader=host``."""
-        given = bind(open_loader if self.host_loader is None else self.host_loader, args, kwargs, _LOADER)
+        given = bind(self.host_loader, open_loader, args, kwargs, _LOADER)
         if self.shared.kd.loader == "host" or (given.get("dali") and self.host_loader is not None):
             if self.host_loader is None:
                 raise ConfigError("kd_loader=host needs the host: run train_v2.py, or leave it out")
@@ -259,7 +282,7 @@ class _Makers:
 
     def partial_fc(self, *args: Any, **kwargs: Any) -> DistillationHead:
         """The head; what the trainer does not pass comes from the config."""
-        given = bind(_head_arguments if self.host_head is None else self.host_head, args, kwargs, _HEAD)
+        given = bind(self.host_head, _head_arguments, args, kwargs, _HEAD)
         settings, ranks = self.config(), RankGroup()
         steps_per_epoch = max(1, settings["num_image"] // (settings["batch_size"] * ranks.world_size))
         epochs = settings.get("num_epoch")

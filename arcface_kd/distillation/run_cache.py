@@ -70,7 +70,7 @@ def flags_to_fill(kd: KDConfig) -> list[str]:
     Args:
         kd: the ``kd*`` keys of the run; a teacher and a cache that it does not name stand there as placeholders.
     """
-    return dataclasses.replace(kd, teacher=kd.teacher or "FILE", cache=kd.cache or "CACHE").flags()
+    return dataclasses.replace(kd, teacher=kd.teacher or "FILE", cache=kd.cache or "CACHE", loader="own").flags()
 
 
 def _full_cache(kd: KDConfig, methods: MethodSet, teacher: Teacher | None, faces: FaceDataset) -> EmbeddingCache:

@@ -18,6 +18,7 @@ import torch
 
 from arcface_kd.config.arcface_torch import reading_config
 from arcface_kd.config.flags import flags_of, merge_arguments, refuse_flags_without_method
+from arcface_kd.config.kd import KDConfig
 from arcface_kd.distillation.drop_ins import DropIns, drop_ins
 from arcface_kd.distributed.ranks import RankGroup
 from arcface_kd.errors import ConfigError
@@ -83,21 +84,17 @@ def _running_trainer() -> types.ModuleType:
 
 
 def _require_current_stack(host: types.ModuleType) -> None:
-    """Refuse a trainer that this torch would stop at its schedule, hours of loading later."""
-    schedule = getattr(host, "PolynomialLRWarmup", None)
-    base = torch.optim.lr_scheduler.LRScheduler
-    if not isinstance(schedule, type) or "verbose" in inspect.signature(base.__init__).parameters:
-        return
+    """Refuse a trainer that this torch would stop at its schedule, after all records and networks are loaded."""
+    schedule = vars(host).get("PolynomialLRWarmup")
+    known = inspect.signature(torch.optim.lr_scheduler.LRScheduler).parameters
     try:
-        passes = "verbose" in schedule.__init__.__code__.co_names + schedule.__init__.__code__.co_varnames and (
-            re.search(r"super\(.*__init__\([^)]*verbose", inspect.getsource(schedule)) is not None
-        )
-    except (AttributeError, OSError, TypeError):
+        passes = schedule is not None and re.search(r"__init__\([^)]*\bverbose=", inspect.getsource(schedule))
+    except (OSError, TypeError):
         return
-    if passes:
+    if passes and "verbose" not in known:
         raise ConfigError(
-            f"this trainer is older than torch {torch.__version__}: its schedule passes `verbose`, which is gone; run "
-            "`arcface-kd patch DIR current_stack` on its folder once"
+            f"this trainer is older than torch {torch.__version__}: its PolynomialLRWarmup passes `verbose`, which is "
+            "gone; run `arcface-kd patch DIR current_stack` once on its folder"
         )
 
 
@@ -139,8 +136,9 @@ def attach(
         return None
     host = trainer if trainer is not None else _running_trainer()
     if arguments is None and "kd" not in config:
+        KDConfig.from_config(config)
         raise ConfigError(
-            "attach(config) was called before config.kd is set, so that nothing would be distilled: make it the config's "
+            "attach(config) was called before config.kd is set, and nothing would be distilled: make it the config's "
             "last line, or set config.kd = None to train without"
         )
     if arguments is not None and _COPIED in host.__dict__:

@@ -248,7 +248,7 @@ def test_kd_keys_that_cannot_be_meant_are_refused(config: dict[str, Any], said: 
 class Extended(KDConfig):
     """With a key more."""
 
-    loader: Annotated[Literal["ours", "host"], Key("whose data set is read")] = "ours"
+    mirror: Annotated[Literal["ours", "host"], Key("whose data set is read")] = "ours"
 
 
 @pytest.fixture
@@ -263,12 +263,12 @@ def parse(*words: str) -> argparse.Namespace:
 
 
 def test_a_new_field_is_a_key() -> None:
-    assert Extended.from_config({"kd_mirror": "Host"}).loader == "host"
-    assert Extended.from_config({}).loader == "ours"
+    assert Extended.from_config({"kd_mirror": "Host"}).mirror == "host"
+    assert Extended.from_config({}).mirror == "ours"
     with pytest.raises(ConfigError, match="kd_mirror is 'x'; it must be one of ours, host"):
         Extended.from_config({"kd_mirror": "x"})
     with pytest.raises(ConfigError, match=r"did you mean 'kd_mirror'"):
-        Extended.from_config({"kd_loder": "host"})
+        Extended.from_config({"kd_mirrr": "host"})
     with pytest.raises(ConfigError, match="unknown key 'kd_mirror'"):
         KDConfig.from_config({"kd_mirror": "host"})
 

@@ -21,7 +21,7 @@ from arcface_kd.config.flags import add_arguments, merge_arguments
 from arcface_kd.config.kd import KDConfig
 from arcface_kd.distillation import drop_ins as drop_ins_module
 from arcface_kd.distillation.distiller import Distiller
-from arcface_kd.distillation.drop_ins import DropIns, drop_ins
+from arcface_kd.distillation.drop_ins import DropIns, drop_ins, margin_of
 from arcface_kd.distillation.head import DistillationHead
 from arcface_kd.errors import ConfigError, TeacherError
 from arcface_kd.host.attach import HOST_NAMES, attach
@@ -31,6 +31,7 @@ from arcface_kd.methods.recipe import Stage
 from arcface_kd.methods.shkd.method import SHKD
 from arcface_kd.teachers.base import Teacher, load_teacher
 from arcface_kd.teachers.options import TeacherOptions
+from tests.host.trainer.faces import draw_faces
 
 
 class Network(nn.Module):
@@ -361,5 +362,138 @@ def test_an_epoch_shorter_than_a_batch_is_one_step(tmp_path: Path) -> None:
 
 
 def test_a_margin_loss_that_cannot_be_read_is_named(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="CombinedMarginLoss is wanted"):
+    with pytest.raises(ConfigError, match="Identity"):
         made(tmp_path).PartialFC_V2(nn.Identity(), 4, 11)
+
+
+class CombinedMarginLoss(nn.Module):
+    """The host's attributes."""
+
+    def __init__(self, s: float, m1: float, m2: float, m3: float, interclass_filtering_threshold: float = 0) -> None:
+        super().__init__()
+        self.s, self.m1, self.m2, self.m3 = s, m1, m2, m3
+        self.interclass_filtering_threshold = interclass_filtering_threshold
+
+    def forward(self, logits: Tensor, labels: Tensor) -> Tensor:
+        return logits
+
+
+class Renamed(CombinedMarginLoss):
+    """The same margin under another name."""
+
+
+class Mine(CombinedMarginLoss):
+    def forward(self, logits: Tensor, labels: Tensor) -> Tensor:
+        return logits * 2
+
+
+class ArcFace(nn.Module):
+    def __init__(self, s: float = 64.0, margin: float = 0.5) -> None:
+        super().__init__()
+        self.s, self.margin = s, margin
+
+    def forward(self, logits: Tensor, labels: Tensor) -> Tensor:
+        return logits
+
+
+class CosFace(nn.Module):
+    def __init__(self, s: float = 64.0, m: float = 0.4) -> None:
+        super().__init__()
+        self.s, self.m = s, m
+
+    def forward(self, logits: Tensor, labels: Tensor) -> Tensor:
+        return logits
+
+
+@pytest.mark.parametrize(
+    ("loss", "margin"),
+    [
+        (Renamed(64, 1, 0.5, 0, 0.2), Margin(64, 1, 0.5, 0, 0.2)),
+        (ArcFace(32, 0.45), Margin(32, 1, 0.45, 0)),
+        (CosFace(64, 0.35), Margin(64, 1, 0, 0.35)),
+    ],
+)
+def test_the_host_s_margin_losses_are_read(loss: nn.Module, margin: Margin) -> None:
+    assert margin_of(loss) == margin
+
+
+def test_a_margin_loss_of_the_users_own_is_refused() -> None:
+    with pytest.raises(ConfigError, match="Mine"):
+        margin_of(Mine(64, 1, 0.5, 0))
+
+
+def test_a_config_that_sets_kd_behind_attach_is_refused(trainer: types.ModuleType) -> None:
+    with pytest.raises(ConfigError, match=r"config\.kd"):
+        attach({"lr": 0.1}, trainer=trainer)
+
+
+def test_an_imported_trainer_is_found(
+    trainer: types.ModuleType, loaded: list[object], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "train_v2", trainer)
+    assert attach(config_of(tmp_path, kd="adadistill", kd_teacher="r50.pt")) is not None
+    assert vars(trainer)["get_model"] is not host_get_model
+
+
+def test_a_trainer_that_this_torch_would_stop_is_refused(
+    trainer: types.ModuleType, loaded: list[object], tmp_path: Path
+) -> None:
+    class PolynomialLRWarmup(torch.optim.lr_scheduler.LRScheduler):
+        def __init__(self, optimizer: Any, last_epoch: int = -1, verbose: bool = False) -> None:
+            super().__init__(optimizer, last_epoch=last_epoch, verbose=verbose)  # type: ignore[call-arg]
+
+    trainer.PolynomialLRWarmup = PolynomialLRWarmup  # type: ignore[attr-defined]
+    with pytest.raises(ConfigError, match="current_stack"):
+        attach(config_of(tmp_path, kd="adadistill", kd_teacher="r50.pt"), trainer=trainer)
+
+
+def records(tmp_path: Path) -> str:
+    return str(draw_faces(tmp_path, identities=2, images=4).folder)
+
+
+def test_a_trainer_of_2022_has_no_dali_aug(tmp_path: Path) -> None:
+    def loader(
+        root_dir: str, local_rank: int, batch_size: int, dali: bool = False, seed: int = 2048, num_workers: int = 2
+    ) -> None: ...
+
+    given = made(tmp_path, host_loader=loader).get_dataloader(records(tmp_path), 0, 4, False, 7, 0)
+    assert given.sampler.seed == 7
+    assert given.num_workers == 0
+
+
+def test_arguments_of_a_fork_are_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    def loader(root_dir: str, local_rank: int, batch_size: int, mixup: float = 0, num_workers: int = 2) -> None: ...
+
+    made(tmp_path, host_loader=loader).get_dataloader(records(tmp_path), 0, 4, mixup=0.5, num_workers=0)
+    assert "mixup" in caplog.text
+
+
+def test_a_head_of_a_fork_that_lacks_what_is_needed_is_refused(tmp_path: Path) -> None:
+    class Head:
+        def __init__(self, margin_loss: object, embedding_size: int, classes: int) -> None: ...
+
+    with pytest.raises(ConfigError, match="num_classes"):
+        made(tmp_path, host_head=Head).PartialFC_V2(Margin(), 4, 11)
+
+
+def test_the_host_s_data_set_is_kept_when_asked_for(tmp_path: Path) -> None:
+    own = made(tmp_path, host_loader=host_get_dataloader, keys={"kd_loader": "host"})
+    assert own.get_dataloader("there", 0, 4)[0] == "the host's own loader"
+    with pytest.raises(ConfigError, match="kd_loader"):
+        made(tmp_path, keys={"kd_loader": "host"}).get_dataloader("there", 0, 4)
+    with pytest.raises(ConfigError, match="kd_cache"):
+        made(tmp_path, keys={"kd_loader": "host", "kd_cache": "rows"})
+
+
+def test_a_head_of_the_trainer_s_own_ends_the_run_before_its_first_step(tmp_path: Path) -> None:
+    student = made(tmp_path, host_model=host_get_model).get_model("any", num_features=4)
+    with pytest.raises(ConfigError, match="PartialFC_V2"):
+        student(torch.rand(4, 3, 8, 8)).sum().backward()
+
+
+def test_a_cache_without_our_loader_ends_the_run_before_its_first_step(tmp_path: Path) -> None:
+    student = made(tmp_path, host_model=host_get_model, keys={"kd_cache": str(tmp_path / "rows")}).get_model(
+        "any", num_features=4
+    )
+    with pytest.raises(ConfigError, match="kd_cache"):
+        student(torch.rand(4, 3, 8, 8))
