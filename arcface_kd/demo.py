@@ -19,7 +19,7 @@ from arcface_kd.data.dataset import RecordDataset
 from arcface_kd.data.formats.verification_bin import list_bins
 from arcface_kd.distillation.distiller import Distiller
 from arcface_kd.errors import ConfigError, DataError
-from arcface_kd.evaluation.report.bootstrap import Interval
+from arcface_kd.evaluation.report.bootstrap import Interval, tar_name
 from arcface_kd.evaluation.report.comparison import (
     ComparedSet,
     Comparison,
@@ -30,8 +30,7 @@ from arcface_kd.evaluation.report.comparison import (
 )
 from arcface_kd.evaluation.report.page import write_report
 from arcface_kd.evaluation.report.pictures import require_matplotlib
-from arcface_kd.evaluation.scoring import Score, heading
-from arcface_kd.evaluation.verification import far_name
+from arcface_kd.evaluation.scoring import Score, aligned, heading
 from arcface_kd.system.device import default_device
 from arcface_kd.system.files import atomic_write
 from arcface_kd.teachers.base import Teacher, load_teacher
@@ -54,7 +53,7 @@ _TEACHER_MARGIN = (1.0, 0.0, 0.15)
 _FEW_IMAGES = {"adadistill.alpha": "plain"}
 # Rows of a batch, where there are as many faces.
 _BATCH = 128
-_TARS = tuple(f"tar@far={far_name(level)}" for level in FAR_LEVELS)
+_TARS = tuple(map(tar_name, FAR_LEVELS))
 _NEXT = """Next, on your own faces (112x112, a folder for each person; the first line prints num_classes and num_image):
   arcface-kd data pack FACES records
   arcface-kd train configs/ms1mv2_mbf_adadistill.py --kd-teacher TEACHER --set rec=records num_classes=N num_image=M
@@ -392,9 +391,7 @@ def table(rows: Sequence[Row]) -> str:
         numbers = [_percent(row.score.numbers[name]) for name in shown]
         cost = [_millions(row.parameters), _millions(row.multiply_adds), f"{row.ms_per_image:.2f}"]
         cells.append([row.score.model, row.score.set, *numbers, *cost])
-    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
-    lines = ["  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)) for line in cells]
-    return "\n".join(map(str.rstrip, lines))
+    return aligned(cells)
 
 
 def verdict(rows: Sequence[Row], method: str) -> str:

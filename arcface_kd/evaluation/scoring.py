@@ -185,6 +185,20 @@ def _cell(name: str, numbers: Mapping[str, int | float | None]) -> str:
     return f"{100 * value:.3f}" if deviation is None else f"{100 * value:.3f} +- {100 * deviation:.3f}"
 
 
+def aligned(lines: Sequence[Sequence[str]]) -> str:
+    """Lines of a table in columns, for a terminal.
+
+    Args:
+        lines: as many cells each.
+
+    Returns:
+        The text, without a final newline.
+    """
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    rows = ["  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)) for line in lines]
+    return "\n".join(map(str.rstrip, rows))
+
+
 def table(scores: Sequence[Score]) -> str:
     """Scores for a terminal, a block of aligned lines for each protocol.
 
@@ -210,11 +224,7 @@ def table(scores: Sequence[Score]) -> str:
         lines += [[one.set, one.model, *(_cell(name, one.numbers) for name in names), one.input] for one in chosen]
         if not several_inputs:
             lines = [line[:-1] for line in lines]
-        widths = [max(len(line[column]) for line in lines) for column in range(len(lines[0]))]
-        rows = [
-            "  ".join(word.ljust(width) for word, width in zip(line, widths, strict=True)).rstrip() for line in lines
-        ]
-        blocks.append("\n".join([title, *rows]))
+        blocks.append(f"{title}\n{aligned(lines)}")
     return "\n\n".join(blocks)
 
 

@@ -117,8 +117,15 @@ def pair_distances(embeddings: np.ndarray) -> np.ndarray:
     return distances
 
 
-def _fold_numbers(pairs: int) -> np.ndarray:
-    """(P,) fold of each pair: contiguous, the first ``pairs % 10`` folds one longer (``KFold(10, shuffle=False)``)."""
+def fold_numbers(pairs: int) -> np.ndarray:
+    """The fold of each pair: contiguous, the first ``pairs % 10`` folds one longer (``KFold(10, shuffle=False)``).
+
+    Args:
+        pairs: number of pairs P.
+
+    Returns:
+        (P,) int64, in [0, 10).
+    """
     sizes = np.full(FOLDS, pairs // FOLDS)
     sizes[: pairs % FOLDS] += 1
     return np.repeat(np.arange(FOLDS), sizes)
@@ -142,7 +149,7 @@ def ten_fold_accuracy(distances: np.ndarray, is_same: np.ndarray) -> tuple[np.nd
     Returns:
         Accuracies (10,) and thresholds (10,), float64.
     """
-    folds = _fold_numbers(len(distances))
+    folds = fold_numbers(len(distances))
     sizes = np.bincount(folds, minlength=FOLDS)
     accepted_genuine = _accepted(distances[is_same], folds[is_same], _ACCURACY_THRESHOLDS)
     accepted_impostor = _accepted(distances[~is_same], folds[~is_same], _ACCURACY_THRESHOLDS)
@@ -167,7 +174,7 @@ def ten_fold_val(distances: np.ndarray, is_same: np.ndarray, far: float) -> tupl
     Returns:
         TAR (10,) and FAR (10,) of the folds; ``None`` when a fold lacks genuine or impostor pairs.
     """
-    folds = _fold_numbers(len(distances))
+    folds = fold_numbers(len(distances))
     genuine = np.bincount(folds[is_same], minlength=FOLDS)
     impostors = np.bincount(folds[~is_same], minlength=FOLDS)
     if not (genuine.all() and impostors.all()):

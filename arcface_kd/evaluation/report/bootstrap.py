@@ -20,6 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from arcface_kd.errors import DataError
+from arcface_kd.evaluation.verification import far_name
 
 REPLICATES = 1000
 LEVEL = 0.95
@@ -113,7 +114,7 @@ def pair_weights(
 
 def tar_name(level: float) -> str:
     """The name of TAR at a FAR level among the statistics: ``tar@far=1e-3``."""
-    return f"tar@far={np.format_float_scientific(level, trim='-', exp_digits=1)}"
+    return f"tar@far={far_name(level)}"
 
 
 def replicate_statistics(

@@ -18,7 +18,14 @@ from arcface_kd.evaluation.embedding import embed
 from arcface_kd.evaluation.report.bootstrap import REPLICATES, Interval, bootstrap, interval, tar_name
 from arcface_kd.evaluation.report.cost import Cost, costs, machine
 from arcface_kd.evaluation.report.run_folder import RunFolder, read_run
-from arcface_kd.evaluation.verification import FAR_LEVELS, FOLDS, VerificationResult, pair_distances, read_pairs, verify
+from arcface_kd.evaluation.verification import (
+    FAR_LEVELS,
+    VerificationResult,
+    fold_numbers,
+    pair_distances,
+    read_pairs,
+    verify,
+)
 from arcface_kd.teachers.base import Teacher
 
 HARDEST = 5
@@ -306,7 +313,7 @@ def _compared(
 ) -> ComparedSet:
     results = {name: verify(rows, pairs.is_same) for name, rows in embeddings.items()}
     levels = [level for level in FAR_LEVELS if all(result.tar[level] is not None for result in results.values())]
-    folds = np.repeat(np.arange(FOLDS), [len(part) for part in np.array_split(np.arange(len(pairs.is_same)), FOLDS)])
+    folds = fold_numbers(len(pairs.is_same))
     similarities: dict[str, NDArray[np.float64]] = {}
     draws: dict[str, dict[str, NDArray[np.float64]]] = {}
     for name, rows in embeddings.items():
