@@ -126,7 +126,7 @@ def _images_of_all_sets(
     """The images of an index that goes on behind the records that its header counts."""
     labels, images = np.zeros(len(reader), dtype=np.float32), np.zeros(len(reader), dtype=bool)
     for headers in read_headers(reader):
-        labels[headers.positions] = headers.labels
+        labels[headers.positions] = np.where(headers.odd | (headers.labels < 0), np.nan, headers.labels)
         # A damaged record is taken for an image, and told when its label is read.
         images[headers.positions] = headers.images | headers.odd
     if order is not None:
@@ -134,18 +134,21 @@ def _images_of_all_sets(
     places = np.flatnonzero(images)
     # Where a set's first image stands among the images.
     starts = np.flatnonzero(np.diff(places, prepend=-1) > 1)
-    end_of_first = np.append(places[starts[1:] - 1], places[-1:])[:1] + 1
-    _check_count(reader, zero, stated, keys, int(end_of_first.sum()) or 1)
+    last = 0 if not len(places) else places[-1] if len(starts) == 1 else places[starts[1] - 1]
+    _check_count(reader, zero, stated, keys, int(last) + 1)
     positions = places if order is None else order[places]
-    if len(starts) == 1:
-        return positions if order is not None else slice(1, len(places) + 1)
-    _check_labels_of_sets(reader, labels[places], starts, int(positions[starts[1]]))
+    if len(starts) > 1:
+        _check_labels_of_sets(reader, labels[places], starts, int(positions[starts[1]]))
+    elif order is None:
+        return slice(int(places[0]), int(last) + 1)
     return positions
 
 
 def _check_labels_of_sets(reader: RecordReader, labels: np.ndarray, starts: np.ndarray, second: int) -> None:
     """Refuse sets that share labels: they were numbered apart, and a label would mean several people."""
-    ranges = sorted(zip(np.fmin.reduceat(labels, starts), np.fmax.reduceat(labels, starts), strict=True))
+    every = zip(np.fmin.reduceat(labels, starts), np.fmax.reduceat(labels, starts), strict=True)
+    # Sets of faces of nobody have NaN for a range.
+    ranges = sorted(pair for pair in every if pair[0] <= pair[1])
     if any(largest >= least for (_, largest), (least, _) in pairwise(ranges)):
         shown = ", ".join(f"{least:.0f} to {largest:.0f}" for least, largest in ranges)
         raise DataError(

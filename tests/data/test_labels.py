@@ -169,6 +169,15 @@ def test_sets_behind_each_other_are_read_whole(
     assert RecordDataset(folder).labels().tolist() == expected
 
 
+def test_faces_of_nobody_may_be_in_several_sets(tmp_path: Path) -> None:
+    records = [*insightface_records([2]), *plain_records([1]), *insightface_records([2])]
+    contents = [content for _, content in records]
+    for place in (1, 6, 7):
+        contents[place] = contents[place][:4] + np.float32(-1).tobytes() + contents[place][8:]
+    folder = write_records(tmp_path, list(enumerate(contents)))
+    assert RecordDataset(folder).labels().tolist() == [-1, 0, 1, -1, -1]
+
+
 @pytest.mark.parametrize("sizes", [([4, 4], [4, 4]), ([4, 4], [2]), ([1], [6, 6])])
 def test_sets_behind_each_other_that_share_labels_are_refused(
     tmp_path: Path, sizes: tuple[list[int], list[int]]
