@@ -19,15 +19,17 @@ from arcface_kd.data.sampler import ViewSampler
 from arcface_kd.distillation.distiller import Distiller
 from arcface_kd.distillation.drop_ins import drop_ins
 from arcface_kd.distillation.head import DistillationHead
-from arcface_kd.distillation.run_cache import few_sizes
+from arcface_kd.distillation.run_cache import few_sizes, look_up_or_fill
 from arcface_kd.distributed.ranks import RankGroup
 from arcface_kd.errors import TeacherError
 from arcface_kd.evaluation.report.scalars import read_scalars
 from arcface_kd.teachers.base import Teacher, load_teacher
+from arcface_kd.teachers.cache.embedding_cache import EmbeddingCache
 from arcface_kd.teachers.cache.fill import fill_cache
 from arcface_kd.teachers.options import TeacherOptions
 from arcface_kd.training.trainer import train
 from tests.host.trainer.faces import Faces, draw_faces
+from tests.make_believe_gpu import make_believe_gpu
 from tests.reference.problems import ARCFACE
 
 DIMENSION = 16
@@ -285,3 +287,32 @@ def test_a_gpu_meets_few_sizes_of_what_a_cache_lacks() -> None:
         assert set(padded.tolist()) == set(places.tolist())
         sizes.add(len(padded))
     assert sizes == {1, 2, 4, 8, 16, 32, 64, 100}
+
+
+def test_what_a_cache_lacks_is_picked_on_the_gpu_without_a_wait(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    identity = {"format": 1, "teacher": "0", "preprocessing": "0", "precision": "fp32", "data": "0", "images": 6}
+    cache = EmbeddingCache(tmp_path / "rows", {**identity, "embedding_size": DIMENSION})
+    index, flipped = torch.arange(6), torch.zeros(6, dtype=torch.bool)
+    pixels = torch.randn(6, 3, 8, 8)
+    expected = normalize(pixels.flatten(1)[:, :DIMENSION])
+    cache.store(index[:3], flipped[:3], expected[:3])
+    asked: list[int] = []
+
+    def teacher(images: Tensor) -> Tensor:
+        asked.append(len(images))
+        return normalize(images.flatten(1)[:, :DIMENSION])
+
+    with make_believe_gpu() as record:
+        monkeypatch.setattr(Tensor, "pin_memory", lambda tensor: tensor)
+        images = pixels.to("cuda")
+        record.clear()
+        met = look_up_or_fill(cache, teacher, images, BatchViews(index, flipped))  # type: ignore[arg-type]
+        assert not record.mixes
+        # What is kept in the file has to come to the host; nothing else does.
+        assert [place.partition(" at ")[0] for place in record.syncs] == [f"a copy of (3, {DIMENSION}) to cpu"]
+        assert met.is_cuda
+        met = met.cpu()
+    assert asked == [4]
+    torch.testing.assert_close(met, expected, rtol=0, atol=1e-3)
