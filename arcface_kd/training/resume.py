@@ -90,7 +90,7 @@ def resume(run: Run) -> None:
         run.first_step = run.step
         run.student.load_state_dict(state["state_dict_backbone"])
         run.head.load_state_dict(state["state_dict_softmax_fc"])
-        run.optimizer.load_state_dict(state["state_optimizer"])
+        load_optimizer(run.optimizer, state["state_optimizer"])
         run.logger.info("resumed after epoch %d, step %d", run.epoch, run.step)
         _load_schedule(run, state["state_lr_scheduler"], before)
         # Off, as on a CPU, it has no state.
@@ -105,6 +105,19 @@ def resume(run: Run) -> None:
     now = {key: run.config[key] for key in _MAY_CHANGE}
     for change in changes({**before, "ranks": saved_by}, {**now, "ranks": run.world_size}):
         run.logger.info(change)
+
+
+def load_optimizer(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
+    """Load an optimiser's state, but for its kernels: they are those of the device that the run is on now.
+
+    Args:
+        optimizer: of the run.
+        state: another's ``state_dict``, from whatever device.
+    """
+    fused = [group.get("fused") for group in optimizer.param_groups]
+    optimizer.load_state_dict(state)
+    for group, own in zip(optimizer.param_groups, fused, strict=True):
+        group["fused"] = own
 
 
 def _load_schedule(run: Run, state: Mapping[str, Any], before: Mapping[str, Any]) -> None:

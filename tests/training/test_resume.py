@@ -9,7 +9,7 @@ from easydict import EasyDict
 
 from arcface_kd.distillation.drop_ins import drop_ins
 from arcface_kd.evaluation.report.scalars import read_scalars
-from arcface_kd.training.resume import resume
+from arcface_kd.training.resume import load_optimizer, resume
 from arcface_kd.training.run import Run
 from arcface_kd.training.trainer import train
 from tests.host.trainer.faces import Faces, draw_faces
@@ -94,3 +94,18 @@ def test_a_checkpoint_of_before_the_product_was_kept_is_read(faces: Faces, begun
     del state["settings"]
     torch.save(state, path)
     assert train(config).steps == 20
+
+
+@pytest.mark.parametrize("fused", [True, None])
+def test_an_optimiser_keeps_the_kernels_of_its_device(fused: bool | None) -> None:
+    """A fused one leaves overflows to its kernel, and a scaler that counts on that must meet no other."""
+    saved, own = (
+        torch.optim.SGD([torch.nn.Parameter(torch.ones(2))], lr=0.1, momentum=0.9, fused=each)
+        for each in (None if fused else True, fused)
+    )
+    saved.param_groups[0]["params"][0].grad = torch.ones(2)
+    saved.step()
+    load_optimizer(own, saved.state_dict())
+    assert own.param_groups[0]["fused"] is fused
+    (momentum,) = own.state.values()
+    assert torch.equal(momentum["momentum_buffer"], torch.ones(2))
