@@ -10,7 +10,7 @@ from arcface_kd.errors import ConfigError, OnBadRecord, suggestion
 
 CLASS_MEANS = "class-means"
 # What options may start with, beside the names of the run's methods.
-PREFIXES = ("teacher", "student")
+PREFIXES = ("teacher", "student", "head")
 
 Projection = Literal["none", "linear"]
 Loader = Literal["own", "host"]
@@ -31,6 +31,18 @@ class StudentOptions(Options):
 
     projection: Projection = "none"
     init: str | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class HeadOptions(Options):
+    """Options under ``head.``.
+
+    Attributes:
+        products: number format of the factors of the head's matrix products; results and sums are fp32. None (default)
+            takes fp16 in a run with ``fp16`` on a GPU, and fp32 elsewhere.
+    """
+
+    products: Literal["fp32", "fp16", "bf16"] | None = None
 
 
 def option_items(value: object) -> list[tuple[str, object]]:
@@ -273,3 +285,8 @@ class KDConfig:
     def student(self) -> StudentOptions:
         """The options under ``student.``."""
         return build(StudentOptions, self.options.get("student", {}), "student")
+
+    @property
+    def head(self) -> HeadOptions:
+        """The options under ``head.``."""
+        return build(HeadOptions, self.options.get("head", {}), "head")

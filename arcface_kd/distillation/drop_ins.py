@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import torch
 from torch import nn
 
 from arcface_kd.backbones import get_backbone
@@ -280,6 +281,14 @@ class _Makers:
         if self.shared.kd.on_bad_record == "skip":
             logger.warning("kd_on_bad_record=skip is off: %s decides itself what becomes of a bad record", reader)
 
+    def _product_dtype(self, fp16: bool) -> torch.dtype | None:
+        """The format of the head's products; the trainer asks for a narrow head, or, on a GPU, runs in fp16 itself."""
+        device, products = default_device(), self.shared.kd.head.products
+        if products is not None:
+            return {"fp32": None, "fp16": torch.float16, "bf16": torch.bfloat16}[products]
+        narrow = fp16 or (bool(self.config().get("fp16")) and device.type == "cuda")
+        return autocast_dtype(device) if narrow else None
+
     def partial_fc(self, *args: Any, **kwargs: Any) -> DistillationHead:
         """The head; what the trainer does not pass comes from the config."""
         given = bind(self.host_head, _head_arguments, args, kwargs, _HEAD)
@@ -296,7 +305,7 @@ class _Makers:
             given["embedding_size"],
             given["num_classes"],
             float(given.get("sample_rate", 1.0)),
-            autocast_dtype(default_device()) if given.get("fp16") else None,
+            self._product_dtype(bool(given.get("fp16"))),
             seed=int(settings["seed"]),
             steps_per_epoch=steps_per_epoch,
             loss_is_scaled=bool(settings.get("fp16")) and default_device().type == "cuda",

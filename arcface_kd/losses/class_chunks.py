@@ -163,14 +163,21 @@ def sum_over_classes(
             pull.mul_(fade.unsqueeze(1))
             part.logits.sub_(base)
             shift = risen
-        weights = part.logits.exp_()
-        total.add_(weights.sum(0))
-        if part.filtered is not None:
-            weights.masked_fill_(part.filtered, 0.0)
-        pull.addmm_(weights.mul_(part.inverse).T, part.rows)
+        _to_weights(part.logits, part.filtered, part.inverse, total)
+        pull.addmm_(part.logits.T, part.rows)
     if not follows:
         shift, total, pull = _relative_to_sum(total, pull)
     return ClassSums(shift, total, pull, 1.0)
+
+
+@fused()
+def _to_weights(logits: Tensor, filtered: Tensor | None, inverse: Tensor, total: Tensor) -> None:
+    """Make of logits (K, B) what raw centers are weighted by, and add the exponentials up in ``total``."""
+    logits.exp_()
+    total.add_(logits.sum(0))
+    if filtered is not None:
+        logits.masked_fill_(filtered, 0.0)
+    logits.mul_(inverse)
 
 
 @fused()
@@ -188,7 +195,7 @@ def _sum_by_narrow_products(
     running = RunningSoftmax.none(unit)
     pull: Tensor | None = None
     for first in range(0, classes.visited, chunk):
-        rows = _narrow_rows(classes, slice(first, min(first + chunk, classes.visited)), unit.dtype, product_dtype)
+        rows = narrow_rows(classes, slice(first, min(first + chunk, classes.visited)), unit.dtype, product_dtype)
         logits = product(scaled, rows.T)
         weights = torch.empty(logits.shape, dtype=product_dtype, device=unit.device)
         add_chunk(logits, weights, classes.position, first, margin.filter_threshold * margin.scale, running)
@@ -197,7 +204,7 @@ def _sum_by_narrow_products(
     return ClassSums(running.shift, running.total, torch.zeros_like(unit) if pull is None else pull, WEIGHT_SCALE)
 
 
-def _narrow_rows(classes: VisitedClasses, part: slice, dtype: torch.dtype, product_dtype: torch.dtype) -> Tensor:
+def narrow_rows(classes: VisitedClasses, part: slice, dtype: torch.dtype, product_dtype: torch.dtype) -> Tensor:
     """Unit centers (K, D) of some of the visited classes, kept ones where there are any."""
     chosen = part if classes.sampled is None else classes.sampled[part]
     if classes.units is not None and classes.units.dtype == product_dtype:
@@ -238,29 +245,47 @@ def gradient_in_centers(
     if unit.shape[0] == 0:
         return torch.zeros_like(centers)
     result = torch.empty_like(centers) if sampled is None else torch.zeros_like(centers)
-    # The largest share is divided out of the product and put back behind it: a loss scaled for fp16 and a mean over a
-    # large batch stay inside the format's range.
-    largest = share.amax().clamp_min(torch.finfo(dtype).tiny)
-    weighted = (unit * (share / largest).unsqueeze(1)).to(product_dtype)
-    restore = largest * upstream
-    shift = finite(shift)
     chunks = _Chunks(unit, classes, margin, chunk, product_dtype)
-    if chunks.narrow:
-        restore = restore / WEIGHT_SCALE
-    buffer = unit.new_empty(min(chunk, classes.visited), unit.shape[1])
+    weighted, restore, shift = _shares(
+        unit, share, shift, upstream, WEIGHT_SCALE if chunks.narrow else 1, product_dtype
+    )
+    buffer = None if unit.is_cuda else unit.new_empty(min(chunk, classes.visited), unit.shape[1])
     in_place = sampled is None and centers.dtype == product_dtype == dtype
     for number in range(len(chunks)):
         part, chosen = chunks.load(number), chunks.chosen(number)
-        weights = part.logits.sub_(shift).exp_()
-        if part.filtered is not None:
-            weights.masked_fill_(part.filtered, 0.0)
+        weights = _softmax(part.logits, shift, part.filtered)
         if chunks.narrow:
-            gradient = product(weights.mul_(WEIGHT_SCALE).to(product_dtype), weighted)
+            gradient = product(unit_rows(weights, WEIGHT_SCALE, product_dtype), weighted)
         else:
             gradient = result[chosen].addmm_(weights, weighted, beta=0) if in_place else weights @ weighted
-        # Through the normalisation without a copy: less its part along the center, over the center's norm.
-        along = torch.mul(gradient, part.rows, out=buffer[: part.rows.shape[0]]).sum(1, keepdim=True)
-        gradient.addcmul_(part.rows, along * part.inverse.square(), value=-1).mul_(part.inverse * restore)
+        _through_norms(gradient, part.rows, part.inverse, restore, None if buffer is None else buffer[: len(gradient)])
         if not in_place:
             result[chosen] = gradient.to(result.dtype)
     return result
+
+
+@fused(kernels=2)
+def _shares(
+    unit: Tensor, share: Tensor, shift: Tensor, upstream: Tensor, scale: float, product_dtype: torch.dtype
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The embeddings times their shares, as a factor; what the product is multiplied by; and a finite shift.
+
+    The largest share is divided out of the product and put back behind it: a loss scaled for fp16 and a mean over a
+    large batch stay inside the format's range.
+    """
+    largest = share.amax().clamp_min(torch.finfo(unit.dtype).tiny)
+    weighted = (unit * (share / largest).unsqueeze(1)).to(product_dtype)
+    return weighted, largest * upstream / scale, finite(shift)
+
+
+@fused()
+def _softmax(logits: Tensor, shift: Tensor, filtered: Tensor | None) -> Tensor:
+    logits.sub_(shift).exp_()
+    return logits if filtered is None else logits.masked_fill_(filtered, 0.0)
+
+
+@fused()
+def _through_norms(gradient: Tensor, rows: Tensor, inverse: Tensor, restore: Tensor, buffer: Tensor | None) -> None:
+    """From the gradient in unit centers to that in raw ones: less its part along the center, over the norm."""
+    along = torch.mul(gradient, rows, out=buffer).sum(1, keepdim=True)
+    gradient.addcmul_(rows, along * inverse.square(), value=-1).mul_(inverse * restore)

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from arcface_kd.distributed.class_shard import ShardPositions, positions_in_shard
 from arcface_kd.distributed.ranks import RankGroup
+from arcface_kd.losses.fused import fused
 
 
 @dataclass(frozen=True, eq=False)
@@ -105,6 +106,7 @@ class VisitedClasses(NamedTuple):
         return self.centers.shape[0] if self.sampled is None else self.sampled.shape[0]
 
 
+@fused()
 def inverse_norm(rows: Tensor) -> Tensor:
     """One over the L2 norm of each row of a (..., D) tensor; finite for rows of zeros."""
     return rows.norm(dim=-1).clamp_min(1e-12).reciprocal()
@@ -117,13 +119,17 @@ def targets_among(positions: ShardPositions, index: Tensor | None) -> Targets:
         positions: of the labels in the shard.
         index: (K,) sorted positions of the classes that take part, or None for all.
     """
-    target, owned = positions
+    return Targets(_places_among(*positions, index), *positions)
+
+
+@fused()
+def _places_among(target: Tensor, owned: Tensor, index: Tensor | None) -> Tensor:
     if index is None:
-        return Targets(torch.where(owned, target, -1), target, owned)
+        return torch.where(owned, target, -1)
     if index.shape[0] == 0:
-        return Targets(torch.full_like(target, -1), target, owned)
+        return torch.full_like(target, -1)
     place = torch.searchsorted(index, target).clamp_max(index.shape[0] - 1)
-    return Targets(torch.where(owned & (index[place] == target), place, -1), target, owned)
+    return torch.where(owned & (index[place] == target), place, -1)
 
 
 def visited_classes(weights: ClassWeights, labels: Tensor) -> VisitedClasses:

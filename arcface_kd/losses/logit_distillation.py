@@ -141,8 +141,8 @@ class _LogitDistillation(torch.autograd.Function):
         elif follows:
             found = torch.nn.functional.pad(found, (0, 0, 0, 2), value=-torch.inf)
         found = ranks.max_(found)
-        valid = labels >= 0
-        targets = TargetLogits(*found[:3].masked_fill(~valid, 0.0).unbind())
+        valid, *own = _of_labelled(labels, found[0], found[1], found[2])
+        targets = TargetLogits(*own)
         split = GroupSplit(None, None, None)
         if follows:
             split = GroupSplit(found[3].maximum(targets.student), found[4].maximum(targets.teacher), None)
@@ -211,6 +211,13 @@ class _LogitDistillation(torch.autograd.Function):
             in_centers.index_add_(0, classes.target, pull.to(in_centers.dtype))
         wanted = ctx.needs_input_grad[0]
         return in_embeddings.to(embedding_dtype) if wanted else None, in_centers, *(None,) * 4
+
+
+@fused()
+def _of_labelled(labels: Tensor, *values: Tensor) -> tuple[Tensor, ...]:
+    """Which rows have a label, and values (B,) that are 0 for the others."""
+    valid = labels >= 0
+    return valid, *(each.masked_fill(~valid, 0.0) for each in values)
 
 
 @fused()

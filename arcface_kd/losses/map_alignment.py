@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from arcface_kd.distributed.ranks import RankGroup
+from arcface_kd.losses.fused import fused
 
 # CrossKD's own, added to the deviation that is divided by.
 EPSILON = 1e-6
@@ -38,7 +39,8 @@ def align_scale(student: Tensor, teacher: Tensor, ranks: RankGroup | None = None
     values = student.to(dtype)
     mean, deviation = _moments(values, ranks)
     with torch.no_grad():
-        teacher_mean, teacher_deviation = _moments(teacher.to(dtype), ranks)
+        of_teacher = _moments if ranks is not None else _moments_in_few_kernels
+        teacher_mean, teacher_deviation = of_teacher(teacher.to(dtype), ranks)
     return (values - mean) / (deviation + EPSILON) * teacher_deviation + teacher_mean
 
 
@@ -60,3 +62,7 @@ def _moments(values: Tensor, ranks: RankGroup | None) -> tuple[Tensor, Tensor]:
     constant = variance == 0
     # The root's derivative at 0 would make NaN of every value.
     return mean, torch.where(constant, variance, variance.masked_fill(constant, 1).sqrt()).view(-1, 1, 1)
+
+
+# The teacher's have no gradient to be found, and need no other rank.
+_moments_in_few_kernels = fused(kernels=2)(_moments)

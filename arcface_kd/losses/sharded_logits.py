@@ -10,7 +10,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from arcface_kd.losses.class_chunks import narrow_rows, unit_rows
 from arcface_kd.losses.class_weights import VisitedClasses, inverse_norm
+from arcface_kd.losses.fused import fused
+from arcface_kd.losses.narrow_products import product
 
 # Stands where a row's target is: its exponential is 0, and unlike -inf it may be multiplied by 0 and subtracted.
 HIDDEN = -1e30
@@ -76,7 +79,7 @@ def sharded_logits(
     flat = unit.new_empty(visited * batch + 1)
     values = flat[:-1].view(visited, batch)
     inverse = unit.new_empty(visited, 1)
-    scaled = (unit * factor).to(product_dtype).T
+    scaled = unit_rows(unit, factor, product_dtype).T
     for part in slices(visited, chunk):
         rows = _rows(classes, part, dtype)
         if product_dtype == dtype:
@@ -86,11 +89,23 @@ def sharded_logits(
             values[part].mul_(inverse[part])
         else:
             inverse[part] = _inverse_norms(classes, part, rows)
-            values[part] = (rows * inverse[part]).to(product_dtype) @ scaled
-    place = classes.position * batch + torch.arange(batch, device=unit.device)
-    flat.index_fill_(0, torch.where(classes.position >= 0, place, visited * batch), HIDDEN)
-    own = classes.centers[classes.target].to(dtype)
-    return ShardedLogits(values, (unit * own).sum(1) * inverse_norm(own), inverse, factor)
+            values[part] = product(narrow_rows(classes, part, dtype, product_dtype), scaled)
+    flat.index_fill_(0, _places(classes.position, visited), HIDDEN)
+    return ShardedLogits(values, _own_cosines(unit, classes.centers, classes.target), inverse, factor)
+
+
+@fused()
+def _places(position: Tensor, visited: int) -> Tensor:
+    """Where the targets are in the flat (visited, B) logits; behind them for those that are not there."""
+    batch = len(position)
+    place = position * batch + torch.arange(batch, device=position.device)
+    return torch.where(position >= 0, place, visited * batch)
+
+
+@fused()
+def _own_cosines(unit: Tensor, centers: Tensor, target: Tensor) -> Tensor:
+    own = centers[target].to(unit.dtype)
+    return (unit * own).sum(1) * inverse_norm(own)
 
 
 def _chosen(classes: VisitedClasses, part: slice) -> slice | Tensor:
@@ -150,7 +165,8 @@ def gradients_through_cosines(
     in_place = classes.sampled is None and centers.dtype == dtype and not narrow
     buffer = unit.new_empty(min(chunk, classes.visited), unit.shape[0])
     size = pass_size(chunk, unit.shape[0], unit.device)
-    product = torch.empty_like(buffer[:size])
+    # Fresh memory for each piece would cost a CPU time; one kernel needs none.
+    products = None if unit.is_cuda else torch.empty_like(buffer[:size])
     along = unit.new_empty(buffer.shape[0], 1)
     for part in slices(classes.visited, chunk):
         rows = _rows(classes, part, dtype)
@@ -160,21 +176,37 @@ def gradients_through_cosines(
             whole = slice(part.start + piece.start, part.start + piece.stop)
             write_weights(whole, weights[piece])
             if result is not None:
-                share = torch.mul(weights[piece], logits.values[whole], out=product[: piece.stop - piece.start])
-                torch.sum(share, 1, keepdim=True, out=along[piece])
+                out = None if products is None else products[: piece.stop - piece.start]
+                along[piece] = _row_products(weights[piece], logits.values[whole], out)
             if not narrow:
                 weights[piece].mul_(inverse[piece])
         if narrow:
             narrow_weights = weights.to(product_dtype)
-            in_unit.add_(narrow_weights.T @ (rows * inverse).to(product_dtype))
+            in_unit.add_(product(narrow_weights.T, narrow_rows(classes, part, dtype, product_dtype)))
         else:
             in_unit.addmm_(weights.T, rows)
         if result is None:
             continue
-        lost = along[: rows.shape[0]].mul_(inverse * inverse / -logits.factor)
+        lost = _lost(along[: rows.shape[0]], inverse, logits.factor)
         if in_place:
             torch.mul(rows, lost, out=result[part]).addmm_(weights, factor)
             continue
-        pull = (narrow_weights @ factor).to(dtype).mul_(inverse) if narrow else weights @ factor
-        result[_chosen(classes, part)] = pull.addcmul_(rows, lost).to(result.dtype)
+        pull = product(narrow_weights, factor) if narrow else weights @ factor
+        result[_chosen(classes, part)] = _pull(pull, rows, inverse if narrow else None, lost).to(result.dtype)
     return in_unit, result
+
+
+@fused()
+def _row_products(weights: Tensor, values: Tensor, out: Tensor | None) -> Tensor:
+    return torch.mul(weights, values, out=out).sum(1, keepdim=True)
+
+
+@fused()
+def _lost(along: Tensor, inverse: Tensor, factor: float) -> Tensor:
+    """What of a center its gradient loses, (k, 1)."""
+    return along * (inverse * inverse / -factor)
+
+
+@fused()
+def _pull(pull: Tensor, rows: Tensor, inverse: Tensor | None, lost: Tensor) -> Tensor:
+    return (pull if inverse is None else pull * inverse).addcmul_(rows, lost)

@@ -43,7 +43,7 @@ def sample_classes(shard: ClassShard, positions: ShardPositions, context: RunCon
     generator = torch.Generator(device=device).manual_seed((context.seed * 1_000_003 + step) * 4099 + shard.rank)
     score = torch.rand(shard.size, device=device, generator=generator)
     # A score above every random one keeps the batch's classes in; the sum writes the others' zeros without a branch.
-    score.index_add_(0, position, owned.to(score.dtype) * 2)
+    score.index_add_(0, position, torch.where(owned, 2.0, 0.0))
     # The batch bounds its number of classes, so that nobody has to count them and wait for the device.
     size = min(max(wanted, position.shape[0]), shard.size)
     return torch.topk(score, size).indices.sort().values

@@ -355,6 +355,33 @@ def test_the_head_has_the_run_s_settings(tmp_path: Path) -> None:
     assert not (tmp_path / "run").exists(), "a head that was only built has written something"
 
 
+@pytest.mark.parametrize(
+    ("products", "fp16", "gpu", "wanted"),
+    [
+        (None, False, True, None),
+        (None, True, True, torch.float16),
+        (None, True, False, None),
+        ("fp32", True, True, None),
+        ("bf16", False, False, torch.bfloat16),
+        ("fp16", False, True, torch.float16),
+    ],
+)
+def test_products_are_narrow_where_the_run_is(
+    products: str | None,
+    fp16: bool,
+    gpu: bool,
+    wanted: torch.dtype | None,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    options = {} if products is None else {"kd_option": {"head.products": products}}
+    ins = made(tmp_path, keys={"fp16": fp16, **options})
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu)
+    method: Any = ins.PartialFC_V2(Margin(), 4, 11).methods["adadistill"]
+    assert method.context.product_dtype == wanted
+    assert (method.centers.units is None) == (wanted is None)
+
+
 def test_an_epoch_shorter_than_a_batch_is_one_step(tmp_path: Path) -> None:
     head = made(tmp_path, keys={"num_image": 3}).PartialFC_V2(Margin(), 4, 11)
     method: Any = head.methods["adadistill"]
