@@ -23,7 +23,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten
 
-from arcface_kd.losses import fused, narrow_products
+from arcface_kd.losses import angle_sums, fused, narrow_products
 
 _CUDA = torch.device("cuda", 0)
 
@@ -230,7 +230,7 @@ def make_believe_gpu() -> Iterator[Record]:
         patch.setattr(torch, "Generator", lambda device="cpu": generator())
         patch.setattr(torch.cuda, "Event", _Event)
         patch.setattr(torch.cuda, "current_stream", lambda device=None: None)
-        for module in (fused, narrow_products):
+        for module in (fused, narrow_products, angle_sums):
             patch.setattr(module, "on_gpu", record.as_kernels)
         with _Operations(record), _Devices(record):
             yield record

@@ -6,19 +6,15 @@ matrix of inner products G of unit embeddings:
     || f_i - f_j ||^2 = G_ii - 2 G_ij + G_jj
     cos(angle at j between i and k) = (G_ik - G_ij - G_kj + G_jj) / (|| f_i - f_j || || f_k - f_j ||)
 
-so that nothing of size (batch, batch, dimension) is ever made. There are batch^3 angles: they are visited in chunks of
-vertices j, and the gradient in G is found with the loss, so that no chunk outlives the next.
+so that nothing of size (batch, batch, dimension) is ever made. For the batch^3 angles see
+:mod:`~arcface_kd.losses.angle_sums`.
 """
-
-from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 from torch.nn.functional import normalize, smooth_l1_loss
 
-# Angles of one chunk: they should stay in the processor's cache on a CPU, and fill the device on a GPU.
-_CHUNK_ELEMENTS = {"cpu": 1 << 20, "cuda": 1 << 25}
+from arcface_kd.losses.angle_sums import distances, sum_over_angles
 
 
 def inner_products(embeddings: Tensor) -> Tensor:
@@ -36,18 +32,8 @@ def inner_products(embeddings: Tensor) -> Tensor:
         return unit @ unit.T
 
 
-def _distances(gram: Tensor, rows: slice) -> tuple[Tensor, Tensor]:
-    """Distances (R, B) of some rows to all, 0 where two are the same point, and bool (R, B), where they are not."""
-    own = gram.diagonal()
-    squared = own[rows].unsqueeze(1) + own - 2 * gram[rows]
-    # What inner products of unit vectors lose by rounding is no distance.
-    apart = squared > 16 * torch.finfo(gram.dtype).eps
-    # The square root has no derivative at 0.
-    return torch.where(apart, squared, 1).sqrt() * apart, apart
-
-
 def _relative_distances(gram: Tensor) -> Tensor:
-    distance, apart = _distances(gram, slice(None))
+    distance, apart = distances(gram, slice(None))
     return distance / (distance.sum() / apart.sum().clamp_min(1)).clamp_min(torch.finfo(gram.dtype).tiny)
 
 
@@ -78,7 +64,7 @@ def angle_loss(student: Tensor, teacher: Tensor, rows: slice, chunk: int | None 
     ``B * B * B`` ordered triples, degenerate ones included, as in the published code; the direction between two rows at
     one point counts as 0.
 
-    Memory: O(chunk x B x B). Time: O(rows x B x B).
+    Memory: O(chunk x B x B), on a GPU with Triton O(B x B). Time: O(rows x B x B).
 
     Args:
         student: (B, D) embeddings, any norm.
@@ -91,44 +77,7 @@ def angle_loss(student: Tensor, teacher: Tensor, rows: slice, chunk: int | None 
     """
     of_student, of_teacher = inner_products(student), inner_products(teacher.detach())
     batch = max(student.shape[0], 1)
-    at_once = chunk or max(1, _CHUNK_ELEMENTS.get(student.device.type, _CHUNK_ELEMENTS["cuda"]) // batch**2)
-    total: Tensor = _SumOverAngles.apply(of_student, of_teacher.to(of_student.dtype), rows, at_once)
-    return total / batch**3
-
-
-def _angles(gram: Tensor, vertices: slice) -> Tensor:
-    """Cosines (V, B, B) of the angles at some rows between all pairs of rows."""
-    distance, apart = _distances(gram, vertices)
-    inverse = apart / torch.where(apart, distance, 1)
-    near = gram[vertices]
-    own = gram.diagonal()[vertices]
-    along = gram - near.unsqueeze(2) - near.unsqueeze(1) + own[:, None, None]
-    return along * inverse.unsqueeze(2) * inverse.unsqueeze(1)
-
-
-class _SumOverAngles(torch.autograd.Function):
-    """The sum of Huber's differences; its backward pass hands out what the forward pass has found already."""
-
-    @staticmethod
-    def forward(ctx: Any, student: Tensor, teacher: Tensor, rows: slice, chunk: int) -> Tensor:
-        total, gradient = student.new_zeros(()), torch.zeros_like(student)
-        first, last, _ = rows.indices(student.shape[0])
-        for begin in range(first, last, chunk):
-            vertices = slice(begin, min(begin + chunk, last))
-            wanted = _angles(teacher, vertices)
-            with torch.enable_grad():
-                gram = student.detach().requires_grad_()
-                part = smooth_l1_loss(_angles(gram, vertices), wanted, reduction="sum")
-            total += part.detach()
-            gradient += torch.autograd.grad(part, gram)[0]
-        ctx.save_for_backward(gradient)
-        return total
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None, None]:
-        (gradient,) = ctx.saved_tensors
-        return gradient * gradients[0], None, None, None
+    return sum_over_angles(of_student, of_teacher.to(of_student.dtype), rows, chunk) / batch**3
 
 
 def squared_distance(student: Tensor, teacher: Tensor) -> Tensor:
