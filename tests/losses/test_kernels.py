@@ -99,6 +99,10 @@ def _doubled(values: Tensor) -> Tensor:
     return values * 2
 
 
+def _halved(values: Tensor) -> Tensor:
+    return values / 2
+
+
 def test_without_a_compiler_torch_s_own_kernels_are_taken_and_it_is_said_once(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -111,7 +115,7 @@ def test_without_a_compiler_torch_s_own_kernels_are_taken_and_it_is_said_once(
     with caplog.at_level(logging.WARNING):
         for _ in range(2):
             assert fused.on_gpu(_doubled, 1, None) is _doubled
-            assert fused.on_gpu(_doubled, 1, broken) is _doubled
+            assert fused.on_gpu(_doubled, 1, _halved) is _doubled
     fused._compiles.cache_clear()
     assert [record.message.count("Failed to find C compiler") for record in caplog.records] == [1]
 

@@ -185,7 +185,7 @@ def _distances(problem: Problem, margin: Margin, product_dtype: torch.dtype | No
 def test_precision_is_no_worse_than_the_naive_computation(
     name: str, phase: str, product_dtype: torch.dtype | None
 ) -> None:
-    """Rounding is a lottery, so means over eight batches are compared: a tenth of leeway and two units of the result."""
+    """Rounding is a lottery, so means over eight batches are compared: a tenth of leeway, two units of the result."""
     bound = {None: 1e-5, torch.bfloat16: 3e-2, torch.float16: 5e-3}[product_dtype]
     met, naive = torch.zeros(3), torch.zeros(3)
     for seed in range(8):
