@@ -8,6 +8,7 @@ torch's own kernels take its place, with a warning. ``TORCH_COMPILE_DISABLE=1`` 
 import functools
 import importlib
 import logging
+import warnings
 from collections.abc import Callable
 from typing import ParamSpec, TypeVar
 
@@ -80,7 +81,10 @@ def _compiles() -> bool:
     """Whether kernels can be compiled here, found by compiling one."""
     try:
         importlib.import_module("triton")
-        torch.compile(_probe, dynamic=True)(torch.ones(2, device="cuda"))
+        with warnings.catch_warnings():
+            # The compiler's own, of its imports and of TF32: no errors, where a run makes errors of warnings.
+            warnings.simplefilter("ignore")
+            torch.compile(_probe, dynamic=True)(torch.ones(2, device="cuda"))
     except Exception as error:
         # Whatever a compiler that is missing or broken raises: nothing but time depends on it.
         _warn("no kernels can be compiled here", error)
