@@ -41,6 +41,14 @@ def add_commands(commands: Commands) -> None:
     )
     compare.add_argument("--kd-teacher", metavar="FILE", help="judge a teacher too: a checkpoint, an ONNX file, ...")
     add_teacher_options(compare, "of the teacher: teacher.std=128")
+    compare.add_argument(
+        "--network",
+        metavar="python:MODULE:FUNCTION",
+        nargs="+",
+        action="extend",
+        default=[],
+        help="networks of your own that the runs trained; they are imported",
+    )
 
     judge = commands.add(
         "eval",
@@ -62,7 +70,9 @@ def add_commands(commands: Commands) -> None:
         help="folders with verification sets (*.bin), one such file, or IJB-B or IJB-C with meta/ and loose_crop/",
     )
     add_teacher_options(
-        judge, "how the input of models that are no run folders is prepared, such as teacher.channels=bgr"
+        judge,
+        "how the input of models that are no run folders is prepared, such as teacher.channels=bgr, and a network of "
+        "your own, teacher.network=python:MODULE:FUNCTION",
     )
     judge.add_argument("--out", metavar="FILE", type=Path, help="write the numbers as JSON, one object a row")
     judge.add_argument("--batch-size", type=int, default=128, help="images a forward pass (default: 128)")
@@ -75,6 +85,7 @@ def add_commands(commands: Commands) -> None:
     )
     export.add_argument("run_folder", metavar="RUN", type=Path, help="a run's output folder, or its model.pt")
     export.add_argument("out", metavar="OUT.onnx", type=Path, help="the file; written when it has passed the check")
+    add_teacher_options(export, "a network of your own: teacher.network=python:MODULE:FUNCTION")
     export.add_argument("--int8", action="store_true", help="quantise weights and activations to 8 bits")
     export.add_argument(
         "--calibration", metavar="DIR", help="records whose faces quantise and check (default: drawn faces check)"
@@ -116,7 +127,7 @@ def _compare(arguments: argparse.Namespace) -> None:
     runs = read_runs(arguments.runs)
     files = verification_files(arguments.data if arguments.data is not None else data_of(runs))
     device = default_device()
-    models = [run_contestant(run, device) for run in runs]
+    models = [run_contestant(run, device, arguments.network) for run in runs]
     if arguments.kd_teacher is not None:
         teacher = load_teacher(arguments.kd_teacher, {"precision": "fp32", **(options or {})}, device=device)
         models.append(teacher_contestant(arguments.kd_teacher, teacher))
@@ -134,11 +145,16 @@ def _eval(arguments: argparse.Namespace) -> None:
 
 def _export(arguments: argparse.Namespace) -> None:
     from arcface_kd.export.onnx import export
+    from arcface_kd.teachers.options import TeacherOptions
 
+    options = TeacherOptions.of(teacher_options_of(arguments))
+    if options != TeacherOptions(network=options.network):
+        raise ConfigError("an exported student takes RGB as (x - 127.5) / 127.5: give no option but teacher.network")
     print(
         export(
             arguments.run_folder,
             arguments.out,
+            network=options.network,
             int8=arguments.int8,
             calibration=arguments.calibration,
             images=arguments.images,

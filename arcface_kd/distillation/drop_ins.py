@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-from arcface_kd.backbones import get_backbone
+from arcface_kd.backbones import OWN, get_backbone
 from arcface_kd.config.kd import KDConfig
 from arcface_kd.data.dataset import RecordDataset
 from arcface_kd.data.loader import FaceLoader
@@ -131,7 +131,8 @@ def drop_ins(
     Args:
         config: gives the run's merged config; asked when a drop-in is called, since the host completes it late.
         distiller: None reads the ``kd*`` keys of the config now and loads the teacher.
-        host_model: the trainer's own ``get_model``; None takes this package's backbones.
+        host_model: the trainer's own ``get_model``, for all names but ``python:MODULE:FUNCTION``; None takes this
+            package's backbones.
         host_loader: the trainer's own ``get_dataloader``, which serves DALI and ``kd_loader=host``, and whose signature
             says what the arguments mean; None has neither.
         host_head: the trainer's own ``PartialFC_V2``, for its signature.
@@ -238,7 +239,7 @@ class _Makers:
 
     def get_model(self, name: str, **kwargs: Any) -> nn.Module:
         """The student, watched; it starts from ``student.init`` where that is given."""
-        make = get_backbone if self.host_model is None else self.host_model
+        make = get_backbone if self.host_model is None or name.startswith(OWN) else self.host_model
         init = self.shared.kd.student.init
         if init is None:
             return self.shared.watch(make(name, **kwargs))
@@ -247,6 +248,7 @@ class _Makers:
             self.shared.kd.options.get("teacher"),
             lambda: make(name, **kwargs),
             kwargs.get("num_features", 512),
+            name=name,
             fp16=bool(kwargs.get("fp16", False)),
         )
         # Behind the teacher's hook, which wants the images as the loader brings them.

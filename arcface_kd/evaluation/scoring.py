@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from arcface_kd.backbones import OWN
 from arcface_kd.data.formats.ijb import IJBSet, is_ijb, read_ijb
 from arcface_kd.data.formats.verification_bin import VerificationSet, decode, list_bins
 from arcface_kd.errors import ConfigError, DataError
@@ -18,7 +19,7 @@ from arcface_kd.evaluation.verification import read_pairs, verify
 from arcface_kd.system.device import default_device
 from arcface_kd.system.files import atomic_write, require_folder_of
 from arcface_kd.teachers.base import Teacher, load_teacher
-from arcface_kd.teachers.checkpoint import is_run_folder
+from arcface_kd.teachers.checkpoint import is_run_folder, own_network_in_log
 from arcface_kd.teachers.options import TeacherOptions
 
 _TITLES = {
@@ -65,7 +66,8 @@ def load_models(
     Args:
         sources: run folders, or anything that :func:`arcface_kd.teachers.base.load_teacher` takes.
         options: ``teacher.*`` options for those that are no run folders; what a run trains sees RGB as
-            (x - 127.5) / 127.5 and nothing else.
+            (x - 127.5) / 127.5 and nothing else. A ``network`` of the user's own is also that of the run folders whose
+            log names it or that have no log.
         device: where they compute.
 
     Returns:
@@ -79,7 +81,9 @@ def load_models(
     if twice is not None:
         raise ConfigError(f"{twice} is given twice; name each model once")
     checked = TeacherOptions.of(options)
-    if checked != TeacherOptions() and all(is_run_folder(source) for source in sources):
+    own = checked.network if checked.network and checked.network.startswith(OWN) else None
+    runs = {source: own is not None and _may_be(own, source) for source in sources if is_run_folder(source)}
+    if checked != TeacherOptions(network=own if any(runs.values()) else None) and len(runs) == len(sources):
         raise ConfigError(
             f"teacher options were given, but {', '.join(sources)} is what this trainer trained, which takes RGB as "
             "(x - 127.5) / 127.5; leave the options out"
@@ -87,9 +91,17 @@ def load_models(
     # Models are judged in full precision, also where a run's teacher would compute in fp16.
     exact = replace(checked, precision=checked.precision or "fp32")
     trained = TeacherOptions(precision="fp32")
+    named = replace(trained, network=own)
     return {
-        source: load_teacher(source, trained if is_run_folder(source) else exact, device=device) for source in sources
+        source: load_teacher(source, (named if runs[source] else trained) if source in runs else exact, device=device)
+        for source in sources
     }
+
+
+def _may_be(own: str, source: str) -> bool:
+    """Whether a run folder's log names this network, or says nothing."""
+    folder = Path(source).expanduser()
+    return own_network_in_log(folder) == own or not (folder / "training.log").is_file()
 
 
 def find_sets(folders: Sequence[str | os.PathLike[str]]) -> list[VerificationSet | IJBSet]:

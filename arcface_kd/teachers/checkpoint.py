@@ -2,6 +2,7 @@
 
 import logging
 import os
+import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cache, partial
@@ -11,7 +12,7 @@ from typing import ClassVar, NamedTuple, TypeVar
 import torch
 from torch import Tensor, nn
 
-from arcface_kd.backbones import NETWORKS, FaceBackbone
+from arcface_kd.backbones import NETWORKS, OWN, FaceBackbone, get_backbone
 from arcface_kd.backbones.vit import HOST_NAMES, VITS
 from arcface_kd.errors import ConfigError, TeacherError, first_line
 from arcface_kd.teachers.base import Teacher, local_path, tensors_digest
@@ -33,6 +34,9 @@ _MAGFACE = {f"iresnet{depth}": f"r{depth}" for depth in (18, 34, 50, 100)}
 _MAGFACE_EPS, _EPS = 2e-5, 1e-5
 # Stands for tokens that training hides; nothing reads it in evaluation, and some trainers leave it out.
 _OPTIONAL = frozenset(("mask_token",))
+# Networks are outlined at both embedding sizes: what differs follows the size. Own networks may want a power of two.
+_SIZE, _OTHER_SIZE = 512, 1024
+_OWN_IN_LOG = re.compile(rf": network +({OWN}[\w.]+:\w+)$")
 Shape = tuple[int, ...]
 
 
@@ -42,12 +46,13 @@ class NetworkCheckpoint:
 
     Attributes:
         network: the backbone with its weights, in evaluation mode, on the CPU.
-        name: its name among ``arcface_kd.backbones.NETWORKS`` or ``arcface_kd.backbones.vit.VITS``.
+        name: its name among ``arcface_kd.backbones.NETWORKS`` or ``arcface_kd.backbones.vit.VITS``, or
+            ``python:MODULE:FUNCTION``.
         num_features: dimension of its embeddings.
         digest: SHA-256 over its name and weights.
     """
 
-    network: FaceBackbone
+    network: nn.Module
     name: str
     num_features: int
     digest: str
@@ -108,38 +113,64 @@ def _without_counters(entries: Mapping[str, _T]) -> dict[str, _T]:
     return {name: entry for name, entry in entries.items() if not name.endswith("num_batches_tracked")}
 
 
+def own_network_in_log(folder: Path) -> str | None:
+    """The network of the user's own that a run trained, as its log has it. Nothing is imported.
+
+    Args:
+        folder: the run's output folder.
+
+    Returns:
+        ``python:MODULE:FUNCTION``; None where there is no log, or where it names another kind of network.
+    """
+    log = folder / "training.log"
+    if not log.is_file():
+        return None
+    with log.open(encoding="utf-8", errors="replace") as lines:
+        found = [match[1] for line in lines if (match := _OWN_IN_LOG.search(line.rstrip()))]
+    return found[-1] if found else None
+
+
+def _build(name: str, num_features: int, fp16: bool = False) -> nn.Module:
+    build = partial(get_backbone, name) if name.startswith(OWN) else _KNOWN[name]
+    return build(num_features=num_features, fp16=fp16)
+
+
 @cache
-def _outline(name: str, num_features: int) -> dict[str, tuple[int, ...]]:
-    """Names and shapes of a network's tensors, without making them."""
-    with torch.device("meta"):
-        return _without_counters(_shapes(_KNOWN[name](num_features=num_features)))
+def _outline(name: str, num_features: int = _SIZE) -> dict[str, tuple[int, ...]]:
+    """Names and shapes of a network's tensors, where possible without making them."""
+    # A user's own code may read numbers while it builds, which tensors without data do not have.
+    with torch.device("cpu" if name.startswith(OWN) else "meta"), torch.random.fork_rng(devices=[]):
+        return _without_counters(_shapes(_build(name, num_features)))
 
 
 def _num_features(name: str, state: Mapping[str, Shape]) -> int | None:
-    """The embedding dimension that makes network ``name`` fit these shapes exactly, if there is one."""
-    outline = _outline(name, 512)
+    """The embedding size that makes network ``name`` fit these shapes exactly, if there is one."""
+    outline = _outline(name)
     if outline.keys() - _OPTIONAL != state.keys() - _OPTIONAL:
         return None
-    other = _outline(name, 513)
+    other = _outline(name, _OTHER_SIZE)
     for key, shape in outline.items():
         if shape != other[key] and len(shape) == len(state[key]):
             axis = next(axis for axis, size in enumerate(shape) if size != other[key][axis])
-            size = state[key][axis]
+            # An own network's first layer that follows the size may be a multiple of it.
+            growth = other[key][axis] - shape[axis]
+            size = _SIZE + (state[key][axis] - shape[axis]) * (_OTHER_SIZE - _SIZE) // growth
             fits = 0 < size <= 65536 and state.items() <= _outline(name, size).items()
             return size if fits else None
-    return None
+    # An own network that has one size whatever it is asked for.
+    return _SIZE if state.items() <= outline.items() else None
 
 
 def _own(entries: Mapping[str, _T], prefix: str, name: str) -> dict[str, _T]:
     """What could be a network's behind a prefix: all that begins as one of its modules does, without the prefix."""
-    modules = {key.partition(".")[0] for key in _outline(name, 512)}
+    modules = {key.partition(".")[0] for key in _outline(name)}
     behind = {key.removeprefix(prefix): entry for key, entry in entries.items() if key.startswith(prefix)}
     return {key: entry for key, entry in behind.items() if key.partition(".")[0] in modules}
 
 
 def _prefixes(state: Mapping[str, Shape], name: str) -> list[str]:
     """What stands before a network's last tensor, wherever a state dict has one of its name."""
-    last = next(reversed(_outline(name, 512)))
+    last = next(reversed(_outline(name)))
     return [key.removesuffix(last) for key in state if key == last or key.endswith(f".{last}")]
 
 
@@ -168,6 +199,12 @@ def _the_backbone(content: object, path: Path, name: str | None) -> Backbone:
     """The one network that a file is of."""
     found = list(find_backbones(content, _KNOWN if name is None else (name,)))
     if not found:
+        logged = own_network_in_log(path.parent) if name is None else None
+        if logged is not None:
+            raise TeacherError(
+                f"teacher {path}: the training.log beside it names the network {logged}, which is Python code and is "
+                f"not run on a log's word; if you trust it, add --kd-option teacher.network={logged}"
+            )
         raise TeacherError(f"teacher {path} {_misfit(content, name)}")
     first = found[0]
     others = [each for each in found[1:] if not _same(each, first)]
@@ -200,11 +237,11 @@ def _misfit(content: object, name: str | None) -> str:
     shapes = _without_counters({key: tuple(value.shape) for key, value in state.items()})
 
     def common(candidate: tuple[str, str]) -> int:
-        return len(_own(shapes, candidate[1], candidate[0]).keys() & _outline(candidate[0], 512).keys())
+        return len(_own(shapes, candidate[1], candidate[0]).keys() & _outline(candidate[0]).keys())
 
     candidates = [(each, prefix) for each in ([name] if name else _KNOWN) for prefix in (*_prefixes(shapes, each), "")]
     nearest, prefix = max(candidates, key=common)
-    outline = _outline(nearest, 512)
+    outline = _outline(nearest)
     own = _own(shapes, prefix, nearest)
     missing, foreign = sorted(outline.keys() - own.keys() - _OPTIONAL), sorted(own.keys() - outline.keys())
     words = []
@@ -213,7 +250,7 @@ def _misfit(content: object, name: str | None) -> str:
     if foreign:
         words.append(f"{len(foreign)} foreign, such as {short(prefix + foreign[0])}")
     if not words:
-        other = _outline(nearest, 513)
+        other = _outline(nearest, _OTHER_SIZE)
         wrong = next((key for key in own if outline[key] == other[key] != own[key]), next(iter(own)))
         words.append(f"{prefix + wrong!r} has shape {own[wrong]}, wanted {outline[wrong]}")
     if name is not None:
@@ -222,31 +259,38 @@ def _misfit(content: object, name: str | None) -> str:
     closest = f"; closest is {nearest}: {'; '.join(words)}" if common((nearest, prefix)) > len(outline) / 2 else ""
     return (
         f"is of none of the networks {', '.join(_KNOWN)}: it has {len(state)} tensors (the first: {short(key)} {shape})"
-        f"{closest}; load a network of your own with load_teacher(module)"
+        f"{closest}; name a network of your own with --kd-option teacher.network={OWN}MODULE:FUNCTION"
     )
 
 
-def load_network(path: str | os.PathLike[str], name: str | None = None) -> NetworkCheckpoint:
+def load_network(
+    path: str | os.PathLike[str], name: str | None = None, *, fp16: bool = False, size: int = 112
+) -> NetworkCheckpoint:
     """Rebuild the backbone whose weights a checkpoint holds; every tensor has to fit.
 
     Args:
         path: an arcface_torch ``model.pt`` or ``checkpoint_gpu_*.pt``, the folder of the run that wrote them, or
             another state dict of a known network.
-        name: the network; inferred from the names and shapes of the tensors when None.
+        name: the network, ``python:MODULE:FUNCTION`` for one of the user's own, whose module is imported; inferred
+            from the names and shapes of the tensors when None, which finds no own one.
+        fp16: build it to run in 16 bits.
+        size: height and width of the images that an own network takes.
 
     Returns:
         The network with its weights.
 
     Raises:
         TeacherError: unreadable, damaged, with NaN or inf among the weights, or of none of the known networks.
-        ConfigError: ``name`` is no known network.
+        ConfigError: ``name`` is no known network, or an own one that cannot be imported or built.
     """
     place = backbone_file(Path(path)) or Path(path)
     magface = name in _MAGFACE
     if name is not None:
         name = {**HOST_NAMES, **_MAGFACE}.get(name, name)
-        if name not in _KNOWN:
-            raise ConfigError(f"teacher.network={name!r}: no such network; there are {', '.join(_KNOWN)}")
+        if name not in _KNOWN and not name.startswith(OWN):
+            raise ConfigError(
+                f"teacher.network={name!r}: no such network; there are {', '.join(_KNOWN)}, and {OWN}MODULE:FUNCTION"
+            )
     found = _the_backbone(read_content(place), place, name)
     state = found.tensors
     for key, tensor in _without_counters(state).items():
@@ -262,7 +306,7 @@ def load_network(path: str | os.PathLike[str], name: str | None = None) -> Netwo
         # x / sqrt(v + 2e-5) is x / sqrt((v + 1e-5) + 1e-5): the network computes what MagFace's does.
         for key in [key for key in state if key.endswith("running_var")]:
             state[key] = state[key].float() + (_MAGFACE_EPS - _EPS)
-    network = _KNOWN[found.name](num_features=found.num_features)
+    network = _build(found.name, found.num_features, fp16)
     state.update({key: value for key, value in network.state_dict().items() if key in _OPTIONAL - state.keys()})
     try:
         network.load_state_dict(state, strict=True)
@@ -271,7 +315,13 @@ def load_network(path: str | os.PathLike[str], name: str | None = None) -> Netwo
     # Digested as loaded and without counters: a file in float16 or from an old torch is no other teacher.
     computing = _without_counters(network.state_dict())
     digest = tensors_digest({f"{found.name}.{key}": value for key, value in computing.items()})
-    return NetworkCheckpoint(network.eval(), found.name, found.num_features, digest)
+    num_features = found.num_features
+    if found.name.startswith(OWN):
+        # What its function takes for the embedding size need not be that of its embeddings.
+        shown = Preprocessing(size=size)
+        tried = Teacher(network, preprocessing=shown, description=f"{found.name} from {place}", weights=digest)
+        num_features = tried.embedding_size
+    return NetworkCheckpoint(network.eval(), found.name, num_features, digest)
 
 
 def _autocast(precision: Precision, tensor: Tensor, *, half: bool) -> torch.autocast:
@@ -280,13 +330,15 @@ def _autocast(precision: Precision, tensor: Tensor, *, half: bool) -> torch.auto
 
 
 class CheckpointSource:
-    """Checkpoints of the networks in ``arcface_kd.backbones``, ViTs included, fed RGB as (x - 127.5) / 127.5.
+    """Checkpoints of ``arcface_kd.backbones``, ViTs and own networks included, fed RGB as (x - 127.5) / 127.5.
 
     A run's folder stands for its ``model.pt`` or ``backbone.pth``.
     """
 
     description: ClassVar[str] = (
-        "a PyTorch checkpoint (.pt, .pth), a .safetensors file or a run's folder, of " + ", ".join(_KNOWN)
+        "a PyTorch checkpoint (.pt, .pth), a .safetensors file or a run's folder, of "
+        + ", ".join(_KNOWN)
+        + f", {OWN}MODULE:FUNCTION"
     )
 
     @staticmethod
@@ -315,14 +367,15 @@ class CheckpointSource:
         options.refuse("output", "only an ONNX file has outputs to choose from")
         path = local_path(source)
         assert path is not None
-        checkpoint = load_network(path, options.network)
+        preprocessing = options.preprocessing(Preprocessing())
+        checkpoint = load_network(path, options.network, size=preprocessing.size)
         precision: Precision = options.precision or default_precision()
-        if precision != "fp32":
+        if precision != "fp32" and isinstance(checkpoint.network, FaceBackbone):
             checkpoint.network.fp16 = True
             setattr(checkpoint.network, "autocast", partial(_autocast, precision))  # noqa: B010
         return Teacher(
             checkpoint.network,
-            preprocessing=options.preprocessing(Preprocessing()),
+            preprocessing=preprocessing,
             description=f"{checkpoint.name} from {path}",
             weights=checkpoint.digest,
             precision=precision,

@@ -64,7 +64,8 @@ class TeacherOptions(Options):
         std: one number or three, greater than 0: the divisor after the subtraction.
         size: height and width of the teacher's input, 8..2048; images of another size are resized.
         precision: ``fp32``, or ``bf16`` / ``fp16`` for autocast; by default fp16 beside a GPU for teachers from files.
-        network: the architecture of a checkpoint (``r50``, ``mbf``, ...), where its tensors do not tell.
+        network: the architecture of a checkpoint (``r50``, ``mbf``, ...), where its tensors do not tell;
+            ``python:MODULE:FUNCTION`` for one of the user's own.
         embedding_size: the embedding's dimension; a teacher of another one is refused.
         output: the value of an ONNX graph that is the embedding, where it has several outputs.
 

@@ -2,15 +2,17 @@
 
 import os
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from arcface_kd.backbones.face_backbone import FaceBackbone
+from arcface_kd.backbones import OWN
 from arcface_kd.errors import TeacherError, first_line
 from arcface_kd.system.device import autocast_dtype
 from arcface_kd.teachers.base import Teacher, load_teacher
+from arcface_kd.teachers.checkpoint import CheckpointSource
 from arcface_kd.teachers.onnx.graph import OnnxGraph
 from arcface_kd.teachers.onnx.session import OnnxNetwork
 from arcface_kd.teachers.onnx.torch_module import TorchGraph
@@ -62,6 +64,7 @@ def start_from(
     build: Callable[[], nn.Module],
     embedding_size: int,
     *,
+    name: str = "",
     fp16: bool = False,
 ) -> tuple[nn.Module, Preprocessing]:
     """A network with the weights that a file holds, to be trained.
@@ -71,6 +74,7 @@ def start_from(
         options: the ``teacher.*`` options that belong to it.
         build: makes the run's network.
         embedding_size: dimension D that the run wants.
+        name: of the run's network; one of the user's own says what a checkpoint is of.
         fp16: autocast of an ONNX file's network; another one is built with a precision of its own.
 
     Returns:
@@ -80,6 +84,9 @@ def start_from(
         TeacherError: the file cannot be read, or holds another network or another dimension.
         ConfigError: an option that is out of range.
     """
+    options = TeacherOptions.of(options)
+    if name.startswith(OWN) and options.network is None and CheckpointSource.accepts(source):
+        options = replace(options, network=name)
     teacher = load_teacher(source, options)
     if teacher.embedding_size != embedding_size:
         raise TeacherError(
@@ -89,7 +96,7 @@ def start_from(
     network = teacher.network
     if isinstance(network, OnnxNetwork | TorchGraph):
         return TrainedGraph(network.graph, fp16=fp16).train(), teacher.preprocessing
-    if not isinstance(network, FaceBackbone):
+    if not isinstance(network, nn.Module):
         raise TeacherError(
             f"{source}: a run can start from a checkpoint or an ONNX file, not from {teacher.description}"
         )

@@ -1,7 +1,7 @@
 """Several models on the same verification sets: scores with intervals, who is best, hardest pairs, cost."""
 
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -212,14 +212,21 @@ def read_runs(folders: Sequence[str | os.PathLike[str]]) -> list[RunFolder]:
     ]
 
 
-def run_contestant(run: RunFolder, device: torch.device | str = "cpu") -> Contestant:
+def run_contestant(
+    run: RunFolder, device: torch.device | str = "cpu", own_networks: Collection[str] = ()
+) -> Contestant:
     """A run's student as a model to compare.
 
     Args:
         run: the run.
         device: where the student goes.
+        own_networks: ``python:MODULE:FUNCTION`` of the networks that may be imported.
+
+    Raises:
+        ConfigError: its network cannot be built, or may not be imported.
     """
-    return Contestant(run.name, lambda: run.load(device), run.method, run.network, run)
+    run.check_network(own_networks)
+    return Contestant(run.name, lambda: run.load(device, own_networks), run.method, run.network, run)
 
 
 def teacher_contestant(source: str | os.PathLike[str], teacher: Teacher) -> Contestant:

@@ -2,14 +2,14 @@
 
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import nn
 
-from arcface_kd.backbones import NETWORKS
+from arcface_kd.backbones import NETWORKS, OWN
 from arcface_kd.backbones.vit import HOST_NAMES, VITS
 from arcface_kd.errors import ConfigError, DataError
 from arcface_kd.evaluation.report.scalars import Curve, read_scalars
@@ -70,31 +70,51 @@ class RunFolder:
         """Curves whose tag begins with ``prefix``, by the rest of the tag."""
         return {tag.removeprefix(prefix): curve for tag, curve in self.curves.items() if tag.startswith(prefix)}
 
-    def load(self, device: torch.device | str = "cpu") -> nn.Module:
+    def load(self, device: torch.device | str = "cpu", own_networks: Collection[str] = ()) -> nn.Module:
         """The trained student, in the number format that it was trained and verified in.
 
         Args:
             device: where it goes.
+            own_networks: ``python:MODULE:FUNCTION`` of the networks that may be imported; a log's word alone does not
+                run code.
 
         Returns:
             (B, 3, 112, 112) images in [-1, 1] to (B, D) embeddings, in evaluation mode.
 
         Raises:
-            ConfigError: a network that this package cannot build.
+            ConfigError: a network that this package cannot build, or may not import.
             TeacherError: weights that are damaged or of another network.
         """
         network = self.settings.get("network")
-        if network is not None and network not in _NETWORKS:
-            raise ConfigError(
-                f"{self.folder}: its network {network!r} is none that arcface_kd builds: wanted one of "
-                f"{', '.join(_NETWORKS)}"
-            )
+        self.check_network(own_networks)
         where = torch.device(device)
-        student = load_network(self.folder, network).network
-        student.fp16 = self.half and autocast_dtype(where) is not None
+        narrow = self.half and autocast_dtype(where) is not None
+        student = load_network(self.folder, network, fp16=narrow).network
         placed: nn.Module = student.to(where)
         placed.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         return placed.eval()
+
+    def check_network(self, own_networks: Collection[str]) -> None:
+        """Whether the network may be built.
+
+        Args:
+            own_networks: as ``load`` takes them.
+
+        Raises:
+            ConfigError: a network that this package cannot build, or may not import.
+        """
+        network = self.settings.get("network")
+        if network is None or network in _NETWORKS or network in own_networks:
+            return
+        if network.startswith(OWN):
+            raise ConfigError(
+                f"{self.folder}: its training.log names the network {network!r}, which is Python code and is not run "
+                f"on a log's word; if you trust it, add --network {network}"
+            )
+        raise ConfigError(
+            f"{self.folder}: its network {network!r} is none that arcface_kd builds: wanted one of "
+            f"{', '.join(_NETWORKS)}, or {OWN}MODULE:FUNCTION"
+        )
 
     @property
     def half(self) -> bool:

@@ -21,7 +21,7 @@ from typing import Any
 from torch import distributed
 
 from arcface_kd import registry
-from arcface_kd.backbones import NETWORKS, FaceBackbone
+from arcface_kd.backbones import NETWORKS, OWN, FaceBackbone
 from arcface_kd.checkpoints.files import checkpoint_file, read_checkpoint
 from arcface_kd.config.kd import CLASS_MEANS, KDConfig, option_items
 from arcface_kd.config.options import build
@@ -106,16 +106,21 @@ class _Stages:
             useless = [name for name in self.teacher_options if name != "teacher.precision"]
             if useless:
                 raise ConfigError(f"{useless[0]} belongs to a teacher that is given, and this one begins from scratch")
-            if wanted not in NETWORKS:
-                raise ConfigError(f"{NAME}.teacher_network is {wanted!r}; it must be one of {', '.join(NETWORKS)}")
+            if wanted not in NETWORKS and not wanted.startswith(OWN):
+                raise ConfigError(
+                    f"{NAME}.teacher_network is {wanted!r}; it must be one of {', '.join(NETWORKS)}, or "
+                    f"{OWN}MODULE:FUNCTION"
+                )
             return wanted, None
         given = {name.partition(".")[2]: value for name, value in self.teacher_options.items()}
         teacher = load_teacher(self.source, given)
+        name = None if given.get("network") is None else str(given["network"])
         if isinstance(teacher.network, OnnxNetwork | TorchGraph):
             network = "onnx"
+        elif name is not None and name.startswith(OWN):
+            network = name
         elif isinstance(teacher.network, FaceBackbone):
-            name = given.get("network")
-            network = load_network(Path(self.source).expanduser(), None if name is None else str(name)).name
+            network = load_network(Path(self.source).expanduser(), name).name
         else:
             raise TeacherError(
                 f"{NAME} trains a checkpoint or an ONNX file further, and {teacher.description} is neither"

@@ -124,7 +124,7 @@ def test_a_network_of_the_host_s_own_is_named(tmp_path: Path) -> None:
 def test_the_host_s_vits_are_loaded_by_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[str | None] = []
 
-    def load(path: Path, name: str | None) -> NetworkCheckpoint:
+    def load(path: Path, name: str | None, *, fp16: bool) -> NetworkCheckpoint:
         asked.append(name)
         return NetworkCheckpoint(get_backbone(NETWORK, num_features=DIMENSION), "vit_t", DIMENSION, "")
 
