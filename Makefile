@@ -1,6 +1,7 @@
 # make demo: the main job, from nothing.  make test: the tests.  make bench: the benchmarks (ONLY=head for one).
 # make gpu: the checks of one GPU, see docs/gpu.md (ONLY=3,4 for some; DEVICE=cpu tries them without one).
 # make docs: the pages of docs/ as a site, in site/.
+# make campaigns: kills, mutated files and full disks at length, which `make test` leaves out.
 # make fuzz: the parsers under a coverage-guided fuzzer, SECONDS each.  make audit: known vulnerabilities of the versions
 # in constraints.txt.  .ci/matrix: the tests over interpreters and versions.
 # Each sets up what it needs in .venv first; PYTHON chooses the interpreter (3.10 or newer).
@@ -21,7 +22,7 @@ ifneq ($(filter gpu,$(MAKECMDGOALS)),)
 HAS_TORCH := $(shell $(PYTHON) -c 'import importlib.util as u; print(u.find_spec("torch") and "yes" or "")' 2>/dev/null)
 endif
 
-.PHONY: demo test bench gpu docs fuzz audit lint clean
+.PHONY: demo test campaigns bench gpu docs fuzz audit lint clean
 
 demo: $(VENV)/ready
 	$(BIN)/arcface-kd demo --out demo $(ARGS)
@@ -30,6 +31,9 @@ demo: $(VENV)/ready
 # they have started.
 test: $(VENV)/ready-test
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 4 --dist loadfile $(ARGS)
+
+campaigns: $(VENV)/ready-test
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/campaigns $(ARGS)
 
 bench: $(VENV)/ready-test
 	$(BIN)/python -m benchmarks $(ONLY)

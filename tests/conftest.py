@@ -1,19 +1,31 @@
-"""Fixtures that every test may use: where real data and the real host are, and why they are missing."""
+"""Fixtures that every test may use, and what a run of the tests leaves out and why."""
 
 import os
-import time
 from pathlib import Path
 
 import pytest
+import torch
 
-_BEGAN = time.monotonic()
+
+def pytest_report_header() -> list[str]:
+    """Say what is left out and what the marks need, also where it is missing."""
+    cuda = torch.cuda.get_device_name() if torch.cuda.is_available() else "no CUDA device: skipped"
+    folders = {"real": "ARCFACE_KD_REAL_DATA", "trainer": "ARCFACE_TORCH"}
+    return [
+        "left out: tests/campaigns (kills, fuzzing, full disks), unless named; run by `make campaigns`",
+        *(
+            f"mark {mark}: {variable}={os.environ.get(variable) or '(not set: skipped)'}"
+            for mark, variable in folders.items()
+        ),
+        f"mark gpu: {cuda}",
+    ]
 
 
-def pytest_runtest_setup(item: pytest.Item) -> None:
-    """Leave slow tests out, and say so, once the minutes that CI has for them are over."""
-    minutes = float(os.environ.get("ARCFACE_KD_SLOW_MINUTES", "inf"))
-    if item.get_closest_marker("slow") is not None and time.monotonic() - _BEGAN > 60 * minutes:
-        pytest.skip(f"no time left: ARCFACE_KD_SLOW_MINUTES={minutes:g} are over")
+def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
+    """Campaigns are run by name only."""
+    if collection_path.name == "campaigns" and not any("campaigns" in argument for argument in config.args):
+        return True
+    return None
 
 
 def _folder_from(variable: str, what: str) -> Path:
