@@ -229,7 +229,7 @@ class Distiller:
         first, self._first_batch = self._first_batch, False
         if first:
             _tell_range(images)
-            self._require_our_loader()
+            _require_our_loader(self)
         views, self._views = self._views, None
         if self.maps is not None and self.methods.compares_maps:
             self._seen = self.maps.embed(images)
@@ -244,29 +244,6 @@ class Distiller:
         # Without a loader of ours this batch is all that is known of the faces.
         if first and self.faces is None and self.teacher is not None and self._seen is not None:
             warn_if_alike(self.teacher, self._seen)
-
-    def _require_our_loader(self) -> None:
-        if self.kd.cache is not None and self.faces is None and not self.cache_is_off:
-            raise ConfigError(
-                f"kd_cache={self.kd.cache} has no effect: the images come from a loader that is not arcface_kd's and "
-                "does not say what records they are; use get_dataloader and use_cache, or leave kd_cache out"
-            )
-
-    def require_head(self, gradient: Tensor) -> None:
-        """Refuse a backward pass of a watched student whose embeddings no head of this run has seen.
-
-        Args:
-            gradient: of the embeddings; not looked at.
-
-        Raises:
-            ConfigError: the trainer has another head, and would train without distillation.
-        """
-        if not self.has_head:
-            raise ConfigError(
-                f"{self.methods.title} has no effect: the trainer's loss comes from a head of its own, not from "
-                "PartialFC_V2 as arcface_kd has put it in; name your head PartialFC_V2 in train_v2.py before "
-                "arcface_kd.attach, or build a DistillationHead (docs/library.md)"
-            )
 
     def take_teacher_embeddings(self, rows: int) -> Tensor | None:
         """The teacher's embeddings of the batch that the student has just seen; handed out once.
@@ -335,6 +312,24 @@ def _tell_range(images: Tensor) -> None:
         )
 
 
+def _require_our_loader(distiller: Distiller) -> None:
+    if distiller.kd.cache is not None and distiller.faces is None and not distiller.cache_is_off:
+        raise ConfigError(
+            f"kd_cache={distiller.kd.cache} has no effect: the images come from a loader that is not arcface_kd's and "
+            "does not say what records they are; use get_dataloader and use_cache, or leave kd_cache out"
+        )
+
+
+def _require_head(distiller: Distiller) -> None:
+    """Refuse a backward pass of a watched student whose embeddings no head of this run has seen."""
+    if not distiller.has_head:
+        raise ConfigError(
+            f"{distiller.methods.title} has no effect: the trainer's loss comes from a head of its own, not from "
+            "PartialFC_V2 as arcface_kd has put it in; name your head PartialFC_V2 in train_v2.py before "
+            "arcface_kd.attach, or build a DistillationHead (docs/library.md)"
+        )
+
+
 class _StudentHook:
     """A hook of the student. A student that comes out of a file is a plain network: nobody is there to call."""
 
@@ -364,7 +359,7 @@ class _AwaitHead(_StudentHook):
         if distiller is None or distiller.has_head:
             return
         if isinstance(output, Tensor) and output.requires_grad:
-            output.register_hook(distiller.require_head)
+            output.register_hook(lambda gradient: _require_head(distiller))
 
 
 class _ShowToTeacher(_StudentHook):
