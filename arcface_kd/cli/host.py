@@ -24,7 +24,7 @@ def add_commands(commands: Commands) -> None:
         "arcface-kd patch insightface/recognition/arcface_torch",
     )
     patch.add_argument("folder", type=Path, help="arcface_torch, or a checkout of insightface")
-    patch.add_argument("names", nargs="*", default=["kd_flag"], help="which patches (default: kd_flag)")
+    patch.add_argument("names", nargs="*", help="which patches (default: kd_flag and what this torch and numpy need)")
     patch.add_argument("--check", action="store_true", help="say what would happen and write nothing")
     patch.add_argument("--revert", action="store_true", help="take the patches out again, byte for byte")
 
@@ -59,10 +59,21 @@ def add_commands(commands: Commands) -> None:
 
 
 def _patch(arguments: argparse.Namespace) -> None:
-    from arcface_kd.host.patching import patch_checkout
+    import numpy as np
+    import torch
 
-    for outcome in patch_checkout(arguments.folder, arguments.names, check=arguments.check, revert=arguments.revert):
+    from arcface_kd.host.patching import NEEDED, available_patches, patch_checkout
+
+    names = arguments.names or (available_patches() if arguments.revert else NEEDED)
+    for outcome in patch_checkout(arguments.folder, names, check=arguments.check, revert=arguments.revert):
         print(outcome)
+    if not arguments.names and not arguments.revert:
+        print(
+            f"current_stack is for torch {torch.__version__}, whose schedules have no `verbose`, and numpy "
+            f"{np.__version__}, which does not go with mxnet; without it: arcface-kd patch DIR kd_flag"
+        )
+        if not torch.cuda.is_available():
+            print("there is no GPU here: cpu_gloo lets the trainer run on a CPU, for rehearsals")
 
 
 def _recipe(arguments: argparse.Namespace) -> None:

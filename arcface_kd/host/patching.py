@@ -7,6 +7,7 @@ written; each file is replaced in one step and keeps its line endings and its mo
 """
 
 import os
+import re
 import stat
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -20,10 +21,27 @@ from arcface_kd.system.files import atomic_write
 
 FLAG = "kd_flag"
 TRAINER = "train_v2.py"
+# The second one is what the trainer needs with the torch and the numpy that this package asks for: torch's schedules
+# have no `verbose` any more, and mxnet does not go with numpy 1.24 and newer.
+NEEDED = (FLAG, "current_stack")
+# A list of packages; one with lines of the user's own is left alone.
+_REQUIREMENTS = "requirement.txt"
+_OLDEST = "4f227ba5 (2022-07-13)"
+
+# Where the flag's two hunks go beside lines of the user's own, and on which side of that line.
+_ANCHORS = (
+    re.compile(rb"(?P<indent>[ \t]*)(?P<config>\w+) *= *get_config\((?P<args>\w+)\b.*\n"),
+    re.compile(rb"(?P<indent>[ \t]*)[^#\n]*\b(?P<parser>\w+)\.parse_args\(.*\n"),
+)
+_ADDED = (
+    (b"from arcface_kd import attach\n", b"attach(%(config)s, %(args)s)\n"),
+    (b"from arcface_kd import add_arguments\n", b"add_arguments(%(parser)s)\n"),
+)
 
 # What an earlier version's patches import from where it is no more; see also `arcface_kd/__init__.py`.
 _MOVED = {
     b"from arcface_kd.hook import ": b"from arcface_kd import ",
+    b"easydict\narcface_kd\nonnx\n": b"easydict\nonnx\n",
     b"from arcface_kd.data.recordio import ": b"from arcface_kd.data.formats.recordio import ",
     b"from arcface_kd.data.verification_bin import ": b"from arcface_kd.data.formats.verification_bin import ",
 }
@@ -186,6 +204,11 @@ def patch_checkout(
             if path not in texts:
                 texts[path] = _Text.read(checkout / path, name)
                 before[path] = texts[path].to_bytes()
+        if name == FLAG and len(changes.get(TRAINER, ())) == len(_ANCHORS):
+            changes[TRAINER] = [_beside_own_lines(n, c, texts[TRAINER]) for n, c in enumerate(changes[TRAINER])]
+        if _REQUIREMENTS in changes and not _fits(changes[_REQUIREMENTS], texts[_REQUIREMENTS]):
+            del changes[_REQUIREMENTS]
+        parsed = [file for file in files if file.path in changes]
         applied = _is_applied([(change, texts[path]) for path in changes for change in changes[path]])
         due = applied == revert
         if due:
@@ -193,7 +216,7 @@ def patch_checkout(
                 for change in changes[path]:
                     old, new = (change.patched, change.original) if revert else (change.original, change.patched)
                     texts[path].replace(old, new, change.label)
-        gain, loss = sum(file.added for file in files), sum(file.removed for file in files)
+        gain, loss = sum(file.added for file in parsed), sum(file.removed for file in parsed)
         outcomes.append(
             PatchOutcome(
                 name=name,
@@ -246,6 +269,34 @@ def _run(hunk: Hunk, sign: str) -> tuple[bytes, ...]:
     return tuple(run)
 
 
+def _fits(changes: Sequence[_Change], text: _Text) -> bool:
+    return all(text.places(change.original) or text.places(change.patched) for change in changes)
+
+
+def _beside_own_lines(number: int, change: _Change, text: _Text) -> _Change:
+    """A hunk of the flag, held by the one line that it needs where the user has lines of his own beside that.
+
+    Raises:
+        ConfigError: there is no such line, or there are several; the message says what to add by hand.
+    """
+    if _fits([change], text):
+        return change
+    found = [match for line in text.lines if (match := _ANCHORS[number].fullmatch(line))]
+    if len(found) != 1:
+        call = ("get_config(", "parse_args(")[number]
+        raise ConfigError(
+            f"{change.label} does not fit: {len(found)} lines of {TRAINER} call {call}. Add by hand, behind `cfg = "
+            "get_config(...)`: `from arcface_kd import attach` and `attach(cfg, args)`; before `parser.parse_args()`: "
+            "`from arcface_kd import add_arguments` and `add_arguments(parser)`. insightface's commits from "
+            f"{_OLDEST} on fit"
+        )
+    words = {name.encode(): word for name, word in found[0].groupdict().items()}
+    added = tuple(words[b"indent"] + line % words for line in _ADDED[number])
+    line = found[0].group()
+    patched = (line, *added) if number == 0 else (*added, line)
+    return _Change(change.label, change.line, (line,), patched)
+
+
 def _is_applied(changes: Sequence[tuple[_Change, _Text]]) -> bool:
     """Whether all hunks of a patch are in place (``True``) or none is (``False``).
 
@@ -254,10 +305,15 @@ def _is_applied(changes: Sequence[tuple[_Change, _Text]]) -> bool:
     """
     in_place, missing = [], []
     for change, text in changes:
-        if text.places(change.original):
-            missing.append(change)
-        elif text.places(change.patched):
+        original, patched = bool(text.places(change.original)), bool(text.places(change.patched))
+        if original and patched:
+            # A hunk that only adds or only removes has the shorter lines among the longer ones.
+            patched = len(change.patched) > len(change.original)
+            original = not patched
+        if patched:
             in_place.append(change)
+        elif original:
+            missing.append(change)
         else:
             present = set(text.lines)
             absent = next((line for line in change.original if line not in present), None)
