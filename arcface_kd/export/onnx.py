@@ -153,7 +153,7 @@ def to_onnx(student: NetworkCheckpoint) -> bytes:
     try:
         import onnxscript  # noqa: F401
     except ImportError:
-        raise ConfigError('torch\'s ONNX exporter needs onnxscript: pip install "arcface_kd[export]"') from None
+        raise ConfigError("torch's ONNX exporter needs onnxscript: pip install onnxscript") from None
     try:
         # Without the exporter's words about packages that it does not need and about its own future.
         with errors_only("torch.onnx"), warnings.catch_warnings():

@@ -125,7 +125,7 @@ class TimmSource:
         try:
             import timm
         except ImportError as error:
-            raise TeacherError(f'teacher {source} needs timm: pip install "arcface_kd[timm]"') from error
+            raise TeacherError(f"teacher {source} needs timm: pip install timm") from error
         # A torchvision built for another torch raises RuntimeError, for one.
         except Exception as error:
             raise TeacherError(f"teacher {source}: timm cannot be imported here: {first_line(error)}") from error

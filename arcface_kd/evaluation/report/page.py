@@ -162,7 +162,7 @@ def _template() -> "Template":
     try:
         from jinja2 import Environment, FileSystemLoader, StrictUndefined
     except ImportError:
-        raise ConfigError('the report needs jinja2: pip install "arcface_kd[report]"') from None
+        raise ConfigError('the report needs jinja2: pip install "jinja2>=3.1.6"') from None
     loader = FileSystemLoader(Path(__file__).parent)
     return Environment(loader=loader, autoescape=True, undefined=StrictUndefined).get_template("report.html")
 

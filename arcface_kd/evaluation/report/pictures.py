@@ -66,7 +66,7 @@ def require_matplotlib() -> None:
     try:
         import matplotlib  # noqa: F401
     except ImportError:
-        raise ConfigError('pictures need matplotlib: pip install "arcface_kd[report]"') from None
+        raise ConfigError("pictures need matplotlib: pip install matplotlib") from None
 
 
 @contextmanager
