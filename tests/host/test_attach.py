@@ -32,6 +32,7 @@ from arcface_kd.methods.shkd.method import SHKD
 from arcface_kd.teachers.base import Teacher, load_teacher
 from arcface_kd.teachers.options import TeacherOptions
 from tests.host.trainer.faces import draw_faces
+from tests.networks import Tiny
 
 
 class Network(nn.Module):
@@ -144,6 +145,15 @@ def test_attach_puts_all_three_drop_ins_in(trainer: types.ModuleType, loaded: li
     assert isinstance(head, DistillationHead)
     head.train()(student(torch.rand(2, 3, 8, 8)), torch.tensor([[0.0], [5.0]])).backward()
     assert student.fc.weight.grad is not None
+
+
+def test_a_network_of_the_user_s_own_is_built_in_the_host(
+    trainer: types.ModuleType, loaded: list[object], tmp_path: Path
+) -> None:
+    attach(config_of(tmp_path, kd="adadistill", kd_teacher="r50.pt"), trainer=trainer)
+    student = trainer.get_model("python:tests.networks:tiny", dropout=0.0, fp16=True, num_features=4)
+    assert isinstance(student, Tiny)
+    assert student.fp16
 
 
 @pytest.mark.parametrize("config", [{}, {"kd": None}, {"kd": ""}, {"lr": 0.1}])
