@@ -484,6 +484,17 @@ def test_a_trainer_that_this_torch_would_stop_is_refused(
         attach(config_of(tmp_path, kd="adadistill", kd_teacher="r50.pt"), trainer=trainer)
 
 
+def test_a_schedule_that_takes_verbose_and_does_not_pass_it_on_runs(
+    trainer: types.ModuleType, loaded: list[object], tmp_path: Path
+) -> None:
+    class PolynomialLRWarmup(torch.optim.lr_scheduler.LRScheduler):
+        def __init__(self, optimizer: Any, last_epoch: int = -1, verbose=False) -> None:  # type: ignore[no-untyped-def]
+            super().__init__(optimizer, last_epoch=last_epoch)
+
+    trainer.PolynomialLRWarmup = PolynomialLRWarmup  # type: ignore[attr-defined]
+    assert attach(config_of(tmp_path, kd="adadistill", kd_teacher="r50.pt"), trainer=trainer) is not None
+
+
 def records(tmp_path: Path) -> str:
     return str(draw_faces(tmp_path, identities=2, images=4).folder)
 
