@@ -22,6 +22,7 @@ from arcface_kd.teachers.student_init import start_from
 from arcface_kd.training.stages import train_stages
 from arcface_kd.training.trainer import train
 from tests.host.trainer.faces import Faces, draw_faces
+from tests.networks import tiny
 from tests.teachers.onnx_models import face_network
 
 DIMENSION = 16
@@ -179,6 +180,18 @@ def test_from_scratch_and_says_so(faces: Faces, tmp_path: Path) -> None:
     assert (second["lr"], second["batch_size"], second["kd"]) == (config.lr, 4, "proxylesskd")
     assert "student.init" not in second["kd_option"]
     assert stages[2].changes["kd_option"]["teacher.network"] == "thin_r18"
+
+
+def test_the_teacher_may_be_a_network_of_the_user_s_own(faces: Faces, tmp_path: Path) -> None:
+    own = "python:tests.networks:tiny"
+    config = config_for(faces, tmp_path / "scratch", kd_option=options(teacher_network=own))
+    assert stages_of(config)[1].changes["network"] == own
+    torch.save(tiny(DIMENSION).state_dict(), tmp_path / "own.pt")
+    keys = {"kd_teacher": str(tmp_path / "own.pt"), "kd_option": {"teacher.network": own}}
+    second, third = (stage.changes for stage in stages_of(config_for(faces, tmp_path / "given", **keys))[1:])
+    assert second["network"] == own
+    assert second["kd_option"]["student.init"] == keys["kd_teacher"]
+    assert third["kd_option"]["teacher.network"] == own
 
 
 def test_what_each_run_gets_of_the_config(faces: Faces, checkpoint: Path, tmp_path: Path) -> None:
