@@ -418,7 +418,7 @@ config.batch_size = 32
 config.num_workers = 0
 config.val_targets = []
 config.embedding_size = 16
-config.network = "thin_r18"
+config.network = "thin_r10"
 config.save_all_states = True
 config.output = {output!r}
 """

@@ -30,6 +30,9 @@ from arcface_kd.training.trainer import TrainResult, train
 from tests.host.trainer.faces import Faces, draw_faces
 from tests.system.test_run_lock import held_by_another
 
+NETWORK = "python:tests.networks:tiny"
+CHECKOUT = Path(__file__).parents[2]
+
 
 @pytest.fixture(scope="module")
 def faces(tmp_path_factory: pytest.TempPathFactory) -> Faces:
@@ -40,14 +43,14 @@ def faces(tmp_path_factory: pytest.TempPathFactory) -> Faces:
 def teacher_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     torch.manual_seed(7)
     path = tmp_path_factory.mktemp("teacher") / "teacher.pt"
-    torch.save(get_backbone("thin_r18", num_features=32).state_dict(), path)
+    torch.save(get_backbone("thin_r10", num_features=32).state_dict(), path)
     return path
 
 
 def config_for(faces: Faces, output: Path, **keys: Any) -> EasyDict:
     config = EasyDict(BASE)
     config.update(
-        network="thin_r18",
+        network=NETWORK,
         rec=str(faces.folder),
         num_classes=faces.num_classes,
         num_image=faces.num_image,
@@ -84,7 +87,7 @@ def test_leaves_the_hosts_files(faces: Faces, tmp_path: Path) -> None:
     assert {"training.log", "tensorboard", "model.pt", "checkpoint_gpu_0.pt"} <= {
         path.name for path in (tmp_path / "run").iterdir()
     }
-    get_backbone("thin_r18", num_features=32).load_state_dict(saved(tmp_path / "run"), strict=True)
+    get_backbone(NETWORK, num_features=32).load_state_dict(saved(tmp_path / "run"), strict=True)
     host_keys = {"epoch", "global_step", "state_dict_backbone", "state_dict_softmax_fc"}
     host_keys |= {"state_optimizer", "state_lr_scheduler"}
     assert host_keys <= set(saved(tmp_path / "run", "checkpoint_gpu_0.pt"))
@@ -132,9 +135,9 @@ def test_only_a_run_of_the_same_settings_is_gone_on_with(faces: Faces, tmp_path:
     train(config_for(faces, tmp_path, **keys))
     keys |= {"resume": True, "num_epoch": 2}
     for change, said in (
-        ({"batch_size": 1}, "batch_size is 1, and thin_r18 normalises"),
+        ({"batch_size": 1, "network": "thin_r10"}, "batch_size is 1, and thin_r10 normalises"),
         ({"network": "mbf"}, "of another student than mbf of 32 dimensions"),
-        ({"embedding_size": 16}, "of another student than thin_r18 of 16 dimensions"),
+        ({"embedding_size": 16}, "of another student than .*tiny of 16 dimensions"),
         ({"optimizer": "adamw"}, "left by another optimizer than adamw"),
         ({"kd": "nosuch"}, "no method named 'nosuch'"),
         # What the optimiser's state brings along, so that the config's would have no effect.
@@ -420,7 +423,10 @@ def test_two_ranks_agree_and_resume(faces: Faces, teacher_file: Path, tmp_path: 
             ],
             check=True,
             # Of a warning in a rank's own process pytest knows nothing.
-            env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "error::FutureWarning"},
+            env={
+                **os.environ,
+                **{"OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "error::FutureWarning", "PYTHONPATH": str(CHECKOUT)},
+            },
             timeout=1200,
         )
 
