@@ -121,6 +121,7 @@ class RankedLogits:
         shift: (B,) to subtract before an exponential is taken, or None where none can leave the number format.
         ranks: the ranks that share the classes.
         chunk: classes at a time.
+        of_each_rank: how many classes each rank holds; None asks the ranks if it must be known.
     """
 
     def __init__(
@@ -134,9 +135,11 @@ class RankedLogits:
         shift: Tensor | None,
         ranks: RankGroup,
         chunk: int,
+        of_each_rank: list[int] | None = None,
     ) -> None:
         self.values, self.target, self.valid, self.classes = values, target, valid, classes
         self.temperature, self.shift, self.ranks, self.chunk = temperature, shift, ranks, chunk
+        self.of_each_rank = of_each_rank
         highest = torch.full_like(target, limit * _BEYOND)
         self._range = _Range(highest, highest * (2 / _BINS))
 
@@ -212,7 +215,8 @@ class RankedLogits:
     def _size_for_batch(self, rule: BatchMass) -> Tensor:
         """The number of classes that a batch's mean probability asks for, scalar."""
         share = self._mean_probability()
-        largest = self.ranks.gather(share, self.ranks.sizes(len(share))).sort(descending=True).values
+        sizes = self.ranks.sizes(len(share)) if self.of_each_rank is None else self.of_each_rank
+        largest = self.ranks.gather(share, sizes).sort(descending=True).values
         reached = largest.double().cumsum(0)[:: rule.step].contiguous()
         return 1 + rule.step * torch.searchsorted(reached, rule.mass)
 

@@ -6,7 +6,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from arcface_kd.distributed.class_shard import ShardPositions, positions_in_shard
+from arcface_kd.distributed.class_shard import ClassShard, ShardPositions, positions_in_shard
 from arcface_kd.distributed.ranks import RankGroup
 from arcface_kd.losses.fused import fused
 
@@ -27,6 +27,7 @@ class ClassWeights:
         targets: where the labels of the step's batch are, if the caller has found it for several losses.
         units: (C, D) the normalised centers in ``product_dtype``, where the caller keeps them; None makes them in every
             pass.
+        num_classes: of the whole data set; None where the caller does not say, and ranks ask each other if they must.
     """
 
     centers: Tensor
@@ -37,11 +38,19 @@ class ClassWeights:
     product_dtype: torch.dtype | None = None
     targets: "Targets | None" = None
     units: Tensor | None = None
+    num_classes: int | None = None
 
     @property
     def visited(self) -> int:
         """Number of classes that take part."""
         return self.centers.shape[0] if self.index is None else self.index.shape[0]
+
+    def of_each_rank(self) -> list[int] | None:
+        """How many classes each rank holds; None where the caller did not say."""
+        if self.num_classes is None:
+            return None
+        world_size = self.ranks.world_size
+        return [ClassShard(self.num_classes, rank, world_size).size for rank in range(world_size)]
 
     def tensors(self) -> tuple[Tensor, Tensor | None, Tensor | None]:
         """What a backward pass must save of it, see :meth:`with_tensors`."""

@@ -158,6 +158,7 @@ class _LogitDistillation(torch.autograd.Function):
                 split.teacher_shift if by_teacher else split.student_shift,
                 ranks,
                 setting.passing,
+                weights.of_each_rank(),
             ).thresholds(grouping.rule)
             split = split._replace(threshold=threshold)
         secondary = grouping is not None and grouping.secondary

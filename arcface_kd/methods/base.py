@@ -120,6 +120,7 @@ class RunContext:
             self.product_dtype,
             targets=None if classes is None else classes.targets,
             units=units,
+            num_classes=self.num_classes,
         )
 
 
