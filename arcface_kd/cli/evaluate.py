@@ -50,6 +50,11 @@ def add_commands(commands: Commands) -> None:
         help="networks of your own that the runs trained; they are imported",
     )
 
+    _add_eval(commands)
+    _add_export(commands)
+
+
+def _add_eval(commands: Commands) -> None:
     judge = commands.add(
         "eval",
         _eval,
@@ -77,6 +82,8 @@ def add_commands(commands: Commands) -> None:
     judge.add_argument("--out", metavar="FILE", type=Path, help="write the numbers as JSON, one object a row")
     judge.add_argument("--batch-size", type=int, default=128, help="images a forward pass (default: 128)")
 
+
+def _add_export(commands: Commands) -> None:
     export = commands.add(
         "export",
         _export,

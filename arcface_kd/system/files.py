@@ -181,3 +181,22 @@ def run_lock(folder: Path) -> Iterator[None]:
         ) from None
     with held:
         yield
+
+
+def reserve_space(stream: IO[bytes], size: int) -> None:
+    """Make a file of zeros that has its room on the disk, where the file system can promise that.
+
+    Args:
+        stream: the file, open for writing; what it holds is lost.
+        size: in bytes.
+    """
+    stream.truncate(0)
+    try:
+        os.posix_fallocate(stream.fileno(), 0, size)
+    except AttributeError:  # macOS and Windows have no such call
+        stream.truncate(size)
+    except OSError as error:
+        if error.errno not in (errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL):
+            raise
+        stream.truncate(size)
+    os.fsync(stream.fileno())

@@ -86,20 +86,9 @@ def write_dataset(
         ConfigError: a number out of range.
         DataError: ``out`` cannot be written.
     """
-    smallest = {
-        "identities": 2,
-        "images_per_identity": 1,
-        "pairs": 1,
-        "heldout_identities": 2,
-        "seed": 0,
-        "processes": 1,
-    }
-    asked = dict(
-        zip(smallest, (identities, images_per_identity, pairs, heldout_identities, seed, processes), strict=True)
-    )
-    for name, value in asked.items():
-        if value < smallest[name]:
-            raise ConfigError(f"{name} is {value}; it must be at least {smallest[name]}")
+    _require_at_least(2, identities=identities, heldout_identities=heldout_identities)
+    _require_at_least(1, images_per_identity=images_per_identity, pairs=pairs, processes=processes)
+    _require_at_least(0, seed=seed)
     first_heldout = identities if heldout_from is None else heldout_from
     if first_heldout < identities:
         raise ConfigError(f"heldout_from is {heldout_from}; it must be at least the {identities} training identities")
@@ -138,3 +127,9 @@ def write_dataset(
     write_pair_identities(
         folder / "synthetic.bin", [str(first_heldout + person) for person in persons.ravel().tolist()]
     )
+
+
+def _require_at_least(smallest: int, **numbers: int) -> None:
+    for name, value in numbers.items():
+        if value < smallest:
+            raise ConfigError(f"{name} is {value}; it must be at least {smallest}")

@@ -35,7 +35,7 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from arcface_kd.errors import TeacherError
-from arcface_kd.system.files import atomic_write
+from arcface_kd.system.files import atomic_write, reserve_space
 from arcface_kd.teachers.base import Teacher
 
 _FORMAT = 1
@@ -212,7 +212,7 @@ class EmbeddingCache:
                     "delete it"
                 )
             try:
-                _reserve(stream, self.size)
+                reserve_space(stream, self.size)
                 with atomic_write(self._header) as header:
                     header.write((json.dumps(self._identity, indent=2) + "\n").encode())
             except OSError as error:
@@ -434,20 +434,6 @@ def _holds_anything(stream: IO[bytes]) -> bool:
         if np.frombuffer(block, np.uint8).any():
             return True
     return False
-
-
-def _reserve(stream: IO[bytes], size: int) -> None:
-    """Make a file of zeros that has its room on the disk, where the file system can promise that."""
-    stream.truncate(0)
-    try:
-        os.posix_fallocate(stream.fileno(), 0, size)
-    except AttributeError:  # macOS and Windows have no such call
-        stream.truncate(size)
-    except OSError as error:
-        if error.errno not in (errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL):
-            raise
-        stream.truncate(size)
-    os.fsync(stream.fileno())
 
 
 def _write_at(stream: FileIO, offset: int, data: bytes) -> None:
