@@ -534,9 +534,9 @@ def _make(path: str, module: str, name: str, wrap: Callable[..., Any]) -> None:
     ("module", "name", "wrap"),
     [
         ("embedding_cache", "_lock", _kill_before),
-        ("embedding_cache", "_reserve", _kill_before),
+        ("embedding_cache", "reserve_space", _kill_before),
         ("os", "posix_fallocate", _kill_half_way),
-        ("embedding_cache", "_reserve", _kill_after),
+        ("embedding_cache", "reserve_space", _kill_after),
         ("Path", "replace", _kill_before),
         ("Path", "replace", _kill_after),
     ],
