@@ -10,7 +10,7 @@ import importlib
 import logging
 import warnings
 from collections.abc import Callable
-from typing import ParamSpec, TypeVar
+from typing import Any, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
@@ -78,13 +78,13 @@ def _compiled(function: Callable[P, R]) -> Callable[P, R]:
 
 @functools.cache
 def _compiles() -> bool:
-    """Whether kernels can be compiled here, found by compiling one."""
+    """Whether kernels can be compiled here, found by compiling two: one as ``torch.compile`` does, one by hand."""
     try:
-        importlib.import_module("triton")
         with warnings.catch_warnings():
-            # The compiler's own, of its imports and of TF32: no errors, where a run makes errors of warnings.
+            # Told once a process, and about what the head does not do: TF32, the defaults of Triton's next release.
             warnings.simplefilter("ignore")
-            torch.compile(_probe, dynamic=True)(torch.ones(2, device="cuda"))
+            values = torch.compile(_probe, dynamic=True)(torch.ones(2, device="cuda"))
+            _probe_by_kernel(importlib.import_module("triton"))[(1,)](values)
     except Exception as error:
         # Whatever a compiler that is missing or broken raises: nothing but time depends on it.
         _warn("no kernels can be compiled here", error)
@@ -94,6 +94,15 @@ def _compiles() -> bool:
 
 def _probe(values: Tensor) -> Tensor:
     return values.exp() + 1
+
+
+def _probe_by_kernel(triton: Any) -> Any:
+    tl = importlib.import_module("triton.language")
+
+    def probe_kernel(values):  # type: ignore[no-untyped-def]
+        tl.store(values, tl.load(values) + 1)
+
+    return triton.jit(probe_kernel)
 
 
 def _warn(what: str, error: Exception) -> None:

@@ -6,10 +6,11 @@
 
 import importlib
 import sys
+from typing import Any
 
 import torch
 
-from arcface_kd.losses import angle_sums, narrow_products
+from arcface_kd.losses import angle_sums, fused, narrow_products
 from arcface_kd.losses.embedding_losses import inner_products
 from arcface_kd.losses.narrow_products import WEIGHT_SCALE, RunningSoftmax
 
@@ -66,8 +67,11 @@ def kernels_compile() -> None:
     triton = importlib.import_module("triton")
     compiler = importlib.import_module("triton.compiler")
     target = importlib.import_module("triton.backends.compiler").GPUTarget
+    cases: list[tuple[Any, dict[str, str], dict[str, int]]] = [
+        (fused._probe_by_kernel(triton), {"values": "*fp32"}, {})
+    ]
     numbers = dict.fromkeys(angle_sums.kernel().arg_names[:10], "*fp32")
-    cases = [(angle_sums.kernel(), {**numbers, "vertices": "i32", "batch": "i32"}, {"ROWS": 32, "COLUMNS": 64})]
+    cases += [(angle_sums.kernel(), {**numbers, "vertices": "i32", "batch": "i32"}, {"ROWS": 32, "COLUMNS": 64})]
     for narrow in ("*fp16", "*bf16", "*fp32"):
         signature = {"logits": "*fp32", "weights": narrow, "position": "*i64", "shift": "*fp32", "total": "*fp32"}
         signature |= {"fade": "*fp32", "classes": "i32", "first": "i32", "threshold": "fp32", "scale": "fp32"}

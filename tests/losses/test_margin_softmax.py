@@ -12,8 +12,10 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.nn.functional import normalize
 
+from arcface_kd.losses import margin_softmax as margin_softmax_module
 from arcface_kd.losses.class_chunks import chunk_size
 from arcface_kd.losses.class_weights import inverse_norm
+from arcface_kd.losses.gradients import in_embeddings_alone
 from arcface_kd.losses.margin import Margin
 from arcface_kd.losses.margin_softmax import margin_softmax
 from tests.reference.margin_softmax import dense_margin_softmax
@@ -511,3 +513,23 @@ def test_margins_that_are_not_one_a_row_are_named() -> None:
     problem = random_problem(18)
     with pytest.raises(ValueError, match=r"row_m2 \(3,\) must be one a row of embeddings \(12, 6\)"):
         margin_softmax(problem.embeddings, problem.labels, problem.centers, ARCFACE, row_m2=torch.zeros(3))
+
+
+@pytest.mark.parametrize("product_dtype", [None, torch.float16])
+def test_the_embeddings_gradient_alone_takes_no_second_pass(
+    product_dtype: torch.dtype | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    problem = random_problem(5, batch=6, classes=11, dtype=torch.float32)
+    embeddings, centers = problem.embeddings.requires_grad_(), problem.centers.requires_grad_()
+    loss = margin_softmax(embeddings, problem.labels, centers, ARCFACE, product_dtype=product_dtype)
+    wanted, _ = torch.autograd.grad(loss, [embeddings, centers], retain_graph=True)
+
+    def refused(*arguments: object) -> Tensor:
+        raise AssertionError("a second pass over the classes")
+
+    monkeypatch.setattr(margin_softmax_module, "gradient_in_centers", refused)
+    with in_embeddings_alone():
+        (met,) = torch.autograd.grad(loss, embeddings, retain_graph=True)
+    assert torch.equal(met, wanted)
+    with pytest.raises(AssertionError, match="second pass"):
+        loss.backward()
