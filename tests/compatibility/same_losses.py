@@ -4,8 +4,8 @@ r"""Train every method for a few steps in two checkouts, and compare what they l
 
 Each checkout needs a ``.venv`` with the package installed. Only the command line is used, so modules may have moved.
 The exit code is 0 when nothing differs. Losses are equal to the last bit only on one machine with one torch. Commit
-665d537 changed GKD's groups on purpose: compare GKD with that one or a later one. Commit 6e4d5c9 changed the order of
-EKD's sums: it differs from earlier ones in the last digits.
+665d537 changed GKD's groups on purpose: compare GKD with that one or a later one. Commits 6e4d5c9 and
+f347423 changed the order of the sums of EKD and RKD: these differ from earlier ones in the last digits.
 """
 
 import argparse

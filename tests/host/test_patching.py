@@ -420,7 +420,7 @@ class TestShipping:
         (wheel,) = tmp_path.glob("arcface_kd-*.whl")
         with zipfile.ZipFile(wheel) as archive:
             archive.extractall(site)
-        probe = "from arcface_kd import patching; print(patching.patches_folder(), *patching.available_patches())"
+        probe = "from arcface_kd.host import patching; print(patching.patches_folder(), *patching.available_patches())"
         run = subprocess.run([sys.executable, "-c", probe], cwd=site, check=True, capture_output=True, text=True)
         assert run.stdout.split() == [str(site / "arcface_kd" / "patches"), *sorted(NAMES)]
         for name in NAMES:
