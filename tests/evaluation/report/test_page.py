@@ -21,7 +21,7 @@ from arcface_kd.training.trainer import train
 from tests.browser import Page, find_browser, open_browser
 from tests.evaluation.runs import DIMENSION, NETWORK, write_run
 from tests.host.trainer.faces import Faces, draw_faces
-from tests.training.test_trainer import config_for
+from tests.training.runs import config_for
 
 _VOID = {"meta", "link", "img", "source", "br"}
 # A name that would break the page or the table, were it not escaped.
