@@ -24,7 +24,7 @@ logger = logging.getLogger(__name__)
 
 
 def fused(kernels: int = 1) -> Callable[[Callable[P, R]], Callable[P, R]]:
-    """Mark a function of tensors and constants, without side effects, as one that a GPU may run in a few kernels.
+    """Mark a function of tensors and constants, which changes nothing but its arguments, for few kernels on a GPU.
 
     Args:
         kernels: how many: one, and one more for each sum over the whole batch that others wait for.

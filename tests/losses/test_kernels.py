@@ -82,8 +82,11 @@ def _results(name: str, options: dict[str, object], folder: Path, sample_rate: f
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("sample_rate", [1.0, 0.3])
-@pytest.mark.parametrize(("name", "options"), CASES, ids=str)
+@pytest.mark.parametrize(
+    ("name", "options", "sample_rate"),
+    [*((*case, 1.0) for case in CASES), ("adadistill", {}, 0.3), ("kd", {}, 0.3)],
+    ids=str,
+)
 def test_fused_functions_are_one_graph_each_and_change_nothing(
     name: str, options: dict[str, object], sample_rate: float, tmp_path: Path, request: pytest.FixtureRequest
 ) -> None:
