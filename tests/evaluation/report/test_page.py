@@ -55,7 +55,8 @@ def teacher(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def runs(faces: Faces, teacher: Path, tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
     """One of the compact trainer with AdaDistill, one as the host leaves it, one with nothing but its model."""
     folder = tmp_path_factory.mktemp("runs")
-    config = config_for(faces, folder / "adadistill", num_epoch=1, embedding_size=DIMENSION, batch_size=4)
+    keys = {"network": NETWORK, "embedding_size": DIMENSION, "batch_size": 4}
+    config = config_for(faces, folder / "adadistill", num_epoch=1, **keys)
     train(config, distiller=Distiller(KDConfig(methods=("adadistill",)), load_teacher(teacher)))
     host = write_run(folder / ODD, {"rec": faces.folder, "kd": "mine"}, SCALARS, seed=1)
     bare = write_run(folder / "bare", {"rec": faces.folder}, seed=2)
