@@ -86,7 +86,7 @@ def test_it_is_listed_and_trains_beside_a_built_in_method(example: Path, tmp_pat
     assert (tmp_path / "run" / "model.pt").is_file()
     refused = _run(tmp_path, [example], "train", "small.py", *kd, "--kd-option", "similarity.weight=-1")
     assert refused.returncode == 2
-    assert refused.stderr == "arcface-kd: similarity: weight is -1.0; it must be at least 0\n"
+    assert refused.stderr == "arcface-kd: similarity.weight is '-1'; it must be a finite number, at least 0\n"
 
 
 def test_two_installed_distributions_that_claim_one_name_are_both_named(example: Path, tmp_path: Path) -> None:

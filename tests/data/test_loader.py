@@ -333,7 +333,7 @@ def test_the_drop_in_is_called_as_the_host_calls_it(faces: RecordDataset) -> Non
 def test_num_classes_is_held_against_the_labels(faces: RecordDataset) -> None:
     folder = str(faces.reader.rec_path.parent)
     assert len(get_dataloader(folder, 0, 2, num_workers=0, num_classes=3)) == 5
-    with pytest.raises(DataError, match="num_classes is 2; set num_classes to 3"):
+    with pytest.raises(DataError, match=r"num_classes is 2.*set num_classes to 3"):
         get_dataloader(folder, 0, 2, num_workers=0, num_classes=2)
 
 

@@ -145,7 +145,7 @@ def test_the_others_end_and_say_why(faces: Faces, tmp_path: Path, how: str, bad_
 
 
 # What goes on besides steps: a function that is called there, and how often before it fails.
-VERIFYING = ("arcface_kd.training.trainer:evaluate", 1)
+VERIFYING = ("arcface_kd.training.run:evaluate", 1)
 CHECKPOINTING = ("arcface_kd.checkpoints.files:save_tensors", 1)
 DECODING = ("arcface_kd.data.dataset:decode_rgb", 5)
 MAKING = ("arcface_kd.teachers.cache.embedding_cache:EmbeddingCache.__init__", 1)
@@ -274,7 +274,7 @@ def test_what_any_command_lacks_is_one_line(
     def fail(arguments: object) -> None:
         raise error
 
-    monkeypatch.setattr(cli, "_methods", fail)
+    monkeypatch.setattr("arcface_kd.cli.host._methods", fail)
     assert cli.main(["methods"]) == 2
     printed = capsys.readouterr().err
     assert message in printed

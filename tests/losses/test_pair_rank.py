@@ -139,4 +139,4 @@ def step_over_many(batch: int) -> Callable[[], object]:
 @pytest.mark.skipif(not can_measure(torch.device("cpu")), reason="this system does not tell a process its peak")
 def test_memory_is_linear_in_the_batch() -> None:
     """2,048 rows have two million pairs, of which each took 300 bytes when they were all there at once."""
-    assert peak_mb(step_over_many, torch.device("cpu"), 2048) < 250
+    assert peak_mb(step_over_many, torch.device("cpu"), 2048) < 400

@@ -26,7 +26,7 @@ def read_records(path: Path) -> None:
 
 
 READERS: dict[str, Callable[[Path], Any]] = {
-    **{"train.rec": read_records, "train.idx": read_records, "property": read_records},
+    **{"train.rec": read_records, "train.idx": read_records},
     **{"pairs.bin": read_bin, "identity/1.jpg": read_image_folder, "faces.txt": _lines, "model.onnx": read_bytes},
 }
 
