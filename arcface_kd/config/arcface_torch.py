@@ -129,6 +129,7 @@ def load_config(name: str, overrides: Mapping[str, object] | None = None) -> Eas
 # Keys that a config file sets and the base does not, with their types.
 RUN_KEYS: dict[str, Any] = {
     "rec": str,
+    "rec_identities": str,
     "num_classes": int,
     "num_image": int,
     "num_epoch": int,
@@ -146,7 +147,7 @@ def _override(config: Mapping[str, Any], key: str, value: object) -> object:
     kind = RUN_KEYS.get(key) or type(BASE[key])
     if not isinstance(value, str):
         return value
-    if kind in (list, tuple):
+    if kind in (list, tuple) or (key == "rec" and value.startswith("[")):
         parts = [part.strip() for part in value.strip("()[] ").split(",") if part.strip()]
         return tuple(convert(part, float, key) for part in parts) if kind is tuple else parts
     if key in ("sample_rate", "interclass_filtering_threshold"):

@@ -2,6 +2,7 @@
 
 import os
 from abc import ABC, abstractmethod
+from functools import cached_property
 from pathlib import Path
 from typing import NamedTuple
 
@@ -104,6 +105,11 @@ class FaceDataset(Dataset[Sample], ABC):
         """
         return np.fromiter((self.label(index) for index in range(len(self))), np.int64, len(self))
 
+    @cached_property
+    def found_classes(self) -> int:
+        """The largest label and one: the number of classes that the labels make."""
+        return 1 + int(self.labels().max(initial=-1))
+
     def image_bytes(self, index: int) -> bytes:
         """The encoded image, as it is stored.
 
@@ -205,7 +211,6 @@ class RecordDataset(FaceDataset):
 
     Attributes:
         stated_classes: the number of classes that the file ``property`` states, or None.
-        found_classes: the largest label and one, where ``num_classes`` is given.
 
     Args:
         root: the folder.
@@ -232,10 +237,14 @@ class RecordDataset(FaceDataset):
         self._reader = RecordReader(folder / "train.rec", folder / "train.idx")
         self._records = RecordLabels(self._reader, num_classes)
         self._images = find_images(self._reader, on_bad_record)
-        self.found_classes: int | None = None
         if num_classes is not None:
-            labels = self._records.read_all(self._images, on_bad_record)
-            self.found_classes = 1 + max((int(found.max(initial=-1)) for _, found in labels), default=-1)
+            _ = self.found_classes
+
+    @cached_property
+    def found_classes(self) -> int:
+        """The largest label and one, found in one pass over the file."""
+        labels = self._records.read_all(self._images, self.on_bad_record)
+        return 1 + max((int(found.max(initial=-1)) for _, found in labels), default=-1)
 
     @property
     def reader(self) -> RecordReader:
@@ -352,6 +361,10 @@ class SyntheticDataset(FaceDataset):
     def where(self, index: int) -> str:
         """The name of the data set and the index."""
         return f"synthetic image {index}"
+
+    def labels(self) -> np.ndarray:
+        """The labels of all images, int64 (N,)."""
+        return np.ones(len(self), dtype=np.int64)
 
     def _load(self, index: int) -> tuple[int, bytes]:
         import cv2

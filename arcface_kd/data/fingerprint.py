@@ -6,6 +6,7 @@ import os
 import numpy as np
 
 from arcface_kd.data.dataset import FaceDataset, FolderDataset, RecordDataset
+from arcface_kd.data.joined import JoinedDataset
 from arcface_kd.errors import BadRecordError, DataError
 
 _SAMPLES = 256
@@ -19,6 +20,8 @@ def shows_two_views(dataset: FaceDataset) -> bool:
     Args:
         dataset: any.
     """
+    if isinstance(dataset, JoinedDataset):
+        return all(map(shows_two_views, dataset.sets))
     return type(dataset) in (RecordDataset, FolderDataset)
 
 
@@ -27,11 +30,11 @@ def fingerprint(dataset: FaceDataset) -> str:
 
     Records: every key, every byte offset and with it every record's length, and the bytes of 256 images spread over the
     set. Folders: every file's place and length, and the bytes of 256. Reading all of a set would take as long as an
-    epoch; an image that was exchanged for another one of exactly its length, none of the 256, is not noticed. Labels
-    do not count, since embeddings do not depend on them.
+    epoch; an image that was exchanged for another one of exactly its length, none of the 256, is not noticed. Of
+    several sets each one's. Labels do not count, since embeddings do not depend on them.
 
     Args:
-        dataset: records or a folder.
+        dataset: records, a folder, or several of them.
 
     Returns:
         64 characters.
@@ -46,6 +49,8 @@ def fingerprint(dataset: FaceDataset) -> str:
             f"{type(dataset).__name__} does not keep images that are shown plain or mirrored and in no other way, so "
             "embeddings of them cannot be cached: leave kd_cache unset"
         )
+    if isinstance(dataset, JoinedDataset):
+        return hashlib.sha256(" ".join(map(fingerprint, dataset.sets)).encode()).hexdigest()
     digest = _outlined(dataset)
     if isinstance(dataset, FolderDataset):
         _add_files(digest, dataset)
@@ -65,8 +70,8 @@ def outline(dataset: FaceDataset) -> str:
     """A digest of a data set's images and their order, found without reading any of them.
 
     Args:
-        dataset: records, whose keys and places count, or a folder, whose identities' names count; of others their
-            number.
+        dataset: records, whose keys and places count, or a folder, whose identities' names count; several of them,
+            whose people's numbers count too; of others their number.
     """
     return _outlined(dataset).hexdigest()
 
@@ -78,6 +83,9 @@ def _outlined(dataset: FaceDataset) -> "hashlib._Hash":
         digest.update(dataset.reader.offsets[dataset.reader.find(dataset.keys)].tobytes())
     elif isinstance(dataset, FolderDataset):
         digest.update("\0".join(dataset.names).encode(errors="surrogateescape"))
+    elif isinstance(dataset, JoinedDataset):
+        for faces, labels in zip(dataset.sets, dataset.label_maps, strict=True):
+            digest.update(outline(faces).encode() + labels.tobytes())
     return digest
 
 

@@ -11,7 +11,8 @@ from torch import distributed
 from torch.utils.data import DataLoader, Dataset, get_worker_info
 
 from arcface_kd.data.bad_records import BadRecord, SkippedRecords
-from arcface_kd.data.dataset import IMAGE_SIZE, FaceDataset, View, open_dataset
+from arcface_kd.data.dataset import IMAGE_SIZE, FaceDataset, View
+from arcface_kd.data.joined import Rec, open_rec
 from arcface_kd.data.sampler import ViewSampler
 from arcface_kd.errors import ConfigError, DataError, OnBadRecord
 from arcface_kd.system.console import errors_only
@@ -254,7 +255,7 @@ def _shared_seed(seed: int | None) -> int:
 
 
 def get_dataloader(
-    root_dir: str,
+    root_dir: Rec,
     local_rank: int,
     batch_size: int,
     dali: bool = False,
@@ -265,13 +266,14 @@ def get_dataloader(
     num_classes: int | None = None,
     drop_last: bool = True,
     on_bad_record: OnBadRecord = "stop",
+    identities: str | None = None,
 ) -> FaceLoader:
     """Open the training data: a drop-in for the host's function of this name.
 
     Rank and world size are those of the default process group, or 0 and 1 without one.
 
     Args:
-        root_dir: see ``open_dataset``.
+        root_dir: one data set or several, see ``open_rec``.
         local_rank: the rank's number on its machine; chooses the GPU, where there is one.
         batch_size: records a batch on this rank.
         dali: NVIDIA's loader, which this function does not offer.
@@ -283,6 +285,7 @@ def get_dataloader(
         on_bad_record: what becomes of a record or image that cannot be read: ``stop`` ends the run and names it;
             ``skip`` shows the next good one in its place, and tells at the end of each epoch which ones were passed
             over on all ranks, which then must all go through it.
+        identities: a table of the people who occur in several data sets, see ``read_identities``.
 
     Returns:
         The loader.
@@ -297,7 +300,7 @@ def get_dataloader(
     rank, world_size = (distributed.get_rank(), distributed.get_world_size()) if grouped else (0, 1)
     # What is odd about the data is told once.
     with nullcontext() if rank == 0 else errors_only("arcface_kd.data"):
-        dataset = open_dataset(root_dir, num_classes, on_bad_record)
+        dataset = open_rec(root_dir, num_classes, on_bad_record, identities)
     sampler = ViewSampler(len(dataset), rank=rank, world_size=world_size, seed=_shared_seed(seed))
     return FaceLoader(
         dataset,

@@ -13,7 +13,7 @@ from torch import nn
 
 from arcface_kd.backbones import OWN, get_backbone
 from arcface_kd.config.kd import KDConfig
-from arcface_kd.data.dataset import RecordDataset
+from arcface_kd.data.dataset import RecordDataset, SyntheticDataset
 from arcface_kd.data.loader import FaceLoader
 from arcface_kd.data.loader import get_dataloader as open_loader
 from arcface_kd.distillation.distiller import Distiller
@@ -108,11 +108,11 @@ def _compare_with_data(config: Mapping[str, Any], loader: FaceLoader) -> None:
             f"num_image={there}"
         )
     classes = config.get("num_classes")
-    if classes is not None and isinstance(faces, RecordDataset):
+    if classes is not None and not isinstance(faces, SyntheticDataset):
         found = faces.found_classes
         if classes != found:
             told.append(f"num_classes is {classes}, but the labels make {found} classes; set num_classes={found}")
-        if faces.stated_classes not in (None, found):
+        if isinstance(faces, RecordDataset) and faces.stated_classes not in (None, found):
             told.append(f"the file `property` states {faces.stated_classes} classes, but the labels make {found}")
     if told:
         logger.warning("%s", "; ".join(told))
@@ -257,19 +257,26 @@ class _Makers:
 
     def get_dataloader(self, *args: Any, **kwargs: Any) -> Any:
         """This package's loader, or the trainer's own for DALI and ``kd_loader=host``."""
-        given = bind(self.host_loader, open_loader, args, kwargs, _LOADER)
+        given, config = bind(self.host_loader, open_loader, args, kwargs, _LOADER), self.config()
+        # In the host, rec names the first of several sets.
+        rec = given["root_dir"] = config.get("rec_sets") or given["root_dir"]
+        identities = config.get("rec_identities")
         if self.shared.kd.loader == "host" or (given.get("dali") and self.host_loader is not None):
             if self.host_loader is None:
                 raise ConfigError("kd_loader=host needs the host: run train_v2.py, or leave it out")
+            if "rec_sets" in config:
+                raise ConfigError(
+                    f"the trainer's own loader reads one data set, but rec is {rec}: leave kd_loader=host and dali out"
+                )
             self._tell_what_is_off("DALI" if given.get("dali") else "the trainer's loader")
             return self.host_loader(*args, **kwargs)
         if self.host_loader is not None:
             logger.info(
                 "images are read by arcface_kd, not by the trainer's dataset.py; kd_loader=host lets it read them"
             )
-        num_classes, on_bad_record = self.config().get("num_classes"), self.shared.kd.on_bad_record
-        loader = open_loader(**given, num_classes=num_classes, on_bad_record=on_bad_record)
-        _compare_with_data(self.config(), loader)
+        num_classes, on_bad_record = config.get("num_classes"), self.shared.kd.on_bad_record
+        loader = open_loader(**given, num_classes=num_classes, on_bad_record=on_bad_record, identities=identities)
+        _compare_with_data(config, loader)
         self.shared.use_cache(loader)
         return loader
 

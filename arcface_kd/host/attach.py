@@ -19,6 +19,7 @@ import torch
 from arcface_kd.config.arcface_torch import reading_config
 from arcface_kd.config.flags import flags_of, merge_arguments, refuse_flags_without_method
 from arcface_kd.config.kd import KDConfig
+from arcface_kd.data.joined import folders_of
 from arcface_kd.distillation.drop_ins import DropIns, drop_ins
 from arcface_kd.distributed.ranks import RankGroup
 from arcface_kd.errors import ConfigError
@@ -71,6 +72,20 @@ def _go_to_next_run(config: dict[str, Any], recipe: type[Recipe]) -> None:
     config.update(stage.changes)
     if RankGroup().rank == 0:
         print(stage, flush=True)
+
+
+def _keep_sets(config: dict[str, Any]) -> None:
+    """Give the trainer the first of several record sets, beside which it looks for verification sets."""
+    rec = config.get("rec_sets") or config.get("rec", "")
+    if isinstance(rec, str) and config.get("rec_identities") is None:
+        return
+    if not config.get("kd"):
+        raise ConfigError(
+            f"rec is {rec}: arcface_torch alone reads one data set and no rec_identities; set kd, or run `arcface-kd "
+            "train`"
+        )
+    sets = folders_of(rec)
+    config.update(rec=sets[0], rec_sets=sets)
 
 
 def _running_trainer() -> types.ModuleType:
@@ -162,6 +177,7 @@ def attach(
             host.__dict__[_COPIED] = recipe
     if recipe is not None:
         _go_to_next_run(config, recipe)
+    _keep_sets(config)
     if not config.get("kd"):
         # A flag has switched off what a copied config asks for.
         for name, value in host.__dict__.pop("_arcface_kd_replaced", {}).items():

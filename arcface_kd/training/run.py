@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from arcface_kd.data.formats.verification_bin import VerificationSet
+from arcface_kd.data.joined import folders_of
 from arcface_kd.distillation.drop_ins import DropIns
 from arcface_kd.errors import ConfigError, DataError, NumberError, first_line
 from arcface_kd.evaluation.verification import VerificationResult, evaluate, read_pairs
@@ -140,12 +141,12 @@ class Run:
         return torch.optim.AdamW(groups, lr=config.lr, weight_decay=config.weight_decay)
 
     def _verification_sets(self) -> list[VerificationSet]:
-        """The verification sets beside the records; a missing one is logged, since few people have all."""
+        """The verification sets beside the first records; a missing one is logged, since few people have all."""
         if self.rank != 0:
             return []
         sets = []
         for name in self.config.val_targets:
-            path = Path(self.config.rec) / f"{name}.bin"
+            path = Path(folders_of(self.config.rec)[0]) / f"{name}.bin"
             if path.is_file():
                 sets.append(read_pairs(path))
             else:

@@ -38,7 +38,7 @@ _CANNOT_WRITE = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG, errno.EIO
 _IS_GONE = (errno.ENOENT, errno.ENOTDIR, errno.ESTALE)
 
 # Values may differ between machines; all ranks set these keys, or none does.
-_OF_MACHINES = ("rec", "num_workers")
+_OF_MACHINES = ("rec", "rec_identities", "num_workers")
 
 
 @dataclass(frozen=True)

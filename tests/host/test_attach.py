@@ -31,6 +31,7 @@ from arcface_kd.methods.recipe import Stage
 from arcface_kd.methods.shkd.method import SHKD
 from arcface_kd.teachers.base import Teacher, load_teacher
 from arcface_kd.teachers.options import TeacherOptions
+from tests.data.record_sets import insightface_records, write_records
 from tests.host.trainer.faces import draw_faces
 from tests.networks import Tiny
 
@@ -531,6 +532,22 @@ def test_the_host_s_data_set_is_kept_when_asked_for(tmp_path: Path) -> None:
         made(tmp_path, keys={"kd_loader": "host"}).get_dataloader("there", 0, 4)
     with pytest.raises(ConfigError, match="kd_cache"):
         made(tmp_path, keys={"kd_loader": "host", "kd_cache": "rows"})
+
+
+def test_several_record_sets_are_joined_and_the_trainer_sees_the_first(
+    trainer: types.ModuleType, loaded: list[object], tmp_path: Path
+) -> None:
+    sets = [str(write_records(tmp_path / name, insightface_records([4, 4]))) for name in ("one", "two")]
+    config = config_of(tmp_path, rec=sets, num_classes=4, num_image=16, kd="adadistill", kd_teacher="r50.pt")
+    attach(config, trainer=trainer)
+    assert config.rec == sets[0]
+    loader = trainer.get_dataloader(config.rec, 0, 4, num_workers=0)
+    assert loader.faces.labels().tolist() == [0] * 4 + [1] * 4 + [2] * 4 + [3] * 4
+    with pytest.raises(ConfigError, match="rec"):
+        attach(config, parse("--kd", ""), trainer)
+    own = made(tmp_path, host_loader=host_get_dataloader, keys={"kd_loader": "host", "rec_sets": sets})
+    with pytest.raises(ConfigError, match="kd_loader"):
+        own.get_dataloader(sets[0], 0, 4)
 
 
 def test_a_head_of_the_trainer_s_own_ends_the_run_before_its_first_step(tmp_path: Path) -> None:

@@ -43,7 +43,8 @@ RUNS = 3
 
 # What decides how a run comes out; the rest of a config may change between a run and its end.
 _DECIDING = (
-    *("rec", "num_classes", "num_image", "num_epoch", "warmup_epoch", "network", "embedding_size", "margin_list"),
+    *("rec", "rec_identities", "num_classes", "num_image", "num_epoch", "warmup_epoch", "network", "embedding_size"),
+    "margin_list",
     *("sample_rate", "interclass_filtering_threshold", "batch_size", "optimizer", "lr", "momentum", "weight_decay"),
     *("seed", *(key.name for key in KDConfig.keys().values() if key.decides)),
 )

@@ -16,8 +16,9 @@ from tqdm import tqdm
 
 from arcface_kd.config.kd import KDConfig
 from arcface_kd.data.bad_records import SkippedRecords
-from arcface_kd.data.dataset import View, open_dataset
+from arcface_kd.data.dataset import View
 from arcface_kd.data.fingerprint import fingerprint
+from arcface_kd.data.joined import open_rec
 from arcface_kd.data.loader import BatchViews, FaceLoader
 from arcface_kd.data.sampler import ViewSampler
 from arcface_kd.distributed.process_group import process_group
@@ -116,7 +117,7 @@ def fill_cache(config: Mapping[str, Any], *, teacher: Teacher | None = None) -> 
         if torch.cuda.is_available():
             torch.cuda.set_device(local_rank)
         teacher = teacher if teacher is not None else _teacher_of(kd)
-        faces = open_dataset(config["rec"], config.get("num_classes"), kd.on_bad_record)
+        faces = open_rec(config["rec"], config.get("num_classes"), kd.on_bad_record, config.get("rec_identities"))
         identity = identity_of(teacher, fingerprint(faces), len(faces))
         cache = on_first_rank_first(lambda: EmbeddingCache(str(kd.cache), identity))
         device = default_device(local_rank)
