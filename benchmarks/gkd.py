@@ -126,7 +126,7 @@ def dense_step(sizes: Sizes, device: torch.device, group: Group) -> Callable[[],
         student.grad = head.weight.grad = None
         loss = head(student, problem.teacher, problem.labels)
         loss.backward()
-        return loss.item()
+        return float(loss.item())
 
     return step
 

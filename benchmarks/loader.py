@@ -21,6 +21,7 @@ from types import ModuleType
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch.utils.data import DataLoader, Dataset
 
 from arcface_kd.data.dataset import RecordDataset, View
@@ -176,7 +177,7 @@ def _shared_bytes(rec: Path, idx: Path, opened: bool) -> int:
     return total
 
 
-def _use(reader: RecordReader | None, chosen: np.ndarray, pipe: Connection) -> None:
+def _use(reader: RecordReader | None, chosen: NDArray[np.int64], pipe: Connection) -> None:
     if reader is not None:
         keys = chosen * len(reader) // _BYTES_A_RECORD
         assert (reader.find(keys) == keys).all()

@@ -20,6 +20,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from arcface_kd.evaluation.embedding import normalize
 from arcface_kd.evaluation.verification import pair_distances, ten_fold_accuracy, verify
@@ -79,7 +80,7 @@ def host_verification(folder: Path) -> ModuleType:
     return module
 
 
-def some_pairs(count: int, dimension: int) -> tuple[np.ndarray, np.ndarray]:
+def some_pairs(count: int, dimension: int) -> tuple[NDArray[Any], NDArray[Any]]:
     """Normalised embeddings (2P, D), float64, and kinds (P,), in alternating blocks as LFW's, with errors to make."""
     random = np.random.default_rng(0)
     is_same = np.arange(count) // max(1, count // 20) % 2 == 0

@@ -7,7 +7,7 @@ are told by their names alone.
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -87,7 +87,7 @@ class MapPlace:
         if isinstance(value, Tensor) and value.dim() == 3:
             side = math.isqrt(value.shape[1])
             shape = (side, side) if side * side == value.shape[1] else (value.shape[1], 1)
-            return value.transpose(1, 2).unflatten(2, shape)
+            return cast(Tensor, value.transpose(1, 2).unflatten(2, shape))
         what = str(tuple(value.shape)) if isinstance(value, Tensor) else type(value).__name__
         raise ConfigError(f"{self} is no feature map but {what}; wanted (B, C, H, W), or (B, P, C) tokens")
 

@@ -7,6 +7,7 @@ checkpoints (weights and optimizer states) load here with ``strict=True``, and o
 """
 
 from collections.abc import Sequence
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -48,7 +49,7 @@ class ResidualUnit(nn.Module):
         residual = self.conv2(self.prelu(self.bn2(residual)))
         residual = self.bn3(residual)
         residual += features if self.downsample is None else self.downsample(features)
-        return residual
+        return cast(Tensor, residual)
 
 
 class IResNet(FaceBackbone):
@@ -90,11 +91,11 @@ class IResNet(FaceBackbone):
             features = self.prelu(self.bn1(self.conv1(images)))
             for stage in range(1, len(_WIDTHS) + 1):
                 features = self.get_submodule(f"layer{stage}")(features)
-        return features
+        return cast(Tensor, features)
 
     def tail(self, feature_map: Tensor) -> Tensor:
         """Batch norm, dropout, fully connected layer, batch norm: (B, 512, 7, 7) to (B, D)."""
         with self.autocast(feature_map, half=self.fp16):
             flat = self.dropout(torch.flatten(self.bn2(feature_map), 1))
         with self.autocast(feature_map, half=False):
-            return self.features(self.fc(flat.float() if self.fp16 else flat))
+            return cast(Tensor, self.features(self.fc(flat.float() if self.fp16 else flat)))

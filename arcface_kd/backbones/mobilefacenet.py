@@ -12,6 +12,7 @@ either load with ``strict=True``.
 
 from collections import OrderedDict
 from collections.abc import Sequence
+from typing import cast
 
 from torch import Tensor, nn
 
@@ -26,7 +27,7 @@ class _Sum(nn.Sequential):
     """A sequence with a shortcut around it."""
 
     def forward(self, features: Tensor) -> Tensor:
-        return features + super().forward(features)
+        return cast(Tensor, features + super().forward(features))  # type: ignore[no-untyped-call]
 
 
 def _sequence(names: Sequence[str] | None, *modules: nn.Module, shortcut: bool = False) -> nn.Sequential:
@@ -138,12 +139,12 @@ class MobileFaceNet(FaceBackbone):
         with self.autocast(images, half=self.fp16):
             features = self.layers(images)
         with self.autocast(images, half=False):
-            return self.conv_sep(features.float() if self.fp16 else features)
+            return cast(Tensor, self.conv_sep(features.float() if self.fp16 else features))
 
     def tail(self, feature_map: Tensor) -> Tensor:
         """Global depthwise convolution, fully connected layer, batch norm: (B, 512, 7, 7) to (B, D)."""
         with self.autocast(feature_map, half=False):
-            return self.features(feature_map)
+            return cast(Tensor, self.features(feature_map))
 
 
 class NarrowMobileFaceNet(FaceBackbone):
@@ -177,9 +178,9 @@ class NarrowMobileFaceNet(FaceBackbone):
             for name in _ADADISTILL_TRUNK:
                 features = self.get_submodule(name)(features)
         with self.autocast(images, half=False):
-            return self.conv_6_sep(features.float() if self.fp16 else features)
+            return cast(Tensor, self.conv_6_sep(features.float() if self.fp16 else features))
 
     def tail(self, feature_map: Tensor) -> Tensor:
         """Global depthwise convolution, fully connected layer, batch norm: (B, 512, 7, 7) to (B, D)."""
         with self.autocast(feature_map, half=False):
-            return self.output_layer(feature_map)
+            return cast(Tensor, self.output_layer(feature_map))

@@ -10,6 +10,7 @@ flatten, dropout, fully connected layer, batch norm.
 """
 
 from collections.abc import Sequence
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -97,11 +98,11 @@ class ThinResNet(FaceBackbone):
     def feature_map(self, images: Tensor) -> Tensor:
         """Stem and stages: (B, 3, 112, 112) to (B, C, 4, 4), in the half precision type when ``fp16`` is set."""
         with self.autocast(images, half=self.fp16):
-            return self.stages(self.stem(images.contiguous(memory_format=torch.channels_last)))
+            return cast(Tensor, self.stages(self.stem(images.contiguous(memory_format=torch.channels_last))))
 
     def tail(self, feature_map: Tensor) -> Tensor:
         """Batch norm, dropout, fully connected layer, batch norm: (B, C, 4, 4) to (B, D)."""
         with self.autocast(feature_map, half=self.fp16):
             flat = self.dropout(torch.flatten(self.bn2(feature_map), 1))
         with self.autocast(feature_map, half=False):
-            return self.features(self.fc(flat.float() if self.fp16 else flat))
+            return cast(Tensor, self.features(self.fc(flat.float() if self.fp16 else flat)))

@@ -10,6 +10,7 @@ student: the host trains them.
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from functools import partial
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -35,7 +36,7 @@ class _Attention(nn.Module):
         # Attention is float32 whatever surrounds it, as in arcface_torch.
         with FaceBackbone.autocast(tokens, half=False):
             mixed = F.scaled_dot_product_attention(*heads.float().unbind(0))
-        return self.proj(mixed.transpose(1, 2).reshape(batch, count, width))
+        return cast(Tensor, self.proj(mixed.transpose(1, 2).reshape(batch, count, width)))
 
 
 class _Block(nn.Module):
@@ -50,7 +51,7 @@ class _Block(nn.Module):
 
     def forward(self, tokens: Tensor) -> Tensor:
         tokens = tokens + self.attn(self.norm1(tokens))
-        return tokens + self.mlp(self.norm2(tokens))
+        return cast(Tensor, tokens + self.mlp(self.norm2(tokens)))
 
 
 class VisionTransformer(FaceBackbone):
@@ -88,12 +89,12 @@ class VisionTransformer(FaceBackbone):
             tokens = self.patch_embed(images).flatten(2).transpose(1, 2) + self.pos_embed
             tokens = self.blocks(tokens)
         with self.autocast(images, half=False):
-            return self.norm(tokens.float()).transpose(1, 2).unflatten(2, (_SIDE, _SIDE))
+            return cast(Tensor, self.norm(tokens.float()).transpose(1, 2).unflatten(2, (_SIDE, _SIDE)))
 
     def tail(self, feature_map: Tensor) -> Tensor:
         """All tokens in one row, two linear layers with batch norms: (B, width, 12, 12) to (B, D)."""
         with self.autocast(feature_map, half=False):
-            return self.feature(feature_map.flatten(2).transpose(1, 2).flatten(1))
+            return cast(Tensor, self.feature(feature_map.flatten(2).transpose(1, 2).flatten(1)))
 
 
 VITS: Mapping[str, Callable[..., FaceBackbone]] = {

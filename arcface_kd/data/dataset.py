@@ -4,10 +4,11 @@ import os
 from abc import ABC, abstractmethod
 from functools import cached_property
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch.utils.data import Dataset
 
 from arcface_kd.data.bad_records import BadRecord
@@ -93,7 +94,7 @@ class FaceDataset(Dataset[Sample], ABC):
                 raise
             return -1
 
-    def labels(self) -> np.ndarray:
+    def labels(self) -> NDArray[np.int64]:
         """The labels of all images; takes a while where every record has to be looked at.
 
         Returns:
@@ -129,7 +130,7 @@ class FaceDataset(Dataset[Sample], ABC):
             raise IndexError(f"index {index} is out of range: the data set has {len(self)} images")
         return int(index)
 
-    def _decode(self, index: int) -> tuple[int, np.ndarray]:
+    def _decode(self, index: int) -> tuple[int, NDArray[Any]]:
         """Label and uint8 pixels (112, 112, 3) of the plain image."""
         label, payload = self._load(index)
         try:
@@ -137,7 +138,7 @@ class FaceDataset(Dataset[Sample], ABC):
         except DataError as error:
             raise BadRecordError(f"{self.where(index)}: {error}") from None
 
-    def pixels(self, view: View) -> tuple[int, np.ndarray]:
+    def pixels(self, view: View) -> tuple[int, NDArray[Any]]:
         """Decode an image without making a tensor of it.
 
         Args:
@@ -159,7 +160,7 @@ class FaceDataset(Dataset[Sample], ABC):
             pixels = cv2.flip(pixels, 1)
         return label, pixels
 
-    def shown(self, view: View, bad: list[BadRecord]) -> tuple[View, int, np.ndarray]:
+    def shown(self, view: View, bad: list[BadRecord]) -> tuple[View, int, NDArray[Any]]:
         """Decode an image or, where bad records are skipped, the next good one in the order of the data set.
 
         Args:
@@ -252,21 +253,21 @@ class RecordDataset(FaceDataset):
         return self._reader
 
     @property
-    def keys(self) -> np.ndarray:
+    def keys(self) -> NDArray[np.int64]:
         """The record keys of the images, int64 (N,), in the order of the data set."""
         return self._reader.keys[self._images]
 
     def _position(self, index: int) -> int:
         if isinstance(self._images, slice):
-            return self._images.start + index
+            return int(self._images.start + index)
         return int(self._images[index])
 
     def __len__(self) -> int:
         if isinstance(self._images, slice):
-            return self._images.stop - self._images.start
+            return int(self._images.stop - self._images.start)
         return len(self._images)
 
-    def labels(self) -> np.ndarray:
+    def labels(self) -> NDArray[np.int64]:
         """The labels of all images, read in one pass over the file.
 
         Returns:
@@ -327,7 +328,7 @@ class FolderDataset(FaceDataset):
         """The path of an image."""
         return self._paths[index]
 
-    def labels(self) -> np.ndarray:
+    def labels(self) -> NDArray[np.int64]:
         """The labels of all images, int64 (N,)."""
         return self._labels.astype(np.int64)
 
@@ -371,7 +372,7 @@ class SyntheticDataset(FaceDataset):
 
         return 1, cv2.imencode(".png", self._image[..., ::-1])[1].tobytes()
 
-    def _decode(self, index: int) -> tuple[int, np.ndarray]:
+    def _decode(self, index: int) -> tuple[int, NDArray[Any]]:
         return 1, self._image.copy()
 
 

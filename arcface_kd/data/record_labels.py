@@ -1,8 +1,10 @@
 """The labels of records, each checked: one record at a time, or all in one pass over the file."""
 
 from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from arcface_kd.data.formats.record import unpack_label
 from arcface_kd.data.formats.record_scan import read_headers
@@ -54,8 +56,8 @@ class RecordLabels:
         raise self._fault(position, value)
 
     def read_all(
-        self, images: np.ndarray | slice, on_bad_record: OnBadRecord
-    ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        self, images: NDArray[Any] | slice, on_bad_record: OnBadRecord
+    ) -> Iterator[tuple[NDArray[Any], NDArray[Any]]]:
         """Read the labels of all images, in one pass over the file (see ``read_headers`` for what it costs).
 
         Args:

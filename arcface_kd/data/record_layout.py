@@ -3,8 +3,10 @@
 import logging
 from contextlib import suppress
 from itertools import pairwise
+from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from arcface_kd.data.formats.record import RecordHeader, unpack
 from arcface_kd.data.formats.record_scan import read_headers
@@ -14,7 +16,7 @@ from arcface_kd.errors import BadRecordError, DataError, OnBadRecord
 logger = logging.getLogger(__name__)
 
 
-def find_images(reader: RecordReader, on_bad_record: OnBadRecord) -> np.ndarray | slice:
+def find_images(reader: RecordReader, on_bad_record: OnBadRecord) -> NDArray[np.int64] | slice:
     """Find the images among the records.
 
     Two layouts. InsightFace's: record 0 is a header, two labels [n + 1, last + 1] and no image; images are records
@@ -106,7 +108,7 @@ def _is_image(reader: RecordReader, position: int, end: float, on_bad_record: On
         return float(reader.keys[position]) < end
 
 
-def _check_count(reader: RecordReader, zero: int, stated: np.float32, keys: np.ndarray, boundary: int) -> None:
+def _check_count(reader: RecordReader, zero: int, stated: np.float32, keys: NDArray[np.int64], boundary: int) -> None:
     """Check the header's count against the images that the index lists; ``keys`` ascend."""
     if boundary == 1:
         raise DataError(f"{reader.rec_path} holds a header record and no image")
@@ -121,8 +123,8 @@ def _check_count(reader: RecordReader, zero: int, stated: np.float32, keys: np.n
 
 
 def _images_of_all_sets(
-    reader: RecordReader, zero: int, stated: np.float32, keys: np.ndarray, order: np.ndarray | None
-) -> np.ndarray | slice:
+    reader: RecordReader, zero: int, stated: np.float32, keys: NDArray[np.int64], order: NDArray[np.int64] | None
+) -> NDArray[Any] | slice:
     """The images of an index that goes on behind the records that its header counts."""
     labels, images = np.zeros(len(reader), dtype=np.float32), np.zeros(len(reader), dtype=bool)
     for headers in read_headers(reader):
@@ -144,7 +146,7 @@ def _images_of_all_sets(
     return positions
 
 
-def _check_labels_of_sets(reader: RecordReader, labels: np.ndarray, starts: np.ndarray, second: int) -> None:
+def _check_labels_of_sets(reader: RecordReader, labels: NDArray[Any], starts: NDArray[np.int64], second: int) -> None:
     """Refuse sets that share labels: they were numbered apart, and a label would mean several people."""
     every = zip(np.fmin.reduceat(labels, starts), np.fmax.reduceat(labels, starts), strict=True)
     # Sets of faces of nobody have NaN for a range.

@@ -1,9 +1,11 @@
 """Which images each rank sees in which order, and which of them mirrored."""
 
 from collections.abc import Iterator
+from typing import Any, cast
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch.utils.data import Sampler
 
 from arcface_kd.data.dataset import View
@@ -15,7 +17,7 @@ _WORD = (1 << 64) - 1
 _VIEWS_AT_ONCE = 1 << 14
 
 
-def _mix(words: np.ndarray) -> np.ndarray:
+def _mix(words: NDArray[Any]) -> NDArray[Any]:
     """The splitmix64 step (Steele, Lea, Flood 2014): uint64 to well-mixed uint64, one to one."""
     words = words + np.uint64(0x9E3779B97F4A7C15)
     words = (words ^ (words >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
@@ -23,7 +25,7 @@ def _mix(words: np.ndarray) -> np.ndarray:
     return words ^ (words >> np.uint64(31))
 
 
-def flips(indices: np.ndarray, *, seed: int, epoch: int) -> np.ndarray:
+def flips(indices: NDArray[np.int64], *, seed: int, epoch: int) -> NDArray[Any]:
     """Decide which records are mirrored in an epoch, each with probability one half.
 
     The answer depends on nothing but seed, epoch and index: not on ranks, workers, batches or what was drawn before.
@@ -38,7 +40,7 @@ def flips(indices: np.ndarray, *, seed: int, epoch: int) -> np.ndarray:
     """
     stream = _mix(np.array([seed & _WORD], dtype=np.uint64))
     stream = _mix(stream ^ np.array([epoch & _WORD], dtype=np.uint64))
-    return _mix(_mix(indices.astype(np.uint64)) ^ stream) >> np.uint64(63) == 1
+    return cast("NDArray[Any]", _mix(_mix(indices.astype(np.uint64)) ^ stream) >> np.uint64(63) == 1)
 
 
 class ViewSampler(Sampler[View]):

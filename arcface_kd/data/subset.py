@@ -5,9 +5,10 @@ import shutil
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import numpy as np
+from numpy.typing import NDArray
 
 from arcface_kd.data.dataset import RecordDataset
 from arcface_kd.data.formats.verification_bin import list_bins
@@ -34,7 +35,7 @@ class SubsetCounts(NamedTuple):
         return f"num_classes={self.identities} num_image={self.images}{few}"
 
 
-def choose_images(labels: np.ndarray, per_identity: int, seed: int = 0) -> np.ndarray:
+def choose_images(labels: NDArray[np.int64], per_identity: int, seed: int = 0) -> NDArray[np.int64]:
     """Choose up to so many images of each identity.
 
     With one seed, a smaller choice is part of every larger one, so that runs on 1, 2 and 5 images an identity differ
@@ -55,7 +56,7 @@ def choose_images(labels: np.ndarray, per_identity: int, seed: int = 0) -> np.nd
     _, first = np.unique(labels[order], return_index=True)
     place = np.arange(len(order)) - np.repeat(first, np.diff([*first, len(order)]))
     chosen = order[place < per_identity]
-    return chosen[np.lexsort((chosen, labels[chosen]))]
+    return cast("NDArray[np.int64]", chosen[np.lexsort((chosen, labels[chosen]))])
 
 
 def write_subset(

@@ -373,8 +373,8 @@ def _class_centers(methods: nn.ModuleDict) -> str | None:
 
 
 def _put_hooks(head: DistillationHead, student: nn.Module | None) -> None:
-    head.register_state_dict_pre_hook(_settle_first)
-    head.register_load_state_dict_post_hook(_count_from_state)
+    head.register_state_dict_pre_hook(_settle_first)  # type: ignore[no-untyped-call]
+    head.register_load_state_dict_post_hook(_count_from_state)  # type: ignore[no-untyped-call]
     if student is not None:
         student.register_state_dict_pre_hook(SettleFirst(head.monitor))
     _before_optimizer_steps(head)

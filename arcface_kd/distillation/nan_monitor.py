@@ -7,7 +7,7 @@ the step that they belong to, and neither head nor student is saved before the l
 
 from collections import deque
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -256,7 +256,7 @@ class NaNMonitor:
 
 def _largest(rows: Tensor) -> Tensor:
     """The largest absolute number of each row, (B,): NaN or inf where the row holds one."""
-    return torch.linalg.vector_norm(rows.detach(), float("inf"), dim=1)
+    return cast(Tensor, torch.linalg.vector_norm(rows.detach(), float("inf"), dim=1))
 
 
 def _not_finite(names: Sequence[str], values: Tensor) -> list[str]:

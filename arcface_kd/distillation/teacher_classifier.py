@@ -9,6 +9,7 @@ import os
 import re
 from collections.abc import Callable
 from pathlib import Path
+from typing import cast
 
 import numpy as np
 import torch
@@ -274,7 +275,7 @@ def class_means(cache: EmbeddingCache, faces: FaceDataset, shard: ClassShard) ->
             f"{CLASS_MEANS}: class {shard.start + int(bad[0])} has no images in the records, or they cancel out: set "
             "num_classes to the classes that are there, numbered without gaps"
         )
-    return (sums / norms.unsqueeze(1)).float()
+    return cast(Tensor, (sums / norms.unsqueeze(1)).float())
 
 
 def _are_skipped(images: list[int], faces: FaceDataset) -> bool:

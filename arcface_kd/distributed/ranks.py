@@ -116,7 +116,7 @@ class RankGroup:
         """
         if self.world_size == 1:
             return rows
-        gathered: Tensor = _GatherRows.apply(rows, sizes, self)
+        gathered: Tensor = _GatherRows.apply(rows, sizes, self)  # type: ignore[no-untyped-call]
         return gathered
 
     def own_slice(self, sizes: list[int]) -> slice:
@@ -177,7 +177,7 @@ class RankGroup:
         """
         if self.world_size == 1:
             return part
-        total: Tensor = _SumOfParts.apply(part, self)
+        total: Tensor = _SumOfParts.apply(part, self)  # type: ignore[no-untyped-call]
         return _shared_out(total)
 
     def sum_with_gradient(self, values: Tensor) -> Tensor:
@@ -194,7 +194,7 @@ class RankGroup:
         """
         if self.world_size == 1:
             return values
-        total: Tensor = _SumOverRanks.apply(values, self)
+        total: Tensor = _SumOverRanks.apply(values, self)  # type: ignore[no-untyped-call]
         return total
 
     def average_gradient(self, parameter: Tensor) -> None:
@@ -292,7 +292,7 @@ def _is_shared_out(loss: Tensor) -> bool:
 def _scale_gradient(values: Tensor, factor: float) -> Tensor:
     if factor == 1:
         return values
-    scaled: Tensor = _ScaleGradient.apply(values, float(factor))
+    scaled: Tensor = _ScaleGradient.apply(values, float(factor))  # type: ignore[no-untyped-call]
     return scaled
 
 

@@ -3,17 +3,18 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 from itertools import chain
+from typing import Any, cast
 
 import numpy as np
 import torch
-from numpy.typing import DTypeLike
+from numpy.typing import DTypeLike, NDArray
 from torch import Tensor, nn
 from tqdm import tqdm
 
 from arcface_kd.errors import DataError
 
 
-def normalize(embeddings: np.ndarray) -> np.ndarray:
+def normalize(embeddings: NDArray[Any]) -> NDArray[Any]:
     """Scale every row to length 1, in float64, with the same bits as scikit-learn's ``normalize``.
 
     Args:
@@ -25,7 +26,7 @@ def normalize(embeddings: np.ndarray) -> np.ndarray:
     rows = np.asarray(embeddings, dtype=np.float64)
     norms = np.sqrt(np.einsum("ij,ij->i", rows, rows))
     norms[norms < 10 * np.finfo(np.float64).eps] = 1.0
-    return rows / norms[:, None]
+    return cast("NDArray[Any]", rows / norms[:, None])
 
 
 def _device_of(model: nn.Module) -> torch.device:
@@ -87,7 +88,7 @@ def embed(
     device: torch.device | str | None = None,
     dtype: DTypeLike = np.float32,
     progress: bool = False,
-) -> np.ndarray:
+) -> NDArray[Any]:
     """Embed images as InsightFace's verification does: f(x) + f(mirrored x), then L2-normalised.
 
     The model is in evaluation mode meanwhile; afterwards every module is in the mode it was in. Sums and norms are
@@ -118,7 +119,7 @@ def embed(
     if batch_size < 1:
         raise DataError(f"batch size {batch_size}: wanted at least 1")
     target = None if device is None else torch.device(device)
-    sums: np.ndarray | None = None
+    sums: NDArray[Any] | None = None
     with (
         evaluating(model),
         tqdm(

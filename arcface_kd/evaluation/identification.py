@@ -2,8 +2,10 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from arcface_kd.errors import DataError
 from arcface_kd.evaluation.roc import tar_at_far
@@ -24,9 +26,9 @@ class Search:
         stranger_scores: float64 (S,), for each probe whose person is not enrolled: its largest cosine.
     """
 
-    mate_ranks: np.ndarray
-    mate_scores: np.ndarray
-    stranger_scores: np.ndarray
+    mate_ranks: NDArray[np.int64]
+    mate_scores: NDArray[Any]
+    stranger_scores: NDArray[Any]
 
     def tpir(self, levels: Sequence[float] = FPIR_LEVELS) -> dict[float, float | None]:
         """True positive identification rate at false positive identification rates.
@@ -50,7 +52,9 @@ class Search:
         return tar_at_far(first, self.stranger_scores, levels)
 
 
-def search(probes: np.ndarray, probe_subjects: np.ndarray, gallery: np.ndarray, gallery_subjects: np.ndarray) -> Search:
+def search(
+    probes: NDArray[Any], probe_subjects: NDArray[np.int64], gallery: NDArray[Any], gallery_subjects: NDArray[np.int64]
+) -> Search:
     """Compare each probe with each entry of a gallery.
 
     Args:

@@ -6,20 +6,22 @@ here, without a grid.
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from arcface_kd.errors import ConfigError, DataError
 
 
-def _require_both(genuine: np.ndarray, impostor: np.ndarray) -> None:
+def _require_both(genuine: NDArray[Any], impostor: NDArray[Any]) -> None:
     if len(genuine) == 0 or len(impostor) == 0:
         raise DataError(
             f"{len(genuine)} genuine and {len(impostor)} impostor scores: wanted at least one of each to compare"
         )
 
 
-def roc_curve(genuine: np.ndarray, impostor: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def roc_curve(genuine: NDArray[Any], impostor: NDArray[Any]) -> tuple[NDArray[Any], NDArray[Any]]:
     """One point for each distinct score, from the strictest threshold to the loosest.
 
     Args:
@@ -44,7 +46,7 @@ def roc_curve(genuine: np.ndarray, impostor: np.ndarray) -> tuple[np.ndarray, np
     return far, tar
 
 
-def area_under_curve(genuine: np.ndarray, impostor: np.ndarray) -> float:
+def area_under_curve(genuine: NDArray[Any], impostor: NDArray[Any]) -> float:
     """Probability that a genuine score exceeds an impostor score, ties counting half (Mann-Whitney).
 
     Args:
@@ -64,7 +66,7 @@ def area_under_curve(genuine: np.ndarray, impostor: np.ndarray) -> float:
     return int(below + not_above) / (2 * len(genuine) * len(impostor))
 
 
-def equal_error_rate(genuine: np.ndarray, impostor: np.ndarray) -> float:
+def equal_error_rate(genuine: NDArray[Any], impostor: NDArray[Any]) -> float:
     """Where the curve, joined by straight lines, has FAR = 1 - TAR.
 
     Args:
@@ -85,7 +87,7 @@ def equal_error_rate(genuine: np.ndarray, impostor: np.ndarray) -> float:
     return float(far[before] + share * (far[after] - far[before]))
 
 
-def tar_at_far(genuine: np.ndarray, impostor: np.ndarray, levels: Sequence[float]) -> dict[float, float | None]:
+def tar_at_far(genuine: NDArray[Any], impostor: NDArray[Any], levels: Sequence[float]) -> dict[float, float | None]:
     """TAR at the loosest threshold whose FAR does not exceed each level.
 
     A level needs at least 1 / level impostor pairs: with fewer, a single false acceptance already exceeds it, and the

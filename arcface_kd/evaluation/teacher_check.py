@@ -2,10 +2,11 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from typing import get_args
+from typing import Any, cast, get_args
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from tqdm import tqdm
 
 from arcface_kd.data.formats.verification_bin import VerificationSet, decode
@@ -141,23 +142,23 @@ def _subset(pairs: VerificationSet, count: int) -> VerificationSet:
     return VerificationSet(pairs.name, images, same[chosen])
 
 
-def _cosines(embeddings: np.ndarray) -> np.ndarray:
-    return np.einsum("ij,ij->i", embeddings[0::2], embeddings[1::2])
+def _cosines(embeddings: NDArray[Any]) -> NDArray[Any]:
+    return cast("NDArray[Any]", np.einsum("ij,ij->i", embeddings[0::2], embeddings[1::2]))
 
 
-def _separation(cosines: np.ndarray, is_same: np.ndarray) -> float:
+def _separation(cosines: NDArray[Any], is_same: NDArray[np.bool_]) -> float:
     same, different = cosines[is_same], cosines[~is_same]
     spread = np.sqrt((same.var() + different.var()) / 2)
     value = (same.mean() - different.mean()) / spread if spread > 0 else 0.0
     return float(value) if np.isfinite(value) else -np.inf
 
 
-def _clearly_better(best: np.ndarray, used: np.ndarray, is_same: np.ndarray) -> bool:
+def _clearly_better(best: NDArray[Any], used: NDArray[Any], is_same: NDArray[np.bool_]) -> bool:
     """Whether the gain in separation is worth a word, by chance or not."""
     return _separation(used, is_same) < (1 - _CLEAR_LOSS) * _separation(best, is_same)
 
 
-def _surely_better(best: np.ndarray, used: np.ndarray, is_same: np.ndarray) -> bool:
+def _surely_better(best: NDArray[Any], used: NDArray[Any], is_same: NDArray[np.bool_]) -> bool:
     """Whether the gain is clear and holds in nearly all resamples of the pairs."""
     if not _clearly_better(best, used, is_same):
         return False
@@ -170,7 +171,7 @@ def _surely_better(best: np.ndarray, used: np.ndarray, is_same: np.ndarray) -> b
     return wins >= _CONFIDENCE * _RESAMPLES
 
 
-def _embedded(teacher: Teacher, images: torch.Tensor, batch_size: int) -> np.ndarray:
+def _embedded(teacher: Teacher, images: torch.Tensor, batch_size: int) -> NDArray[Any]:
     embeddings = embed(teacher, images, batch_size=batch_size, flip=False, device=teacher.device)
     return embeddings.astype(np.float64)
 
@@ -240,7 +241,7 @@ def _with_accuracies(
     report: TeacherReport, teacher: Teacher, trials: list[Trial], chosen: VerificationSet, batch_size: int
 ) -> TeacherReport:
     images = decode(chosen)
-    measured: dict[Preprocessing, tuple[Trial, np.ndarray]] = {}
+    measured: dict[Preprocessing, tuple[Trial, NDArray[Any]]] = {}
     wanted = dict.fromkeys((trials[0].preprocessing, teacher.preprocessing))
     for preprocessing in tqdm(wanted, desc="accuracy", disable=None, leave=False, dynamic_ncols=True):
         embeddings = _embedded(teacher.with_preprocessing(preprocessing), images, batch_size)

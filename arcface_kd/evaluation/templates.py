@@ -10,9 +10,11 @@ import os
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 from tqdm import tqdm
 
@@ -52,7 +54,7 @@ class TemplatePooling:
         numbers: int64 (T,), the templates, rising.
     """
 
-    def __init__(self, templates: np.ndarray, media: np.ndarray, weights: np.ndarray | None = None) -> None:
+    def __init__(self, templates: NDArray[Any], media: NDArray[np.int64], weights: NDArray[Any] | None = None) -> None:
         """Say which face belongs where.
 
         Args:
@@ -72,10 +74,10 @@ class TemplatePooling:
         _, medium = np.unique(media, return_inverse=True)
         _, group, sizes = np.unique(self._rows * (medium.max() + 1) + medium, return_inverse=True, return_counts=True)
         self._weights = (1.0 if weights is None else weights) / sizes[group]
-        self._sums: np.ndarray | None = None
+        self._sums: NDArray[Any] | None = None
         self._taken = 0
 
-    def add(self, embeddings: np.ndarray) -> None:
+    def add(self, embeddings: NDArray[Any]) -> None:
         """Take in the next faces, in the order of ``templates``.
 
         Args:
@@ -98,7 +100,7 @@ class TemplatePooling:
         np.add.at(self._sums, self._rows[faces], embeddings * self._weights[faces, None])
         self._taken = faces.stop
 
-    def templates(self) -> np.ndarray:
+    def templates(self) -> NDArray[Any]:
         """The pooled templates.
 
         Returns:
@@ -112,7 +114,7 @@ class TemplatePooling:
         return normalize(self._sums)
 
 
-def pair_scores(templates: np.ndarray, numbers: np.ndarray, pairs: np.ndarray) -> np.ndarray:
+def pair_scores(templates: NDArray[Any], numbers: NDArray[np.int64], pairs: NDArray[Any]) -> NDArray[Any]:
     """Cosines of pairs of templates.
 
     Args:
@@ -152,8 +154,8 @@ class TemplateVerification:
     tar: dict[float, float | None]
     auc: float
     eer: float
-    fpr: np.ndarray
-    tpr: np.ndarray
+    fpr: NDArray[Any]
+    tpr: NDArray[Any]
 
 
 @dataclass(frozen=True)
@@ -199,7 +201,7 @@ def _batches(faces: IJBSet, batch_size: int) -> Iterator[Tensor]:
     """All faces in their order, uint8 (B, 3, 112, 112); the next batch is read while one is in use."""
     with ThreadPoolExecutor(min(_MOST_READERS, os.cpu_count() or 1)) as readers:
 
-        def read(start: int) -> list[Future[np.ndarray]]:
+        def read(start: int) -> list[Future[NDArray[Any]]]:
             numbers = range(start, min(start + batch_size, len(faces.files)))
             return [readers.submit(faces.face, number) for number in numbers]
 
@@ -217,7 +219,7 @@ def embed_templates(
     batch_size: int = 128,
     device: torch.device | str | None = None,
     progress: bool = False,
-) -> tuple[np.ndarray, np.ndarray]:
+) -> tuple[NDArray[Any], NDArray[Any]]:
     """Embed all faces of a set and pool them.
 
     Args:

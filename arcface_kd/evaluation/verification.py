@@ -9,9 +9,11 @@ above it, and cumulative counts a fold give the accuracy at every threshold at o
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import nn
 
 from arcface_kd.data.formats.verification_bin import VerificationSet, decode, read_bin
@@ -74,16 +76,16 @@ class VerificationResult:
     impostor_pairs: int
     accuracy: float
     accuracy_std: float
-    fold_accuracies: np.ndarray
-    fold_thresholds: np.ndarray
+    fold_accuracies: NDArray[Any]
+    fold_thresholds: NDArray[Any]
     auc: float
     eer: float
     tar: dict[float, float | None]
     val: float | None
     val_std: float | None
     val_far: float | None
-    fpr: np.ndarray
-    tpr: np.ndarray
+    fpr: NDArray[Any]
+    tpr: NDArray[Any]
 
     def as_row(self) -> dict[str, int | float | None]:
         """The numbers without the curves, for ``json.dumps`` and tables: ``tar@far=1e-3`` and so on."""
@@ -99,7 +101,7 @@ class VerificationResult:
         }
 
 
-def pair_distances(embeddings: np.ndarray) -> np.ndarray:
+def pair_distances(embeddings: NDArray[Any]) -> NDArray[Any]:
     """Squared L2 distances of rows 2i and 2i + 1.
 
     Args:
@@ -117,7 +119,7 @@ def pair_distances(embeddings: np.ndarray) -> np.ndarray:
     return distances
 
 
-def fold_numbers(pairs: int) -> np.ndarray:
+def fold_numbers(pairs: int) -> NDArray[np.int64]:
     """The fold of each pair: contiguous, the first ``pairs % 10`` folds one longer (``KFold(10, shuffle=False)``).
 
     Args:
@@ -131,7 +133,7 @@ def fold_numbers(pairs: int) -> np.ndarray:
     return np.repeat(np.arange(FOLDS), sizes)
 
 
-def _accepted(distances: np.ndarray, folds: np.ndarray, thresholds: np.ndarray) -> np.ndarray:
+def _accepted(distances: NDArray[Any], folds: NDArray[Any], thresholds: NDArray[Any]) -> NDArray[Any]:
     """(10, T) number of distances in each fold that are below each threshold."""
     first_above = np.searchsorted(thresholds, distances, side="right")
     columns = len(thresholds) + 1
@@ -139,7 +141,7 @@ def _accepted(distances: np.ndarray, folds: np.ndarray, thresholds: np.ndarray) 
     return counts.reshape(FOLDS, columns)[:, :-1].cumsum(axis=1)
 
 
-def ten_fold_accuracy(distances: np.ndarray, is_same: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def ten_fold_accuracy(distances: NDArray[Any], is_same: NDArray[np.bool_]) -> tuple[NDArray[Any], NDArray[Any]]:
     """Accuracy of each fold at the first of the thresholds that are best on the other nine.
 
     Args:
@@ -159,7 +161,9 @@ def ten_fold_accuracy(distances: np.ndarray, is_same: np.ndarray) -> tuple[np.nd
     return correct[np.arange(FOLDS), best] / sizes, _ACCURACY_THRESHOLDS[best]
 
 
-def ten_fold_val(distances: np.ndarray, is_same: np.ndarray, far: float) -> tuple[np.ndarray, np.ndarray] | None:
+def ten_fold_val(
+    distances: NDArray[Any], is_same: NDArray[np.bool_], far: float
+) -> tuple[NDArray[Any], NDArray[Any]] | None:
     """InsightFace's validation rate: TAR of each fold at the threshold with a given FAR on the other nine.
 
     The threshold lies on the straight line between the last of 0, 0.001, ..., 3.999 whose FAR on the nine folds does
@@ -195,7 +199,7 @@ def ten_fold_val(distances: np.ndarray, is_same: np.ndarray, far: float) -> tupl
     return val, np.bincount(folds[~is_same], weights=below[~is_same], minlength=FOLDS) / impostors
 
 
-def _require_both_kinds(is_same: np.ndarray) -> None:
+def _require_both_kinds(is_same: NDArray[np.bool_]) -> None:
     if len(is_same) < FOLDS:
         raise DataError(f"{len(is_same)} pairs: ten-fold verification wants at least {FOLDS}")
     if is_same.all() or not is_same.any():
@@ -227,7 +231,7 @@ def read_pairs(path: str | os.PathLike[str]) -> VerificationSet:
     return pairs
 
 
-def _checked(embeddings: np.ndarray, is_same: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def _checked(embeddings: NDArray[Any], is_same: NDArray[np.bool_]) -> tuple[NDArray[Any], NDArray[Any]]:
     """The embeddings in float64 and the pairs' kinds as booleans, or what is wrong with them."""
     rows = np.asarray(embeddings, dtype=np.float64)
     same = np.asarray(is_same).astype(bool)
@@ -254,7 +258,7 @@ def _checked(embeddings: np.ndarray, is_same: np.ndarray) -> tuple[np.ndarray, n
 
 
 def verify(
-    embeddings: np.ndarray, is_same: np.ndarray, *, far_levels: Sequence[float] = FAR_LEVELS
+    embeddings: NDArray[Any], is_same: NDArray[np.bool_], *, far_levels: Sequence[float] = FAR_LEVELS
 ) -> VerificationResult:
     """Score pairs of embeddings.
 

@@ -4,7 +4,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-import numpy as np
+from numpy.typing import NDArray
 
 from arcface_kd.system.console import errors_only
 
@@ -27,7 +27,7 @@ def _kept_in_float(model: Any, leading: float) -> list[str]:
     return [node.name for node in (*first, *depthwise)]
 
 
-def quantize(model: bytes, faces: np.ndarray, *, leading: float = 0.0) -> bytes:
+def quantize(model: bytes, faces: NDArray[Any], *, leading: float = 0.0) -> bytes:
     """Quantise a network statically: int8 weights with a scale a channel, uint8 activations with one a tensor.
 
     Dense convolutions but the first, and matrix products, are computed in 8 bits; depthwise convolutions, sums,
@@ -55,11 +55,11 @@ def quantize(model: bytes, faces: np.ndarray, *, leading: float = 0.0) -> bytes:
     loaded = onnx.load_model_from_string(model)
     name = loaded.graph.input[0].name
 
-    class Batches(CalibrationDataReader):
+    class Batches(CalibrationDataReader):  # type: ignore[misc]
         def __init__(self) -> None:
             self._batches = iter([{name: faces[at : at + _BATCH]} for at in range(0, len(faces), _BATCH)])
 
-        def get_next(self) -> dict[str, np.ndarray] | None:
+        def get_next(self) -> dict[str, NDArray[Any]] | None:
             return next(self._batches, None)
 
     # onnxruntime advises to fold and to infer shapes, which the exporter has done.

@@ -11,10 +11,11 @@ import tempfile
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import nn
 
 from arcface_kd.data.dataset import View, open_dataset
@@ -202,7 +203,7 @@ def _version() -> str:
     return metadata.version("arcface_kd")
 
 
-def _faces(folder: str | os.PathLike[str] | None, shown: int) -> tuple[np.ndarray, np.ndarray]:
+def _faces(folder: str | os.PathLike[str] | None, shown: int) -> tuple[NDArray[Any], NDArray[Any]]:
     """Faces to quantise with and faces to check with, both uint8 (N, 112, 112, 3), RGB."""
     if folder is None:
         from arcface_kd.data.synthetic_faces import SyntheticFaces
@@ -219,14 +220,14 @@ def _faces(folder: str | os.PathLike[str] | None, shown: int) -> tuple[np.ndarra
     checked = chosen[np.unique(np.linspace(0, len(chosen) - 1, count).round().astype(int))]
     others = np.setdiff1d(chosen, checked)[:shown]
 
-    def pixels(numbers: np.ndarray) -> np.ndarray:
+    def pixels(numbers: NDArray[np.int64]) -> NDArray[Any]:
         rows = [dataset.pixels(View(int(number), False))[1] for number in numbers]
         return np.stack(rows) if rows else np.empty((0, 112, 112, 3), dtype=np.uint8)
 
     return pixels(others), pixels(checked)
 
 
-def _quantized(content: bytes, student: nn.Module, faces: np.ndarray) -> tuple[bytes, float]:
+def _quantized(content: bytes, student: nn.Module, faces: NDArray[Any]) -> tuple[bytes, float]:
     """The file in 8 bits, as many of its convolutions as the faces allow, and the share that stayed in float32."""
     from arcface_kd.export.int8 import quantize
 
@@ -238,12 +239,12 @@ def _quantized(content: bytes, student: nn.Module, faces: np.ndarray) -> tuple[b
     return quantized, leading
 
 
-def _prepared(faces: np.ndarray) -> np.ndarray:
+def _prepared(faces: NDArray[Any]) -> NDArray[Any]:
     """What the network takes: float32 (N, 3, 112, 112)."""
     return (np.ascontiguousarray(faces.transpose(0, 3, 1, 2), dtype=np.float32) - 127.5) / 127.5
 
 
-def _cosines(content: bytes, student: nn.Module, faces: np.ndarray) -> np.ndarray:
+def _cosines(content: bytes, student: nn.Module, faces: NDArray[Any]) -> NDArray[Any]:
     """The cosine of each face's two embeddings: the student's by torch, the file's by insightface."""
     from insightface.model_zoo import get_model
     from insightface.model_zoo.arcface_onnx import ArcFaceONNX
@@ -271,7 +272,7 @@ def _cosines(content: bytes, student: nn.Module, faces: np.ndarray) -> np.ndarra
             raise ArcfaceKDError(
                 f"insightface cannot embed faces with the exported file: {first_line(error)}"
             ) from error
-    return np.einsum("ij,ij->i", expected, normalize(met))
+    return cast("NDArray[Any]", np.einsum("ij,ij->i", expected, normalize(met)))
 
 
 def _insist(report: ExportReport, *, int8: bool) -> None:

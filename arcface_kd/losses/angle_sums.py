@@ -161,7 +161,7 @@ def sum_over_angles(student: Tensor, teacher: Tensor, rows: slice, chunk: int | 
     Returns:
         A scalar.
     """
-    total: Tensor = _SumOverAngles.apply(student, teacher, rows, chunk)
+    total: Tensor = _SumOverAngles.apply(student, teacher, rows, chunk)  # type: ignore[no-untyped-call]
     return total
 
 

@@ -1,7 +1,7 @@
 """One rank's classes as the losses take them: class centers, sample, ranks and number format in one object."""
 
 from dataclasses import dataclass, field, replace
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -118,7 +118,7 @@ class VisitedClasses(NamedTuple):
 @fused()
 def inverse_norm(rows: Tensor) -> Tensor:
     """One over the L2 norm of each row of a (..., D) tensor; finite for rows of zeros."""
-    return rows.norm(dim=-1).clamp_min(1e-12).reciprocal()
+    return cast(Tensor, rows.norm(dim=-1).clamp_min(1e-12).reciprocal())
 
 
 def targets_among(positions: ShardPositions, index: Tensor | None) -> Targets:

@@ -369,7 +369,7 @@ def logit_distillation(
     # The products' format is chosen here and nowhere else, so an autocast region around the call must not touch them.
     with torch.autocast(embeddings.device.type, enabled=False):
         return Distillation(
-            *_LogitDistillation.apply(
+            *_LogitDistillation.apply(  # type: ignore[no-untyped-call]
                 embeddings,
                 weights.centers,
                 labels,

@@ -231,7 +231,7 @@ def sharded_margin_softmax(
         raise ValueError(f"row_m2 {tuple(row_m2.shape)} must be one a row of embeddings {tuple(embeddings.shape)}")
     # The products' format is chosen here and nowhere else, so an autocast region around the call must not touch them.
     with torch.autocast(embeddings.device.type, enabled=False):
-        loss: Tensor = _MarginSoftmax.apply(
+        loss: Tensor = _MarginSoftmax.apply(  # type: ignore[no-untyped-call]
             embeddings,
             centers,
             labels,

@@ -245,7 +245,7 @@ def rank_losses(
     Returns:
         Two scalars, 0 where there is no such pair.
     """
-    positive, negative = _RankLosses.apply(student, pairs, thresholds, temperature, hardest)
+    positive, negative = _RankLosses.apply(student, pairs, thresholds, temperature, hardest)  # type: ignore[no-untyped-call]
     return positive, negative
 
 

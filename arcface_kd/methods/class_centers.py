@@ -102,7 +102,7 @@ class FrozenCenters(nn.Module):
         self.register_buffer("inverse_norms", inverse_norm(weight), persistent=False)
         self.register_buffer("units", None, persistent=False)
         self.refresh()
-        self.register_load_state_dict_post_hook(lambda module, _: module.refresh())
+        self.register_load_state_dict_post_hook(lambda module, _: module.refresh())  # type: ignore[no-untyped-call]
 
     @torch.no_grad()
     def refresh(self) -> None:
@@ -114,7 +114,7 @@ class FrozenCenters(nn.Module):
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "FrozenCenters":
         # A cast of the module would cast the narrow copy along.
         self.units = None
-        super()._apply(fn, recurse)
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         self.refresh()
         return self
 

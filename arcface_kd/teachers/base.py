@@ -348,7 +348,7 @@ class Teacher(nn.Module):
                 "damaged, or the precision is too low for it"
             )
         self._reference = normalize(embeddings).cpu()
-        return embeddings.shape[1]
+        return int(embeddings.shape[1])
 
 
 @runtime_checkable

@@ -6,7 +6,7 @@ but tried.
 """
 
 from collections.abc import Callable
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 import torch
 from torch import Tensor, nn
@@ -72,11 +72,11 @@ class _CutModule:
     def tail(self, feature_map: Tensor) -> Tensor:
         value = self.place.from_map(feature_map, self._dimensions)
         if self.place.is_input:
-            return self.network.get_submodule(self.place.module)(value)
+            return cast(Tensor, self.network.get_submodule(self.place.module)(value))
         count = feature_map.shape[0] if self.counts_images else 1
         empty = feature_map.new_zeros(count, 3, self.size, self.size)
         with _hook(self.network, self.place, lambda _: value):
-            return self.network(empty)
+            return cast(Tensor, self.network(empty))
 
 
 def _hook(network: nn.Module, place: MapPlace, see: Callable[[Any], Any]) -> Any:

@@ -23,7 +23,7 @@ class _LogFile(logging.FileHandler):
 
 
 # Before Python 3.11 a handler takes no type in brackets.
-class _Screen(logging.StreamHandler):
+class _Screen(logging.StreamHandler):  # type: ignore[type-arg]
     """The log on stdout; a reader who is gone does not end the run."""
 
     def handleError(self, record: logging.LogRecord) -> None:

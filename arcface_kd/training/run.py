@@ -156,7 +156,7 @@ class Run:
     @property
     def last_step(self) -> int:
         """The step that the run ends with."""
-        return self.step + len(self.loader) * (self.config.num_epoch - self.epoch)
+        return int(self.step + len(self.loader) * (self.config.num_epoch - self.epoch))
 
     def train_epoch(self, bar: "tqdm[Any]") -> None:
         """One pass over the loader.

@@ -30,7 +30,7 @@ def page(run: Mapping[str, Any], outcomes: Sequence[Mapping[str, Any]]) -> str:
 
 def _result(outcome: Mapping[str, Any]) -> str:
     missed = sum(not met for met in outcome["goals"].values())
-    return outcome["status"] + (f", {missed} of {len(outcome['goals'])} goals missed" if missed else "")
+    return str(outcome["status"] + (f", {missed} of {len(outcome['goals'])} goals missed" if missed else ""))
 
 
 def _cell(value: object) -> str:

@@ -1,6 +1,9 @@
 """Faces cut out by five landmarks, as InsightFace aligns them: the input that every network here was trained on."""
 
+from typing import Any
+
 import numpy as np
+from numpy.typing import NDArray
 
 CROP = 112
 
@@ -10,7 +13,7 @@ TEMPLATE = np.array(
 """Where both eyes, the nose and the mouth's corners lie in a crop of 112 x 112 (insightface ``face_align``)."""
 
 
-def fit_similarity(landmarks: np.ndarray) -> np.ndarray:
+def fit_similarity(landmarks: NDArray[Any]) -> NDArray[Any]:
     """The rotation, scale and shift that bring landmarks closest to the template, in the least squares' sense.
 
     With points as complex numbers a similarity is ``z -> a z + b``, so that the fit has a closed form; it is Umeyama's
@@ -34,7 +37,7 @@ def fit_similarity(landmarks: np.ndarray) -> np.ndarray:
     return np.moveaxis(np.array(rows), -1, 0)
 
 
-def align(pixels: np.ndarray, similarity: np.ndarray) -> np.ndarray:
+def align(pixels: NDArray[np.uint8], similarity: NDArray[Any]) -> NDArray[Any]:
     """Cut a face out of a picture, bilinear, black beyond the picture's edges.
 
     Args:

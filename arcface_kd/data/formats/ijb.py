@@ -19,8 +19,10 @@ import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from arcface_kd.data.formats.face_alignment import align, fit_similarity
 from arcface_kd.data.formats.image import decode_rgb
@@ -40,8 +42,8 @@ class Enrolment:
         subjects: int64 (T,), the person of each.
     """
 
-    templates: np.ndarray
-    subjects: np.ndarray
+    templates: NDArray[Any]
+    subjects: NDArray[np.int64]
 
 
 @dataclass(frozen=True, eq=False)
@@ -65,16 +67,16 @@ class IJBSet:
     name: str
     folder: Path
     files: list[str]
-    similarities: np.ndarray
-    detector_scores: np.ndarray
-    templates: np.ndarray
-    media: np.ndarray
-    pairs: np.ndarray
-    is_same: np.ndarray
+    similarities: NDArray[Any]
+    detector_scores: NDArray[Any]
+    templates: NDArray[Any]
+    media: NDArray[np.int64]
+    pairs: NDArray[Any]
+    is_same: NDArray[np.bool_]
     galleries: Mapping[str, Enrolment] = field(default_factory=dict)
     probes: Enrolment | None = None
 
-    def face(self, number: int) -> np.ndarray:
+    def face(self, number: int) -> NDArray[np.uint8]:
         """Read, decode and align a face.
 
         Args:
@@ -188,7 +190,7 @@ def _lines(path: Path) -> list[list[str]]:
         raise DataError(f"{path} is no text file") from None
 
 
-def _read_faces(path: Path) -> tuple[list[str], np.ndarray, np.ndarray]:
+def _read_faces(path: Path) -> tuple[list[str], NDArray[Any], NDArray[Any]]:
     """Names, landmarks (N, 5, 2) and detector scores (N,)."""
     lines = _lines(path)
     if not lines:
@@ -208,7 +210,7 @@ def _read_faces(path: Path) -> tuple[list[str], np.ndarray, np.ndarray]:
     return [words[0] for words in lines], numbers[:, :-1].reshape(-1, _LANDMARKS, 2), numbers[:, -1]
 
 
-def _read_grouping(path: Path, files: list[str]) -> tuple[np.ndarray, np.ndarray]:
+def _read_grouping(path: Path, files: list[str]) -> tuple[NDArray[Any], NDArray[Any]]:
     """Template and medium of each of the files."""
     lines = _lines(path)
     if len(lines) != len(files):
@@ -226,7 +228,7 @@ def _read_grouping(path: Path, files: list[str]) -> tuple[np.ndarray, np.ndarray
     return numbers[:, 0], numbers[:, 1]
 
 
-def _integers(path: Path, columns: int, *, delimiter: str | None = None, header: int = 0) -> np.ndarray:
+def _integers(path: Path, columns: int, *, delimiter: str | None = None, header: int = 0) -> NDArray[np.int64]:
     """The first columns of a table; numpy's parser, for 1:1 lists have millions of lines."""
     try:
         with io.TextIOWrapper(open_regular(path), encoding="utf-8") as stream, warnings.catch_warnings():
@@ -241,7 +243,7 @@ def _integers(path: Path, columns: int, *, delimiter: str | None = None, header:
         raise DataError(f"{path} does not hold {columns} whole numbers a line: {error}") from None
 
 
-def _refuse_unknown(path: Path, templates: np.ndarray, known: np.ndarray) -> None:
+def _refuse_unknown(path: Path, templates: NDArray[Any], known: NDArray[Any]) -> None:
     foreign = np.setdiff1d(templates, known)
     if len(foreign):
         raise DataError(
@@ -249,7 +251,7 @@ def _refuse_unknown(path: Path, templates: np.ndarray, known: np.ndarray) -> Non
         )
 
 
-def _read_pairs(path: Path, known: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def _read_pairs(path: Path, known: NDArray[Any]) -> tuple[NDArray[Any], NDArray[Any]]:
     if not path.exists():
         return np.empty((0, 2), dtype=np.int64), np.empty(0, dtype=bool)
     table = _integers(path, 3)
@@ -260,7 +262,7 @@ def _read_pairs(path: Path, known: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return table[:, :2], table[:, 2] == 1
 
 
-def _read_enrolment(path: Path, known: np.ndarray) -> Enrolment:
+def _read_enrolment(path: Path, known: NDArray[Any]) -> Enrolment:
     table = np.unique(_integers(path, 2, delimiter=",", header=1), axis=0)
     if not len(table):
         raise DataError(f"{path} lists no template")
@@ -271,7 +273,7 @@ def _read_enrolment(path: Path, known: np.ndarray) -> Enrolment:
     return Enrolment(table[:, 0], table[:, 1])
 
 
-def _read_gallery(path: Path, known: np.ndarray) -> Enrolment:
+def _read_gallery(path: Path, known: NDArray[Any]) -> Enrolment:
     gallery = _read_enrolment(path, known)
     subjects, counts = np.unique(gallery.subjects, return_counts=True)
     if counts.max() > 1:

@@ -2,9 +2,10 @@
 
 import io
 import struct
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from arcface_kd.errors import DataError
 from arcface_kd.system.downloads import found_instead
@@ -96,7 +97,7 @@ def image_size(data: "Buffer") -> tuple[int, int]:
     return size
 
 
-def decode_rgb(data: "Buffer", size: tuple[int, int] | None = None, *, upright: bool = False) -> np.ndarray:
+def decode_rgb(data: "Buffer", size: tuple[int, int] | None = None, *, upright: bool = False) -> NDArray[np.uint8]:
     """Decode an image file.
 
     Grey and transparent images come out with three channels, 16-bit ones with eight bits. Where EXIF says how the
@@ -127,7 +128,7 @@ def decode_rgb(data: "Buffer", size: tuple[int, int] | None = None, *, upright: 
     return pixels
 
 
-def _decode_with_opencv(encoded: np.ndarray, upright: bool) -> np.ndarray | None:
+def _decode_with_opencv(encoded: NDArray[np.uint8], upright: bool) -> NDArray[Any] | None:
     import cv2
 
     # OpenCV before 4.10 cannot decode to RGB at once.
@@ -141,7 +142,7 @@ def _decode_with_opencv(encoded: np.ndarray, upright: bool) -> np.ndarray | None
     return pixels if pixels is None or flag is not None else cv2.cvtColor(pixels, cv2.COLOR_BGR2RGB)
 
 
-def _decode_with_pillow(data: bytes) -> np.ndarray:
+def _decode_with_pillow(data: bytes) -> NDArray[np.uint8]:
     image = _open(data)
     try:
         return np.array(image.convert("RGB"))

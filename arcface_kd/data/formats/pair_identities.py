@@ -8,7 +8,7 @@ elsewhere images that occur in several pairs tie the pairs together.
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -88,7 +88,7 @@ def _stated(path: Path, is_same: NDArray[np.bool_]) -> NDArray[np.int64]:
             f"{path}: pair {pair} is of {kind} in the .bin file, but its lines are {names[2 * pair]!r} and "
             f"{names[2 * pair + 1]!r}; it belongs to other pairs"
         )
-    return numbers
+    return cast("NDArray[np.int64]", numbers)
 
 
 def _from_shared_images(verification_set: VerificationSet) -> PairIdentities:

@@ -6,8 +6,10 @@ Format: mxnet 1.9.1 ``recordio.py``.
 import numbers
 import struct
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from arcface_kd.errors import DataError
 
@@ -27,7 +29,7 @@ class RecordHeader:
     """
 
     flag: int
-    label: float | np.ndarray
+    label: float | NDArray[Any]
     id: int
     id2: int
 

@@ -3,9 +3,10 @@
 import re
 from collections.abc import Iterator
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from arcface_kd.errors import DataError
 from arcface_kd.system.downloads import found_instead
@@ -20,7 +21,7 @@ _COMPARED_AT_ONCE = 1 << 16
 BUILD_ANEW = "remove it and build it anew with `arcface-kd data index`"
 
 
-def _column(digits: np.ndarray, stops: np.ndarray, widths: np.ndarray) -> np.ndarray:
+def _column(digits: NDArray[Any], stops: NDArray[np.int64], widths: NDArray[np.int64]) -> NDArray[Any]:
     """Decimal numbers that end before ``stops`` and are ``widths`` digits long, as int64."""
     values = np.zeros(len(stops), dtype=np.int64)
     narrowest = int(widths.min())
@@ -33,7 +34,7 @@ def _column(digits: np.ndarray, stops: np.ndarray, widths: np.ndarray) -> np.nda
     return values
 
 
-def _parse_even_lines(text: np.ndarray) -> tuple[np.ndarray, np.ndarray] | None:
+def _parse_even_lines(text: NDArray[Any]) -> tuple[NDArray[Any], NDArray[Any]] | None:
     """Keys and offsets of lines of one width with the tab in one place, as nearly all chunks are; else None."""
     width = int((text == _NEWLINE).argmax()) + 1
     tab = int((text[:width] == _TAB).argmax())
@@ -56,7 +57,7 @@ def _parse_even_lines(text: np.ndarray) -> tuple[np.ndarray, np.ndarray] | None:
     return numbers[0], numbers[1]
 
 
-def _parse_index_chunk(chunk: bytes) -> tuple[np.ndarray, np.ndarray] | None:
+def _parse_index_chunk(chunk: bytes) -> tuple[NDArray[Any], NDArray[Any]] | None:
     """Keys and offsets of whole lines, or None when a line is not ``digits<TAB>digits``."""
     text = np.frombuffer(chunk, dtype=np.uint8)
     even = _parse_even_lines(text)
@@ -106,7 +107,7 @@ def _whole_lines(stream: IO[bytes]) -> Iterator[bytes]:
         yield rest + b"\n"
 
 
-def read_index(path: Path) -> np.ndarray:
+def read_index(path: Path) -> NDArray[np.int64]:
     """Parse an ``.idx`` file: int64 array (2, N), keys and byte offsets in the order of the file."""
     with open_regular(path) as stream:
         # Counted first and written in place: pieces that are put together at the end leave as much free memory behind,
@@ -125,7 +126,7 @@ def read_index(path: Path) -> np.ndarray:
     return index
 
 
-def ascending(values: np.ndarray) -> bool:
+def ascending(values: NDArray[Any]) -> bool:
     """Whether each value is above the one before it.
 
     Args:
@@ -136,7 +137,7 @@ def ascending(values: np.ndarray) -> bool:
     return all(bool(np.all(piece[1:] > piece[:-1])) for piece in pieces)
 
 
-def _repeated(values: np.ndarray) -> int | None:
+def _repeated(values: NDArray[Any]) -> int | None:
     """A value that occurs more than once, or None."""
     if ascending(values):
         return None
@@ -145,7 +146,7 @@ def _repeated(values: np.ndarray) -> int | None:
     return int(ordered[repeated[0]]) if len(repeated) else None
 
 
-def check_index(keys: np.ndarray, offsets: np.ndarray, size: int, rec_path: Path, idx_path: Path) -> None:
+def check_index(keys: NDArray[np.int64], offsets: NDArray[np.int64], size: int, rec_path: Path, idx_path: Path) -> None:
     """Check what can be told without reading a record.
 
     Args:

@@ -5,9 +5,10 @@ import os
 from array import array
 from collections.abc import Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
+from numpy.typing import NDArray
 
 from arcface_kd.data.formats.record import HEADER
 from arcface_kd.data.formats.record_index import ascending
@@ -32,10 +33,10 @@ class Headers(NamedTuple):
         odd: bool (N,), damaged or empty records and those of several parts: of these the rest says nothing.
     """
 
-    positions: np.ndarray
-    labels: np.ndarray
-    images: np.ndarray
-    odd: np.ndarray
+    positions: NDArray[np.int64]
+    labels: NDArray[np.float32]
+    images: NDArray[Any]
+    odd: NDArray[np.bool_]
 
 
 def read_headers(reader: RecordReader) -> Iterator[Headers]:
@@ -75,11 +76,13 @@ def read_headers(reader: RecordReader) -> Iterator[Headers]:
         advise(getattr(mmap, "MADV_DONTNEED", 0), 0, int(begins[-1]) // mmap.PAGESIZE * mmap.PAGESIZE)
 
 
-def _headers(words: np.ndarray, positions: np.ndarray, begins: np.ndarray, ends: np.ndarray) -> Headers:
+def _headers(
+    words: NDArray[Any], positions: NDArray[np.int64], begins: NDArray[np.int64], ends: NDArray[np.int64]
+) -> Headers:
     """The headers of records between ``begins`` and at most ``ends``, of which a damaged one says anything."""
     at = begins // _WORD
 
-    def word(place: np.ndarray) -> np.ndarray:
+    def word(place: NDArray[np.int64]) -> NDArray[Any]:
         return words.take(place, mode="clip")
 
     part = word(at + 1)
@@ -134,7 +137,7 @@ def build_index(folder: str | os.PathLike[str]) -> int:
     return len(offsets)
 
 
-def _keys(numbers: np.ndarray, imageless: np.ndarray) -> np.ndarray:
+def _keys(numbers: NDArray[np.int64], imageless: NDArray[Any]) -> NDArray[np.int64]:
     """The numbers that records carry where they can be keys, else the records' places in the file."""
     places = np.arange(len(numbers))
     header_first = imageless[0] and numbers[0] == 0

@@ -15,10 +15,11 @@ from functools import cached_property
 from multiprocessing.context import get_spawning_popen
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from arcface_kd.data.formats.record_index import BUILD_ANEW, ascending, check_index, read_index
 from arcface_kd.errors import DataError
@@ -81,7 +82,7 @@ class RecordReader:
             self.close()
             raise
 
-    def _hold(self, index: np.ndarray) -> None:
+    def _hold(self, index: NDArray[Any]) -> None:
         self._index = index
         self._keys, self._offsets = index
 
@@ -110,22 +111,22 @@ class RecordReader:
             )
 
     @property
-    def keys(self) -> np.ndarray:
+    def keys(self) -> NDArray[np.int64]:
         """The record keys, int64 (N,), in the order of the ``.idx`` file."""
-        return self._keys
+        return cast("NDArray[np.int64]", self._keys)
 
     @property
-    def offsets(self) -> np.ndarray:
+    def offsets(self) -> NDArray[np.int64]:
         """The records' byte offsets in the ``.rec`` file, int64 (N,), in the order of the ``.idx`` file."""
-        return self._offsets
+        return cast("NDArray[np.int64]", self._offsets)
 
     @cached_property
-    def key_order(self) -> np.ndarray | None:
+    def key_order(self) -> NDArray[np.int64] | None:
         """The positions in the order of their keys, int64 (N,); None where the index has that order already."""
         return None if ascending(self.keys) else np.argsort(self.keys, kind="stable")
 
     @cached_property
-    def _rising_offsets(self) -> np.ndarray | None:
+    def _rising_offsets(self) -> NDArray[np.int64] | None:
         """The offsets in their order, int64 (N,); None where the index has that order already."""
         return None if ascending(self.offsets) else np.sort(self.offsets)
 
@@ -141,7 +142,7 @@ class RecordReader:
     def __len__(self) -> int:
         return len(self._offsets)
 
-    def find(self, keys: np.ndarray) -> np.ndarray:
+    def find(self, keys: NDArray[np.int64]) -> NDArray[np.int64]:
         """Look up where keys stand in the index.
 
         Args:

@@ -8,9 +8,11 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from arcface_kd.data.formats.image import decode_rgb
 from arcface_kd.data.formats.verification_pickle import BYTES_PER_IMAGE, FREE_IMAGES, Refused, read_pickle
@@ -38,7 +40,7 @@ class VerificationSet:
 
     name: str
     images: list[bytes]
-    is_same: np.ndarray
+    is_same: NDArray[np.bool_]
 
 
 def _refuse_repetition(images: Sequence[bytes], size: int, name: Path) -> None:
@@ -50,7 +52,7 @@ def _refuse_repetition(images: Sequence[bytes], size: int, name: Path) -> None:
         )
 
 
-def _check(images: Sequence[bytes], is_same: np.ndarray, name: str) -> None:
+def _check(images: Sequence[bytes], is_same: NDArray[np.bool_], name: str) -> None:
     if len(images) != 2 * len(is_same) or not len(images):
         raise DataError(
             f"{name}: {len(images)} images and {len(is_same)} booleans; a verification set has two images a pair, "
@@ -127,7 +129,9 @@ def read_bin(path: str | os.PathLike[str]) -> VerificationSet:
     return VerificationSet(name.stem, images, is_same)
 
 
-def write_bin(path: str | os.PathLike[str], images: Sequence[bytes], is_same: Sequence[bool] | np.ndarray) -> None:
+def write_bin(
+    path: str | os.PathLike[str], images: Sequence[bytes], is_same: Sequence[bool] | NDArray[np.bool_]
+) -> None:
     """Write a verification set that InsightFace's own tools read; the file appears whole or not at all.
 
     Args:
@@ -150,7 +154,7 @@ def write_bin(path: str | os.PathLike[str], images: Sequence[bytes], is_same: Se
         pickle.dump((list(images), truths.tolist()), stream, protocol=4)
 
 
-def _fit(pixels: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+def _fit(pixels: NDArray[Any], size: tuple[int, int]) -> NDArray[Any]:
     """Scale the shorter edge to ``size[0]`` where the width is another, as the host's ``load_bin`` does.
 
     Raises:

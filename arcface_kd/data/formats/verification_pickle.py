@@ -18,6 +18,7 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 # An image takes about ten opcodes and some thousand bytes; a file beyond this is built to fill memory with empty lists.
 _FREE_OPCODES = 1_000_000
@@ -113,7 +114,7 @@ class _DType:
         self.order = order
 
     @property
-    def dtype(self) -> np.dtype:
+    def dtype(self) -> np.dtype[Any]:
         return np.dtype(self.order + self.code)
 
 
@@ -121,7 +122,7 @@ class _Array:
     """A numpy array, as its pickle describes it; the elements stay where they are in the pickle."""
 
     def __init__(self, *_: object) -> None:
-        self.values: np.ndarray = np.zeros(0)
+        self.values: NDArray[Any] = np.zeros(0)
         self.data: bytes | bytearray | list[object] = b""
 
     def __setstate__(self, state: tuple[Any, ...]) -> None:
@@ -234,7 +235,7 @@ def _images(items: object) -> list[bytes]:
     return [image(item) for item in _elements(items, "images")]
 
 
-def _flags(items: object) -> np.ndarray:
+def _flags(items: object) -> NDArray[Any]:
     flags = _elements(items, "booleans")
     for flag in flags:
         if not isinstance(flag, int | float) or flag not in (0, 1):
@@ -243,7 +244,7 @@ def _flags(items: object) -> np.ndarray:
     return np.array(flags, dtype=bool)
 
 
-def read_pickle(data: mmap.mmap) -> tuple[list[bytes], np.ndarray]:
+def read_pickle(data: mmap.mmap) -> tuple[list[bytes], NDArray[Any]]:
     """Read the pickle of a verification set.
 
     Args:

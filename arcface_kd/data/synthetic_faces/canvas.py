@@ -8,7 +8,7 @@ sets its resolution.
 
 from collections.abc import Sequence
 from functools import lru_cache
-from typing import Any
+from typing import Any, cast
 
 import cv2
 import numpy as np
@@ -78,13 +78,13 @@ def _catmull_rom(count: int, closed: bool) -> Floats:
 def curve(points: ArrayLike) -> Floats:
     """A smooth open curve through ``points`` (..., K, 2): five samples a segment and the last point."""
     controls = np.asarray(points, np.float32)
-    return np.einsum("sk,...kc->...sc", _catmull_rom(controls.shape[-2], False), controls)
+    return cast(Floats, np.einsum("sk,...kc->...sc", _catmull_rom(controls.shape[-2], False), controls))
 
 
 def loop(points: ArrayLike) -> Floats:
     """A smooth closed curve through ``points`` (..., K, 2)."""
     controls = np.asarray(points, np.float32)
-    return np.einsum("sk,...kc->...sc", _catmull_rom(controls.shape[-2], True), controls)
+    return cast(Floats, np.einsum("sk,...kc->...sc", _catmull_rom(controls.shape[-2], True), controls))
 
 
 _ANGLES = np.arange(16, dtype=np.float32) * np.float32(2 * np.pi / 16)
@@ -93,7 +93,7 @@ _CIRCLE = np.stack([np.cos(_ANGLES), np.sin(_ANGLES)], 1)
 
 def ellipse(centre: tuple[float, float], radii: tuple[float, float]) -> Floats:
     """An axis-parallel ellipse as an outline (16, 2)."""
-    return _CIRCLE * np.array(radii, np.float32) + np.array(centre, np.float32)
+    return cast(Floats, _CIRCLE * np.array(radii, np.float32) + np.array(centre, np.float32))
 
 
 def ribbon(spine: Floats, widths: ArrayLike) -> Floats:
@@ -134,7 +134,7 @@ def _fixed_point_map(side: int) -> tuple[np.float32, Floats]:
 
 def _fixed_point(outlines: Floats, side: int) -> NDArray[np.int32]:
     scale, offset = _fixed_point_map(side)
-    return np.rint(outlines * scale + offset).astype(np.int32)
+    return cast("NDArray[np.int32]", np.rint(outlines * scale + offset).astype(np.int32))
 
 
 def _scalar(colour: ArrayLike) -> tuple[float, float, float, float]:

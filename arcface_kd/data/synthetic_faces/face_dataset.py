@@ -7,8 +7,10 @@ from concurrent.futures import ProcessPoolExecutor
 from contextlib import ExitStack
 from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 from tqdm import tqdm
 
 from arcface_kd.data.formats.pair_identities import write_pair_identities
@@ -23,7 +25,7 @@ FOLDS = 10
 _PAIR_STREAM = 2
 
 
-def draw_pairs(pairs: int, identities: int, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
+def draw_pairs(pairs: int, identities: int, rng: np.random.Generator) -> tuple[NDArray[Any], NDArray[Any]]:
     """Choose who is compared with whom: in each of ten consecutive folds, first pairs of one person, then of two.
 
     Args:

@@ -5,6 +5,7 @@ a similarity, as a face detector's alignment would do it, with a little error.
 """
 
 import cmath
+from typing import cast
 
 import cv2
 import numpy as np
@@ -84,7 +85,7 @@ def _illuminate(surface: Surface, x: Floats, y: Floats, shot: Shot) -> tuple[Flo
     def facing(direction: Floats) -> Floats:
         """Cosine between the surface and a direction that is given in the camera's axes."""
         ray = (rotation * direction[:, None]).sum(0) / np.sqrt((direction**2).sum())
-        return (ray[2] - slope_x * ray[0] - slope_y * ray[1]) * length
+        return cast(Floats, (ray[2] - slope_x * ray[0] - slope_y * ray[1]) * length)
 
     # Light that wraps a little around the edge stands in for the scattering of skin.
     key = ((facing(light.direction) + 0.15) / 1.15).clip(0, None)
@@ -147,7 +148,7 @@ def _motion_kernel(length: float, angle: float) -> Floats:
     half = 0.5 * length * np.array([np.cos(angle), np.sin(angle)])
     ends = np.rint((np.array([4, 4]) + np.stack([-half, half])) * 16).astype(int)
     cv2.line(kernel, ends[0].tolist(), ends[1].tolist(), 1.0, 1, cv2.LINE_AA, 4)  # type: ignore[call-overload]
-    return kernel / kernel.sum()
+    return cast(Floats, kernel / kernel.sum())
 
 
 def photograph(portrait: Portrait, rng: np.random.Generator) -> tuple[Bytes, int]:

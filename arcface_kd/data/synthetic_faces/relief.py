@@ -5,6 +5,7 @@ Heights are face units towards the viewer; the grid has one cell a unit over the
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import cast
 
 import cv2
 import numpy as np
@@ -72,14 +73,13 @@ class Relief:
 
 def _bump(x: float, y: float, width: float, height: float) -> Floats:
     """A Gaussian bump of unit height; separable, so two short exponentials and an outer product."""
-    return np.exp(-(((_X - x) / width) ** 2)) * np.exp(-(((_Y - y) / height) ** 2))
+    return cast(Floats, np.exp(-(((_X - x) / width) ** 2)) * np.exp(-(((_Y - y) / height) ** 2)))
 
 
 def _pair(x: float, y: float, width: float, height: float) -> Floats:
     """The same bump on both sides of the face."""
-    return (np.exp(-(((_X - x) / width) ** 2)) + np.exp(-(((_X + x) / width) ** 2))) * np.exp(
-        -(((_Y - y) / height) ** 2)
-    )
+    both = np.exp(-(((_X - x) / width) ** 2)) + np.exp(-(((_X + x) / width) ** 2))
+    return cast(Floats, both * np.exp(-(((_Y - y) / height) ** 2)))
 
 
 def _crease(lines: Sequence[Floats], width: float, softness: float) -> Floats:
@@ -93,7 +93,10 @@ def _skull(identity: Identity) -> Floats:
     head = identity.head
     sideways = np.abs(_X) / head.cheek
     upward = np.abs(_Y + 15) / 70
-    return -head.depth * (0.25 * sideways**2 + 0.75 * sideways**3.2).clip(0, 2.2) - 0.5 * head.depth * upward**2.4
+    return cast(
+        Floats,
+        -head.depth * (0.25 * sideways**2 + 0.75 * sideways**3.2).clip(0, 2.2) - 0.5 * head.depth * upward**2.4,
+    )
 
 
 def _nose(nose: Nose, eyes: Eyes) -> Floats:
@@ -117,7 +120,7 @@ def _nose(nose: Nose, eyes: Eyes) -> Floats:
     axis = nose.bend * np.interp(_Y, [nasion, middle, tip], [0, 1, 0.4]).astype(np.float32)
     ridge = height * np.exp(-(((_X - axis) / width) ** 2))
     wings = _pair(nose.half_width * 0.78, tip + 2.5, 2.8, 3.4)
-    return ridge + 0.26 * nose.tip * wings
+    return cast(Floats, ridge + 0.26 * nose.tip * wings)
 
 
 def _eyes(identity: Identity) -> Floats:
@@ -126,12 +129,12 @@ def _eyes(identity: Identity) -> Floats:
     balls = _pair(eyes.half_spacing, eyes.y, 5.2, 4.2) * (0.55 * eyes.socket + 0.9)
     bags = _pair(eyes.half_spacing, eyes.y + 5.5, 6, 1.8) * (0.9 * eyes.bags)
     ridge = _pair((brows.inner + brows.outer) / 2, eyes.y - brows.lift + 1, 12, 4) * brows.ridge
-    return balls - sockets + bags + ridge
+    return cast(Floats, balls - sockets + bags + ridge)
 
 
 def _mouth(mouth: Mouth) -> Floats:
     def lip(middle: float, thickness: float) -> Floats:
-        return np.exp(-(((_Y - middle) / (0.6 * thickness + 0.8)) ** 2)) * (0.47 * thickness)
+        return cast(Floats, np.exp(-(((_Y - middle) / (0.6 * thickness + 0.8)) ** 2)) * (0.47 * thickness))
 
     lips = lip(mouth.y - 0.5 * mouth.upper, mouth.upper) + lip(mouth.y + 0.55 * mouth.lower, mouth.lower)
     parting = np.exp(-((_Y - mouth.y) ** 2)) * 0.8
@@ -139,7 +142,7 @@ def _mouth(mouth: Mouth) -> Floats:
     muzzle = _bump(0, mouth.y, mouth.half_width * 1.2, 12) * 2.5
     groove = _bump(0, mouth.y + mouth.lower + 4.5, mouth.half_width * 0.6, 2.6) * 1.6
     philtrum = _bump(0, mouth.y - mouth.upper - 4, 1.6, 3.2) * 0.7
-    return across * (lips - parting) + muzzle - groove - philtrum
+    return cast(Floats, across * (lips - parting) + muzzle - groove - philtrum)
 
 
 def _cheeks_and_chin(identity: Identity) -> Floats:
@@ -148,7 +151,7 @@ def _cheeks_and_chin(identity: Identity) -> Floats:
     hollows = _pair(head.cheek * 0.66, cheeks.bone_y + 20, 8, 9) * cheeks.hollow
     chin = _bump(0, head.chin_y - 9, head.chin * 0.75, 6) * cheeks.chin
     cleft = _bump(0, head.chin_y - 8, 1.4, 3.5) * cheeks.cleft
-    return bones - hollows + chin - cleft
+    return cast(Floats, bones - hollows + chin - cleft)
 
 
 def _nasolabial_folds(identity: Identity) -> list[Floats]:

@@ -314,7 +314,7 @@ def compare(
 def _compared(
     pairs: VerificationSet,
     known: PairIdentities,
-    embeddings: Mapping[str, np.ndarray],
+    embeddings: Mapping[str, NDArray[Any]],
     replicates: int,
     students: Sequence[str],
 ) -> ComparedSet:

@@ -352,8 +352,8 @@ def _side_by_side(compared: ComparedSet, pair: int) -> str:
     """The two faces of a pair as one JPEG."""
     import cv2
 
-    sides = [decode_rgb(image) for image in compared.pairs.images[2 * pair : 2 * pair + 2]]
-    sides = [cv2.resize(side, (_SIDE, _SIDE), interpolation=cv2.INTER_AREA) for side in sides]
+    faces = [decode_rgb(image) for image in compared.pairs.images[2 * pair : 2 * pair + 2]]
+    sides = [cv2.resize(face, (_SIDE, _SIDE), interpolation=cv2.INTER_AREA) for face in faces]
     both = np.hstack(sides)[:, :, ::-1]
     _, encoded = cv2.imencode(".jpg", both, [cv2.IMWRITE_JPEG_QUALITY, _JPEG_QUALITY])
     return _data_uri(encoded.tobytes(), "image/jpeg")

@@ -37,7 +37,7 @@ Chosen here, for faces:
 
 import logging
 from dataclasses import dataclass, replace
-from typing import Annotated, Any, ClassVar
+from typing import Annotated, Any, ClassVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -188,8 +188,8 @@ class TCS(Method):
         # Known without asking the device, until a state is loaded.
         self._kept: int | None = len(self.axes)
         self._distance: Tensor | None = None
-        self.register_load_state_dict_post_hook(lambda module, _: module.follow_mask())
-        self.register_state_dict_pre_hook(lambda module, *_: module.clear_dropped_axes())
+        self.register_load_state_dict_post_hook(lambda module, _: module.follow_mask())  # type: ignore[no-untyped-call]
+        self.register_state_dict_pre_hook(lambda module, *_: module.clear_dropped_axes())  # type: ignore[no-untyped-call]
 
     def follow_mask(self) -> None:
         """Look at the mask anew, after it was written from outside, and let the student follow it."""
@@ -224,7 +224,7 @@ class TCS(Method):
             distance = self._distance_to_teacher(batch)
             self._distance = distance.detach()
             terms["mimic"] = self.context.ranks.computed_by_all(distance * self.config.mimic)
-        return terms
+        return cast("dict[str, Tensor]", terms)
 
     def _distance_to_teacher(self, batch: Batch) -> Tensor:
         """Mean squared distance of student and teacher along the axes that are left."""

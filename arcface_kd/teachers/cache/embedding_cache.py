@@ -27,10 +27,11 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from io import FileIO
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, cast
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn.functional import normalize
 
@@ -268,11 +269,11 @@ class EmbeddingCache:
         weakref.finalize(self, stream.close)
         return stream
 
-    def _positions(self, index: Tensor, flipped: Tensor) -> np.ndarray:
+    def _positions(self, index: Tensor, flipped: Tensor) -> NDArray[Any]:
         positions = index.cpu().numpy() * 2 + flipped.cpu().numpy()
         if len(positions) and not (positions.min() >= 0 and positions.max() < 2 * self.images):
             raise IndexError(f"images {index.tolist()[:5]} are not all in 0 .. {self.images - 1}")
-        return positions
+        return cast("NDArray[Any]", positions)
 
     def look_up(self, index: Tensor, flipped: Tensor) -> tuple[Tensor, Tensor]:
         """Rows of some views.
@@ -318,7 +319,7 @@ class EmbeddingCache:
         for position, row in zip(positions.tolist(), rows, strict=True):
             _write_at(self._file, position * 2 * self.embedding_size, row.tobytes())
 
-    def known(self, start: int, stop: int) -> np.ndarray:
+    def known(self, start: int, stop: int) -> NDArray[Any]:
         """Which rows of a range of images are there; reads them all.
 
         Args:
@@ -400,7 +401,7 @@ def _read_header(path: Path, header: Path) -> dict[str, Any]:
     return found
 
 
-def _decoded(rows: np.ndarray) -> tuple[Tensor, Tensor]:
+def _decoded(rows: NDArray[Any]) -> tuple[Tensor, Tensor]:
     """Unit vectors (B, D) out of a file's rows, NaN where a row is no unit vector, and (B,) bool whether it is one."""
     values = torch.from_numpy(np.invert(np.asarray(rows)).view(np.float16)).float()
     norms = values.norm(dim=1)

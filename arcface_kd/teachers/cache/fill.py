@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from tqdm import tqdm
 
 from arcface_kd.config.kd import KDConfig
@@ -70,7 +71,7 @@ class CacheReport:
 class _PlainViews(ViewSampler):
     """The plain views of some records, in their order."""
 
-    def __init__(self, records: np.ndarray) -> None:
+    def __init__(self, records: NDArray[np.int64]) -> None:
         super().__init__(len(records), shuffle=False, flip=False)
         self.records = records
 
@@ -167,13 +168,13 @@ def _teacher_of(kd: KDConfig) -> Teacher:
     return load_teacher(kd.teacher, kd.options.get("teacher"))
 
 
-def _share(records: np.ndarray, ranks: RankGroup) -> np.ndarray:
+def _share(records: NDArray[np.int64], ranks: RankGroup) -> NDArray[np.int64]:
     """This rank's contiguous share: neighbours in the file are read and written together."""
-    own: np.ndarray = np.array_split(records, ranks.world_size)[ranks.rank]
+    own: NDArray[Any] = np.array_split(records, ranks.world_size)[ranks.rank]
     return own
 
 
-def _known(cache: EmbeddingCache, ranks: RankGroup, device: torch.device) -> np.ndarray:
+def _known(cache: EmbeddingCache, ranks: RankGroup, device: torch.device) -> NDArray[Any]:
     """(images, 2) bool, which rows are there; each rank reads its share of the file."""
     known = np.zeros((cache.images, 2), dtype=np.uint8)
     own = _share(np.arange(cache.images), ranks)
@@ -182,7 +183,9 @@ def _known(cache: EmbeddingCache, ranks: RankGroup, device: torch.device) -> np.
     return ranks.max_(torch.from_numpy(known).to(device)).cpu().numpy().astype(bool)
 
 
-def _fill(cache: EmbeddingCache, teacher: Teacher, loader: FaceLoader, missing: np.ndarray, bar: "tqdm[Any]") -> None:
+def _fill(
+    cache: EmbeddingCache, teacher: Teacher, loader: FaceLoader, missing: NDArray[np.bool_], bar: "tqdm[Any]"
+) -> None:
     shown: list[BatchViews] = []
     loader.on_batch = shown.append
     for images, _ in loader:

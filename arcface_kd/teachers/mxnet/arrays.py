@@ -10,8 +10,10 @@ stands in its place is the number of dimensions, and those are u32.
 import math
 import struct
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from arcface_kd.errors import TeacherError
 from arcface_kd.teachers.base import read_bytes
@@ -66,7 +68,7 @@ def _dimensions(cursor: _Cursor, count: int, kind: str) -> tuple[int, ...]:
     return shape
 
 
-def _array(cursor: _Cursor) -> np.ndarray:
+def _array(cursor: _Cursor) -> NDArray[Any]:
     version = cursor.number("I", "an array")
     if version in (_V2, _V3):
         storage = cursor.number("i", "a storage type")
@@ -88,7 +90,7 @@ def _array(cursor: _Cursor) -> np.ndarray:
     return np.frombuffer(content, element).reshape(shape)
 
 
-def read_arrays(path: Path) -> dict[str, np.ndarray]:
+def read_arrays(path: Path) -> dict[str, NDArray[Any]]:
     """Read all arrays of a file.
 
     Args:
@@ -111,7 +113,7 @@ def read_arrays(path: Path) -> dict[str, np.ndarray]:
     named = cursor.number("Q", "the number of names")
     if named != count:
         raise cursor.damaged(f"{named} names for {count} arrays")
-    found: dict[str, np.ndarray] = {}
+    found: dict[str, NDArray[Any]] = {}
     for array in arrays:
         raw = bytes(cursor.take(cursor.number("Q", "a name's length"), "a name"))
         try:

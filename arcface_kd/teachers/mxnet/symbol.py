@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -307,7 +308,7 @@ class SymbolGraph(nn.Module):
         arrays: the arrays in use, by MXNet's names; the same tensors as the module's parameters.
     """
 
-    def __init__(self, path: Path, arrays: Mapping[str, np.ndarray]) -> None:
+    def __init__(self, path: Path, arrays: Mapping[str, NDArray[Any]]) -> None:
         """Read the symbol and bind its arrays.
 
         Args:
@@ -356,7 +357,7 @@ class SymbolGraph(nn.Module):
         return {**self.__dict__, "_operations": list(self._operations)}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
         self._operations = {number: self._operation(self._nodes[number]) for number in state["_operations"]}
 
     def _needed(self) -> list[int]:
@@ -367,7 +368,7 @@ class SymbolGraph(nn.Module):
                 needed.update(self._nodes[number].inputs)
         return sorted(needed)
 
-    def _bind(self, number: int, name: str, arrays: Mapping[str, np.ndarray]) -> None:
+    def _bind(self, number: int, name: str, arrays: Mapping[str, NDArray[Any]]) -> None:
         array = arrays.get(f"arg:{name}", arrays.get(f"aux:{name}"))
         if array is None:
             if self._data is not None or name != "data":

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from arcface_kd.errors import TeacherError, first_line
 from arcface_kd.teachers.base import LARGEST_FILE, read_bytes
@@ -283,7 +284,7 @@ def _computed_from(model: Any, name: str) -> set[str]:
     return reached
 
 
-def _integers(model: Any) -> dict[str, np.ndarray]:
+def _integers(model: Any) -> dict[str, NDArray[np.int64]]:
     """Constant vectors of int64 by name: the shapes that nodes are given."""
     import onnx
     from onnx import numpy_helper

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from arcface_kd.teachers.onnx.form import constants, keep_only
 from arcface_kd.teachers.onnx.graph import MOST_ELEMENTS, OnnxGraph
@@ -213,7 +214,7 @@ def _tried(model: Any, graph: OnnxGraph, places: list[str], size: int, kind: Any
     return [next((each for each in answers[name] if each is not None), None) for name in reversed(places)]
 
 
-def _affine(shown: np.ndarray, results: list[np.ndarray]) -> _Found | None:
+def _affine(shown: NDArray[Any], results: list[NDArray[Any]]) -> _Found | None:
     """Scale, shift and order of the channels, where that is all that was done to the probes."""
     axes = [axis for axis in (1, 3) if results[0].ndim == 4 and results[0].shape[axis] == 3]
     for axis in axes:

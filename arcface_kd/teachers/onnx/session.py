@@ -159,7 +159,7 @@ def _agrees(network: OnnxNetwork, wanted: Preprocessing) -> bool:
         return False
     if not alone.numel() or not torch.isfinite(alone).all():
         # No matter of batches; what tries the teacher says so.
-        return together.shape == alone.shape
+        return bool(together.shape == alone.shape)
     scale = float(alone.abs().max())
     return together.shape == alone.shape and bool(torch.allclose(together, alone, rtol=1e-3, atol=1e-3 * scale))
 

@@ -3,6 +3,7 @@
 import itertools
 import math
 from collections.abc import Sequence
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -81,8 +82,8 @@ def _split(call: Call, x: Tensor, given: Tensor | None = None) -> tuple[Tensor, 
     axis = call.get("axis", 0)
     sizes = given if given is not None else call.get("split", None)
     if sizes is None:
-        return x.split(-(-x.shape[axis] // call.outputs), axis)
-    return x.split(numbers(sizes), axis)
+        return cast("tuple[Tensor, ...]", x.split(-(-x.shape[axis] // call.outputs), axis))
+    return cast("tuple[Tensor, ...]", x.split(numbers(sizes), axis))
 
 
 @_operator("Slice")
@@ -137,7 +138,7 @@ def _constant_of_shape(call: Call, shape: Tensor) -> Tensor:
     value = call.get("value", torch.zeros(1)).reshape(())
     if value.is_floating_point():
         value = call.floats.new_full((), float(value))
-    return value.expand(numbers(shape))
+    return cast(Tensor, value.expand(numbers(shape)))
 
 
 @_operator("Range")

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from arcface_kd.errors import TeacherError, first_line
@@ -95,7 +96,7 @@ class TorchGraph(nn.Module):
                 # Whole numbers are shapes and places, which are read on the CPU.
                 self._whole[name] = torch.from_numpy(array.copy())
 
-    def _check(self, constants: Mapping[str, np.ndarray]) -> None:
+    def _check(self, constants: Mapping[str, NDArray[Any]]) -> None:
         """Refuse, before anything runs, what cannot be run."""
         known = {self.graph.input_name, "", *constants}
         for node in self._nodes:
@@ -318,7 +319,7 @@ def _settings(nodes: Sequence[_Node], constants: Iterable[str], image: str) -> s
     return found
 
 
-def _with_numbers(node: _Node, nodes: Sequence[_Node], constants: Mapping[str, np.ndarray], opset: int) -> _Node:
+def _with_numbers(node: _Node, nodes: Sequence[_Node], constants: Mapping[str, NDArray[Any]], opset: int) -> _Node:
     """A node whose constant bounds are attributes."""
     attributes, inputs = dict(node.attributes), list(node.inputs)
     for place, attribute in _READ.get(node.operator, {}).items():
@@ -330,7 +331,7 @@ def _with_numbers(node: _Node, nodes: Sequence[_Node], constants: Mapping[str, n
 
 
 def _value(
-    name: str, nodes: Sequence[_Node], constants: Mapping[str, np.ndarray], opset: int, depth: int = 8
+    name: str, nodes: Sequence[_Node], constants: Mapping[str, NDArray[Any]], opset: int, depth: int = 8
 ) -> Tensor | None:
     """A value that follows from constants alone by few steps, None for any other."""
     if name in constants:

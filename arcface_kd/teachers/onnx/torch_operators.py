@@ -8,7 +8,7 @@ the graph declares.
 
 import math
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -120,7 +120,7 @@ def _clip(call: Call, x: Tensor, low: Tensor | None = None, high: Tensor | None 
 
 @_operator("HardSigmoid")
 def _hard_sigmoid(call: Call, x: Tensor) -> Tensor:
-    return (x * call.get("alpha", 0.2) + call.get("beta", 0.5)).clamp(0, 1)
+    return cast(Tensor, (x * call.get("alpha", 0.2) + call.get("beta", 0.5)).clamp(0, 1))
 
 
 @_operator("Gelu")
@@ -246,7 +246,7 @@ def _batch_norm(call: Call, x: Tensor, scale: Tensor, bias: Tensor, mean: Tensor
         raise UnsupportedError("the batch's own statistics as outputs")
     if not call.get("spatial", 1) and x.dim() > 2:
         # Statistics of each place of the map, which are never trained.
-        return (x - mean) * (variance + call.get("epsilon", 1e-5)).rsqrt() * scale + bias
+        return cast(Tensor, (x - mean) * (variance + call.get("epsilon", 1e-5)).rsqrt() * scale + bias)
     # ONNX counts what stays of the running statistics, torch what is new.
     new = 1 - call.get("momentum", 0.9)
     return functional.batch_norm(x, mean, variance, scale, bias, call.training, new, call.get("epsilon", 1e-5))
