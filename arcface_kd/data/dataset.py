@@ -363,7 +363,7 @@ class SyntheticDataset(FaceDataset):
         """The name of the data set and the index."""
         return f"synthetic image {index}"
 
-    def labels(self) -> np.ndarray:
+    def labels(self) -> NDArray[np.int64]:
         """The labels of all images, int64 (N,)."""
         return np.ones(len(self), dtype=np.int64)
 

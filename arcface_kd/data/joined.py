@@ -9,6 +9,7 @@ from functools import cached_property
 from itertools import accumulate, pairwise
 
 import numpy as np
+from numpy.typing import NDArray
 
 from arcface_kd.data.dataset import FaceDataset, FolderDataset, open_dataset
 from arcface_kd.errors import ConfigError, DataError, OnBadRecord
@@ -64,7 +65,7 @@ class JoinedDataset(FaceDataset):
         place, own = self._find(index)
         return self.sets[place].where(own)
 
-    def labels(self) -> np.ndarray:
+    def labels(self) -> NDArray[np.int64]:
         """The labels of all images; see the sets' own ``labels``.
 
         Returns:
@@ -80,15 +81,15 @@ class JoinedDataset(FaceDataset):
         label, payload = self.sets[place]._load(own)
         return int(self.label_maps[place][label]), payload
 
-    def _decode(self, index: int) -> tuple[int, np.ndarray]:
+    def _decode(self, index: int) -> tuple[int, NDArray[np.uint8]]:
         place, own = self._find(index)
         label, pixels = self.sets[place]._decode(own)
         return int(self.label_maps[place][label]), pixels
 
 
-def _number(sizes: Sequence[int], same: Mapping[tuple[int, int], str]) -> list[np.ndarray]:
+def _number(sizes: Sequence[int], same: Mapping[tuple[int, int], str]) -> list[NDArray[np.int64]]:
     """The label maps of sets with so many classes each."""
-    maps: list[np.ndarray] = []
+    maps: list[NDArray[np.int64]] = []
     numbers: dict[str, int] = {}
     classes = 0
     for place, size in enumerate(sizes):
