@@ -3,6 +3,7 @@
 Needs ARCFACE_TORCH. All runs share two processes, see ``in_turn.py``; ``docs/host.md`` lists them.
 """
 
+import shutil
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -13,6 +14,7 @@ import torch
 from arcface_kd.backbones import get_backbone
 from arcface_kd.checkpoints.shards import open_shards
 from arcface_kd.data.dataset import open_dataset
+from arcface_kd.data.pack import pack_folder
 from arcface_kd.distributed.class_shard import ClassShard
 from arcface_kd.methods.class_centers import initial_centers
 from tests.host.trainer.faces import Faces, draw_faces
@@ -41,6 +43,7 @@ class Setting(NamedTuple):
 SETTINGS = {
     "records": Setting({}),
     "folder": Setting({"rec": "FOLDER"}),
+    "two_sets": Setting({"rec": ["FIRST_HALF", "SECOND_HALF"]}),
     "synthetic": Setting({"rec": "synthetic"}, stand_ins=("short_synthetic",)),
     "sampled": Setting({"sample_rate": 0.5}),
     "filtered": Setting({"interclass_filtering_threshold": 0.05}),
@@ -99,10 +102,15 @@ def words(faces: Faces, teacher: Teacher, tmp_path_factory: pytest.TempPathFacto
         person = folder / "people" / f"person_{records.label(at):02}"
         person.mkdir(parents=True, exist_ok=True)
         (person / f"{at:03}.jpg").write_bytes(records.image_bytes(at))
+        half = folder / ("first" if 2 * at < faces.num_image else "second") / person.name
+        shutil.copytree(person, half)
+    pack_folder(folder / "second", folder / "packed")
     # With one image of each identity they are its class centers.
     torch.save({"weight": teacher.embeddings}, folder / "classifier.pt")
     return {
         "FOLDER": str(folder / "people"),
+        "FIRST_HALF": str(folder / "first"),
+        "SECOND_HALF": str(folder / "packed"),
         "CACHE": str(folder / "cache"),
         "CLASSIFIER": str(folder / "classifier.pt"),
     }
@@ -113,6 +121,8 @@ def turn(host: Path, outputs: Path, faces: Faces, teacher: Teacher, words: dict[
     setting = SETTINGS[name]
     keys = {"batch_size": BATCH, "embedding_size": DIMENSION, "num_workers": 0, **setting.keys}
     keys = {key: words.get(value, value) if isinstance(value, str) else value for key, value in keys.items()}
+    if isinstance(keys.get("rec"), list):
+        keys["rec"] = [words[word] for word in keys["rec"]]
     config = write_config(host, name, settings(faces, outputs / name, **keys))
     flags = [words.get(flag, flag) for flag in setting.flags]
     return Turn(name, [f"configs/{config}", *flags, *teacher.arguments], setting.stand_ins)
@@ -170,7 +180,7 @@ def test_every_setting_trains_and_leaves_its_files(host: Host, faces: Faces, nam
         assert moved.tolist() == [name != "synthetic" or label == 1 for label in range(32)]
 
 
-@pytest.mark.parametrize("name", ["folder", "dali"])
+@pytest.mark.parametrize("name", ["folder", "two_sets", "dali"])
 def test_the_same_images_by_another_way_give_the_same_losses(host: Host, name: str) -> None:
     assert host.losses(name) == host.losses("records")
     assert (host.output(name) / "model.pt").read_bytes() == (host.output("records") / "model.pt").read_bytes()
