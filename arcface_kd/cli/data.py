@@ -32,10 +32,10 @@ def add_commands(commands: Commands) -> None:
     index = data.add(
         "index",
         _index,
-        "build the train.idx that a train.rec has lost",
+        "build a train.idx that is missing or wrong",
         "arcface-kd data index faces_emore/",
     )
-    index.add_argument("folder", type=Path, help="a folder with train.rec and without train.idx")
+    index.add_argument("records", type=Path, help="a folder with train.rec, or a .rec file")
 
     subset = data.add(
         "subset",
@@ -59,7 +59,7 @@ def _pack(arguments: argparse.Namespace) -> None:
 def _index(arguments: argparse.Namespace) -> None:
     from arcface_kd.data.formats.record_scan import build_index
 
-    print(f"{arguments.folder / 'train.idx'}: {build_index(arguments.folder)} records")
+    print(build_index(arguments.records))
 
 
 def _subset(arguments: argparse.Namespace) -> None:

@@ -18,7 +18,7 @@ _MAX_DIGITS = 18
 # Large enough to amortise numpy's calls, small enough that the working arrays stay in the processor's cache.
 _INDEX_CHUNK = 1 << 20
 _COMPARED_AT_ONCE = 1 << 16
-BUILD_ANEW = "remove it and build it anew with `arcface-kd data index`"
+BUILD_ANEW = "build it anew with `arcface-kd data index`"
 
 
 def _column(digits: NDArray[Any], stops: NDArray[np.int64], widths: NDArray[np.int64]) -> NDArray[Any]:

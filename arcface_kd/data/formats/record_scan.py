@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from arcface_kd.data.formats.record import HEADER
-from arcface_kd.data.formats.record_index import ascending
+from arcface_kd.data.formats.record_index import ascending, read_index
 from arcface_kd.data.formats.recordio import FIRST, LENGTH_BITS, LENGTH_MASK, MAGIC, MIDDLE, PART, WHOLE, RecordReader
 from arcface_kd.errors import DataError
 from arcface_kd.system.downloads import found_instead
@@ -100,24 +100,46 @@ def _headers(
     return Headers(positions, labels, payload > 0, ~sound)
 
 
-def build_index(folder: str | os.PathLike[str]) -> int:
-    """Build the ``train.idx`` that a ``train.rec`` has lost.
+class BuiltIndex(NamedTuple):
+    """What came of building an index.
+
+    Attributes:
+        path: the index.
+        records: number of records.
+        fault: what was wrong with the one that was there; None for nothing.
+        built: whether it was built now.
+    """
+
+    path: Path
+    records: int
+    fault: str | None
+    built: bool
+
+    def __str__(self) -> str:
+        if not self.built:
+            return f"{self.path} lists all {self.records} records, and was left as it is"
+        kept = f"; the one that was there is now {_put_aside(self.path).name}: {self.fault}" if self.fault else ""
+        return f"{self.path}: {self.records} records{kept}"
+
+
+def build_index(path: str | os.PathLike[str]) -> BuiltIndex:
+    """Build an index that is missing or does not list the records of its file, each once.
 
     Behind a header record, keys are the records' places in the file, as InsightFace's layout has them. Without one they
     are the numbers that the records carry, which several threads of ``im2rec`` write in any order, or else the places.
+    An index that was wrong is kept beside the new one, as ``train.idx.wrong``.
 
     Args:
-        folder: with ``train.rec`` and without ``train.idx``.
+        path: a ``.rec`` file, or a folder with ``train.rec``.
 
     Returns:
-        The number of records.
+        What was done.
 
     Raises:
-        DataError: there is an index, no file of records, or one that is damaged or cut short.
+        DataError: there is no file of records, or one that is damaged or cut short.
     """
-    rec, idx = Path(folder) / "train.rec", Path(folder) / "train.idx"
-    if idx.exists():
-        raise DataError(f"{idx} exists; remove it to have it built anew")
+    rec = Path(path) if Path(path).suffix == ".rec" else Path(path) / "train.rec"
+    idx = rec.with_suffix(".idx")
     offsets, numbers, imageless = array("q"), array("Q"), bytearray()
     try:
         with open_regular(rec) as stream:
@@ -128,13 +150,38 @@ def build_index(folder: str | os.PathLike[str]) -> int:
                     offsets.append(offset)
                     numbers.append(number)
                     imageless.append(flag > 0 and payload == 0)
+        fault = _fault(idx, np.array(offsets)) if idx.exists() else None
+        if idx.exists() and fault is None:
+            return BuiltIndex(idx, len(offsets), None, built=False)
         keys = _keys(np.array(numbers), np.frombuffer(imageless, dtype=bool))
         with atomic_write(idx) as out:
             for key, offset in zip(keys, offsets, strict=True):
                 out.write(b"%d\t%d\n" % (key, offset))
+            if fault is not None:
+                os.replace(idx, _put_aside(idx))
     except OSError as error:
         raise DataError(f"cannot build {idx} from {rec}: {error.strerror}") from None
-    return len(offsets)
+    return BuiltIndex(idx, len(offsets), fault, built=True)
+
+
+def _put_aside(idx: Path) -> Path:
+    return idx.with_name(f"{idx.name}.wrong")
+
+
+def _fault(idx: Path, offsets: NDArray[np.int64]) -> str | None:
+    """What is wrong with an index of records at these offsets, which ascend."""
+    try:
+        keys, listed = read_index(idx)
+    except DataError as error:
+        return str(error)
+    if len(np.unique(keys)) < len(keys):
+        return "a key occurs twice"
+    strange = np.setdiff1d(listed, offsets)
+    if len(strange):
+        return f"no record begins at byte {strange[0]}, which it lists"
+    if not np.array_equal(np.sort(listed), offsets):
+        return f"it lists {len(np.unique(listed))} of {len(offsets)} records"
+    return None
 
 
 def _keys(numbers: NDArray[np.int64], imageless: NDArray[Any]) -> NDArray[np.int64]:

@@ -33,7 +33,7 @@ def test_the_index_is_the_one_that_was_lost(tmp_path: Path, layout: str) -> None
     if layout == "parts":
         records[1] = (1, record(1, 1.0, b"abcd" + MAGIC + b"x" + MAGIC + encoded(1)))
     folder, index = lost(tmp_path, records)
-    assert build_index(folder) == len(records)
+    assert build_index(folder).records == len(records)
     assert (folder / "train.idx").read_text() == index
 
 
@@ -85,6 +85,38 @@ def test_what_stands_in_place_of_records_or_index_is_named(tmp_path: Path) -> No
             open_dataset(tmp_path)
 
 
+WRONG = {
+    "another file's": lambda lines: [lines[0], "1\t12\n", *lines[2:]],
+    "cut short": lambda lines: lines[:-2],
+    "cut within a line": lambda lines: [*lines[:-1], lines[-1][:1]],
+    "joined": lambda lines: [*lines, lines[3]],
+    "key twice": lambda lines: [*lines[:-1], "3" + lines[-1][1:]],
+    "empty": lambda lines: [],
+    "no index": lambda lines: ["<html>\n"],
+}
+
+
+@pytest.mark.parametrize("fault", WRONG)
+def test_a_wrong_index_is_built_anew_and_kept_aside(tmp_path: Path, fault: str) -> None:
+    folder, index = lost(tmp_path, insightface_records([2, 3]))
+    wrong = "".join(WRONG[fault](index.splitlines(keepends=True)))
+    (folder / "train.idx").write_text(wrong)
+    built = build_index(folder)
+    assert (built.built, built.records) == (True, 8)
+    assert built.fault
+    assert "train.idx.wrong" in str(built)
+    assert (folder / "train.idx").read_text() == index
+    assert (folder / "train.idx.wrong").read_text() == wrong
+
+
+def test_an_index_that_lists_every_record_is_left_alone(tmp_path: Path) -> None:
+    folder, index = lost(tmp_path, insightface_records([2, 3]))
+    turned = "".join(reversed(index.splitlines(keepends=True)))
+    (folder / "train.idx").write_text(turned)
+    assert not build_index(folder).built
+    assert (folder / "train.idx").read_text() == turned
+
+
 def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder, _ = lost(tmp_path, insightface_records([2, 3]))
     with pytest.raises(DataError, match=f"arcface-kd data index {folder}"):
@@ -92,6 +124,6 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     assert main(["data", "index", str(folder)]) == 0
     assert "8 records" in capsys.readouterr().out
     assert len(open_dataset(folder, 2)) == 5
-    assert main(["data", "index", str(folder)]) == 2
-    assert "train.idx exists" in capsys.readouterr().err
+    assert main(["data", "index", str(folder / "train.rec")]) == 0
+    assert "left as it is" in capsys.readouterr().out
     assert main(["data", "index", str(tmp_path / "none")]) == 2
