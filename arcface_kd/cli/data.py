@@ -1,4 +1,4 @@
-"""Commands that make data sets: ``data pack``, ``data index`` and ``data subset``."""
+"""Commands that make data sets and look at them: ``data pack``, ``data pairs``, ``data verify`` and others."""
 
 import argparse
 from pathlib import Path
@@ -48,6 +48,17 @@ def add_commands(commands: Commands) -> None:
     subset.add_argument("--images-per-identity", type=int, required=True, metavar="N", help="at most so many")
     subset.add_argument("--seed", type=int, default=0, help="decides which ones (default: 0)")
 
+    pairs = data.add(
+        "pairs",
+        _pairs,
+        "write a verification set of people whom no network is trained on",
+        "arcface-kd data pairs held_out/ faces_own/own.bin --pairs 6000 --seed 0",
+    )
+    pairs.add_argument("folder", type=Path, help="one sub-folder of aligned face images for each identity, or records")
+    pairs.add_argument("out", type=Path, help="the .bin file; OUT.identities.txt beside it says who is on its images")
+    pairs.add_argument("--pairs", type=int, default=6000, metavar="N", help="at most so many (default: 6000)")
+    pairs.add_argument("--seed", type=int, default=0, help="decides which ones (default: 0)")
+
 
 def _pack(arguments: argparse.Namespace) -> None:
     from arcface_kd.data.pack import pack_folder
@@ -67,3 +78,11 @@ def _subset(arguments: argparse.Namespace) -> None:
 
     per_identity, seed = arguments.images_per_identity, arguments.seed
     print(write_subset(arguments.folder, arguments.out, images_per_identity=per_identity, seed=seed))
+
+
+def _pairs(arguments: argparse.Namespace) -> None:
+    from arcface_kd.data.pairs import write_pairs
+
+    print(
+        f"{arguments.out}: {write_pairs(arguments.folder, arguments.out, pairs=arguments.pairs, seed=arguments.seed)}"
+    )

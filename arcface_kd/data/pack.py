@@ -58,16 +58,32 @@ def _as_stored(path: str) -> tuple[bytes, bool]:
     Raises:
         BadRecordError: the file cannot be read, or is no image.
     """
-    import cv2
-
     try:
         data = read_image_file(path)
     except DataError as error:
         raise BadRecordError(str(error)) from None
+    return stored_form(data, path)
+
+
+def stored_form(data: bytes, where: str) -> tuple[bytes, bool]:
+    """What is stored for an image: the file itself where it has 112x112 pixels and mxnet reads it.
+
+    Args:
+        data: an image file.
+        where: its name, for messages.
+
+    Returns:
+        An image file of 112x112 pixels, and whether it had to be scaled.
+
+    Raises:
+        BadRecordError: it is no image.
+    """
+    import cv2
+
     try:
         pixels = decode_rgb(data)
     except DataError as error:
-        raise BadRecordError(f"{path}: {error}") from None
+        raise BadRecordError(f"{where}: {error}") from None
     height, width = pixels.shape[:2]
     bgr = cv2.cvtColor(pixels, cv2.COLOR_RGB2BGR)
     if (height, width) != IMAGE_SIZE:
