@@ -164,19 +164,7 @@ class _Trained:
 
 
 def run_demo(settings: DemoSettings) -> list[Row]:
-    """Run the main job and leave ``report.html``, ``results.txt`` and ``results.json`` in ``settings.out``.
-
-    Args:
-        settings: of the demo.
-
-    Returns:
-        The table's rows.
-
-    Raises:
-        ConfigError: an option that is not known, a teacher of another dimension without a projection, or no matplotlib.
-        DataError: a data folder that cannot be used.
-        TeacherError: a teacher that cannot be used, or a method that needs more of it than was given.
-    """
+    """Run the main job and leave ``report.html``, ``results.txt`` and ``results.json`` in ``settings.out``."""
     began = time.perf_counter()
     require_matplotlib()
     # What cannot run ends before the first file is written, and not when the teacher and a student are trained.
@@ -377,14 +365,7 @@ def _millions(number: int | None) -> str:
 
 
 def table(rows: Sequence[Row]) -> str:
-    """The rows as a text table; accuracy and TAR in percent.
-
-    Args:
-        rows: of :func:`run_demo`.
-
-    Returns:
-        Lines with aligned columns, without a final newline; a TAR that no set has pairs for is left out.
-    """
+    """The rows as a text table; accuracy and TAR in percent. A TAR that no set has pairs for is left out."""
     shown = ["accuracy", *(name for name in _TARS if any(row.score.numbers[name] is not None for row in rows))]
     cells = [["model", "set", *map(heading, shown), "parameters", "multiply-adds", "ms/image"]]
     for row in rows:
@@ -395,15 +376,7 @@ def table(rows: Sequence[Row]) -> str:
 
 
 def verdict(rows: Sequence[Row], method: str) -> str:
-    """What distillation gained on each set, in words, whichever way it went.
-
-    Args:
-        rows: of :func:`run_demo`.
-        method: the distilled student's name in them.
-
-    Returns:
-        A line for each verification set and statistic, and one for the compression where it is known.
-    """
+    """What distillation gained on each set, in words, whichever way it went; a line for each set and statistic."""
     lines = []
     for row in rows:
         if row.score.model != method:

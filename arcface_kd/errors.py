@@ -46,16 +46,7 @@ class TeacherError(ArcfaceKDError, ValueError):
 
 
 def suggestion(name: str, known: Iterable[str], prefix: str = "") -> str:
-    """The end of a message about an unknown name.
-
-    Args:
-        name: what was met.
-        known: what there is.
-        prefix: what a known name is written behind, such as ``teacher.``.
-
-    Returns:
-        ``; did you mean 'x'?`` where a known name is close, an empty string elsewhere.
-    """
+    """The end of a message about an unknown name: ``; did you mean 'x'?`` where a known name is close."""
     close = difflib.get_close_matches(name, list(known), n=1)
     return f"; did you mean {prefix + close[0]!r}?" if close else ""
 
@@ -64,11 +55,7 @@ OnBadRecord = Literal["stop", "skip"]
 
 
 def first_line(error: BaseException) -> str:
-    """A foreign exception's message on one line without a terminal's codes, cut to whole sentences or words.
-
-    Args:
-        error: what was raised.
-    """
+    """A foreign exception's message on one line without a terminal's codes, cut to whole sentences or words."""
     text = " ".join(re.sub(r"\x1b\[[\d;]*[A-Za-z]", "", str(error)).split()) or type(error).__name__
     if len(text) <= 240:
         return text

@@ -22,14 +22,7 @@ def _distribution(entry_point: metadata.EntryPoint) -> str:
 def entry_points(group: str) -> dict[str, metadata.EntryPoint]:
     """The installed entry points of a group, by name, sorted.
 
-    Args:
-        group: ``arcface_kd.methods`` or ``arcface_kd.teachers``.
-
-    Returns:
-        One entry point for each name.
-
-    Raises:
-        ConfigError: two distributions claim one name, or the package itself is not installed.
+    Two distributions that claim one name, and a package that is not installed, are a ConfigError.
     """
     found: dict[str, metadata.EntryPoint] = {}
     for entry_point in metadata.entry_points(group=group):
@@ -46,18 +39,7 @@ def entry_points(group: str) -> dict[str, metadata.EntryPoint]:
 
 
 def load(group: str, name: str) -> object:
-    """Load what is registered under a name.
-
-    Args:
-        group: the entry-point group.
-        name: the registered name.
-
-    Returns:
-        The class or object that the entry point names.
-
-    Raises:
-        ConfigError: no such name (the message lists those there are), or its module cannot be imported.
-    """
+    """Load what is registered under a name; a ConfigError lists the names there are."""
     known = entry_points(group)
     if name not in known:
         kind = group.rpartition(".")[2].rstrip("s")
@@ -72,17 +54,7 @@ def load(group: str, name: str) -> object:
 
 
 def load_all(group: str) -> dict[str, object]:
-    """Load whatever a group holds; a plug-in that cannot be imported is named in a warning and left out.
-
-    Args:
-        group: the entry-point group.
-
-    Returns:
-        What the entry points name, by name.
-
-    Raises:
-        ConfigError: two distributions claim one name, or the package itself is not installed.
-    """
+    """Load whatever a group holds; a plug-in that cannot be imported is named in a warning and left out."""
     loaded = {}
     for name in entry_points(group):
         try:

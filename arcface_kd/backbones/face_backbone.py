@@ -21,14 +21,10 @@ class FaceBackbone(nn.Module):
 
     @staticmethod
     def autocast(tensor: Tensor, *, half: bool) -> AbstractContextManager[object]:
-        """The context for layers that see ``tensor``.
+        """The context for layers that see ``tensor``; ``half`` says whether these layers leave float32.
 
         ``half=False`` means float32 even inside a surrounding ``torch.autocast``, as in arcface_torch: a network's
-        precision is its own ``fp16`` and nothing else.
-
-        Args:
-            tensor: what the layers get; its device decides on the type.
-            half: whether these layers leave float32; devices without autocast (``meta``) never do.
+        precision is its own ``fp16`` and nothing else. Devices without autocast (``meta``) never leave it.
         """
         if not torch.amp.is_autocast_available(tensor.device.type):
             return nullcontext()
@@ -36,34 +32,13 @@ class FaceBackbone(nn.Module):
         return torch.autocast(tensor.device.type, dtype=dtype, enabled=half)
 
     def feature_map(self, images: Tensor) -> Tensor:
-        """The map that the tail sees.
-
-        Args:
-            images: (B, 3, 112, 112), RGB in [-1, 1].
-
-        Returns:
-            (B, C, H, W); (B, 512, 7, 7) for the networks of arcface_torch and AdaDistill.
-        """
+        """The map (B, C, H, W) that the tail sees; (B, 512, 7, 7) in arcface_torch's networks."""
         raise NotImplementedError
 
     def tail(self, feature_map: Tensor) -> Tensor:
-        """What turns a feature map into an embedding.
-
-        Args:
-            feature_map: (B, C, H, W) as ``feature_map`` returns it.
-
-        Returns:
-            (B, D) embeddings, not normalised.
-        """
+        """Turn a feature map into embeddings (B, D), not normalised."""
         raise NotImplementedError
 
     def forward(self, images: Tensor) -> Tensor:
-        """Embed faces.
-
-        Args:
-            images: (B, 3, 112, 112), RGB in [-1, 1].
-
-        Returns:
-            (B, D) embeddings, not normalised.
-        """
+        """Embed faces (B, 3, 112, 112), RGB in [-1, 1], as (B, D), not normalised."""
         return self.tail(self.feature_map(images))

@@ -46,18 +46,7 @@ class MapPlace:
         return f"the input of {self.module!r}" if self.is_input else f"the output of {self.module!r}"
 
     def watch(self, network: nn.Module, show: Callable[[Tensor], None]) -> RemovableHandle:
-        """Show the map whenever the network runs.
-
-        Args:
-            network: the network that the place is in.
-            show: gets the map, (B, C, H, W).
-
-        Returns:
-            What takes the hook off again.
-
-        Raises:
-            ConfigError: when the network runs, something that is no map.
-        """
+        """Show the map (B, C, H, W) whenever the network runs; what takes the hook off again is returned."""
         module = network.get_submodule(self.module)
 
         def before(_: nn.Module, inputs: tuple[Any, ...]) -> None:
@@ -69,16 +58,10 @@ class MapPlace:
         return module.register_forward_pre_hook(before) if self.is_input else module.register_forward_hook(behind)
 
     def to_map(self, value: object) -> Tensor:
-        """What the network has in this place, as a map.
+        """What the network has in this place, as a map (B, C, H, W).
 
-        Args:
-            value: (B, C, H, W); (B, P, C) tokens; or (B, P * C), the tokens in one row.
-
-        Returns:
-            (B, C, H, W). P tokens are a square where P is a square number, a column elsewhere.
-
-        Raises:
-            ConfigError: something else.
+        It may be (B, P, C) tokens or (B, P * C), the tokens in one row. P tokens are a square where P is a square
+        number, a column elsewhere.
         """
         if isinstance(value, Tensor) and value.dim() == 4:
             return value
@@ -92,12 +75,7 @@ class MapPlace:
         raise ConfigError(f"{self} is no feature map but {what}; wanted (B, C, H, W), or (B, P, C) tokens")
 
     def from_map(self, feature_map: Tensor, dimensions: int) -> Tensor:
-        """The reverse of :meth:`to_map`.
-
-        Args:
-            feature_map: (B, C, H, W).
-            dimensions: of what the network has in this place: 4, 3 or 2.
-        """
+        """The reverse of :meth:`to_map`, to what has so many dimensions: 4, 3 or 2."""
         if dimensions == 4:
             return feature_map
         tokens = feature_map.flatten(2).transpose(1, 2)
@@ -105,19 +83,10 @@ class MapPlace:
 
 
 def find_map(network: nn.Module, name: str | None = None, tap: int = 0) -> MapPlace:
-    """Find a feature map of a network.
+    """Find a feature map of a network: by the path of the module that returns it, or by ``tap``.
 
-    Args:
-        network: the network.
-        name: path of the module that returns the map; None finds it.
-        tap: where to find it: 0 is the last map, which the embedding is made from; 1, 2 and 3 are the last ones at
-            twice, four and eight times its height and width.
-
-    Returns:
-        The place.
-
-    Raises:
-        ConfigError: there is no module of that name, no network of a known family, or no such map in it.
+    0 is the last map, which the embedding is made from; 1, 2 and 3 are the last ones at twice, four and eight times its
+    height and width.
     """
     kind = type(network).__name__
     if name is not None:
@@ -149,19 +118,7 @@ def _has(network: nn.Module, path: str) -> bool:
 
 @torch.no_grad()
 def map_shape(network: nn.Module, place: MapPlace, size: int) -> tuple[int, int, int]:
-    """The shape of a network's map, from running it once on an empty image; nothing in the network changes.
-
-    Args:
-        network: in whatever mode.
-        place: of the map.
-        size: height and width of the images.
-
-    Returns:
-        (C, H, W).
-
-    Raises:
-        ConfigError: the network does not take such an image, does not pass through the place, or has no map there.
-    """
+    """The shape (C, H, W) of a network's map, from running it once on an empty image; nothing in it changes."""
     found: list[Tensor] = []
     modes = {module: module.training for module in network.modules()}
     weight = next(network.parameters(), torch.empty(0))

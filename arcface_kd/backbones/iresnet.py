@@ -23,12 +23,9 @@ def _conv(in_channels: int, out_channels: int, kernel_size: int, stride: int = 1
 
 
 class ResidualUnit(nn.Module):
-    """Batch norm, 3x3, batch norm, PReLU, 3x3 (strided), batch norm, plus the shortcut; no activation after the sum.
+    """Batch norm, 3x3, batch norm, PReLU, 3x3 (strided), batch norm, plus the shortcut; no activation after it.
 
-    Args:
-        in_channels: channels of the input.
-        out_channels: channels of the output.
-        stride: 1, or 2 to halve the map; where it or the channels change, the shortcut is a 1x1 convolution.
+    Where the stride is 2 or the channels change, the shortcut is a 1x1 convolution.
     """
 
     def __init__(self, in_channels: int, out_channels: int, stride: int = 1) -> None:

@@ -31,10 +31,7 @@ def _conv_and_norm(
 class ThinUnit(nn.Module):
     """Batch norm, 3x3 (strided), batch norm, PReLU, 3x3, batch norm, plus the shortcut.
 
-    Args:
-        in_channels: channels of the input.
-        out_channels: channels of the output.
-        stride: 1, or 2 to halve the map; where it or the channels change, the shortcut is a 1x1 convolution.
+    Where the stride is 2 or the channels change, the shortcut is a 1x1 convolution.
     """
 
     def __init__(self, in_channels: int, out_channels: int, stride: int = 1) -> None:

@@ -43,15 +43,8 @@ def checkpoint_file(folder: str | os.PathLike[str], rank: int) -> Path:
 def read_checkpoint(path: Path) -> Mapping[str, Any]:
     """A trainer's checkpoint, mapped into memory where its format allows.
 
-    Args:
-        path: the file.
-
-    Returns:
-        Its entries; tensors are on the CPU and are read from the file when they are looked at. Copy what is to outlive
-        the file as it is: arcface_torch writes over it in place.
-
-    Raises:
-        CheckpointError: it is missing, damaged, holds more than tensors and plain values, or is of no trainer.
+    Its tensors are on the CPU and are read from the file when they are looked at. Copy what is to outlive the file as
+    it is: arcface_torch writes over it in place.
     """
     if not path.is_file():
         raise CheckpointError(f"{path} is missing; a run writes one for each rank with save_all_states=True")
@@ -98,17 +91,9 @@ def _fault(path: Path, inode: int, size: int, modified: int) -> str | None:
 
 
 def save_checkpoint(folder: str | os.PathLike[str], state: Mapping[str, Any], ranks: RankGroup) -> None:
-    """Save the state of every rank: afterwards, and after a kill at any moment, all that is in force is of one step.
+    """Save the state of every rank; after a kill at any moment, all that is in force is of one step.
 
     All ranks call. One rank alone replaces its file in one step.
-
-    Args:
-        folder: the run's output folder.
-        state: this rank's, with ``global_step``.
-        ranks: the ranks of the run.
-
-    Raises:
-        ResourceError: the folder cannot be written; what was in force before still is.
     """
     path = checkpoint_file(folder, ranks.rank)
     if ranks.world_size == 1:
@@ -124,17 +109,7 @@ def save_checkpoint(folder: str | os.PathLike[str], state: Mapping[str, Any], ra
 
 
 def checkpoints_in_force(folder: str | os.PathLike[str]) -> dict[int, Path]:
-    """The checkpoint of each rank that counts.
-
-    Args:
-        folder: a run's output folder.
-
-    Returns:
-        Files by rank; empty where there are none.
-
-    Raises:
-        CheckpointError: a saving was interrupted, and a file of it cannot be read.
-    """
+    """The checkpoint of each rank that counts, by rank."""
     files, waiting = _saved(Path(folder), _SUFFIX), _saved(Path(folder), _WAITING)
     if waiting:
         steps = {_step_of(path) for path in files.values()}
@@ -143,15 +118,9 @@ def checkpoints_in_force(folder: str | os.PathLike[str]) -> dict[int, Path]:
 
 
 def finish_saving(folder: str | os.PathLike[str], *, keep: bool = True) -> None:
-    """Bring the files of an interrupted saving into place, or take them away where it did not get so far.
+    """Bring the files of an interrupted saving into place, or take away those that did not get so far.
 
-    Args:
-        folder: the run's output folder.
-        keep: False takes them away in any case, for a run that begins anew.
-
-    Raises:
-        CheckpointError: a file cannot be read.
-        ResourceError: the folder cannot be written.
+    ``keep=False``, for a run that begins anew, takes them away in any case.
     """
     folder = Path(folder)
     in_force = checkpoints_in_force(folder) if keep else {}

@@ -19,20 +19,9 @@ Momentum = dict[nn.Parameter, dict[str, Tensor]]
 def fit_head_state(
     state: Mapping[str, Any], shard: ClassShard, sharded: Iterable[str], folder: Path | None
 ) -> Mapping[str, Any]:
-    """Turn the state of whichever rank into that of this one.
+    """Turn the state of whichever rank into that of this one, reading other shards from ``folder``.
 
-    Args:
-        state: a rank's head state, as its checkpoint has it.
-        shard: the classes of this rank.
-        sharded: names of entries whose rows are classes.
-        folder: of the run whose checkpoints hold the other shards; None if it is not known.
-
-    Returns:
-        ``state`` itself if it is this rank's, else a copy with this rank's classes.
-
-    Raises:
-        CheckpointError: a head of another trainer or number of classes, or checkpoints that are missing or do not
-            belong together.
+    ``sharded`` names the entries whose rows are classes. A state that is this rank's already is returned as it is.
     """
     if "class_range" not in state:
         raise CheckpointError(
@@ -64,15 +53,7 @@ def fit_head_state(
 
 
 def require_same_entries(state: Mapping[str, Any], own: Mapping[str, Any]) -> None:
-    """Refuse the state of a head with other methods.
-
-    Args:
-        state: what is to be loaded.
-        own: the head's own.
-
-    Raises:
-        CheckpointError: entries are missing or left over; the message names them.
-    """
+    """Refuse the state of a head with other methods."""
     has, wants = set(state), set(own)
     if has != wants:
         raise CheckpointError(
@@ -88,19 +69,8 @@ def reshard_momentum(
 
     A trainer loads the optimiser's state after the head's, into an optimiser that the head never sees. So the rows are
     read now, while the run's checkpoints are what they were; :func:`place_momentum` puts them in place of those that
-    were loaded.
-
-    Args:
-        parameters: those of the head, in order; the last ones of the optimiser that was saved.
-        sharded: those among them whose rows are this rank's classes.
-        shard: the classes of this rank.
-        folder: of the run.
-
-    Returns:
-        The rows; empty where the run has saved none.
-
-    Raises:
-        CheckpointError: checkpoints that are missing or do not belong together.
+    were loaded. ``parameters`` are the head's, in order, the last ones of the optimiser; ``sharded`` those among them
+    whose rows are this rank's classes.
     """
     if not parameters:
         return {}
@@ -123,12 +93,7 @@ def reshard_momentum(
 
 
 def place_momentum(optimizer: torch.optim.Optimizer, momentum: Momentum) -> None:
-    """Put rows in place of what an optimiser has loaded for the same parameters.
-
-    Args:
-        optimizer: any, about to step.
-        momentum: what waits for its optimiser; what is placed is taken out.
-    """
+    """Put rows in place of what an optimiser has loaded for the same parameters, and forget them."""
     if not momentum:
         return
     for group in optimizer.param_groups:

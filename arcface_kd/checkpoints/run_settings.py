@@ -20,15 +20,7 @@ _ABSENT = "none"
 
 
 def require_agreement(settings: Mapping[str, Any], ranks: RankGroup) -> None:
-    """Refuse ranks that were started differently. All ranks call.
-
-    Args:
-        settings: this rank's, by name; None of a value and no value are the same.
-        ranks: the ranks of the run.
-
-    Raises:
-        ConfigError: a rank's differ from rank 0's; the message is the same on every rank and names the first.
-    """
+    """Refuse ranks that were started differently; all ranks call, None and no value are the same."""
     of_ranks = ranks.gather_objects(_plain(settings))
     for rank, found in enumerate(of_ranks):
         if differing := _differences(of_ranks[0], found):
@@ -37,15 +29,7 @@ def require_agreement(settings: Mapping[str, Any], ranks: RankGroup) -> None:
 
 
 def require_same_run(before: Mapping[str, Any], settings: Mapping[str, Any]) -> None:
-    """Refuse to go on with a run under settings that would make another one of it.
-
-    Args:
-        before: what the run was begun with.
-        settings: what it is to go on with.
-
-    Raises:
-        CheckpointError: what both know differs; the message names all that does.
-    """
+    """Refuse to go on with a run under settings that would make another one of it."""
     if told := changes(before, settings):
         raise CheckpointError(
             f"resume would make another run of the one that was begun: {'; '.join(told)}; set it back, or give another "
@@ -54,12 +38,7 @@ def require_same_run(before: Mapping[str, Any], settings: Mapping[str, Any]) -> 
 
 
 def changes(before: Mapping[str, Any], settings: Mapping[str, Any]) -> list[str]:
-    """What a run goes on with that is not what it was begun with.
-
-    Args:
-        before: the latter; what is missing or None there, or in ``settings``, is not known and not compared.
-        settings: the former.
-    """
+    """Lines about settings that differ; one that either side does not know is not compared."""
     now = {name: value for name, value in _plain(settings).items() if value is not None}
     then = {name: value for name, value in _plain(before).items() if value is not None and name in now}
     found = _differences(then, {name: now[name] for name in then})
@@ -67,26 +46,12 @@ def changes(before: Mapping[str, Any], settings: Mapping[str, Any]) -> list[str]
 
 
 def as_tensor(settings: Mapping[str, Any]) -> Tensor:
-    """Settings as a module's state keeps them, which holds tensors only.
-
-    Args:
-        settings: plain values by name.
-
-    Returns:
-        (N,) uint8, on the CPU: their JSON.
-    """
+    """Settings as a module's state keeps them, which holds tensors only: their JSON, (N,) uint8 on the CPU."""
     return torch.frombuffer(bytearray(json.dumps(_plain(settings)).encode()), dtype=torch.uint8)
 
 
 def from_tensor(state: object) -> dict[str, Any]:
-    """What :func:`as_tensor` has kept.
-
-    Args:
-        state: its result, on any device.
-
-    Raises:
-        CheckpointError: it is something else.
-    """
+    """What :func:`as_tensor` has kept."""
     try:
         if not isinstance(state, Tensor):
             raise TypeError(type(state).__name__)

@@ -53,18 +53,7 @@ class RunShards:
         return self.edges[-1]
 
     def class_centers(self, start: int, stop: int) -> Tensor:
-        """The class centers that the student was scored against, as they were trained, not normalised.
-
-        Args:
-            start: first class wanted.
-            stop: one behind the last.
-
-        Returns:
-            (stop - start, D), a tensor of its own.
-
-        Raises:
-            CheckpointError: the run has none, or its checkpoints do not belong together.
-        """
+        """Some class centers that the student was scored against, as they were trained, a copy."""
         name = _classifier_entry(self.checkpoints[0][HEAD])
         centers = self.rows(start, stop, HEAD, name)
         if centers.ndim != 2 or not centers.is_floating_point():
@@ -75,19 +64,7 @@ class RunShards:
         return centers
 
     def rows(self, start: int, stop: int, *keys: Any) -> Tensor:
-        """Rows of a tensor that is split over the ranks.
-
-        Args:
-            start: first class wanted.
-            stop: one behind the last.
-            keys: where the tensor is in every checkpoint: ``("state_dict_softmax_fc", "weight")``.
-
-        Returns:
-            (stop - start, ...), a tensor of its own.
-
-        Raises:
-            CheckpointError: a checkpoint lacks the tensor, or holds another number of rows than its classes.
-        """
+        """Rows of a tensor that is split over the ranks, a copy; ``keys`` lead to it in every checkpoint."""
         result: Tensor | None = None
         for rank, first in enumerate(self.edges[:-1]):
             last = self.edges[rank + 1]
@@ -126,15 +103,6 @@ def open_shards(folder: str | os.PathLike[str]) -> RunShards:
 
     Files of higher ranks, which an earlier run on more ranks has left, are not looked at. arcface_torch's own PartialFC
     does not save how many classes there are: of its checkpoints, all must belong together.
-
-    Args:
-        folder: the run's output folder.
-
-    Returns:
-        The run's shards.
-
-    Raises:
-        CheckpointError: a checkpoint is missing, cannot be read, or does not continue where the one before it ends.
     """
     folder = Path(folder)
     files = checkpoints_in_force(folder)
@@ -223,18 +191,8 @@ def _classifier_entry(head: Mapping[str, Any]) -> str:
 def merge_head(run_folder: str | os.PathLike[str], out_file: str | os.PathLike[str]) -> tuple[int, int]:
     """Join the class centers of a run's ranks, ours or those of arcface_torch's PartialFC, into one file.
 
-    The file holds ``{"weight": (C, D) tensor, "num_classes": C}``; centers are as they were trained, not normalised.
-
-    Args:
-        run_folder: the run's output folder, with ``checkpoint_gpu_*.pt``.
-        out_file: the file to write, replaced in one step.
-
-    Returns:
-        ``(C, D)``.
-
-    Raises:
-        CheckpointError: a checkpoint is missing, cannot be read or belongs to another run; nothing is written.
-        ResourceError: the file cannot be written.
+    The file holds ``{"weight": (C, D) tensor, "num_classes": C}``; centers are as they were trained, not normalised. It
+    is replaced in one step. ``(C, D)`` is returned.
     """
     shards = open_shards(run_folder)
     weight = shards.class_centers(0, shards.num_classes)

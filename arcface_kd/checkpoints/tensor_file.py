@@ -14,15 +14,7 @@ from arcface_kd.system.files import atomic_write
 
 
 def save_tensors(path: str | os.PathLike[str], content: object) -> None:
-    """Write what ``torch.save`` writes; the file is replaced in one step.
-
-    Args:
-        path: the file; its folder must exist.
-        content: tensors and plain values.
-
-    Raises:
-        ResourceError: the folder is missing, read-only or full; what was there before is untouched.
-    """
+    """Write what ``torch.save`` writes; the file is replaced in one step."""
     try:
         with atomic_write(path) as stream:
             torch.save(content, stream)
@@ -39,14 +31,7 @@ def save_tensors(path: str | os.PathLike[str], content: object) -> None:
 
 
 def archive_fault(path: Path) -> str | None:
-    """What torch would read over without a word: damaged records, and records that unpack to more than the file.
-
-    Args:
-        path: a zip archive, as ``torch.save`` writes it since torch 1.6.
-
-    Returns:
-        What is wrong with it, or None where nothing is.
-    """
+    """What torch would read over without a word: damaged records, and some that unpack to more than the file."""
     try:
         with zipfile.ZipFile(path) as archive:
             records = archive.infolist()
@@ -70,14 +55,7 @@ def archive_fault(path: Path) -> str | None:
 
 
 def refusal(error: Exception) -> str:
-    """What a file is that ``torch.load`` has refused; torch's own words advise to trust it.
-
-    Args:
-        error: what was raised.
-
-    Returns:
-        The rest of a sentence that begins with the file's name.
-    """
+    """What a file is that ``torch.load`` has refused; torch's own words advise to trust it."""
     text = str(error)
     if found := re.search(r"GLOBAL ([\w.]+)", text):
         return (
@@ -92,15 +70,7 @@ def refusal(error: Exception) -> str:
 
 
 def tensor_fault(content: object) -> str | None:
-    """What makes a tensor one that no trainer saves: a few bytes can stand for any number of others.
-
-    Args:
-        content: what ``torch.load`` has returned.
-
-    Returns:
-        The first tensor that is sparse, quantised, nested or without numbers, or that names more numbers than the file
-        holds for it; None where there is none.
-    """
+    """What makes a tensor one that no trainer saves: a few bytes can stand for any number of others."""
     pending: list[tuple[object, object]] = [("", content)]
     seen: set[int] = set()
     while pending:

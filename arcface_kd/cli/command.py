@@ -36,29 +36,13 @@ class Commands:
         self._parsers = parser.add_subparsers(dest=dest, metavar="COMMAND", required=True, parser_class=_AnyOrder)
 
     def add(self, name: str, run: Command, summary: str, example: str) -> argparse.ArgumentParser:
-        """Add a command.
-
-        Args:
-            name: as it is typed.
-            run: called with the parsed arguments.
-            summary: one line of help, without a full stop.
-            example: a whole command line.
-
-        Returns:
-            Its parser, for its arguments.
-        """
+        """Add a command; the parser for its arguments is returned."""
         parser = self._parser(name, summary, example)
         parser.set_defaults(run=run)
         return parser
 
     def group(self, name: str, summary: str, example: str) -> "Commands":
-        """Add a word that has commands of its own.
-
-        Args:
-            name: as it is typed.
-            summary: one line of help, without a full stop.
-            example: a whole command line.
-        """
+        """Add a word that has commands of its own."""
         return Commands(self._parser(name, summary, example), f"{name}_command")
 
     def _parser(self, name: str, summary: str, example: str) -> argparse.ArgumentParser:
@@ -68,11 +52,7 @@ class Commands:
 
 
 def add_config(parser: argparse.ArgumentParser) -> None:
-    """Add ``config`` and ``--set``, see :func:`settings_of`.
-
-    Args:
-        parser: of a command that reads a config itself.
-    """
+    """Add ``config`` and ``--set``, see :func:`settings_of`."""
     parser.add_argument("config", help="an arcface_torch config, by path or by name in configs/; it is run as Python")
     parser.add_argument(
         "--set", metavar="KEY=VALUE", nargs="+", action="extend", default=[], help="values over those of the config"
@@ -80,24 +60,12 @@ def add_config(parser: argparse.ArgumentParser) -> None:
 
 
 def add_teacher_options(parser: argparse.ArgumentParser, what: str) -> None:
-    """Add ``--kd-option`` to a command that takes the teacher's options and no others, see :func:`teacher_options_of`.
-
-    Args:
-        parser: of the command.
-        what: the help.
-    """
+    """Add ``--kd-option`` to a command that takes the teacher's options and no others."""
     parser.add_argument("--kd-option", metavar="NAME=VALUE", nargs="+", action="extend", help=what)
 
 
 def settings_of(arguments: argparse.Namespace) -> dict[str, object]:
-    """What ``--set`` says, by key.
-
-    Args:
-        arguments: of a parser that :func:`add_config` has extended.
-
-    Raises:
-        ConfigError: a word without ``=``.
-    """
+    """What ``--set`` says, by key."""
     settings: dict[str, object] = {}
     for pair in arguments.set:
         key, equals, value = pair.partition("=")
@@ -108,14 +76,7 @@ def settings_of(arguments: argparse.Namespace) -> dict[str, object]:
 
 
 def teacher_options_of(arguments: argparse.Namespace) -> Mapping[str, object] | None:
-    """The ``teacher.*`` options.
-
-    Args:
-        arguments: of a parser that :func:`add_teacher_options` has extended.
-
-    Raises:
-        ConfigError: another option, which would have no effect.
-    """
+    """The ``teacher.*`` options; any other, which would have no effect, is refused."""
     from arcface_kd.config.kd import KDConfig
 
     options = KDConfig.from_config({"kd_option": arguments.kd_option}).options

@@ -7,11 +7,7 @@ from arcface_kd.cli.command import Commands
 
 
 def add_commands(commands: Commands) -> None:
-    """Add the family.
-
-    Args:
-        commands: of the command line.
-    """
+    """Add the family."""
     data = commands.group("data", "make and look at data sets", "arcface-kd data pack aligned_faces/ faces_own/")
     pack = data.add(
         "pack",

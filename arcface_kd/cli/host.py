@@ -12,11 +12,7 @@ from arcface_kd.errors import ConfigError
 
 
 def add_commands(commands: Commands) -> None:
-    """Add the family.
-
-    Args:
-        commands: of the command line.
-    """
+    """Add the family."""
     patch = commands.add(
         "patch",
         _patch,

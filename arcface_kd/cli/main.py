@@ -48,14 +48,7 @@ def _complain(error: BaseException, message: str) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a command.
-
-    Args:
-        argv: its words; None takes those of the process.
-
-    Returns:
-        The exit code: 0, 2 for input that cannot be run, 130 when interrupted, 141 when nobody reads what it prints.
-    """
+    """Run a command. The exit code: 0, 2 for input that cannot be run, 130 interrupted, 141 when nobody reads."""
     if not faulthandler.is_enabled():
         # A mapped file that is cut short while it is read, or whose disk fails, ends the process: this says where.
         with contextlib.suppress(OSError, ValueError, AttributeError):

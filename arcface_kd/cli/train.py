@@ -10,11 +10,7 @@ from arcface_kd.config.flags import add_arguments, merge_arguments, refuse_flags
 
 
 def add_commands(commands: Commands) -> None:
-    """Add the family.
-
-    Args:
-        commands: of the command line.
-    """
+    """Add the family."""
     training = commands.add(
         "train",
         train,
@@ -48,11 +44,7 @@ def add_commands(commands: Commands) -> None:
 
 
 def train(arguments: argparse.Namespace) -> None:
-    """Train with the compact trainer, all runs where the config asks for several.
-
-    Args:
-        arguments: of ``train`` or ``recipe``.
-    """
+    """Train with the compact trainer, all runs where the config asks for several."""
     from arcface_kd.config.arcface_torch import load_config
     from arcface_kd.training.stages import train_stages
 

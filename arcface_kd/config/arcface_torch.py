@@ -83,11 +83,7 @@ def _importable(path: Path) -> Iterator[None]:
 
 
 def find_config(name: str) -> Path:
-    """The file of a config given by path, by path without ``.py`` or by its bare name in ``configs/``.
-
-    Raises:
-        ConfigError: there is none; the message lists where it was looked for.
-    """
+    """The file of a config given by path, by path without ``.py`` or by its bare name in ``configs/``."""
     tried = []
     for candidate in (name, str(Path("configs") / name)):
         for path in (Path(candidate), Path(candidate + ".py")):

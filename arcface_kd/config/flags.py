@@ -21,12 +21,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def merge_arguments(config: dict[str, Any], arguments: argparse.Namespace) -> None:
-    """Write the flags that were given into a config, over the keys that it has.
-
-    Args:
-        config: an arcface_torch config.
-        arguments: parsed by a parser that :func:`add_arguments` extended.
-    """
+    """Write the flags that were given into a config, over the keys that it has."""
     for key in KDConfig.keys().values():
         if (value := getattr(arguments, key.name)) is None:
             continue
@@ -34,11 +29,7 @@ def merge_arguments(config: dict[str, Any], arguments: argparse.Namespace) -> No
 
 
 def flags_of(arguments: argparse.Namespace) -> list[str]:
-    """The flags that were given, as words of a command line.
-
-    Args:
-        arguments: parsed by a parser that :func:`add_arguments` extended.
-    """
+    """The flags that were given, as words of a command line."""
     words: list[str] = []
     for key in KDConfig.keys().values():
         if (value := getattr(arguments, key.name)) is not None:
@@ -52,15 +43,8 @@ def refuse_flags_without_method(
     """Refuse flags that have no effect, since a run that only seems to distil costs days.
 
     A method that is switched off by name (``--kd ""``) is no mistake, nor are the keys that a config keeps for it.
-
-    Args:
-        config: with the flags merged in.
-        arguments: parsed by a parser that :func:`add_arguments` extended.
-        reads_records: whether this package reads the records without distillation too, and minds the flags that say
-            how.
-
-    Raises:
-        ConfigError: a flag was given, and there is no method.
+    ``reads_records`` says that this package reads the records without distillation too, and minds the flags that say
+    how.
     """
     if config.get("kd") or arguments.kd is not None:
         return

@@ -46,14 +46,7 @@ class HeadOptions(Options):
 
 
 def option_items(value: object) -> list[tuple[str, object]]:
-    """Dotted option names and values out of a mapping, or out of strings ``name=value``.
-
-    Args:
-        value: of the key ``kd_option`` or the flag ``--kd-option``; None for none.
-
-    Raises:
-        ConfigError: a string without ``=``.
-    """
+    """Dotted option names and values out of a mapping, or out of strings ``name=value``."""
     if value is None:
         return []
     if isinstance(value, Mapping):

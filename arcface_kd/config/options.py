@@ -65,28 +65,15 @@ class Options:
 
 
 def kinds_of(options: type[Any]) -> dict[str, Any]:
-    """The annotations of a dataclass' fields, by name, with their ranges.
-
-    Args:
-        options: the dataclass.
-    """
+    """The annotations of a dataclass' fields, by name, with their ranges."""
     hints = typing.get_type_hints(options, include_extras=True)
     return {field.name: hints[field.name] for field in dataclasses.fields(options)}
 
 
 def build(kind: type[T], values: Mapping[str, object], prefix: str) -> T:
-    """Make a dataclass of options from values that may be text.
+    """Make a dataclass of options from values that may be text; ``prefix`` names them in messages.
 
-    Args:
-        kind: the dataclass; a ``ValueError`` of its ``__post_init__`` becomes a ConfigError.
-        values: by the fields' names.
-        prefix: what the names stand behind (``adadistill``, ``student``), for messages.
-
-    Returns:
-        The dataclass.
-
-    Raises:
-        ConfigError: an unknown option, a value of the wrong type or out of range.
+    A ``ValueError`` of its ``__post_init__`` becomes a ConfigError.
     """
     kinds = kinds_of(kind)
     for name in values:
@@ -103,17 +90,8 @@ def build(kind: type[T], values: Mapping[str, object], prefix: str) -> T:
 def convert(value: object, kind: Any, name: str) -> Any:
     """Read a value, which may be the text of a command line, as the type of the field it is for.
 
-    Args:
-        value: what was given.
-        kind: ``bool``, ``int``, ``float``, ``str``, a ``Literal`` of words, a tuple of numbers (one number stands for
-            all of them), one of these ``Annotated`` with a :class:`Range`, or a union of them and ``None``.
-        name: of the option, for the message.
-
-    Returns:
-        The value.
-
-    Raises:
-        ConfigError: it cannot be read so.
+    Types are ``bool``, ``int``, ``float``, ``str``, a ``Literal`` of words, a tuple of numbers (one number stands for
+    all of them), one of these ``Annotated`` with a :class:`Range`, or a union of them and ``None``.
     """
     try:
         return _read(value, kind)

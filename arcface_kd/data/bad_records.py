@@ -43,11 +43,7 @@ class SkippedRecords:
         self._of_epoch: dict[int, str] = {}
 
     def note(self, bad: Sequence[BadRecord]) -> None:
-        """Keep what a batch has passed over.
-
-        Args:
-            bad: the records.
-        """
+        """Keep what a batch has passed over."""
         for index, message in bad:
             self._of_epoch[index] = message
             self._tell(index, message)
@@ -58,11 +54,7 @@ class SkippedRecords:
             logger.warning("skipped: %s", printable(message))
 
     def end_epoch(self) -> int:
-        """Count and tell what the epoch has passed over, and begin a new one.
-
-        Returns:
-            The number of bad records, each counted once; of all ranks where that was asked for.
-        """
+        """Count and tell what the epoch has passed over, each record once, and begin a new one."""
         of_ranks = [self._of_epoch]
         rank = 0
         if self._of_all_ranks and distributed.is_available() and distributed.is_initialized():

@@ -16,9 +16,6 @@ def shows_two_views(dataset: FaceDataset) -> bool:
     """Whether a data set shows each image plain or mirrored and in no other way.
 
     A subclass may augment, so it is not taken at its parent's word.
-
-    Args:
-        dataset: any.
     """
     if isinstance(dataset, JoinedDataset):
         return all(map(shows_two_views, dataset.sets))
@@ -69,9 +66,8 @@ def fingerprint(dataset: FaceDataset) -> str:
 def outline(dataset: FaceDataset) -> str:
     """A digest of a data set's images and their order, found without reading any of them.
 
-    Args:
-        dataset: records, whose keys and places count, or a folder, whose identities' names count; several of them,
-            whose people's numbers count too; of others their number.
+    Records' keys and places count, of folders the identities' names, of several sets the people's numbers too, of
+    others their number.
     """
     return _outlined(dataset).hexdigest()
 

@@ -53,11 +53,7 @@ class PackCounts(NamedTuple):
 
 
 def _as_stored(path: str) -> tuple[bytes, bool]:
-    """The bytes to store for an image file, and whether it had to be scaled.
-
-    Raises:
-        BadRecordError: the file cannot be read, or is no image.
-    """
+    """The bytes to store for an image file, and whether it had to be scaled."""
     try:
         data = read_image_file(path)
     except DataError as error:
@@ -124,16 +120,8 @@ def write_identities(out: str | os.PathLike[str], sizes: Sequence[int], images: 
     """Write encoded images as ``train.rec``, ``train.idx`` and ``property`` in InsightFace's layout.
 
     Record 0 is a header with the labels [n + 1, n + 1 + identities]; records 1 .. n are the images with their labels;
-    one record for each identity follows, with the range [start, end) of its images' keys.
-
-    Args:
-        out: where the three files go; made when missing. Files of these names are replaced.
-        sizes: number of images of each identity; its place is its label.
-        images: encoded 112x112 images, ``sum(sizes)`` of them, identity by identity; None for one to leave out.
-
-    Raises:
-        DataError: more identities than labels can tell apart, or ``out`` cannot be written; it is as it was before.
-        ValueError: the number of images is not ``sum(sizes)``; ``out`` is as it was before.
+    one record for each identity follows, with the range [start, end) of its images' keys. Images come identity by
+    identity, ``sizes`` of each, None for one to leave out. On an error ``out`` is as it was before.
     """
     if len(sizes) > _MAX_IDENTITIES:
         raise DataError(f"{out}: {len(sizes)} identities; a float32 label tells {_MAX_IDENTITIES} apart")
@@ -157,14 +145,7 @@ def write_identities(out: str | os.PathLike[str], sizes: Sequence[int], images: 
 
 
 def refuse_records(out: str | os.PathLike[str]) -> None:
-    """Refuse to write where records are already.
-
-    Args:
-        out: a folder, which may be missing.
-
-    Raises:
-        DataError: there are records, or what a writer that was killed has left of them.
-    """
+    """Refuse to write where records are already, or what a writer that was killed has left of them."""
     records, index = (Path(out) / name for name in ("train.rec", "train.idx"))
     if records.exists() and not index.exists():
         raise DataError(f"{records} exists without its index, as a writer that was killed leaves it: remove it first")

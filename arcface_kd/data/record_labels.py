@@ -16,12 +16,7 @@ FLOAT32_EXACT = 1 << 24
 
 
 class RecordLabels:
-    """Reads records with their labels.
-
-    Args:
-        reader: the records.
-        num_classes: labels must be below it; None for no limit.
-    """
+    """Reads records with their labels, which must be below ``num_classes``; None for no limit."""
 
     def __init__(self, reader: RecordReader, num_classes: int | None) -> None:
         self._reader = reader
@@ -29,18 +24,7 @@ class RecordLabels:
         self._limit = FLOAT32_EXACT if num_classes is None else min(num_classes, FLOAT32_EXACT)
 
     def read(self, position: int) -> tuple[int, memoryview]:
-        """Read one record.
-
-        Args:
-            position: of an image in the index.
-
-        Returns:
-            The label, -1 for none, and the encoded image.
-
-        Raises:
-            BadRecordError: a damaged record, one without an image, or a label that is none.
-            DataError: a label of ``num_classes`` or more.
-        """
+        """The label, -1 for none, and the encoded image at a position in the index."""
         try:
             record = self._reader.read_at(position)
         except DataError as error:
@@ -58,18 +42,10 @@ class RecordLabels:
     def read_all(
         self, images: NDArray[Any] | slice, on_bad_record: OnBadRecord
     ) -> Iterator[tuple[NDArray[Any], NDArray[Any]]]:
-        """Read the labels of all images, in one pass over the file (see ``read_headers`` for what it costs).
+        """Read the labels of all images, in one pass over the file.
 
-        Args:
-            images: their positions in the index.
-            on_bad_record: ``skip`` gives bad records the label -1.
-
-        Yields:
-            Positions in the index, int64 (M,), in the order of the file, and their labels, int64 (M,).
-
-        Raises:
-            BadRecordError: the first bad record, unless they are skipped.
-            DataError: at the end, labels of ``num_classes`` or more; the message tells the largest.
+        Yields positions in the index, in the order of the file, and their labels, int64 (M,) each; ``skip`` gives bad
+        records the label -1.
         """
         wanted = np.zeros(len(self._reader), dtype=bool)
         wanted[images] = True

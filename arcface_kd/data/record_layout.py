@@ -62,15 +62,7 @@ def find_images(reader: RecordReader, on_bad_record: OnBadRecord) -> NDArray[np.
 
 
 def unpack_at(reader: RecordReader, position: int) -> tuple[RecordHeader, memoryview]:
-    """Read the record at a position of the index and take it apart.
-
-    Args:
-        reader: the records.
-        position: 0 .. ``len(reader) - 1``.
-
-    Raises:
-        BadRecordError: the record is damaged.
-    """
+    """Read the record at a position of the index and take it apart."""
     try:
         record = reader.read_at(position)
     except DataError as error:

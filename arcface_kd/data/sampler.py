@@ -29,14 +29,6 @@ def flips(indices: NDArray[np.int64], *, seed: int, epoch: int) -> NDArray[Any]:
     """Decide which records are mirrored in an epoch, each with probability one half.
 
     The answer depends on nothing but seed, epoch and index: not on ranks, workers, batches or what was drawn before.
-
-    Args:
-        indices: integers (N,), not negative.
-        seed: the run's seed.
-        epoch: the epoch.
-
-    Returns:
-        bool (N,).
     """
     stream = _mix(np.array([seed & _WORD], dtype=np.uint64))
     stream = _mix(stream ^ np.array([epoch & _WORD], dtype=np.uint64))
@@ -78,11 +70,7 @@ class ViewSampler(Sampler[View]):
         self.epoch = 0
 
     def set_epoch(self, epoch: int) -> None:
-        """Choose the epoch that the next iteration goes through.
-
-        Args:
-            epoch: 0, 1, ...
-        """
+        """Choose the epoch that the next iteration goes through."""
         self.epoch = epoch
 
     def __len__(self) -> int:

@@ -18,13 +18,7 @@ from arcface_kd.system.files import atomic_write, open_regular
 
 
 class SubsetCounts(NamedTuple):
-    """What a subset came to.
-
-    Attributes:
-        identities: classes of the subset, those of the whole; one without images keeps its number.
-        images: number of images.
-        fewer: identities that had fewer images than were asked for, and kept all of them.
-    """
+    """What a subset came to; ``fewer`` identities had not as many images as asked for, and kept all."""
 
     identities: int
     images: int
@@ -36,18 +30,10 @@ class SubsetCounts(NamedTuple):
 
 
 def choose_images(labels: NDArray[np.int64], per_identity: int, seed: int = 0) -> NDArray[np.int64]:
-    """Choose up to so many images of each identity.
+    """Choose up to so many images of each identity: places in ``labels``, by identity, in their order.
 
-    With one seed, a smaller choice is part of every larger one, so that runs on 1, 2 and 5 images an identity differ
-    in how much they saw and in nothing else.
-
-    Args:
-        labels: int64 (N,), the identity of each image; images of negative ones are not chosen.
-        per_identity: images of an identity, at least 1.
-        seed: 0 .. 2**32 - 1.
-
-    Returns:
-        int64 (M,): places in ``labels``, by identity, an identity's in their order.
+    With one seed, a smaller choice is part of every larger one, so that runs on 1, 2 and 5 images an identity differ in
+    how much they saw and in nothing else. Images of negative labels are not chosen.
     """
     # RandomState's numbers are promised never to change, those of numpy's newer generators are not.
     order = np.random.RandomState(seed).permutation(len(labels))
@@ -64,20 +50,8 @@ def write_subset(
 ) -> SubsetCounts:
     """Write records with a few images of each identity; labels stay as they are, and images byte for byte.
 
-    Verification sets (``*.bin``) come along, as hard links where the file system has them.
-
-    Args:
-        folder: with ``train.rec`` and ``train.idx``.
-        out: where the subset goes; made when missing. It must not hold records already.
-        images_per_identity: at least 1; identities with fewer images keep all.
-        seed: decides which, see :func:`choose_images`.
-
-    Returns:
-        How much was written.
-
-    Raises:
-        ConfigError: a number that cannot be.
-        DataError: records that cannot be read, or none with an identity; ``out`` cannot be written, and is as it was.
+    Verification sets (``*.bin``) come along, as hard links where the file system has them. On an error ``out`` is as it
+    was.
     """
     if images_per_identity < 1:
         raise ConfigError(f"images_per_identity is {images_per_identity}; it must be at least 1")

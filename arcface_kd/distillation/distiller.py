@@ -150,15 +150,7 @@ class Distiller:
         return self.methods.compares_embeddings
 
     def refuse_dimension(self, embedding_size: int, teacher_embedding_size: int | None) -> None:
-        """Refuse a teacher of another dimension than the student's where the run has no way to compare the two.
-
-        Args:
-            embedding_size: the student's dimension.
-            teacher_embedding_size: the teacher's; None where there is none.
-
-        Raises:
-            ConfigError: they differ, a method compares embeddings, and the run asks for no projection.
-        """
+        """Refuse a teacher of another dimension than the student's if the two are compared unprojected."""
         if teacher_embedding_size in (None, embedding_size) or not self.compares_embeddings:
             return
         if self.student_options.projection == "none":
@@ -177,11 +169,7 @@ class Distiller:
         self._views = self._shown = views
 
     def take_views(self, rows: int) -> BatchViews | None:
-        """Which records the batch that the student has just seen shows; None where the loader does not say.
-
-        Args:
-            rows: number of the student's embeddings.
-        """
+        """Which records the batch that the student has just seen shows; None where the loader does not say."""
         self.has_head = True
         shown, self._shown = self._shown, None
         return shown if shown is not None and len(shown.index) == rows else None
@@ -219,11 +207,7 @@ class Distiller:
         return student
 
     def show(self, images: Tensor) -> None:
-        """Keep what the teacher says of a batch until the head asks for it.
-
-        Args:
-            images: (b, 3, H, W) as the student sees them.
-        """
+        """Keep what the teacher says of images (b, 3, H, W), as the student sees them, until the head asks for it."""
         if not self._listens:
             return
         first, self._first_batch = self._first_batch, False
@@ -271,18 +255,9 @@ class Distiller:
         return seen
 
     def teacher_classifier(self, shard: ClassShard) -> Tensor | None:
-        """The teacher's classifier, checked against the records that the loader reads.
+        """The teacher's classifier, checked against the records: (shard.size, Dt) fp32, any norms.
 
-        Args:
-            shard: the classes of this rank.
-
-        Returns:
-            (shard.size, Dt) fp32, any norms; None in a run whose methods do not need it.
-
-        Raises:
-            TeacherError: it cannot be read, or is one of other classes or another teacher.
-            CheckpointError: its files do not belong together.
-            DataError: records that cannot be read.
+        None in a run whose methods do not need it.
         """
         if self.kd.classifier is None or Requirement.TEACHER_CLASSIFIER not in self.methods.needed:
             return None

@@ -184,19 +184,9 @@ def bind(
 ) -> dict[str, Any]:
     """What a trainer's call means, by the signature of the function that the trainer itself has for it.
 
-    Args:
-        own: the trainer's function or class; trainers of other years and forks differ in their arguments. None, or
-            one that only passes everything on, is taken to be like ``newest``.
-        newest: the signature of today's arcface_torch.
-        args: by position.
-        kwargs: by name.
-        names: the arguments that are needed, and those that are taken where the trainer has them.
-
-    Returns:
-        The arguments by name, defaults included; a warning tells of those that are given and have no effect.
-
-    Raises:
-        ConfigError: the call does not fit the signature, or the signature lacks an argument that is needed.
+    Trainers of other years and forks differ in their arguments. An ``own`` that is None, or only passes everything on,
+    is taken to be like ``newest``, today's arcface_torch. ``names`` are the arguments that are needed, and those that
+    are taken where the trainer has them. Defaults are included; a warning tells of arguments that have no effect.
     """
     needed, optional = names
     own = newest if own is None else own

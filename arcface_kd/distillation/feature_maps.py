@@ -47,18 +47,7 @@ class FeatureMaps:
         self._teacher_map: Tensor | None = None
 
     def watch(self, student: nn.Module, size: int) -> RemovableHandle:
-        """Put the hook on a student: in training mode its map is kept until the head asks for it.
-
-        Args:
-            student: any module whose first argument is the batch of images.
-            size: height and width of the images.
-
-        Returns:
-            What takes the hook off again.
-
-        Raises:
-            ConfigError: where its map is is not known, or there is none.
-        """
+        """Put the hook on a student: in training mode its map is kept until the head asks for it."""
         try:
             place = find_map(student, self.wanted.student_map, self.wanted.tap)
             self.student_shape = map_shape(student, place, size)
@@ -72,30 +61,13 @@ class FeatureMaps:
         return place.watch(student, keep)
 
     def embed(self, images: Tensor) -> Tensor:
-        """The teacher's unit embeddings of a batch, whose maps are kept until the head asks for them.
-
-        Args:
-            images: (b, 3, H, W) as the student sees them.
-
-        Returns:
-            (b, Dt) without gradient.
-        """
+        """The teacher's unit embeddings of a batch; its maps are kept until the head asks for them."""
         self._teacher_map = self.teacher.feature_map(images)
         with torch.no_grad():
             return normalize(self.teacher.tail(self._teacher_map))
 
     def take(self, rows: int) -> tuple[Tensor, Tensor | None]:
-        """The maps of the batch that student and teacher have just seen; handed out once.
-
-        Args:
-            rows: number of the student's embeddings.
-
-        Returns:
-            The student's map (rows, C, H, W), with gradient, and the teacher's, None where it is not wanted.
-
-        Raises:
-            RuntimeError: the student was not run in training mode before the head, or on other images.
-        """
+        """The maps of the batch that student and teacher have just seen; handed out once."""
         student, self._student_map = self._student_map, None
         teacher, self._teacher_map = self._teacher_map, None
         if student is None or len(student) != rows:

@@ -263,14 +263,7 @@ class DistillationHead(nn.Module):
         return [parameters[name] for name in self.sharded_entries() if name in parameters]
 
     def look_at_gradients(self, optimizer: torch.optim.Optimizer) -> None:
-        """Look for NaN and inf in the gradients that an optimiser is about to apply to the student.
-
-        Args:
-            optimizer: any; one that has none of the student's weights is left alone.
-
-        Raises:
-            NumberError: there are some; the message names the weights.
-        """
+        """Look for NaN and inf in the gradients that an optimiser is about to apply."""
         self.monitor.weight_gradients(self._distiller.student, optimizer, self._steps_done)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "DistillationHead":

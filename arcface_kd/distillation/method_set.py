@@ -70,16 +70,7 @@ class MethodSet:
         return {f"{name}.{key}": value for name, config in self.configs.items() for key, value in vars(config).items()}
 
     def require(self, requirement: Requirement, there: bool, hint: str = "") -> None:
-        """Refuse a run that lacks something its methods need.
-
-        Args:
-            requirement: what may be needed.
-            there: whether the run has it.
-            hint: what to do, where the requirement does not say it.
-
-        Raises:
-            TeacherError: it is needed and not there; the message says how to get it.
-        """
+        """Refuse a run that lacks something its methods need; ``hint`` adds what to do."""
         if requirement in self.needed and not there:
             raise TeacherError(f"{self.title} needs {requirement.value}" + (f": {hint}" if hint else ""))
 
@@ -89,11 +80,7 @@ class MethodSet:
             kind.prepare_student(self.configs[name], student)
 
     def build(self, context: RunContext) -> dict[str, Method]:
-        """Make the methods, and the learned classifier where none takes its place.
-
-        Args:
-            context: the run.
-        """
+        """Make the methods, and the learned classifier where none takes its place."""
         made: dict[str, Method] = {} if self.replacing else {"classifier": LearnedClassifier(context)}
         made.update({name: kind(self.configs[name], context) for name, kind in self.types.items()})
         return made

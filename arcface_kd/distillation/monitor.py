@@ -39,16 +39,7 @@ class Monitor:
         return self._log is None or self._log.due(step)
 
     def inputs(self, batch: Batch, num_classes: int | None, rows: BatchRows) -> None:
-        """Look at the gathered batch.
-
-        Args:
-            batch: of the step.
-            num_classes: that labels must be below; None looks at no label.
-            rows: of the batch.
-
-        Raises:
-            NumberError: NaN, inf, or a label that is no class.
-        """
+        """Look at the gathered batch; ``num_classes`` None looks at no label."""
         self.nan.inputs(batch.labels, num_classes, batch.embeddings, batch.teacher, rows)
 
     def terms(
@@ -60,14 +51,7 @@ class Monitor:
     ) -> None:
         """Look at the step's loss terms and write them where the log wants them; the last call of a forward pass.
 
-        Args:
-            terms: scalars by name, the same on every rank.
-            local_embeddings: (b, D) this rank's, which the terms depend on.
-            rows: of the batch.
-            observe: gives what the methods have observed; asked when the log wants it.
-
-        Raises:
-            NumberError: NaN or inf.
+        ``observe`` gives what the methods have observed, and is asked when the log wants it.
         """
         self.nan.terms(list(terms), list(terms.values()), rows)
         self.last_terms = {name: term.detach() for name, term in terms.items()}
@@ -77,16 +61,7 @@ class Monitor:
             local_embeddings.register_hook(lambda gradient: self.nan.embedding_gradient(gradient, rows))
 
     def weight_gradients(self, student: nn.Module | None, optimizer: torch.optim.Optimizer, step: int) -> None:
-        """Look at the gradients that an optimiser is about to apply to the student.
-
-        Args:
-            student: None where none is watched.
-            optimizer: any; one that has none of the student's weights is left alone.
-            step: micro-steps done.
-
-        Raises:
-            NumberError: NaN or inf; the message names the weights.
-        """
+        """Look at the gradients that an optimiser is about to apply to the student, if it holds any."""
         if student is None or not self._watches_gradients:
             return
         held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
@@ -99,11 +74,7 @@ class Monitor:
             self.nan.weight_gradients(list(found), list(found.values()), step)
 
     def settle(self) -> None:
-        """Look at what is still on its way from the device; before anything is saved.
-
-        Raises:
-            NumberError: NaN or inf.
-        """
+        """Look at what is still on its way from the device; before anything is saved."""
         self.nan.settle()
 
     def _scalars(
@@ -128,11 +99,7 @@ class Monitor:
 
 
 class SettleFirst:
-    """The hook of a student before its state is saved: a trainer may save that one and never the head's.
-
-    Args:
-        monitor: that is to settle; the hook does not keep it alive.
-    """
+    """The hook of a student before its state is saved: a trainer may save that one and never the head's."""
 
     def __init__(self, monitor: Monitor) -> None:
         self._monitor: weakref.ref[Monitor] | None = weakref.ref(monitor)

@@ -93,12 +93,7 @@ class NaNMonitor:
     def look(self, values: Tensor, fault: Callable[[Tensor], str | None]) -> None:
         """Look at numbers now, or, from a GPU, along with the step's others.
 
-        Args:
-            values: (N,) of any type.
-            fault: from the numbers, on the CPU, to the message; None where nothing is wrong.
-
-        Raises:
-            NumberError: something is wrong.
+        ``fault`` turns them, on the CPU, into the message of a NumberError; None where nothing is wrong.
         """
         measured = _Measured(values.detach(), fault)
         if self._is_slow(values):
@@ -107,14 +102,7 @@ class NaNMonitor:
             self._judge([measured], values)
 
     def end_step(self, step: int) -> None:
-        """Send what the step has measured on a GPU, and look at what came two steps ago: every rank at one place.
-
-        Args:
-            step: the micro-step, counted from 1.
-
-        Raises:
-            NumberError: something was wrong.
-        """
+        """Send what the step has measured on a GPU, and look at what came two steps ago, on every rank."""
         if self._held:
             measured, self._held = self._held, []
             values = torch.cat([each.values for each in measured])
@@ -123,11 +111,7 @@ class NaNMonitor:
             self._receive()
 
     def settle(self) -> None:
-        """Wait for what is on its way and look at it; before anything is saved.
-
-        Raises:
-            NumberError: something was wrong.
-        """
+        """Wait for what is on its way and look at it; before anything is saved."""
         if self._held:
             self.end_step(0)
         while self._on_the_way:
@@ -164,18 +148,7 @@ class NaNMonitor:
     def inputs(
         self, labels: Tensor, num_classes: int | None, student: Tensor, teacher: Tensor | None, rows: BatchRows
     ) -> None:
-        """Look at the gathered batch; all ranks see the same and stop together.
-
-        Args:
-            labels: (B,), -1 for none.
-            num_classes: C of the head, which a loader of somebody else's may pass; None where no label is looked at.
-            student: (B, D) embeddings.
-            teacher: (B, Dt) unit vectors, or None.
-            rows: of the batch.
-
-        Raises:
-            NumberError: see :meth:`look`.
-        """
+        """Look at the gathered batch; all ranks see the same and stop together."""
         if num_classes is not None:
             self.look(labels, lambda met: _label_fault(met >= num_classes, num_classes, rows))
         if teacher is not None:
@@ -183,16 +156,7 @@ class NaNMonitor:
         self.look(_largest(student), lambda met: _student_fault(met, rows))
 
     def terms(self, names: Sequence[str], terms: Sequence[Tensor], rows: BatchRows) -> None:
-        """Look at the loss terms, which are the same on every rank; they end the step's forward pass.
-
-        Args:
-            names: of the terms.
-            terms: scalars.
-            rows: of the batch.
-
-        Raises:
-            NumberError: see :meth:`look` and :meth:`end_step`.
-        """
+        """Look at the loss terms, which are the same on every rank; they end the step's forward pass."""
 
         def fault(met: Tensor) -> str | None:
             bad = _not_finite(names, met)
@@ -207,15 +171,7 @@ class NaNMonitor:
         self.end_step(rows.step)
 
     def embedding_gradient(self, gradient: Tensor, rows: BatchRows) -> None:
-        """Look at the loss's gradient in this rank's student embeddings.
-
-        Args:
-            gradient: (b, D).
-            rows: of the batch.
-
-        Raises:
-            NumberError: see :meth:`look`.
-        """
+        """Look at the loss's gradient (b, D) in this rank's student embeddings."""
         own = rows._replace(sizes=[0] * rows.rank + [gradient.shape[0]] + [0] * (len(rows.sizes) - rows.rank - 1))
 
         def fault(met: Tensor) -> str | None:
@@ -230,16 +186,7 @@ class NaNMonitor:
         self.look(_largest(gradient), fault)
 
     def weight_gradients(self, names: Sequence[str], gradients: Sequence[Tensor], step: int) -> None:
-        """Look at the gradients that the student is about to take.
-
-        Args:
-            names: of the weights.
-            gradients: any shapes.
-            step: the micro-step, counted from 1.
-
-        Raises:
-            NumberError: see :meth:`look`.
-        """
+        """Look at the gradients that the student is about to take."""
 
         def fault(met: Tensor) -> str | None:
             bad = _not_finite(names, met)

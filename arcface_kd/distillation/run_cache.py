@@ -27,23 +27,7 @@ NO_VIEWS = (
 def open_cache(
     kd: KDConfig, methods: MethodSet, teacher: Teacher | None, faces: FaceDataset, ranks: RankGroup | None
 ) -> EmbeddingCache | None:
-    """Open the file that ``kd_cache`` names; all ranks call.
-
-    Args:
-        kd: the ``kd*`` keys.
-        methods: of the run.
-        teacher: whose embeddings they are; None where a full cache stands for it.
-        faces: the training records.
-        ranks: the ranks of the run; None takes the default process group.
-
-    Returns:
-        The cache, or None where the run has none, or cannot use it; a warning says why.
-
-    Raises:
-        TeacherError: the cache belongs to another teacher or other data, or is damaged; or there is none, and a method
-            takes it alone.
-        DataError: an image that cannot be read.
-    """
+    """Open the file that ``kd_cache`` names; all ranks call. None where it is not used; a warning says why."""
     if methods.from_cache_alone:
         return _full_cache(kd, methods, teacher, faces)
     if kd.cache is not None and methods.compares_maps:
@@ -67,8 +51,7 @@ def open_cache(
 def flags_to_fill(kd: KDConfig) -> list[str]:
     """The flags with which ``arcface-kd cache`` fills the cache of a run: all that the run has.
 
-    Args:
-        kd: the ``kd*`` keys of the run; a teacher and a cache that it does not name stand there as placeholders.
+    A teacher and a cache that it does not name stand there as placeholders.
     """
     return dataclasses.replace(kd, teacher=kd.teacher or "FILE", cache=kd.cache or "CACHE", loader="own").flags()
 
@@ -87,21 +70,7 @@ def _full_cache(kd: KDConfig, methods: MethodSet, teacher: Teacher | None, faces
 
 
 def look_up_or_fill(cache: EmbeddingCache, teacher: Teacher | None, images: Tensor, views: BatchViews) -> Tensor:
-    """The teacher's embeddings of a batch; those that the cache lacks are made and stored.
-
-    Args:
-        cache: of the run.
-        teacher: None where the cache stands for it.
-        images: (b, 3, H, W).
-        views: which records they show.
-
-    Returns:
-        (b, Dt) unit vectors, where the images are.
-
-    Raises:
-        TeacherError: embeddings are missing, and there is no teacher to make them.
-        RuntimeError: the views are those of another batch.
-    """
+    """The teacher's embeddings (b, Dt) of a batch; those that the cache lacks are made and stored."""
     if views.index.shape[0] != images.shape[0]:
         raise RuntimeError(NO_VIEWS.format(images.shape[0]))
     rows, known = cache.look_up(views.index, views.flipped)
@@ -126,16 +95,9 @@ def look_up_or_fill(cache: EmbeddingCache, teacher: Teacher | None, images: Tens
 
 
 def few_sizes(places: Tensor, most: int) -> Tensor:
-    """Repeat places of a batch until they are a power of two or the whole batch.
+    """Repeat places (n,) of a batch until they are a power of two or the whole batch.
 
     A GPU's convolutions are tuned anew for each number of images.
-
-    Args:
-        places: (n,) int64, n at least 1.
-        most: images of the batch, at least n.
-
-    Returns:
-        (m,) int64, m >= n; the first n as they were.
     """
     size = min(1 << (len(places) - 1).bit_length(), most)
     return places.repeat(-(-size // len(places)))[:size]

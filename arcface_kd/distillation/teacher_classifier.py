@@ -46,23 +46,7 @@ _LEAST_AGREEMENT = 0.25
 def classifier_of_run(
     source: str, shard: ClassShard, teacher: Teacher | None, cache: EmbeddingCache | None, faces: FaceDataset | None
 ) -> Tensor:
-    """The teacher's classifier of a run, checked against the records where there are some.
-
-    Args:
-        source: ``kd_classifier``: a file, a folder or ``class-means``.
-        shard: the classes of this rank.
-        teacher: the run's teacher.
-        cache: of the teacher's embeddings of the records.
-        faces: the training records.
-
-    Returns:
-        (shard.size, Dt) fp32, any norms.
-
-    Raises:
-        TeacherError: it cannot be read, or is one of other classes or another teacher.
-        CheckpointError: its files do not belong together.
-        DataError: records that cannot be read.
-    """
+    """The classifier that ``kd_classifier`` names, checked against the records where there are some."""
     if source == CLASS_MEANS:
         if cache is None or faces is None:
             raise TeacherError(
@@ -101,23 +85,12 @@ def _embed_records(teacher: Teacher, cache: EmbeddingCache | None, faces: FaceDa
 
 
 def read_classifier(source: str | os.PathLike[str], shard: ClassShard) -> Tensor:
-    """Read this rank's rows of a classifier, whatever number of ranks has trained it.
+    """Read this rank's rows of a classifier, whatever number of ranks has trained it: fp32, not normalised.
 
-    Args:
-        source: the folder of a run of arcface_torch or of this package (``checkpoint_gpu_*.pt``), or one of its files;
-            the same with the files of arcface_torch's first years (``softmax_fc_gpu_*.pt``,
-            ``rank_*_softmax_weight.pt``); or one file with the matrix, (C, D) or (D, C), alone or by any name, with or
-            without a backbone: what ``arcface-kd merge-head`` writes, AdaDistill's ``header.pth``, AdaFace's
-            ``head.kernel``.
-        shard: the classes that are wanted.
-
-    Returns:
-        (shard.size, D) fp32, as it was trained, not normalised.
-
-    Raises:
-        TeacherError: nothing of these, a file that is damaged, another number of classes than the records have, or a
-            class without a direction.
-        CheckpointError: files of a run that do not belong together.
+    ``source`` is the folder of a run of arcface_torch or of this package (``checkpoint_gpu_*.pt``), or one of its
+    files; the same with the files of arcface_torch's first years (``softmax_fc_gpu_*.pt``,
+    ``rank_*_softmax_weight.pt``); or one file with the matrix, (C, D) or (D, C), alone or by any name, with or without
+    a backbone: what ``arcface-kd merge-head`` writes, AdaDistill's ``header.pth``, AdaFace's ``head.kernel``.
     """
     path = Path(source).expanduser()
     if not path.exists():
@@ -239,19 +212,7 @@ def class_means(cache: EmbeddingCache, faces: FaceDataset, shard: ClassShard) ->
     """A classifier made anew: each class's center is the mean direction of its images, plain and mirrored.
 
     What margin softmax pulls the embeddings of a class towards is close to their mean; where nobody has kept the
-    teacher's classifier, this is the nearest to it that can be had.
-
-    Args:
-        cache: the teacher's embeddings, full for the classes that are wanted.
-        faces: the records that it belongs to.
-        shard: the classes that are wanted.
-
-    Returns:
-        (shard.size, D) fp32 unit vectors.
-
-    Raises:
-        TeacherError: embeddings are missing, or a class has no image or no direction.
-        DataError: records that cannot be read.
+    teacher's classifier, this is the nearest to it that can be had. The cache must be full for the shard's classes.
     """
     position = faces.labels() - shard.start
     own = np.flatnonzero((position >= 0) & (position < shard.size))
@@ -294,22 +255,11 @@ def _are_skipped(images: list[int], faces: FaceDataset) -> bool:
 def check_order(
     classifier: Tensor, shard: ClassShard, faces: FaceDataset, embed: Callable[[Tensor], Tensor], name: str
 ) -> None:
-    """Hold the order of the classes against the records: the teacher must find its own training images' classes.
+    """Check that class order matches the data: the teacher must find its own training images' classes.
 
     Some images of this rank's classes, spread over the records, are embedded and compared with the classes of all of
     them. They are judged in eight parts of the range of classes, so that an order which is right at the beginning and
-    shifted behind an identity that was taken out is noticed too.
-
-    Args:
-        classifier: (shard.size, D) this rank's rows.
-        shard: the classes of this rank.
-        faces: the records.
-        embed: from (N,) positions in the data set to the teacher's (N, D) embeddings.
-        name: of the classifier, for the message.
-
-    Raises:
-        TeacherError: fewer than a quarter of a part's images are nearest to their own class.
-        DataError: records that cannot be read.
+    shifted behind an identity that was taken out is noticed too. Fewer than a quarter right in a part is an error.
     """
     spread = np.unique(np.linspace(0, len(faces) - 1, _LABELS_LOOKED_AT, dtype=np.int64))
     labels = np.array([faces.label(int(index)) for index in spread])

@@ -20,15 +20,9 @@ class ShardPositions(NamedTuple):
 
 
 def positions_in_shard(labels: Tensor, start: int, size: int) -> ShardPositions:
-    """Positions of labels inside the range of classes [start, start + size).
+    """Positions of labels (B,) in the range of classes [start, start + size); negative ones are nobody's.
 
-    Args:
-        labels: (B,) int64 labels of the whole data set; negative ones belong to nobody.
-        start: first class of the range.
-        size: number of classes.
-
-    Returns:
-        Them; in an empty range nothing is owned, and positions are -1.
+    In an empty range nothing is owned, and positions are -1.
     """
     shifted = labels - start if start else labels
     position = shifted.clamp(0, size - 1)

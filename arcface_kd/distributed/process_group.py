@@ -29,13 +29,9 @@ _LONGEST_CAUSE = 500
 
 
 def job_timeout() -> timedelta | None:
-    """How long a rank waits for the others in a collective: the environment's ``ARCFACE_KD_TIMEOUT``, in seconds.
+    """How long a rank waits for the others: the environment's ``ARCFACE_KD_TIMEOUT``, in seconds.
 
-    Returns:
-        The time, or None for the backend's own: half an hour over gloo, ten minutes over nccl.
-
-    Raises:
-        ConfigError: no number above 0.
+    None for the backend's own: half an hour over gloo, ten minutes over nccl.
     """
     text = os.environ.get(TIMEOUT)
     if text is None:
@@ -51,14 +47,10 @@ def job_timeout() -> timedelta | None:
 
 @contextlib.contextmanager
 def process_group() -> Iterator[tuple[int, int, int]]:
-    """Join the ranks that ``torchrun`` started, over nccl on GPUs and gloo elsewhere; a lone process needs no group.
+    """Join the ranks that ``torchrun`` started, over nccl on GPUs and gloo elsewhere; a lone process joins none.
 
-    Yields:
-        ``(rank, local_rank, world_size)``.
-
-    Raises:
-        RankError: another rank has failed or does not answer; the message names it and the cause.
-        ConfigError: a time-out that is no number.
+    Yields ``(rank, local_rank, world_size)``. An error that follows from another rank's becomes a RankError, which
+    names that rank and the cause.
     """
     world_size = int(os.environ.get("WORLD_SIZE", "1"))
     if world_size == 1 or distributed.is_initialized():
@@ -110,14 +102,7 @@ class _Board:
         self._store.set(f"process/{rank}", f"{os.getpid()} {socket.gethostname()}")
 
     def cause_behind(self, error: BaseException) -> str | None:
-        """Leave this rank's failure for the others, or find that of the rank which it follows from.
-
-        Args:
-            error: what this rank has met.
-
-        Returns:
-            A message that names the rank and the cause, or None where this rank's own error is the cause.
-        """
+        """Leave this rank's failure for the others, or find the message about the rank it follows from."""
         found: list[str | None] = []
         # A store whose process is stopped, or whose machine is out of reach, may never answer.
         asking = threading.Thread(target=lambda: found.append(self._ask(error)), daemon=True)

@@ -181,16 +181,10 @@ class RankGroup:
         return _shared_out(total)
 
     def sum_with_gradient(self, values: Tensor) -> Tensor:
-        """The sum over ranks of what each has of its own rows; in the backward pass the ranks' gradients are summed.
+        """The sum over ranks of what each has of its own rows; backward, gradients are summed too.
 
         That is the gradient of a loss whose summands the ranks have shared out and which all depend on the sum, as on
         the statistics of the whole batch. All ranks take part in the backward pass.
-
-        Args:
-            values: (...) this rank's.
-
-        Returns:
-            The sum, the same on each rank.
         """
         if self.world_size == 1:
             return values
@@ -198,13 +192,10 @@ class RankGroup:
         return total
 
     def average_gradient(self, parameter: Tensor) -> None:
-        """Have a parameter's gradient averaged over ranks, as ``DistributedDataParallel`` does for the backbone's.
+        """Have a parameter's gradient averaged over ranks, as ``DistributedDataParallel`` does.
 
-        For parameters of the head that every rank has, and that lie before :func:`for_ddp` on the way to the loss. The
-        parameter needs a gradient on every rank in each backward pass, in the same order.
-
-        Args:
-            parameter: the same on each rank.
+        For parameters of the head that every rank has, and that lie before :func:`for_ddp` on the way to the loss. It
+        needs a gradient on every rank in each backward pass, in the same order.
         """
         if self.world_size > 1:
             parameter.register_hook(lambda gradient: self.sum_(gradient.clone()) / self.world_size)
@@ -212,10 +203,7 @@ class RankGroup:
     def sum_gradient(self, parameter: Tensor) -> None:
         """Have a parameter's gradient summed over ranks, of which each computes its share.
 
-        The parameter needs a gradient on every rank in each backward pass, in the same order.
-
-        Args:
-            parameter: the same on each rank.
+        It needs a gradient on every rank in each backward pass, in the same order.
         """
         if self.world_size > 1:
             parameter.register_hook(lambda gradient: self.sum_(gradient.clone()))
@@ -299,30 +287,15 @@ def _scale_gradient(values: Tensor, factor: float) -> Tensor:
 def for_ddp(embeddings: Tensor, world_size: int) -> Tensor:
     """Pass embeddings on, and multiply their gradient by the world size.
 
-    ``DistributedDataParallel`` takes the mean of the ranks' gradients. That of a loss over the gathered batch is
-    a sum over ranks already, so the mean would make it ``world_size`` times too small; arcface_torch's ``AllGather``
-    does the same.
-
-    Args:
-        embeddings: (b, D) this rank's embeddings.
-        world_size: number of ranks.
-
-    Returns:
-        The same values.
+    ``DistributedDataParallel`` takes the mean of the ranks' gradients. That of a loss over the gathered batch is a sum
+    over ranks already, so the mean would make it ``world_size`` times too small; arcface_torch's ``AllGather`` does the
+    same.
     """
     return _scale_gradient(embeddings, world_size)
 
 
 def on_first_rank_first(make: Callable[[], T], ranks: RankGroup | None = None) -> T:
-    """Let rank 0 make something while the others wait, then let them make it too: what it creates, they find.
-
-    Args:
-        make: called once on every rank.
-        ranks: the ranks; None takes the default process group.
-
-    Returns:
-        What it returned on this rank.
-    """
+    """Let rank 0 make something while the others wait, then let them make it too: what it creates, they find."""
     ranks = ranks or RankGroup()
     if ranks.world_size == 1:
         return make()

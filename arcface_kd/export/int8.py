@@ -34,14 +34,9 @@ def quantize(model: bytes, faces: NDArray[Any], *, leading: float = 0.0) -> byte
     activation functions and the batch norms that could not be folded stay in float32. The range of an activation is the
     mean of the ranges that batches have, since that of the most extreme face would coarsen the scale for all others.
 
-    Args:
-        model: a serialised ONNX model of opset 13 or later, its nodes named, with one input (B, 3, S, S).
-        faces: float32 (N, 3, S, S), prepared as the network wants them; N >= 1. Some hundred faces are enough.
-        leading: share of the convolutions, from the input on, that stay in float32 too, in [0, 1]: the error of an
-            early one runs through all that follow, and most weights are in the late ones.
-
-    Returns:
-        The serialised model; input and output are float32 as before.
+    The model is serialised, of opset 13 or later, its nodes named, with one input (B, 3, S, S); some hundred prepared
+    faces are enough. ``leading`` is the share of the convolutions, from the input on, that stay in float32 too: the
+    error of an early one runs through all that follow, and most weights are in the late ones.
     """
     import onnx
     from onnxruntime.quantization import (

@@ -140,14 +140,7 @@ def export(
 def to_onnx(student: NetworkCheckpoint) -> bytes:
     """Convert a student by torch's own exporter, any batch size, with batch norms folded where that is exact.
 
-    Args:
-        student: the network with its weights.
-
-    Returns:
-        A serialised ONNX model: ``data`` (batch, 3, 112, 112) float32 to ``embedding`` (batch, D).
-
-    Raises:
-        ConfigError: the exporter is missing or too old.
+    ``data`` (batch, 3, 112, 112) float32 to ``embedding`` (batch, D).
     """
     import onnx
 

@@ -124,11 +124,7 @@ class _Text:
         return [at for at in range(len(self.lines) - len(run) + 1) if self.lines[at : at + len(run)] == run]
 
     def replace(self, old: Sequence[bytes], new: Sequence[bytes], label: str) -> None:
-        """Put ``new`` where ``old`` stands.
-
-        Raises:
-            ConfigError: ``old`` stands nowhere or in several places.
-        """
+        """Put ``new`` where ``old`` stands, which must be one place."""
         places = self.places(old)
         if len(places) != 1:
             where = ", ".join(str(place + 1) for place in places) or "none"
@@ -137,11 +133,7 @@ class _Text:
 
 
 def patches_folder() -> Path:
-    """The folder with the ``.patch`` files: inside the installed package, or beside it in a source checkout.
-
-    Raises:
-        ConfigError: neither holds a patch.
-    """
+    """The folder with the ``.patch`` files: inside the installed package, or beside it in a checkout."""
     package = Path(__file__).parent.parent
     for folder in (package / "patches", package.parent / "patches"):
         if (folder / f"{FLAG}.patch").is_file():
@@ -155,11 +147,7 @@ def available_patches() -> list[str]:
 
 
 def find_checkout(directory: str | os.PathLike[str]) -> Path:
-    """The arcface_torch folder that ``directory`` is or, as a checkout of insightface, contains.
-
-    Raises:
-        ConfigError: no ``train_v2.py`` there.
-    """
+    """The arcface_torch folder that ``directory`` is or, as a checkout of insightface, contains."""
     given = Path(directory)
     for folder in (given, given / "recognition" / "arcface_torch", given / "arcface_torch"):
         if (folder / TRAINER).is_file():
@@ -274,11 +262,7 @@ def _fits(changes: Sequence[_Change], text: _Text) -> bool:
 
 
 def _beside_own_lines(number: int, change: _Change, text: _Text) -> _Change:
-    """A hunk of the flag, held by the one line that it needs where the user has lines of his own beside that.
-
-    Raises:
-        ConfigError: there is no such line, or there are several; the message says what to add by hand.
-    """
+    """A hunk of the flag, held by the one line that it needs where the user has lines of his own beside."""
     if _fits([change], text):
         return change
     found = [match for line in text.lines if (match := _ANCHORS[number].fullmatch(line))]
@@ -298,11 +282,7 @@ def _beside_own_lines(number: int, change: _Change, text: _Text) -> _Change:
 
 
 def _is_applied(changes: Sequence[tuple[_Change, _Text]]) -> bool:
-    """Whether all hunks of a patch are in place (``True``) or none is (``False``).
-
-    Raises:
-        ConfigError: a hunk is in neither state, or not all are in one.
-    """
+    """Whether all hunks of a patch are in place (``True``) or none is (``False``); refuse anything between."""
     in_place, missing = [], []
     for change, text in changes:
         original, patched = bool(text.places(change.original)), bool(text.places(change.patched))

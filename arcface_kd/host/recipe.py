@@ -17,19 +17,10 @@ _SECONDS_TO_END = 40.0
 
 
 def run_in_host(folder: Path, words: Sequence[str], settings: Callable[[], dict[str, Any]]) -> list[str]:
-    """Run arcface_torch's trainer as often as a recipe takes it, one run after the other.
+    """Run arcface_torch's trainer as often as a recipe takes it; the titles of the runs.
 
-    Args:
-        folder: arcface_torch.
-        words: the command of a run, see :func:`command`.
-        settings: gives the merged config, to see which run is next.
-
-    Returns:
-        The titles of the runs that were made.
-
-    Raises:
-        ConfigError: the config does not ask for a recipe, or all its runs are done.
-        ArcfaceKDError: a run failed; the same command goes on from where it stood.
+    ``settings`` gives the merged config, to see which run is next. After a failed run the same command goes on from
+    where it stood.
     """
     made: list[str] = []
     while (stage := _next_in_host(folder, settings)) is not None:
@@ -61,24 +52,12 @@ def _ended(words: Sequence[str], folder: Path) -> int:
 
 
 def command(config: str, flags: Sequence[str], ranks: int = 1, launch: Sequence[str] = ()) -> list[str]:
-    """The words that start one run in arcface_torch's folder; each start makes the run that is next.
-
-    Args:
-        config: as ``train_v2.py`` takes it: ``configs/NAME``.
-        flags: ``--kd*`` flags for the trainer; a copied config needs none.
-        ranks: processes on this machine.
-        launch: further options of ``torchrun``.
-    """
+    """The words that start one run in arcface_torch's folder; each start makes the run that is next."""
     return ["torchrun", f"--nproc_per_node={ranks}", *launch, "train_v2.py", config, *flags]
 
 
 def shell_line(folder: Path, words: Sequence[str]) -> str:
-    """A command as one types it.
-
-    Args:
-        folder: where.
-        words: of the command.
-    """
+    """A command as one types it."""
     return f"cd {shlex.quote(str(folder))} && {shlex.join(words)}"
 
 
@@ -89,14 +68,7 @@ def _next_in_host(folder: Path, settings: Callable[[], dict[str, Any]]) -> Stage
 
 
 def recipe_in_host(config: Mapping[str, Any]) -> type[Recipe]:
-    """The recipe that a config asks for.
-
-    Args:
-        config: an arcface_torch config.
-
-    Raises:
-        ConfigError: it asks for none.
-    """
+    """The recipe that a config asks for, refused where it asks for none."""
     recipe = recipe_of(config)
     if recipe is None:
         raise ConfigError(f"kd is {config.get('kd')!r}, which is one run: start it with torchrun, as any other")

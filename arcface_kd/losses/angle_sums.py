@@ -150,16 +150,10 @@ def _in_gram(gradient: Tensor, sums: AngleSums, inverse: Tensor, first: int) -> 
 
 
 def sum_over_angles(student: Tensor, teacher: Tensor, rows: slice, chunk: int | None = None) -> Tensor:
-    """The sum of Huber's differences (quadratic below 1, then linear) of the angles at some rows.
+    """The sum of Huber's differences (quadratic below 1, then linear) of the angles at some rows, a scalar.
 
-    Args:
-        student: (B, B) inner products of unit embeddings.
-        teacher: (B, B) the teacher's, in the same format; they get no gradient.
-        rows: the vertices.
-        chunk: vertices at a time; None chooses by device.
-
-    Returns:
-        A scalar.
+    Both are (B, B) inner products of unit embeddings in one format; the teacher's get no gradient. ``chunk`` vertices
+    are taken at a time; None chooses by device.
     """
     total: Tensor = _SumOverAngles.apply(student, teacher, rows, chunk)  # type: ignore[no-untyped-call]
     return total

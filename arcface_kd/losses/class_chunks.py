@@ -59,16 +59,9 @@ class _Chunk(NamedTuple):
 
 
 class _Chunks:
-    """A shard's classes chunk by chunk beside one batch, in memory that all chunks share.
+    """A shard's classes chunk by chunk beside one batch (B, D) of unit rows, in memory that all chunks share.
 
     Fresh memory for each chunk would cost more time than the exponentials.
-
-    Args:
-        unit: (B, D) normalised embeddings.
-        classes: this rank's classes.
-        margin: for the scale and the interclass filter.
-        chunk: classes at a time.
-        product_dtype: number format of the factors of the matrix products.
     """
 
     def __init__(
@@ -139,12 +132,7 @@ def sum_over_classes(
 ) -> ClassSums:
     """The sum of exponentials and the weighted sum of centers over this shard's classes but the target.
 
-    Args:
-        unit: (B, D) normalised embeddings.
-        classes: this rank's classes.
-        margin: for the scale and the interclass filter.
-        chunk: classes at a time.
-        product_dtype: number format of the factors of the two matrix products.
+    ``unit`` is (B, D); ``product_dtype`` is the format of the factors of the two matrix products.
     """
     if product_dtype != unit.dtype:
         return _sum_by_narrow_products(unit, classes, margin, chunk, product_dtype)
@@ -229,17 +217,10 @@ def gradient_in_centers(
     share: Tensor,
     upstream: Tensor,
 ) -> Tensor:
-    """The second pass: softmax weights again, and their product with the embeddings, but for the targets' own pull.
+    """The second pass: softmax weights again, times the embeddings; without the targets' own pull.
 
-    Args:
-        unit: (B, D) normalised embeddings.
-        classes: this rank's classes.
-        margin: for the scale and the interclass filter.
-        chunk: classes at a time.
-        product_dtype: number format of the factors of the two matrix products.
-        shift: (B,) largest logit or log-sum-exp of this shard, from the first pass.
-        share: (B,) factor from ``exp(z - shift)`` to the loss's derivative in the cosine.
-        upstream: scalar, the gradient in the loss.
+    ``shift`` (B,) is that of the first pass, ``share`` (B,) the factor from ``exp(z - shift)`` to the loss's derivative
+    in the cosine, ``upstream`` the gradient in the loss.
     """
     dtype, centers, sampled = unit.dtype, classes.centers, classes.sampled
     if unit.shape[0] == 0:

@@ -30,14 +30,7 @@ _WIDER = 1.03125
 
 @dataclass(frozen=True)
 class FixedSize:
-    """The target and the ``size - 1`` other classes with the highest logits.
-
-    Attributes:
-        size: K, at least 1; more than there are take them all.
-
-    Raises:
-        ValueError: a size below 1.
-    """
+    """The target and the ``size - 1`` other classes with the highest logits; ``size`` is at least 1."""
 
     size: int
 
@@ -51,14 +44,8 @@ class BatchMass:
     """One number of classes for all rows, by the batch's mean probability, as in Grouped KD's published code.
 
     With p the mean over the batch of the softmax at temperature 1, (C,), K is the first of 1, 1 + step, 1 + 2 step, ...
-    for which the K largest entries of p add up to ``mass``. Each row's group is then that of :class:`FixedSize`.
-
-    Attributes:
-        mass: tau, in (0, 1].
-        step: of K, at least 1.
-
-    Raises:
-        ValueError: one of them out of range.
+    for which the K largest entries of p add up to ``mass``, in (0, 1]. Each row's group is then that of
+    :class:`FixedSize`.
     """
 
     mass: float
@@ -72,14 +59,7 @@ class BatchMass:
 
 @dataclass(frozen=True)
 class SampleMass:
-    """Each row's target and the fewest others that make up ``mass`` of its probability at the KD temperature.
-
-    Attributes:
-        mass: tau, in (0, 1].
-
-    Raises:
-        ValueError: a share out of range.
-    """
+    """Each row's target and the fewest others that make up ``mass``, in (0, 1], at the KD temperature."""
 
     mass: float
 
@@ -144,14 +124,9 @@ class RankedLogits:
         self._range = _Range(highest, highest * (2 / _BINS))
 
     def thresholds(self, rule: GroupRule) -> Tensor:
-        """Find the group.
+        """For each row a number between the lowest logit in the group and the highest one outside.
 
-        Args:
-            rule: how large it is.
-
-        Returns:
-            (B,) a number for each row that is at most the lowest logit (over the temperature) in the group and above
-            the highest one outside, but for the target's; the same on every rank.
+        (B,), over the temperature, the same on every rank; the target's own logit is not looked at.
         """
         where = self._range
         by_mass = isinstance(rule, SampleMass)
@@ -176,12 +151,8 @@ class RankedLogits:
     def _sums(self, where: _Range, by_mass: bool) -> Tensor:
         """How many classes all ranks have, but for the targets, from the highest logit down to each bin.
 
-        Args:
-            where: the range that the bins cover.
-            by_mass: add up exponentials instead of counting.
-
-        Returns:
-            (B, bins + 2) running sums: first all above the range, last everything. Hidden targets are counted there.
+        (B, bins + 2) running sums: first all above the range, last everything, hidden targets included. ``by_mass``
+        adds up exponentials instead of counting.
         """
         size, batch = min(self.chunk, self.values.shape[0]), self.values.shape[1]
         table = self.values.new_zeros(batch, _BINS + 2)

@@ -77,29 +77,14 @@ class Targets(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class StepClasses:
-    """A shard's classes in one step, the same for all losses over them.
-
-    Attributes:
-        index: (K,) sorted positions in the shard of the classes that take part, or None for all.
-        targets: where the labels of the step's batch are.
-    """
+    """A shard's classes in one step, the same for all losses over them; ``index`` as in :class:`ClassWeights`."""
 
     index: Tensor | None
     targets: Targets
 
 
 class VisitedClasses(NamedTuple):
-    """This rank's classes as a pass over them sees them: the centers, the sampled rows and where the targets stand.
-
-    Attributes:
-        centers: (C, D) class centers of this shard, not normalised.
-        inverse_norms: (C,) one over each center's norm, or None to find it on the way.
-        sampled: (K,) sorted positions of the sampled classes, or None for all.
-        position: see :class:`Targets`, like the next two.
-        target: see ``position``.
-        owned: see ``position``.
-        units: (C, D) the normalised centers in the products' format, or None to make them on the way.
-    """
+    """:class:`ClassWeights` as a pass sees them: ``index`` is ``sampled``, and :class:`Targets` are unpacked."""
 
     centers: Tensor
     inverse_norms: Tensor | None
@@ -122,12 +107,7 @@ def inverse_norm(rows: Tensor) -> Tensor:
 
 
 def targets_among(positions: ShardPositions, index: Tensor | None) -> Targets:
-    """Find where a batch's targets stand among the classes that take part in a step.
-
-    Args:
-        positions: of the labels in the shard.
-        index: (K,) sorted positions of the classes that take part, or None for all.
-    """
+    """Find where a batch's targets stand among the classes that take part in a step; ``index`` None for all."""
     return Targets(_places_among(*positions, index), *positions)
 
 
@@ -142,12 +122,7 @@ def _places_among(target: Tensor, owned: Tensor, index: Tensor | None) -> Tensor
 
 
 def visited_classes(weights: ClassWeights, labels: Tensor) -> VisitedClasses:
-    """The classes that a pass over a shard visits, and where a batch's targets stand among them.
-
-    Args:
-        weights: this rank's classes.
-        labels: (B,) int64 labels over all classes, negative ones for none.
-    """
+    """The classes that a pass over a shard visits, and where a batch's targets stand among them."""
     centers, inverse_norms, index = weights.tensors()
     index = None if index is None else index.contiguous()
     targets = weights.targets

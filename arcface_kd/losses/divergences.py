@@ -86,17 +86,7 @@ def divergences(
     groups: bool,
     secondary: bool,
 ) -> tuple[Divergences, DivergenceRows]:
-    """The terms of a batch from its sums.
-
-    Args:
-        summed: (8, B) what :class:`~arcface_kd.losses.logit_passes.LogitSums` names, over all ranks.
-        targets: the targets' logits.
-        split: shifts and groups of the sums.
-        valid: (B,) bool, rows with a label.
-        temperature: T.
-        groups: whether the classes are in two groups.
-        secondary: whether the divergence inside the secondary group is wanted.
-    """
+    """The terms of a batch from ``summed`` (8, B), the rows of :class:`LogitSums` over all ranks."""
     sums = LogitSums(*summed)
     target, student_target, teacher_target = targets
     student_offset = torch.zeros_like(target) if split.student_shift is None else split.student_shift
@@ -158,23 +148,11 @@ def derivative_factors(
     *,
     narrow: bool,
 ) -> tuple[Factors, Tensor, Tensor | None]:
-    """What exponentials are multiplied by, and the derivative in the target's cosine.
+    """What exponentials are multiplied by, and the derivative (B,) in the target's cosine.
 
-    Args:
-        rows: from the forward pass.
-        split: likewise.
-        upstream: the gradient in each term.
-        slope: (B,) of the target's margin, d psi / d cos.
-        kd_slope: (B,) the same for the logit that is distilled.
-        owned: (B,) whether the target is this shard's.
-        scale: the logit scale s.
-        temperature: T.
-        narrow: whether the derivatives go into fp16: factors are then multiplied by a number that brings them into the
-            middle of its range.
-
-    Returns:
-        ``(factors, own, enlarged)``: the factors, (B,) the derivative in the cosine of row and target, and that number,
-        a scalar, or None.
+    ``slope`` and ``kd_slope`` (B,) are d psi / d cos of the target's margin and of the logit that is distilled.
+    ``narrow`` says that the derivatives go into fp16: factors are then multiplied by the scalar that is returned last,
+    which brings them into the middle of its range.
     """
     common = rows.weight * scale
     kd_common = common * temperature

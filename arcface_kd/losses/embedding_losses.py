@@ -18,14 +18,7 @@ from arcface_kd.losses.angle_sums import distances, sum_over_angles
 
 
 def inner_products(embeddings: Tensor) -> Tensor:
-    """The matrix of inner products of unit embeddings.
-
-    Args:
-        embeddings: (B, D), any norm. fp64 is computed in fp64, all else in fp32.
-
-    Returns:
-        (B, B) cosines.
-    """
+    """The (B, B) cosines of embeddings (B, D) of any norm; fp64 is computed in fp64, all else in fp32."""
     dtype = torch.float64 if embeddings.dtype == torch.float64 else torch.float32
     with torch.autocast(embeddings.device.type, enabled=False):
         unit = normalize(embeddings.to(dtype))

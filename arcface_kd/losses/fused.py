@@ -26,8 +26,7 @@ logger = logging.getLogger(__name__)
 def fused(kernels: int = 1) -> Callable[[Callable[P, R]], Callable[P, R]]:
     """Mark a function of tensors and constants, which changes nothing but its arguments, for few kernels on a GPU.
 
-    Args:
-        kernels: how many: one, and one more for each sum over the whole batch that others wait for.
+    ``kernels`` is one, and one more for each sum over the whole batch that others wait for.
     """
 
     def mark(function: Callable[P, R]) -> Callable[P, R]:
@@ -46,13 +45,7 @@ def fused(kernels: int = 1) -> Callable[[Callable[P, R]], Callable[P, R]]:
 
 
 def on_gpu(function: Callable[P, R], kernels: int, kernel: Callable[P, R] | None) -> Callable[P, R]:
-    """What runs in a function's place on a GPU.
-
-    Args:
-        function: in torch's own operations.
-        kernels: how many kernels the other way takes.
-        kernel: the other way, written by hand; None compiles ``function``.
-    """
+    """What runs in a function's place on a GPU: ``kernel``, written by hand, or the function compiled."""
     if not _compiles():
         return function
     return kernel or _compiled(function)

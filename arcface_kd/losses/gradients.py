@@ -13,7 +13,7 @@ def finds_center_gradients() -> bool:
 
 @contextlib.contextmanager
 def in_embeddings_alone() -> Iterator[None]:
-    """Inside, backward passes leave the class centers out, whose gradient takes a pass of its own over the classes.
+    """Inside, backward passes leave out the class centers, whose gradient takes a pass of its own.
 
     ``autograd.grad`` with the embeddings alone does not say so to a function that has both for its inputs.
     """

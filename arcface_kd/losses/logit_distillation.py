@@ -81,12 +81,7 @@ class Grouping(NamedTuple):
 
 
 class TeacherLogits(NamedTuple):
-    """The teacher's logits of a batch, for one or several calls of :func:`logit_distillation`.
-
-    Attributes:
-        logits: over the temperature.
-        temperature: that they were divided by.
-    """
+    """The teacher's logits of a batch over ``temperature``, for calls of :func:`logit_distillation`."""
 
     logits: ShardedLogits
     temperature: float
@@ -225,15 +220,9 @@ def _of_labelled(labels: Tensor, *values: Tensor) -> tuple[Tensor, ...]:
 def _own_logits(
     student: Tensor, teacher: Tensor, owned: Tensor, margin: Margin, factor: float, *, with_margin: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The targets' logits (3, B) as in :class:`TargetLogits`, -inf for other shards', and the slopes of the first two.
+    """The targets' logits (3, B) as in :class:`TargetLogits`, and the slopes of the first two.
 
-    Args:
-        student: (B,) cosines of the student's rows and their targets.
-        teacher: (B,) the teacher's.
-        owned: (B,) bool, whether the target is this shard's.
-        margin: the margin and the logit scale.
-        factor: the logit scale over the temperature.
-        with_margin: whether the margin is on the targets' distilled logits.
+    ``student`` and ``teacher`` are cosines (B,); other shards' logits are -inf.
     """
     psi, slope = margin.target(student)
     kd_psi, kd_slope = (psi, slope.clone()) if with_margin else (student, torch.ones_like(slope))

@@ -49,15 +49,10 @@ class Factors(NamedTuple):
 
 
 class LogitPasses:
-    """The two passes over kept logits.
+    """The two passes over kept logits, ``size`` classes at a time.
 
-    Args:
-        student: the student's logits over the temperature.
-        teacher: the teacher's.
-        temperature: T.
-        filter_threshold: logits of the student above it are 0 in its softmax at temperature 1; 0 for none.
-        by_teacher: whether the teacher's logits say which group a class is in.
-        size: classes at a time.
+    Logits of the student above ``filter_threshold`` are 0 in its softmax at temperature 1; 0 switches it off.
+    ``by_teacher`` says whose logits decide the group of a class.
     """
 
     def __init__(
@@ -85,12 +80,7 @@ class LogitPasses:
         return student, self.teacher[part], self.ranked[part], (a, b, c, d)
 
     def sums(self, split: GroupSplit, *, secondary: bool) -> Tensor:
-        """What :class:`LogitSums` names, of this shard, as one (8, B) tensor.
-
-        Args:
-            split: shifts and groups.
-            secondary: whether the product in the secondary group is wanted.
-        """
+        """What :class:`LogitSums` names, of this shard, as one (8, B) tensor."""
         visited, batch = self.student.shape
         total = self.student.new_zeros(len(LogitSums._fields), batch)
         for part in slices(visited, self._size):

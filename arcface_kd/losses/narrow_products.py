@@ -54,14 +54,9 @@ def add_chunk(
 ) -> None:
     """Take a chunk's logits into the running softmax, and write the weights of its classes.
 
-    Args:
-        logits: (B, K) fp32, contiguous; used up.
-        weights: (B, K) in a narrow format, contiguous: gets ``WEIGHT_SCALE * exp(z - shift)``, 0 for targets and for
-            what interclass filtering hides.
-        position: (B,) int64 the target's position among all classes; -1 where it is not here.
-        first: position of the chunk's first class.
-        threshold: logits above it become 0 (interclass filtering); 0 switches it off.
-        running: is updated.
+    ``logits`` (B, K), fp32 and contiguous, are used up. ``weights`` (B, K), narrow and contiguous, get ``WEIGHT_SCALE *
+    exp(z - shift)``, 0 for targets and for what interclass filtering (logits above ``threshold``) hides. ``position``
+    (B,) is the target's among all classes, ``first`` that of the chunk's first class.
     """
     chosen = on_gpu(_add_chunk, 1, _add_chunk_by_kernel) if logits.is_cuda else _add_chunk
     chosen(logits, weights, position, first, threshold, running)

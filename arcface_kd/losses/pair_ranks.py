@@ -33,11 +33,8 @@ _BITS = {torch.float32: torch.int32, torch.float64: torch.int64}
 class PairBlock(NamedTuple):
     """The pairs of some rows with all rows; each pair is in one block, at its earlier row.
 
-    Attributes:
-        rows: the earlier rows.
-        cosines: (2, R, B) of the student and of the teacher.
-        positive: (R, B) bool, pairs of one identity.
-        negative: (R, B) bool, pairs of two.
+    ``cosines`` are (2, R, B), of student and teacher; ``positive`` and ``negative`` (R, B) flag pairs of one identity
+    and of two.
     """
 
     rows: slice
@@ -57,17 +54,10 @@ class PairBlock(NamedTuple):
 
 
 class Pairs:
-    """The pairs of a gathered batch. Rows without a label are in none.
+    """The pairs of a gathered batch; rows without a label are in none.
 
-    Args:
-        student: (B, D) embeddings, any norm. fp64 is computed in fp64, all else in fp32.
-        teacher: (B, Dt) embeddings, any norm.
-        labels: (B,) int64, negative for none.
-        rows: of a block; None chooses by device.
-
-    Attributes:
-        positives: number of pairs of one identity, scalar.
-        negatives: number of pairs of two, scalar.
+    Embeddings may have any norm. fp64 is computed in fp64, all else in fp32. ``positives`` and ``negatives`` count the
+    pairs of one identity and of two.
     """
 
     def __init__(self, student: Tensor, teacher: Tensor, labels: Tensor, rows: int | None = None) -> None:
@@ -118,13 +108,8 @@ def _counts(positive: Tensor, negative: Tensor, positives: Tensor, negatives: Te
 def impostor_thresholds(pairs: Pairs, pairs_per_acceptance: tuple[int, ...]) -> tuple[Tensor, Tensor]:
     """The cosines that one in so many impostor pairs exceeds, found digit by digit as in a radix sort.
 
-    Args:
-        pairs: of the batch.
-        pairs_per_acceptance: one over each false positive rate, rising, at least 2.
-
-    Returns:
-        (K,) cosines of the student and of the teacher, from the largest rate to the smallest. Rates below one over the
-        number of impostor pairs all have the largest cosine. -inf where there is no impostor pair.
+    (K,) of the student and of the teacher, from the largest rate to the smallest; ``pairs_per_acceptance`` rises. Rates
+    below one over the number of impostor pairs all have the largest cosine; without such pairs it is -inf.
     """
     dtype, count = pairs.unit.dtype, len(pairs_per_acceptance)
     search = _begin(pairs.negatives, pairs_per_acceptance)
@@ -196,16 +181,7 @@ def _cosines_of(key: Tensor, dtype: torch.dtype, count: Tensor) -> Tensor:
 
 
 def soft_rank(cosine: Tensor, thresholds: Tensor, temperature: float) -> Tensor:
-    """How many thresholds a pair passes.
-
-    Args:
-        cosine: cosines of pairs, any shape.
-        thresholds: (K,).
-        temperature: how soft the counting is, positive, in units of the cosine.
-
-    Returns:
-        In [0, K], of the shape of ``cosine``.
-    """
+    """How many thresholds (K,) a cosine passes, in [0, K]; ``temperature``, in units of the cosine, softens it."""
     return _ranks_and_slopes(cosine, thresholds, temperature)[0]
 
 
@@ -233,17 +209,7 @@ def rank_losses(
 ) -> tuple[Tensor, Tensor]:
     """Mean squared differences of ranks: of the positive pairs, and of the hardest negative ones.
 
-    The hardest are those with the student's largest cosines.
-
-    Args:
-        student: (B, D) the embeddings that ``pairs`` was made of; the teacher's get no gradient.
-        pairs: of the batch.
-        thresholds: (K,) of the student and of the teacher.
-        temperature: see :func:`soft_rank`.
-        hardest: how many negative pairs are taken, if there are so many.
-
-    Returns:
-        Two scalars, 0 where there is no such pair.
+    The hardest are those with the student's largest cosines. Both are scalars, 0 where there is no such pair.
     """
     positive, negative = _RankLosses.apply(student, pairs, thresholds, temperature, hardest)  # type: ignore[no-untyped-call]
     return positive, negative

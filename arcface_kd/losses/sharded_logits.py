@@ -23,15 +23,7 @@ _PASS_ELEMENTS = 1 << 16
 
 
 def pass_size(chunk: int, batch: int, device: torch.device) -> int:
-    """Classes at a time in a pass over kept logits.
-
-    On a CPU the few buffers of a pass should stay in each core's own cache.
-
-    Args:
-        chunk: classes at a time in matrix products, the most that is returned.
-        batch: B.
-        device: where the logits are.
-    """
+    """Classes at a time in a pass over kept logits: on a CPU its few buffers should stay in each core's cache."""
     if device.type != "cpu":
         return chunk
     return min(chunk, max(_PASS_ELEMENTS * torch.get_num_threads() // max(batch, 1), 1))
@@ -62,17 +54,9 @@ class ShardedLogits(NamedTuple):
 def sharded_logits(
     unit: Tensor, classes: VisitedClasses, factor: float, chunk: int, product_dtype: torch.dtype
 ) -> ShardedLogits:
-    """Multiply a batch by this shard's class centers.
+    """Multiply unit rows (B, D) by this shard's class centers, ``chunk`` classes at a time.
 
-    Args:
-        unit: (B, D) normalised embeddings, in the format of the sums.
-        classes: this rank's classes.
-        factor: on the cosines: the logit scale, over a temperature.
-        chunk: classes at a time.
-        product_dtype: number format of the products' factors.
-
-    Returns:
-        The logits; the targets' cosines are found in the format of the sums.
+    The targets' cosines are found in the format of the sums, the others with factors in ``product_dtype``.
     """
     batch, dtype, visited = unit.shape[0], unit.dtype, classes.visited
     # One element more takes what is written for rows whose target is elsewhere.
@@ -135,25 +119,12 @@ def gradients_through_cosines(
     *,
     in_centers: bool,
 ) -> tuple[Tensor, Tensor | None]:
-    """From a loss's derivatives in the cosines to its gradients in unit embeddings and raw class centers.
+    """From a loss's derivatives in the cosines to its gradients in unit rows and raw class centers.
 
-    The targets' share is the caller's to add: their weights are 0 here.
-
-    A center's gradient loses its part along the center. That part is ``sum_b g_jb cos_jb``, found from the (K, B)
-    matrices: the gradient itself is written once.
-
-    Args:
-        write_weights: writes the derivatives (k, B) for some of the visited classes; called once for each.
-        unit: (B, D) normalised embeddings that the logits belong to.
-        classes: this rank's classes.
-        logits: of the two.
-        chunk: classes at a time.
-        product_dtype: number format of the products' factors.
-        in_centers: whether the second gradient is wanted.
-
-    Returns:
-        ``(B, D)`` in the unit embeddings, this shard's part; and (C, D) in the centers, zero for classes that are not
-        visited, or None.
+    ``write_weights`` is called once for each piece of the visited classes and writes the derivatives (k, B); the
+    targets' share is the caller's to add: their weights are 0 here. The gradient in the centers (C, D), None where it
+    is not wanted, loses its part along the center, ``sum_b g_jb cos_jb``, found from the (K, B) matrices: it is written
+    once.
     """
     dtype, centers = unit.dtype, classes.centers
     narrow = product_dtype != dtype

@@ -51,14 +51,9 @@ class AdaDistillConfig(Options):
 
 @fused()
 def adaptive_alpha(student_teacher: Tensor, center_teacher: Tensor | None) -> Tensor:
-    """How much of the old center stays, per sample.
+    """How much of the old center stays, (B,) in [0, 1], from two (B,) cosines before the update.
 
-    Args:
-        student_teacher: (B,) cos(f_s, f_t).
-        center_teacher: (B,) cos(w_y, f_t) before the update, for the weighted alpha; None for the plain one.
-
-    Returns:
-        (B,) in [0, 1].
+    They are cos(f_s, f_t), and cos(w_y, f_t) for the weighted alpha; None gives the plain one.
     """
     if center_teacher is None:
         return student_teacher.clamp(0, 1)
@@ -70,10 +65,6 @@ class AdaDistill(Method):
     """Distilled class centers with an adaptive moving average, and margin softmax against them.
 
     Terms: ``ce``, the margin softmax.
-
-    Args:
-        config: the knobs.
-        context: the run.
     """
 
     Config = AdaDistillConfig
@@ -93,14 +84,7 @@ class AdaDistill(Method):
         self._seen: _Seen | None = None
 
     def forward(self, batch: Batch) -> dict[str, Tensor]:
-        """Update the centers from the gathered batch, then score the student against them.
-
-        Args:
-            batch: the gathered batch, with teacher embeddings.
-
-        Returns:
-            ``{"ce": scalar}``.
-        """
+        """Update the centers from the gathered batch, then score the student against them."""
         classes = step_classes(self.context, batch)
         self._move_centers(batch, ShardPositions(classes.targets.target, classes.targets.owned))
         weights = self.context.class_weights(self.centers, classes)

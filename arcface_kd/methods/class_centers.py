@@ -25,14 +25,7 @@ _BLOCK = 4096
 def initial_centers(shard: ClassShard, embedding_size: int, seed: int, std: float = 0.01) -> Tensor:
     """Normally distributed class centers that depend on the seed and the class, not on the number of ranks.
 
-    Args:
-        shard: which classes are wanted.
-        embedding_size: their dimension D.
-        seed: of the run, non-negative.
-        std: standard deviation; 0.01 is what arcface_torch and AdaDistill's code use.
-
-    Returns:
-        (shard.size, D) fp32 on the CPU.
+    (shard.size, D) fp32 on the CPU; a deviation of 0.01 is what arcface_torch and AdaDistill's code use.
     """
     centers = torch.empty(shard.size, embedding_size)
     for block in range(shard.start // _BLOCK, -(-(shard.start + shard.size) // _BLOCK)):
@@ -47,17 +40,10 @@ def initial_centers(shard: ClassShard, embedding_size: int, seed: int, std: floa
 def repetition_weights(
     positions: ShardPositions, size: int, repeated: Repeated, dtype: torch.dtype = torch.float32
 ) -> Tensor:
-    """How much each row of a batch counts in the update of its class.
+    """How much each row of a batch counts in the update of its class, (B,).
 
-    Args:
-        positions: of the batch's labels in the shard.
-        size: classes of the shard.
-        repeated: ``mean`` gives each of n rows of one class 1 / n, whatever their order; ``last`` gives the last row 1
-            and the others 0, as the published code leaves it.
-        dtype: of the weights.
-
-    Returns:
-        (B,) weights; of no meaning for rows of other shards.
+    ``mean`` gives each of n rows of one class 1 / n, whatever their order; ``last`` gives the last row 1 and the others
+    0, as the published code leaves it. For rows of other shards the weights mean nothing.
     """
     # By class and not by a comparison of all pairs, which takes more memory than the head for the thousands of rows of
     # many ranks.
@@ -120,30 +106,13 @@ class FrozenCenters(nn.Module):
 
     @torch.no_grad()
     def cosine(self, labels: Tensor, unit: Tensor, *, positions: ShardPositions | None = None) -> Tensor:
-        """Cosines of rows and their own class centers, for the classes of this rank.
-
-        Args:
-            labels: (B,) labels of the gathered batch.
-            unit: (B, D) normalised rows.
-            positions: of the labels in the shard, where the caller has found them.
-
-        Returns:
-            (B,) cosines, 0 where the class is held by another rank.
-        """
+        """Cosines (B,) of unit rows and their own class centers, 0 for classes of other ranks."""
         position, owned = positions or self.shard.local(labels)
         return _own_cosine(self.weight, self.inverse_norms, position, owned, unit)
 
     @torch.no_grad()
     def unit_rows(self, labels: Tensor, *, positions: ShardPositions | None = None) -> Tensor:
-        """The normalised class centers of a batch, for the classes of this rank.
-
-        Args:
-            labels: (B,) labels of the gathered batch.
-            positions: of the labels in the shard, where the caller has found them.
-
-        Returns:
-            (B, D); rows of other ranks' classes mean nothing.
-        """
+        """The normalised class centers (B, D) of a batch; rows of other ranks' classes mean nothing."""
         position, _ = positions or self.shard.local(labels)
         return self.weight[position] * self.inverse_norms[position].unsqueeze(1)
 

@@ -9,12 +9,7 @@ from arcface_kd.methods.base import Batch, RunContext
 
 
 def step_classes(context: RunContext, batch: Batch) -> StepClasses:
-    """The classes of this rank that take part in a step, and where the batch's targets are among them.
-
-    Args:
-        context: of the run.
-        batch: the gathered batch.
-    """
+    """The classes of this rank that take part in a step, and where the batch's targets are among them."""
     positions = context.shard.local(batch.labels)
     index = sample_classes(context.shard, positions, context, batch.step)
     return StepClasses(index, targets_among(positions, index))
@@ -23,17 +18,9 @@ def step_classes(context: RunContext, batch: Batch) -> StepClasses:
 def sample_classes(shard: ClassShard, positions: ShardPositions, context: RunContext, step: int) -> Tensor | None:
     """The classes of a shard that take part in a step (An et al., CVPR 2022, arXiv 2203.15565).
 
-    The draw depends on the run's seed, the rank and the step alone, so that a resumed run draws the same.
-
-    Args:
-        shard: this rank's classes.
-        positions: of the gathered batch's labels in the shard; the draw is made where they are.
-        context: for the sample rate and the seed.
-        step: micro-steps done before this one.
-
-    Returns:
-        (K,) sorted positions in the shard, among them all classes of the batch that it holds; K is
-        ``int(sample_rate * shard.size)``, or the batch's size where that is more. None where all classes take part.
+    The draw depends on the run's seed, the rank and the step alone, so that a resumed run draws the same. It gives (K,)
+    sorted positions in the shard, among them all classes of the batch that it holds; K is ``int(sample_rate *
+    shard.size)``, or the batch's size where that is more. None where all classes take part.
     """
     if context.sample_rate >= 1:
         return None

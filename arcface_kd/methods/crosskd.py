@@ -75,15 +75,10 @@ class CrossKDConfig(Options):
 
 
 class Adapter(nn.Module):
-    """What gives the student's map the shape of the teacher's: a 1x1 convolution and adaptive average pooling.
+    """Gives the student's map (C, H, W) the shape of the teacher's: a 1x1 convolution and average pooling.
 
-    The two commute, so the convolution is made at the smaller of the two sizes.
-
-    Args:
-        student: (C, H, W) of the student's map.
-        teacher: (Ct, Ht, Wt) of the teacher's.
-        kind: ``auto`` leaves the convolution out where C = Ct.
-        seed: of the convolution's orthogonal start.
+    The two commute, so the convolution is made at the smaller of the two sizes. ``auto`` leaves it out where the
+    channels agree.
     """
 
     def __init__(
@@ -116,10 +111,6 @@ class CrossKD(Method):
 
     Terms: ``cross_embedding`` and ``cross_logits``, as ``mimic`` says. The adapter is the head's: it is saved with its
         state, learned with its group of the optimiser, and no part of ``model.pt``.
-
-    Args:
-        config: the knobs.
-        context: the run, with the teacher's tail and both maps' shapes.
     """
 
     Config = CrossKDConfig
@@ -156,14 +147,7 @@ class CrossKD(Method):
         return MapsWanted(config.student_map, config.teacher_map, config.tap, teacher_maps=config.align)
 
     def forward(self, batch: Batch) -> dict[str, Tensor]:
-        """Compare what the teacher's tail makes of the student's map with what the teacher makes of the image.
-
-        Args:
-            batch: the gathered batch, with teacher embeddings and this rank's maps.
-
-        Returns:
-            ``cross_embedding`` and / or ``cross_logits``, scalars.
-        """
+        """Compare what the teacher's tail makes of the student's map with what the teacher makes of the image."""
         assert batch.teacher is not None
         ranks = self.context.ranks
         cross = ranks.gather_with_gradient(for_ddp(self._cross_embeddings(batch), ranks.world_size), batch.sizes)

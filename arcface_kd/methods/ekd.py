@@ -75,10 +75,6 @@ class EKD(Method):
     """Pairs of images are to pass as many verification thresholds as with the teacher.
 
     Terms: ``ekd_positive`` and ``ekd_negative``, weighted.
-
-    Args:
-        config: the knobs.
-        context: the run.
     """
 
     Config = EKDConfig
@@ -98,14 +94,7 @@ class EKD(Method):
         self._positive_pairs: Tensor | None = None
 
     def forward(self, batch: Batch) -> dict[str, Tensor]:
-        """Follow the thresholds, then compare the ranks of the gathered batch's pairs.
-
-        Args:
-            batch: the gathered batch, with teacher embeddings.
-
-        Returns:
-            The terms.
-        """
+        """Follow the thresholds, then compare the ranks of the gathered batch's pairs."""
         assert batch.teacher is not None
         config, labels = self.config, batch.labels
         # How many pairs are positive or negative is never asked, so that nobody waits for the device.

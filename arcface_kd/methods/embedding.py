@@ -49,10 +49,6 @@ class EmbeddingDistillation(Method):
     """The student's embedding is to be the teacher's: L2 or cosine, beside a classification loss or without labels.
 
     Terms: ``embedding``, the weighted distance.
-
-    Args:
-        config: the knobs.
-        context: the run.
     """
 
     Config = EmbeddingConfig
@@ -69,14 +65,7 @@ class EmbeddingDistillation(Method):
         return bool(config.labels == "none")
 
     def forward(self, batch: Batch) -> dict[str, Tensor]:
-        """The distance of the gathered batch, whether its rows have labels or not.
-
-        Args:
-            batch: the gathered batch, with teacher embeddings.
-
-        Returns:
-            ``{"embedding": scalar}``.
-        """
+        """The distance of the gathered batch, whether its rows have labels or not."""
         assert batch.teacher is not None
         distance = squared_distance(batch.projected, batch.teacher)
         self._distance = distance.detach()

@@ -85,10 +85,6 @@ class GKD(LogitMethod):
     """The learned classifier's margin softmax, and KLs of teacher and student by groups of classes.
 
     Terms: ``ce``, the margin softmax; ``primary_kd``; ``binary_kd``; ``secondary_kd`` where it has a weight.
-
-    Args:
-        config: the knobs.
-        context: the run, with the teacher's classifier.
     """
 
     Config = GKDConfig
@@ -99,14 +95,7 @@ class GKD(LogitMethod):
         self._seen: Distillation | None = None
 
     def forward(self, batch: Batch) -> dict[str, Tensor]:
-        """Score the student against its classes and compare with the teacher, group by group.
-
-        Args:
-            batch: the gathered batch, with teacher embeddings.
-
-        Returns:
-            ``{"ce": scalar, "primary_kd": scalar, "binary_kd": scalar}``, and ``secondary_kd`` where it has a weight.
-        """
+        """Score the student against its classes and compare with the teacher, group by group."""
         config = self.config
         classes = step_classes(self.context, batch)
         grouping = Grouping(config.rule(), config.ranked_by, secondary=config.secondary_weight > 0)

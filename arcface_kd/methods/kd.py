@@ -36,24 +36,13 @@ class LogitKD(LogitMethod):
     """The learned classifier's margin softmax, and the KL of the teacher's and the student's softened probabilities.
 
     Terms: ``ce``, the margin softmax; ``kd``.
-
-    Args:
-        config: the knobs.
-        context: the run, with the teacher's classifier.
     """
 
     Config = LogitKDConfig
     config: LogitKDConfig
 
     def forward(self, batch: Batch) -> dict[str, Tensor]:
-        """Score the student against its classes and compare with the teacher.
-
-        Args:
-            batch: the gathered batch, with teacher embeddings.
-
-        Returns:
-            ``{"ce": scalar, "kd": scalar}``.
-        """
+        """Score the student against its classes and compare with the teacher."""
         classes = step_classes(self.context, batch)
         teacher = self.teacher_logits(batch, classes, self.config.temperature)
         terms = self.distil(batch, classes, teacher, self.config.logits)

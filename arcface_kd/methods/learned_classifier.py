@@ -21,9 +21,6 @@ class LearnedClassifier(Method):
 
     Terms: ``ce``, the margin softmax. It stands beside every method that does not bring a classification of its own,
         and alone when distillation is off.
-
-    Args:
-        context: the run.
     """
 
     Config = ClassifierConfig
@@ -37,13 +34,6 @@ class LearnedClassifier(Method):
         self.weight = nn.Parameter(initial_centers(self.shard, context.embedding_size, context.seed))
 
     def forward(self, batch: Batch) -> dict[str, Tensor]:
-        """Score the student against the learned class centers.
-
-        Args:
-            batch: the gathered batch; a teacher is not looked at.
-
-        Returns:
-            ``{"ce": scalar}``.
-        """
+        """Score the student against the learned class centers."""
         weights = self.context.class_weights(self.weight, step_classes(self.context, batch))
         return {"ce": sharded_margin_softmax(batch.embeddings, batch.labels, weights, self.context.margin)}

@@ -27,10 +27,6 @@ class LogitMethod(Method):
     probabilities are renormalised over it.
 
     The teacher's classifier is not saved with the run: it is read again from where it came.
-
-    Args:
-        config: the knobs.
-        context: the run, with the teacher's classifier.
     """
 
     requires: ClassVar[frozenset[Requirement]] = frozenset(
@@ -49,21 +45,11 @@ class LogitMethod(Method):
         self.teacher_centers = FrozenCenters(context.teacher_classifier, context.shard, context.product_dtype)
 
     def teacher_classes(self, classes: StepClasses) -> ClassWeights:
-        """The teacher's classifier in a step.
-
-        Args:
-            classes: that take part in the step.
-        """
+        """The teacher's classifier in a step."""
         return self.context.class_weights(self.teacher_centers, classes)
 
     def teacher_logits(self, batch: Batch, classes: StepClasses, temperature: float) -> TeacherLogits:
-        """The teacher's own logits of the batch.
-
-        Args:
-            batch: the gathered batch, with teacher embeddings.
-            classes: that take part in the step.
-            temperature: T.
-        """
+        """The teacher's own logits of the batch."""
         assert batch.teacher is not None
         in_double = batch.embeddings.dtype == torch.float64
         return teacher_logits(
@@ -82,15 +68,7 @@ class LogitMethod(Method):
         logits: Logits,
         grouping: Grouping | None = None,
     ) -> Distillation:
-        """Score the student's embedding against its own classifier and compare the logits with the teacher's.
-
-        Args:
-            batch: the gathered batch.
-            classes: that take part in the step.
-            teacher: the teacher's logits.
-            logits: whether the targets' are distilled with the margin.
-            grouping: Grouped KD's groups, None for none.
-        """
+        """Score the student's embedding against its own classifier and compare the logits with the teacher's."""
         return logit_distillation(
             batch.embeddings,
             batch.labels,

@@ -57,16 +57,7 @@ class MarginDistillationConfig(ProxylessKDConfig):
 
 @fused(kernels=2)
 def distilled_margins(cosine: Tensor, largest: float, smallest: float) -> Tensor:
-    """Additive angular margins out of the teacher's cosines.
-
-    Args:
-        cosine: (B,) cosines of the teacher's embeddings and their class centers.
-        largest: the margin where the cosine is the batch's largest, in radians.
-        smallest: the margin where it is 0 or less, in radians.
-
-    Returns:
-        (B,) in [smallest, largest].
-    """
+    """Additive angular margins (B,) in [smallest, largest] out of the teacher's cosines to its classes."""
     near = cosine.clamp_min(0)
     if not len(near):
         return near
@@ -82,10 +73,6 @@ class MarginDistillation(ProxylessKD):
     """The teacher's classifier, frozen, with a margin for each image: the nearer to its class, the larger.
 
     Terms: ``ce``, the margin softmax. Logit scale and interclass filter are the trainer's.
-
-    Args:
-        config: the knobs.
-        context: the run, with the teacher's classifier.
     """
 
     Config = MarginDistillationConfig

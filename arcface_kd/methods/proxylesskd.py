@@ -68,10 +68,6 @@ class ProxylessKD(Method):
     """The teacher's classifier, frozen, under the trainer's own margin softmax.
 
     Terms: ``ce``, the margin softmax. The classifier is not saved with the run: it is read again from where it came.
-
-    Args:
-        config: the knobs.
-        context: the run, with the teacher's classifier.
     """
 
     Config = ProxylessKDConfig
@@ -87,26 +83,14 @@ class ProxylessKD(Method):
         self.centers = FrozenCenters(context.teacher_classifier, context.shard, context.product_dtype)
 
     def forward(self, batch: Batch) -> dict[str, Tensor]:
-        """Score the student against the teacher's classes.
-
-        Args:
-            batch: the gathered batch; a teacher is not looked at.
-
-        Returns:
-            ``{"ce": scalar}``.
-        """
+        """Score the student against the teacher's classes."""
         classes = step_classes(self.context, batch)
         margins = self.row_margins(batch, ShardPositions(classes.targets.target, classes.targets.owned))
         weights = self.context.class_weights(self.centers, classes)
         return {"ce": sharded_margin_softmax(batch.projected, batch.labels, weights, self.margin, row_m2=margins)}
 
     def row_margins(self, batch: Batch, positions: ShardPositions) -> Tensor | None:
-        """An additive angular margin for each row, for methods that have one; None leaves all rows the same.
-
-        Args:
-            batch: the gathered batch.
-            positions: of its labels in this rank's shard.
-        """
+        """An additive angular margin (B,) for each row, for methods that have one; None for all the same."""
         return None
 
 
@@ -114,10 +98,6 @@ class ArcDistill(ProxylessKD):
     """The teacher's classifier, frozen, under ArcFace's margin of 0.45.
 
     Terms: ``ce``, the margin softmax. Logit scale and interclass filter are the trainer's.
-
-    Args:
-        config: the knobs.
-        context: the run, with the teacher's classifier.
     """
 
     Config = ArcDistillConfig
@@ -127,10 +107,6 @@ class CosDistill(ProxylessKD):
     """The teacher's classifier, frozen, under CosFace's margin of 0.35.
 
     Terms: ``ce``, the margin softmax. Logit scale and interclass filter are the trainer's.
-
-    Args:
-        config: the knobs.
-        context: the run, with the teacher's classifier.
     """
 
     Config = CosDistillConfig

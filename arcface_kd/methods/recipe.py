@@ -60,17 +60,7 @@ class Recipe(ABC):
 
 
 def recipe_of(config: Mapping[str, Any]) -> type[Recipe] | None:
-    """The recipe that a config asks for.
-
-    Args:
-        config: an arcface_torch config.
-
-    Returns:
-        None where ``kd`` names methods of one run, or none.
-
-    Raises:
-        ConfigError: a bad ``kd*`` key, an unknown method, or a recipe that is joined with another method.
-    """
+    """The recipe that a config asks for; None where ``kd`` names methods of one run, or none."""
     names = KDConfig.from_config(config).methods
     for name in names:
         kind = registry.load(registry.METHODS, name)
@@ -85,10 +75,6 @@ def recipe_of(config: Mapping[str, Any]) -> type[Recipe] | None:
 
 
 def all_done(config: Mapping[str, Any]) -> ConfigError:
-    """The error of a recipe that has no run left.
-
-    Args:
-        config: merged.
-    """
+    """The error of a recipe that has no run left."""
     where = config["output"]
     return ConfigError(f"all runs of {config['kd']} are done, see {where}; give another output to begin anew")

@@ -55,10 +55,6 @@ class RKD(Method):
     """The rows' distances to each other and the angles between them are to be the teacher's.
 
     Terms: ``rkd_distance`` and ``rkd_angle``, weighted; one with a weight of 0 is left out.
-
-    Args:
-        config: the knobs.
-        context: the run.
     """
 
     Config = RKDConfig
@@ -67,14 +63,7 @@ class RKD(Method):
     config: RKDConfig
 
     def forward(self, batch: Batch) -> dict[str, Tensor]:
-        """The gathered batch's relations, of which each rank takes its own rows' part.
-
-        Args:
-            batch: the gathered batch, with teacher embeddings.
-
-        Returns:
-            The terms.
-        """
+        """The gathered batch's relations, of which each rank takes its own rows' part."""
         assert batch.teacher is not None
         ranks = self.context.ranks
         rows = ranks.own_slice(batch.sizes)

@@ -54,10 +54,6 @@ class THKD(LogitMethod):
 
     Terms: ``ce`` and ``kd`` of the student's classifier, ``ce_teacher_head`` (mixed form) and ``kd_teacher_head`` of
         the teacher's.
-
-    Args:
-        config: the knobs.
-        context: the run, with the teacher's classifier.
     """
 
     Config = THKDConfig
@@ -65,14 +61,7 @@ class THKD(LogitMethod):
     config: THKDConfig
 
     def forward(self, batch: Batch) -> dict[str, Tensor]:
-        """Score the student against its own classes and the teacher's, and compare both with the teacher.
-
-        Args:
-            batch: the gathered batch, with teacher embeddings.
-
-        Returns:
-            ``{"ce": scalar, "kd": scalar, "kd_teacher_head": scalar}``, and ``ce_teacher_head`` in the mixed form.
-        """
+        """Score the student against its own classes and the teacher's, and compare both with the teacher."""
         config = self.config
         classes = step_classes(self.context, batch)
         teacher = self.teacher_logits(batch, classes, config.temperature)

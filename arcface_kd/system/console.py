@@ -27,11 +27,7 @@ def stop_printing() -> None:
 
 @contextlib.contextmanager
 def errors_only(name: str | None) -> Iterator[None]:
-    """Silence everything below ERROR, for a while.
-
-    Args:
-        name: of the logger; None for the root logger, which some libraries log to.
-    """
+    """Silence everything below ERROR of a logger, for a while; None is the root logger."""
     logger = logging.getLogger(name)
     before = logger.level
     logger.setLevel(logging.ERROR)
@@ -42,11 +38,7 @@ def errors_only(name: str | None) -> Iterator[None]:
 
 
 def printable(message: object) -> str:
-    """A message on one line; names of files and what stands in them could otherwise write to the terminal at will.
-
-    Args:
-        message: or what has one, such as an error.
-    """
+    """A message on one line; names of files could otherwise write to the terminal at will."""
     text = " ".join(str(message).split())
     text = text if len(text) <= _LONGEST_MESSAGE else f"{text[:_LONGEST_MESSAGE]}..."
     return "".join(each if each.isprintable() else each.encode("unicode_escape").decode() for each in text)

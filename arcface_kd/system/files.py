@@ -71,28 +71,13 @@ def _name(error: BaseException, target: Path, temporary: Path | None = None) -> 
 
 
 def replace_file(source: Path, target: Path) -> None:
-    """Move a whole file over another one in the same folder, in one step that a failure of power does not undo.
-
-    Args:
-        source: the file that moves; its bytes must be on the disk.
-        target: the file that it replaces, or a new name.
-
-    Raises:
-        OSError: the folder cannot be written.
-    """
+    """Move a whole, synced file over another one in the same folder, so that no failure of power undoes it."""
     source.replace(target)
     _sync_folder(target.parent)
 
 
 def require_folder_of(path: Path) -> None:
-    """Refuse a file whose folder is not there, before anything is done that the file is for.
-
-    Args:
-        path: of the file.
-
-    Raises:
-        ConfigError: there is no such folder.
-    """
+    """Refuse a file whose folder is not there, before anything is done that the file is for."""
     if not path.absolute().parent.is_dir():
         raise ConfigError(f"{path}: there is no folder {path.parent}; make it first")
 
@@ -104,15 +89,6 @@ def atomic_write(path: str | os.PathLike[str]) -> Iterator[IO[bytes]]:
     The bytes go to a temporary file in the same folder, are synced to disk and renamed over ``path``. If the block
     raises, ``path`` stays as it was and the temporary file is removed; that of a killed process is removed by the next
     one that writes ``path``.
-
-    Args:
-        path: the file to write; its folder must exist.
-
-    Yields:
-        The open temporary file.
-
-    Raises:
-        OSError: the folder is missing, read-only or full; ``path`` is untouched.
     """
     target = Path(path)
     try:
@@ -138,17 +114,7 @@ def atomic_write(path: str | os.PathLike[str]) -> Iterator[IO[bytes]]:
 
 
 def open_regular(path: str | os.PathLike[str]) -> IO[bytes]:
-    """Open a file for reading if it is one; symbolic links are followed.
-
-    Args:
-        path: the file.
-
-    Returns:
-        The open file, binary.
-
-    Raises:
-        OSError: it is missing, may not be read, or is a folder, a pipe, a socket or a device.
-    """
+    """Open a file for reading if it is one, and no folder, pipe, socket or device; links are followed."""
     # Without O_NONBLOCK the very opening of a pipe waits for somebody to write to it; regular files do not mind it.
     descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
     mode = os.fstat(descriptor).st_mode
@@ -162,16 +128,9 @@ def open_regular(path: str | os.PathLike[str]) -> IO[bytes]:
 
 @contextmanager
 def run_lock(folder: Path) -> Iterator[None]:
-    """Keep other processes out of a run's folder: a second start, or ranks that a killed ``torchrun`` has left.
+    """Keep other processes out of a run's folder: a second start, or ranks that a killed job has left.
 
     The lock ends with its process, however that ends; its forked children do not hold it.
-
-    Args:
-        folder: of the run; ``.lock`` is made in it and stays.
-
-    Raises:
-        ConfigError: another process holds the lock.
-        OSError: the file cannot be made.
     """
     try:
         held = FileLock(folder / ".lock").acquire(blocking=False)
@@ -184,12 +143,7 @@ def run_lock(folder: Path) -> Iterator[None]:
 
 
 def reserve_space(stream: IO[bytes], size: int) -> None:
-    """Make a file of zeros that has its room on the disk, where the file system can promise that.
-
-    Args:
-        stream: the file, open for writing; what it holds is lost.
-        size: in bytes.
-    """
+    """Make a file of zeros that has its room on the disk, where the file system can promise that."""
     stream.truncate(0)
     try:
         os.posix_fallocate(stream.fileno(), 0, size)

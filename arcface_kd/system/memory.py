@@ -10,15 +10,7 @@ from arcface_kd.errors import ArcfaceKDError, ResourceError
 
 
 def out_of_memory_message(error: BaseException, remedy: str) -> str | None:
-    """One line for an error that says that memory has run out.
-
-    Args:
-        error: any.
-        remedy: what the user may do about memory that runs out.
-
-    Returns:
-        A line without a full stop, or None for an error about something else.
-    """
+    """One line for an error that says that memory has run out, None for any other."""
     if not isinstance(error, MemoryError | RuntimeError) or isinstance(error, ArcfaceKDError):
         return None
     text = " ".join(str(error).split())
@@ -37,15 +29,7 @@ def out_of_memory_message(error: BaseException, remedy: str) -> str | None:
 
 @contextlib.contextmanager
 def named_shortages(place: Callable[[], str], remedy: str) -> Iterator[None]:
-    """Turn errors of memory into one line.
-
-    Args:
-        place: gives the start of the line, such as ``step 7``; called on an error.
-        remedy: what the user may do about memory that runs out.
-
-    Raises:
-        ResourceError: memory ran out, or a helper process was ended.
-    """
+    """Turn errors of memory into one line that starts with ``place``, such as ``step 7``."""
     try:
         yield
     except (MemoryError, RuntimeError) as error:

@@ -44,16 +44,9 @@ _SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9_+.-]+:")
 
 
 def local_path(source: object) -> Path | None:
-    """The place a source names on this machine, existing or not.
+    """The place a source names on this machine, existing or not; None when it is something else.
 
-    Args:
-        source: a path or text; text of the form ``scheme:name`` names no place, unless a file is called so.
-
-    Returns:
-        The path, or None when the source is something else.
-
-    Raises:
-        TeacherError: the system cannot say whether there is such a place: no permission, a name too long.
+    Text of the form ``scheme:name`` names no place, unless a file is called so.
     """
     if isinstance(source, str):
         if not source or "\0" in source or (_SCHEME.match(source) and not os.path.exists(source)):
@@ -71,32 +64,14 @@ def local_path(source: object) -> Path | None:
 
 
 def existing_file(path: Path) -> Path:
-    """Insist on a regular file.
-
-    Args:
-        path: where it should be.
-
-    Returns:
-        ``path`` itself.
-
-    Raises:
-        TeacherError: it is something else, and what.
-    """
+    """Insist on a regular file."""
     if not path.is_file():
         raise TeacherError(f"teacher {path}: {describe(path)}; wanted a file")
     return path
 
 
 def read_bytes(path: Path, most: int = LARGEST_FILE) -> bytes:
-    """A whole file.
-
-    Args:
-        path: a regular file.
-        most: bytes that such a file of a face network has at most.
-
-    Raises:
-        TeacherError: it is missing, not a regular file, not readable or larger than any face network.
-    """
+    """A whole regular file of at most ``most`` bytes."""
     try:
         size = existing_file(path).stat().st_size
         if size > most:
@@ -107,14 +82,7 @@ def read_bytes(path: Path, most: int = LARGEST_FILE) -> bytes:
 
 
 def tensors_digest(tensors: Mapping[str, Tensor]) -> str:
-    """A digest of weights that does not depend on their order, device or memory layout.
-
-    Args:
-        tensors: names and tensors, as in a ``state_dict``.
-
-    Returns:
-        SHA-256 over names, dtypes, shapes and bytes, in hexadecimal.
-    """
+    """A SHA-256 of weights that does not depend on their order, device or memory layout."""
     digest = hashlib.sha256()
     for name in sorted(tensors):
         tensor = tensors[name].detach().cpu().contiguous()
@@ -213,14 +181,7 @@ class Teacher(nn.Module):
         return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
 
     def with_preprocessing(self, preprocessing: Preprocessing) -> "Teacher":
-        """The same network behind another preprocessing; nothing is copied.
-
-        Args:
-            preprocessing: the other one.
-
-        Raises:
-            TeacherError: the network cannot take images of the new size.
-        """
+        """The same network behind another preprocessing; nothing is copied."""
         return Teacher(
             self.network,
             preprocessing=preprocessing,
@@ -232,22 +193,11 @@ class Teacher(nn.Module):
         )
 
     def prepare(self, images: Tensor) -> Tensor:
-        """Turn the student's view of images into what the network expects.
-
-        Args:
-            images: (B, 3, H, W), RGB, pixel values x as x / 127.5 - 1, in [-1, 1].
-
-        Returns:
-            (B, 3, S, S) in the network's channel order, (x - mean) / std, S = ``preprocessing.size``.
-        """
+        """Turn the student's view of images into what the network expects, see :func:`.preparation.prepared`."""
         return prepared(images, self.preprocessing).contiguous(memory_format=self._memory_format)
 
     def autocast(self, device: torch.device) -> torch.autocast:
-        """The context that the network computes in.
-
-        Args:
-            device: of its input.
-        """
+        """The context that the network computes in."""
         # Autocast of the student's step is switched off too: the teacher's precision is the teacher's own.
         return autocast(self.precision, device)
 
@@ -311,11 +261,7 @@ class Teacher(nn.Module):
         return embeddings.to(images.device, torch.float32)
 
     def train(self, mode: bool = True) -> "Teacher":
-        """Stay in evaluation mode, whatever is asked.
-
-        Args:
-            mode: ignored.
-        """
+        """Stay in evaluation mode, whatever is asked."""
         return self
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Teacher":

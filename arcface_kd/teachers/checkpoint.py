@@ -83,23 +83,12 @@ class Backbone(NamedTuple):
 
 
 def backbone_file(folder: Path) -> Path | None:
-    """The student that a run of arcface_torch or of ``arcface-kd train`` has left in its folder.
-
-    Args:
-        folder: a path, existing or not.
-
-    Returns:
-        ``model.pt``, ``backbone.pth`` or rank 0's checkpoint; None where none of them is there.
-    """
+    """The student that a run has left in its folder: ``model.pt``, ``backbone.pth`` or rank 0's checkpoint."""
     return next((folder / name for name in _STUDENTS if (folder / name).is_file()), None)
 
 
 def is_run_folder(source: object) -> bool:
-    """Whether this is what a run of arcface_torch or of ``arcface-kd train`` leaves: a folder with its student.
-
-    Args:
-        source: a path or anything else.
-    """
+    """Whether this is what a run of arcface_torch or of ``arcface-kd train`` leaves: a folder with its student."""
     path = local_path(source)
     return path is not None and backbone_file(path) is not None
 
@@ -114,14 +103,7 @@ def _without_counters(entries: Mapping[str, _T]) -> dict[str, _T]:
 
 
 def own_network_in_log(folder: Path) -> str | None:
-    """The network of the user's own that a run trained, as its log has it. Nothing is imported.
-
-    Args:
-        folder: the run's output folder.
-
-    Returns:
-        ``python:MODULE:FUNCTION``; None where there is no log, or where it names another kind of network.
-    """
+    """The ``python:MODULE:FUNCTION`` that a run trained, as its log has it. Nothing is imported."""
     log = folder / "training.log"
     if not log.is_file():
         return None
@@ -175,15 +157,7 @@ def _prefixes(state: Mapping[str, Shape], name: str) -> list[str]:
 
 
 def find_backbones(content: object, names: Iterable[str] = _KNOWN) -> Iterator[Backbone]:
-    """Find known networks in a file's state dicts, under any key and behind any prefix.
-
-    Args:
-        content: as `read_content` returns it.
-        names: the networks to look for.
-
-    Yields:
-        The networks whose tensors are all there, in the order of `state_dicts`.
-    """
+    """Find known networks in a file's state dicts, under any key and behind any prefix."""
     for place, tensors in state_dicts(content).items():
         shapes = _without_counters({key: tuple(value.shape) for key, value in tensors.items()})
         for name in names:
@@ -266,22 +240,10 @@ def _misfit(content: object, name: str | None) -> str:
 def load_network(
     path: str | os.PathLike[str], name: str | None = None, *, fp16: bool = False, size: int = 112
 ) -> NetworkCheckpoint:
-    """Rebuild the backbone whose weights a checkpoint holds; every tensor has to fit.
+    """Rebuild the backbone whose weights a checkpoint or a run's folder holds; every tensor has to fit.
 
-    Args:
-        path: an arcface_torch ``model.pt`` or ``checkpoint_gpu_*.pt``, the folder of the run that wrote them, or
-            another state dict of a known network.
-        name: the network, ``python:MODULE:FUNCTION`` for one of the user's own, whose module is imported; inferred
-            from the names and shapes of the tensors when None, which finds no own one.
-        fp16: build it to run in 16 bits.
-        size: height and width of the images that an own network takes.
-
-    Returns:
-        The network with its weights.
-
-    Raises:
-        TeacherError: unreadable, damaged, with NaN or inf among the weights, or of none of the known networks.
-        ConfigError: ``name`` is no known network, or an own one that cannot be imported or built.
+    ``name`` None infers the network from the names and shapes of the tensors, which finds no own one; an own one's
+    module is imported, and takes images of ``size``.
     """
     place = backbone_file(Path(path)) or Path(path)
     magface = name in _MAGFACE
@@ -330,10 +292,7 @@ def _autocast(precision: Precision, tensor: Tensor, *, half: bool) -> torch.auto
 
 
 class CheckpointSource:
-    """Checkpoints of ``arcface_kd.backbones``, ViTs and own networks included, fed RGB as (x - 127.5) / 127.5.
-
-    A run's folder stands for its ``model.pt`` or ``backbone.pth``.
-    """
+    """Checkpoints of ``arcface_kd.backbones``, ViTs and own networks included; a run's folder stands for its own."""
 
     description: ClassVar[str] = (
         "a PyTorch checkpoint (.pt, .pth), a .safetensors file or a run's folder, of "
@@ -354,16 +313,7 @@ class CheckpointSource:
 
     @staticmethod
     def load(source: str | os.PathLike[str], options: TeacherOptions) -> Teacher:
-        """Load the checkpoint's backbone as a teacher.
-
-        Args:
-            source: the file, or the run's folder.
-            options: ``network`` names the architecture where it cannot be inferred.
-
-        Raises:
-            TeacherError: see `load_network`.
-            ConfigError: ``network`` is unknown.
-        """
+        """Load the checkpoint's backbone as a teacher."""
         options.refuse("output", "only an ONNX file has outputs to choose from")
         path = local_path(source)
         assert path is not None

@@ -29,11 +29,8 @@ def warn_of_collapse(
 ) -> None:
     """Embed two dozen faces of different people and warn if all embeddings are alike; on rank 0 only.
 
-    Args:
-        teacher: the run's teacher.
-        faces: the training images; bad ones are passed over, and fewer than eight people are not judged.
-        cache: of the teacher's embeddings of these faces; where all two dozen are in it, the teacher is not asked.
-        device: where the images go; None for the current GPU, or the CPU.
+    Bad images are passed over, and fewer than eight people are not judged. Where the cache has all two dozen, the
+    teacher is not asked.
     """
     if len(faces) == 0 or not _is_first_rank():
         return
@@ -57,12 +54,7 @@ def warn_of_collapse(
 
 
 def warn_if_alike(teacher: Teacher, embeddings: Tensor) -> None:
-    """Warn if the embeddings of different faces are all alike; on rank 0 only.
-
-    Args:
-        teacher: whose they are.
-        embeddings: (N, D) unit vectors of faces most of which are different people; fewer than eight are not judged.
-    """
+    """Warn if unit embeddings (N, D) of different faces are all alike; on rank 0 only, from eight on."""
     count = len(embeddings)
     if count < _FEWEST or not _is_first_rank():
         return

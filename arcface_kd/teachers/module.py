@@ -56,16 +56,7 @@ class ModuleSource:
 
     @staticmethod
     def load(source: Callable[[Tensor], Tensor], options: TeacherOptions) -> Teacher:
-        """Wrap a network; a module is frozen and put into evaluation mode in place.
-
-        Args:
-            source: the network. A teacher is returned as it is when no option is given.
-            options: ``network`` has no meaning here.
-
-        Raises:
-            TeacherError: it cannot embed images.
-            ConfigError: an option without meaning.
-        """
+        """Wrap a network; a module is frozen and put into evaluation mode in place."""
         if isinstance(source, Teacher):
             if options != TeacherOptions():
                 raise TeacherError(f"{source.description} is a teacher already; give the options when loading it")
@@ -110,14 +101,8 @@ class TimmSource:
     def load(source: str, options: TeacherOptions) -> Teacher:
         """Build the model with its published weights, its pooled features being the embedding.
 
-        Args:
-            source: ``timm:NAME``, with a tag of weights if wished: ``timm:vit_small_patch14_dinov2.lvd142m``; or
-                ``timm:hf-hub:OWNER/MODEL``.
-            options: ``network`` has no meaning here; the preprocessing is the model's own unless given.
-
-        Raises:
-            TeacherError: timm is not installed, knows no such model, has no weights for it, or cannot get them.
-            ConfigError: an option without meaning.
+        ``timm:NAME``, with a tag of weights if wished, or ``timm:hf-hub:OWNER/MODEL``. The preprocessing is the model's
+        own unless given.
         """
         options.refuse("network", "timm:NAME names it")
         options.refuse("output", "only an ONNX file has outputs to choose from")

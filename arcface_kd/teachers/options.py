@@ -42,11 +42,7 @@ class Preprocessing:
 
 
 def in_words(values: Triple) -> str:
-    """Three numbers, or the one that all of them are.
-
-    Args:
-        values: one a channel.
-    """
+    """Three numbers, or the one that all of them are."""
     if len(set(values)) == 1:
         return f"{values[0]:g}"
     return "(" + ", ".join(f"{value:g}" for value in values) + ")"
@@ -84,17 +80,7 @@ class TeacherOptions(Options):
 
     @classmethod
     def of(cls, options: "TeacherOptions | Mapping[str, object] | None") -> "TeacherOptions":
-        """Options from whatever a caller has.
-
-        Args:
-            options: options, a mapping of their names without the prefix ``teacher.``, or nothing.
-
-        Returns:
-            Validated options.
-
-        Raises:
-            ConfigError: an unknown name (the message lists the known ones) or a value out of range.
-        """
+        """Options, from options, from a mapping of their names without the prefix ``teacher.``, or from nothing."""
         if options is None:
             return cls()
         if isinstance(options, TeacherOptions):
@@ -102,26 +88,14 @@ class TeacherOptions(Options):
         return build(cls, options, "teacher")
 
     def preprocessing(self, known: Preprocessing) -> Preprocessing:
-        """The source's preprocessing, overridden by the user's options.
-
-        Args:
-            known: what the source says of itself.
-        """
+        """The source's preprocessing, overridden by the user's options."""
         chosen = {
             key: getattr(self, key) for key in ("channels", "mean", "std", "size") if getattr(self, key) is not None
         }
         return Preprocessing(**{**vars(known), **chosen})
 
     def refuse(self, key: str, reason: str) -> None:
-        """Stop when an option is given that a source could only ignore.
-
-        Args:
-            key: the option's name.
-            reason: why it means nothing there.
-
-        Raises:
-            ConfigError: the option is set.
-        """
+        """Stop when an option is given that a source could only ignore."""
         value = getattr(self, key)
         if value is not None:
             raise ConfigError(f"teacher.{key}={value!r} does not apply: {reason}")

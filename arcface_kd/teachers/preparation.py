@@ -20,36 +20,22 @@ def default_precision() -> Precision:
 def autocast(precision: Precision, device: torch.device) -> torch.autocast:
     """The context of a precision.
 
-    Args:
-        precision: of the teacher.
-        device: of its images. On a CPU beside a GPU all is computed in fp32: nothing runs there but a few images when
-            a teacher is loaded, and fp16 may take minutes for them.
+    On a CPU beside a GPU all is computed in fp32: nothing runs there but a few images when a teacher is loaded, and
+    fp16 may take minutes for them.
     """
     enabled = precision in _AUTOCAST and not (device.type == "cpu" and torch.cuda.is_available())
     return torch.autocast(device.type, dtype=_AUTOCAST.get(precision), enabled=enabled)
 
 
 def probe_images(size: int) -> Tensor:
-    """Two unlike images (2, 3, S, S) in [-1, 1] that are the same in every process: noise, and a ramp.
-
-    Args:
-        size: height and width S.
-    """
+    """Two unlike images (2, 3, S, S) in [-1, 1] that are the same in every process: noise, and a ramp."""
     noise = torch.rand((3, size, size), generator=torch.Generator().manual_seed(0)) * 2 - 1
     ramp = torch.linspace(-1, 1, size).expand(3, size, size)
     return torch.stack([noise, ramp])
 
 
 def prepared(images: Tensor, wanted: Preprocessing) -> Tensor:
-    """Turn the student's view of images into what a network expects.
-
-    Args:
-        images: (B, 3, H, W), RGB, pixel values x as x / 127.5 - 1, in [-1, 1].
-        wanted: what the network expects.
-
-    Returns:
-        (B, 3, S, S) in the network's channel order, (x - mean) / std, S = ``wanted.size``.
-    """
+    """Turn images (B, 3, H, W), RGB in [-1, 1], into what a network expects: (B, 3, S, S), (x - mean) / std."""
     if images.shape[-2:] != (wanted.size, wanted.size):
         images = nn.functional.interpolate(
             images, (wanted.size, wanted.size), mode="bilinear", align_corners=False, antialias=True
@@ -78,12 +64,7 @@ def _per_channel(
 
 
 def as_rows(embeddings: Tensor, count: int) -> Tensor:
-    """Embeddings without axes of length 1: (N, D, 1, 1), (N, 1, D), or (D,) of one image, as (N, D).
-
-    Args:
-        embeddings: of any shape; others are returned as they are.
-        count: the number of images N.
-    """
+    """Embeddings without axes of length 1: (N, D, 1, 1), (N, 1, D), or (D,) of one image, as (N, D)."""
     if count == 1 and embeddings.dim() == 1:
         return embeddings[None]
     if embeddings.dim() > 2 and embeddings.shape[1:].numel() == max(embeddings.shape[1:]):

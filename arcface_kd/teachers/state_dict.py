@@ -57,17 +57,10 @@ _MOST_CLASSES = 100
 
 
 def read_content(path: str | os.PathLike[str]) -> object:
-    """What a file of tensors holds, without running anything that the file brings.
+    """What a file of ``torch.save`` or safetensors holds, without running anything that the file brings.
 
-    Args:
-        path: written by ``torch.save`` or as safetensors.
-
-    Returns:
-        Tensors, on the CPU and mapped into memory where the format allows, in whatever they were saved in. Scores,
-        arguments and settings beside them are passed over.
-
-    Raises:
-        TeacherError: the file is missing, damaged, a TorchScript archive, or holds other Python objects.
+    Tensors are on the CPU and mapped into memory where the format allows. Scores, arguments and settings beside them
+    are passed over.
     """
     place = existing_file(Path(path))
     kind = signature(place)
@@ -139,22 +132,14 @@ def _check_archive(path: Path) -> None:
 def state_dicts(content: object) -> dict[str, dict[str, Tensor]]:
     """Every mapping of a file that holds tensors by name, without what a profiler has left in it.
 
-    Args:
-        content: as `read_content` returns it.
-
-    Returns:
-        Tensors by name, by the keys that lead there (``model/state_dict``; empty for the file itself): what is called
-        as the trained network usually is comes first.
+    By the keys that lead there (``model/state_dict``; empty for the file itself): what is called as the trained network
+    usually is comes first.
     """
     return dict(_walk(content, ()))
 
 
 def is_trained(place: str) -> bool:
-    """Whether a state dict is called as trainers call the network that they train; others may be copies of it.
-
-    Args:
-        place: the keys that lead there, as `state_dicts` gives them.
-    """
+    """Whether a state dict is called as trainers call the network that they train; others may be copies of it."""
     return all(key in _TRAINED for key in place.split("/") if key)
 
 
@@ -178,11 +163,7 @@ def _walk(value: object, place: tuple[str, ...]) -> Iterator[tuple[str, dict[str
 
 
 def outlined(content: object) -> str:
-    """What a file holds instead of tensors by name, in a few words.
-
-    Args:
-        content: as `read_content` returns it.
-    """
+    """What a file holds instead of tensors by name, in a few words."""
     if not isinstance(content, Mapping):
         return f"a {_kind(content)}"
     entries = [f"{short(name)}: {_kind(value)}" for name, value in content.items()]
@@ -197,10 +178,6 @@ def _kind(value: object) -> str:
 
 
 def short(name: object) -> str:
-    """A name of a file's choosing, fit for a message of one line.
-
-    Args:
-        name: a key.
-    """
+    """A name of a file's choosing, fit for a message of one line."""
     text = repr(name)
     return text if len(text) <= 100 else text[:97] + "..."

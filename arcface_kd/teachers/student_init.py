@@ -23,12 +23,7 @@ from arcface_kd.teachers.preparation import prepared
 class TrainedGraph(TorchGraph):
     """An ONNX graph in the place of a backbone: its embeddings are always (B, D) in float32.
 
-    Args:
-        graph: as :class:`~arcface_kd.teachers.onnx.torch_module.TorchGraph` takes it.
-        fp16: autocast up to the embedding layer, float16 on GPUs and bfloat16 on CPUs that have it, as backbones do.
-
-    Raises:
-        TeacherError: an operator that is not known, or a graph that is damaged.
+    ``fp16`` autocasts up to the embedding layer, float16 on GPUs and bfloat16 on CPUs that have it, as backbones do.
     """
 
     def __init__(self, graph: OnnxGraph, *, fp16: bool = False) -> None:
@@ -37,14 +32,7 @@ class TrainedGraph(TorchGraph):
         self._layer_input = self.embedding_layer_input()
 
     def forward(self, images: Tensor) -> Tensor:
-        """Embed images.
-
-        Args:
-            images: (B, 3, S, S), prepared as the graph wants them.
-
-        Returns:
-            (B, D) embeddings, not normalised.
-        """
+        """Embed images (B, 3, S, S) that are prepared as the graph wants them."""
         device = images.device
         narrow = autocast_dtype(device) if self.fp16 else None
         # A network's precision is its own, whatever is around it.
@@ -67,22 +55,10 @@ def start_from(
     name: str = "",
     fp16: bool = False,
 ) -> tuple[nn.Module, Preprocessing]:
-    """A network with the weights that a file holds, to be trained.
+    """A network in training mode with the weights that a file holds, and how it wants its images.
 
-    Args:
-        source: a checkpoint of the network that ``build`` builds, or an ONNX file, which brings its own network.
-        options: the ``teacher.*`` options that belong to it.
-        build: makes the run's network.
-        embedding_size: dimension D that the run wants.
-        name: of the run's network; one of the user's own says what a checkpoint is of.
-        fp16: autocast of an ONNX file's network; another one is built with a precision of its own.
-
-    Returns:
-        The network, in training mode, and how it wants its images.
-
-    Raises:
-        TeacherError: the file cannot be read, or holds another network or another dimension.
-        ConfigError: an option that is out of range.
+    A checkpoint is of the network that ``build`` builds; an ONNX file brings its own, which ``fp16`` autocasts.
+    ``name`` says what a checkpoint of the user's own network is of.
     """
     options = TeacherOptions.of(options)
     if name.startswith(OWN) and options.network is None and CheckpointSource.accepts(source):
@@ -109,12 +85,7 @@ def start_from(
 
 
 def prepare_images(network: nn.Module, preprocessing: Preprocessing) -> None:
-    """Have a network prepare the student's view of images as it wants them; its ``state_dict`` stays as it is.
-
-    Args:
-        network: takes prepared images.
-        preprocessing: how it wants them.
-    """
+    """Have a network prepare the student's view of images as it wants them; its state stays as it is."""
     if preprocessing == Preprocessing():
         return
 
@@ -125,18 +96,7 @@ def prepare_images(network: nn.Module, preprocessing: Preprocessing) -> None:
 
 
 def trained_graph_file(teacher: Teacher, state: Mapping[str, Tensor]) -> bytes:
-    """The ONNX file of a graph that has been trained.
-
-    Args:
-        teacher: the ONNX teacher that training has started from.
-        state: the ``state_dict`` that it left.
-
-    Returns:
-        The file's bytes; the graph takes any batch size.
-
-    Raises:
-        TeacherError: the teacher is no ONNX graph, or the state is another graph's.
-    """
+    """The bytes of the ONNX file, for any batch size, of a graph that has been trained."""
     network = teacher.network
     if not isinstance(network, OnnxNetwork | TorchGraph):
         raise TeacherError(f"{teacher.description} is no ONNX graph")

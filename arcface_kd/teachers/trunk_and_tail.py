@@ -110,16 +110,7 @@ class CutTeacher:
     """
 
     def __init__(self, teacher: Teacher, cut: _Cut, place: str) -> None:
-        """Cut a teacher, and try whether its halves make it up.
-
-        Args:
-            teacher: the teacher.
-            cut: its halves.
-            place: in words.
-
-        Raises:
-            TeacherError: the halves embed other than the whole.
-        """
+        """Cut a teacher, and try whether its halves make it up."""
         self._teacher, self._cut, self.place = teacher, cut, place
         self.embedding_size = teacher.embedding_size
         cut.network.eval().requires_grad_(False)
@@ -127,14 +118,7 @@ class CutTeacher:
 
     @torch.no_grad()
     def feature_map(self, images: Tensor) -> Tensor:
-        """The teacher's map of images.
-
-        Args:
-            images: (B, 3, H, W) as the student sees them, RGB in [-1, 1].
-
-        Returns:
-            (B, C, H, W) float32 without gradient.
-        """
+        """The teacher's map (B, C, H, W), float32, of images as the student sees them."""
         if len(images) == 0:
             return images.new_zeros((0, *self.map_shape), dtype=torch.float32)
         self._ready(images.device)
@@ -142,14 +126,7 @@ class CutTeacher:
             return self._cut.trunk(self._teacher.prepare(images.float())).float()
 
     def tail(self, feature_map: Tensor) -> Tensor:
-        """The teacher's embedding of a map, with gradient in the map.
-
-        Args:
-            feature_map: (B, C, H, W) floats, of whatever network.
-
-        Returns:
-            (B, Dt) float32, not normalised.
-        """
+        """The teacher's embedding (B, Dt) of a map, float32, not normalised, with gradient in the map."""
         if len(feature_map) == 0:
             return feature_map.flatten(1).sum(1, keepdim=True).expand(0, self.embedding_size)
         self._ready(feature_map.device)

@@ -31,14 +31,7 @@ _IGNORED_WITHOUT_WANDB = (*_WANDB, "save_artifacts")
 
 
 def check_keys(config: Mapping[str, Any]) -> None:
-    """Refuse a config that cannot be honoured to the letter.
-
-    Args:
-        config: a merged arcface_torch config.
-
-    Raises:
-        ConfigError: a key that nobody knows, one that only the host can honour, a missing one, a value out of range.
-    """
+    """Refuse a config that cannot be honoured to the letter."""
     known = [*BASE, *RUN_KEYS, *_HOST_ONLY, *_IGNORED_WITHOUT_WANDB]
     for key in config:
         if key not in known and not key.startswith("kd"):
@@ -72,11 +65,7 @@ def check_keys(config: Mapping[str, Any]) -> None:
 
 
 def margin_of_config(config: Mapping[str, Any]) -> Margin:
-    """The margin that ``margin_list`` and ``interclass_filtering_threshold`` ask for, at the host's logit scale.
-
-    Raises:
-        ConfigError: other than three numbers, or one out of range.
-    """
+    """The margin that ``margin_list`` and ``interclass_filtering_threshold`` ask for."""
     try:
         m1, m2, m3 = config["margin_list"]
     except (TypeError, ValueError) as error:

@@ -36,11 +36,7 @@ class _Screen(logging.StreamHandler):  # type: ignore[type-arg]
 
 @contextlib.contextmanager
 def early_messages() -> Iterator[Sequence[logging.LogRecord]]:
-    """Keep messages that come before the log file is open, for :func:`log_files`; on an error, print the warnings.
-
-    Yields:
-        The records, growing.
-    """
+    """Keep messages that come before the log file is open; on an error, print the warnings among them."""
     logger = logging.getLogger("arcface_kd")
     before = logger.level
     logger.setLevel(logging.INFO)
@@ -63,12 +59,7 @@ def early_messages() -> Iterator[Sequence[logging.LogRecord]]:
 def log_files(folder: Path, rank: int, early: Sequence[logging.LogRecord] = ()) -> Iterator[None]:
     """Send log messages to ``training.log`` in the host's format, and to stdout where stderr is no terminal.
 
-    Warnings of other ranks, and warnings beside a progress bar, go to stderr.
-
-    Args:
-        folder: of the run.
-        rank: of this process.
-        early: records from before, which come first.
+    Warnings of other ranks, and warnings beside a progress bar, go to stderr. ``early`` records come first.
     """
     logger = logging.getLogger("arcface_kd")
     before = logger.level, logger.propagate

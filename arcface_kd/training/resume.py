@@ -26,12 +26,7 @@ _PRODUCT = "batch_size x ranks"
 
 
 def save(run: Run) -> None:
-    """Write the host's files: this rank's checkpoint where the config wants it, and the student on rank 0.
-
-    Raises:
-        NumberError: the last steps have met NaN or inf.
-        ResourceError: the folder cannot be written.
-    """
+    """Write the host's files: this rank's checkpoint where the config wants it, and the student on rank 0."""
     run.head.monitor.settle()
     if run.writer is not None:
         # A resumed run begins after the last saved step: what came before must be in the log.
@@ -63,15 +58,7 @@ def _state(run: Run) -> dict[str, Any]:
 
 
 def resume(run: Run) -> None:
-    """Resume after the last saved epoch; ranks and batch size may differ from before.
-
-    Args:
-        run: made from the config to resume with.
-
-    Raises:
-        CheckpointError: the checkpoint is damaged, or the settings have changed.
-        ConfigError: there is no checkpoint.
-    """
+    """Resume after the last saved epoch; ranks and batch size may differ from before."""
     # First, since a kill may have left even rank 0's file under its waiting name.
     on_first_rank_first(lambda: finish_saving(run.folder), run.ranks)
     path = checkpoint_file(run.folder, 0)
@@ -108,12 +95,7 @@ def resume(run: Run) -> None:
 
 
 def load_optimizer(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
-    """Load an optimiser's state, but for its kernels: they are those of the device that the run is on now.
-
-    Args:
-        optimizer: of the run.
-        state: another's ``state_dict``, from whatever device.
-    """
+    """Load an optimiser's state, but for its kernels: they are those of the device that the run is on now."""
     fused = [group.get("fused") for group in optimizer.param_groups]
     optimizer.load_state_dict(state)
     for group, own in zip(optimizer.param_groups, fused, strict=True):

@@ -32,15 +32,7 @@ _KEEP_BUFFERS: dict[str, Any] = {"forward_sync_buffers" if _RENAMED else "broadc
 
 
 def check_loss_scale(scaler: torch.amp.GradScaler, step: int) -> None:
-    """Stop when the gradients overflow at every loss scale; a scale that falls now and then is normal.
-
-    Args:
-        scaler: of the run.
-        step: for the message.
-
-    Raises:
-        NumberError: the scale has fallen below ``2**-10``: every step is passed over.
-    """
+    """Stop when the gradients overflow at every loss scale; a scale that falls now and then is normal."""
     if scaler.is_enabled() and scaler.get_scale() < _LEAST_LOSS_SCALE:
         raise NumberError(
             f"step {step}: the gradients overflow in fp16 at every loss scale down to {scaler.get_scale():.1g}, and no "
@@ -159,14 +151,7 @@ class Run:
         return int(self.step + len(self.loader) * (self.config.num_epoch - self.epoch))
 
     def train_epoch(self, bar: "tqdm[Any]") -> None:
-        """One pass over the loader.
-
-        Args:
-            bar: of the run's steps.
-
-        Raises:
-            NumberError: NaN or inf, or gradients that overflow at every loss scale.
-        """
+        """One pass over the loader."""
         last_step = self.last_step
         self.loader.sampler.set_epoch(self.epoch)
         began = time.perf_counter()

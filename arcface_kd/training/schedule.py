@@ -6,18 +6,10 @@ import torch
 def linear_with_warmup(
     optimizer: torch.optim.Optimizer, warmup_steps: int, total_steps: int
 ) -> torch.optim.lr_scheduler.LambdaLR:
-    """The schedule of the host's ``PolynomialLRWarmup`` with power 1.
+    """The schedule of the host's ``PolynomialLRWarmup`` with power 1, stepped after each micro-step.
 
     The rate of step t, counted from 0, is the base rate for t = 0, ``t / warmup`` of it up to the end of the warm-up
     and ``(total - t) / (total - warmup)`` of it afterwards; it stays 0 past the end.
-
-    Args:
-        optimizer: whose groups' rates are scheduled.
-        warmup_steps: at least 0.
-        total_steps: of the run, at least 1.
-
-    Returns:
-        The scheduler, to be stepped after each micro-step.
     """
 
     def share(step: int) -> float:

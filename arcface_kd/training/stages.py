@@ -14,20 +14,10 @@ def train_stages(
     on_stage: Callable[[Stage], None] | None = None,
     on_epoch: Callable[[int], None] | None = None,
 ) -> TrainResult:
-    """Train what a config asks for; started again, it resumes where it stood.
+    """Train what a config asks for; started again, it resumes where it stood. The last run's result.
 
-    Args:
-        config: a merged arcface_torch config.
-        on_stage: called on every rank before each run of a recipe.
-        on_epoch: called on every rank with the number of a run's epochs that are done, after their files are written.
-
-    Returns:
-        The last run's result.
-
-    Raises:
-        ConfigError: a bad key, or all runs are done.
-        TeacherError: a teacher that is missing or does not fit.
-        DataError: records that cannot be read.
+    ``on_stage`` is called on every rank before each run of a recipe, ``on_epoch`` with the number of a run's epochs
+    that are done, after their files are written.
     """
     recipe = recipe_of(config)
     if recipe is None:

@@ -14,16 +14,12 @@ TEMPLATE = np.array(
 
 
 def fit_similarity(landmarks: NDArray[Any]) -> NDArray[Any]:
-    """The rotation, scale and shift that bring landmarks closest to the template, in the least squares' sense.
+    """The similarities (N, 2, 3) that bring landmarks (N, 5, 2) closest to the template, by least squares.
 
-    With points as complex numbers a similarity is ``z -> a z + b``, so that the fit has a closed form; it is Umeyama's
-    (TPAMI 1991) without a mirror image, which landmarks of a face do not ask for.
-
-    Args:
-        landmarks: (N, 5, 2), x and y in pixels: left and right eye as the camera sees them, nose, corners of the mouth.
-
-    Returns:
-        (N, 2, 3) float64, for ``cv2.warpAffine``. Landmarks that all lie on one point give values that are not finite.
+    Landmarks are left and right eye as the camera sees them, nose, corners of the mouth, in pixels. With points as
+    complex numbers a similarity is ``z -> a z + b``, so that the fit has a closed form; it is Umeyama's (TPAMI 1991)
+    without a mirror image, which landmarks of a face do not ask for. Landmarks that all lie on one point give values
+    that are not finite.
     """
     points = np.asarray(landmarks, dtype=np.float64)
     source = points[..., 0] + 1j * points[..., 1]
@@ -38,15 +34,7 @@ def fit_similarity(landmarks: NDArray[Any]) -> NDArray[Any]:
 
 
 def align(pixels: NDArray[np.uint8], similarity: NDArray[Any]) -> NDArray[Any]:
-    """Cut a face out of a picture, bilinear, black beyond the picture's edges.
-
-    Args:
-        pixels: uint8 (H, W, 3).
-        similarity: (2, 3), one of :func:`fit_similarity`.
-
-    Returns:
-        uint8 (112, 112, 3), in the channel order of ``pixels``.
-    """
+    """Cut a face, uint8 (112, 112, 3), out of a picture (H, W, 3), bilinear, black beyond the picture's edges."""
     import cv2
 
     return cv2.warpAffine(pixels, similarity, (CROP, CROP))

@@ -35,12 +35,7 @@ _LANDMARKS = 5
 
 @dataclass(frozen=True, eq=False)
 class Enrolment:
-    """Templates whose persons are known.
-
-    Attributes:
-        templates: int64 (T,), their numbers, each once, rising.
-        subjects: int64 (T,), the person of each.
-    """
+    """Templates whose persons are known; each number once, rising."""
 
     templates: NDArray[Any]
     subjects: NDArray[np.int64]
@@ -77,17 +72,7 @@ class IJBSet:
     probes: Enrolment | None = None
 
     def face(self, number: int) -> NDArray[np.uint8]:
-        """Read, decode and align a face.
-
-        Args:
-            number: 0 .. N - 1.
-
-        Returns:
-            uint8 (3, 112, 112), RGB, contiguous.
-
-        Raises:
-            DataError: the file cannot be read or decoded.
-        """
+        """Read, decode and align a face: uint8 (3, 112, 112), RGB, contiguous."""
         path = self.folder / self.files[number]
         try:
             pixels = decode_rgb(read_image_file(path), upright=True)
@@ -102,18 +87,7 @@ def is_ijb(folder: str | os.PathLike[str]) -> bool:
 
 
 def read_ijb(folder: str | os.PathLike[str]) -> IJBSet:
-    """Read the lists of an IJB folder; images are read as they are asked for.
-
-    Args:
-        folder: with ``meta`` and ``loose_crop``.
-
-    Returns:
-        The set.
-
-    Raises:
-        DataError: a list that is missing, damaged or at odds with another; images that are missing; neither pairs nor
-            galleries; a gallery in which a person is enrolled twice.
-    """
+    """Read the lists of an IJB folder; images are read as they are asked for."""
     root = Path(folder)
     meta = root / "meta"
     lists = sorted(meta.glob("*_face_tid_mid.txt"))

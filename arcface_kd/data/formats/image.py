@@ -72,17 +72,7 @@ def is_read_by_mxnet(data: bytes) -> bool:
 
 
 def image_size(data: "Buffer") -> tuple[int, int]:
-    """Read the size of an image from its header, without decoding it.
-
-    Args:
-        data: an image file.
-
-    Returns:
-        Height and width in pixels, as they are stored (an EXIF rotation is not applied).
-
-    Raises:
-        DataError: the bytes are no image, or the header is cut short.
-    """
+    """Height and width of an image from its header, as stored (an EXIF rotation is not applied)."""
     head = bytes(data)
     if not head.startswith(b"\xff\xd8"):
         width, height = _open(head).size

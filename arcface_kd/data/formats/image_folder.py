@@ -163,11 +163,7 @@ def _warn(root: str | os.PathLike[str], listing: _Listing, outside: int, nested:
 
 
 def read_image_file(path: str | os.PathLike[str]) -> bytes:
-    """Read an image file's bytes.
-
-    Raises:
-        DataError: the file cannot be read, or is larger than any image of a face.
-    """
+    """Read an image file's bytes, unless it is larger than any image of a face."""
     try:
         with open_regular(path) as stream:
             size = os.fstat(stream.fileno()).st_size

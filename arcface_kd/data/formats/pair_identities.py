@@ -40,32 +40,13 @@ def identities_file(bin_path: str | os.PathLike[str]) -> Path:
 
 
 def write_pair_identities(bin_path: str | os.PathLike[str], names: Sequence[str]) -> None:
-    """Name the person on each image of a verification set.
-
-    Args:
-        bin_path: the ``.bin`` file.
-        names: 2P names without line breaks, in the order of its images.
-
-    Raises:
-        OSError: the file cannot be written.
-    """
+    """Name the person on each image of a verification set: 2P names in the order of its images."""
     with atomic_write(identities_file(bin_path)) as stream:
         stream.write("".join(f"{name}\n" for name in names).encode())
 
 
 def pair_identities(bin_path: str | os.PathLike[str], verification_set: VerificationSet) -> PairIdentities:
-    """Find the persons of a verification set.
-
-    Args:
-        bin_path: the ``.bin`` file that it was read from.
-        verification_set: the pairs.
-
-    Returns:
-        The persons, and how they are known.
-
-    Raises:
-        DataError: a file of names that does not fit the pairs.
-    """
+    """Find the persons of a verification set, and how they are known."""
     path = identities_file(bin_path)
     if path.is_file():
         return PairIdentities(_stated(path, verification_set.is_same), "stated")

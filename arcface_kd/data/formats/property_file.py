@@ -12,16 +12,9 @@ _BOMS = {b"\xff\xfe": "utf-16", b"\xfe\xff": "utf-16"}
 
 
 def read_property(path: Path) -> int | None:
-    """Read the number of classes that a ``property`` file states.
+    """The number of classes that a ``property`` file states; None where there is none, or it cannot be read.
 
-    Commas or blanks may separate its fields; only the first one is looked at. Training does not need the file, so one
-    that cannot be read is passed over with a warning.
-
-    Args:
-        path: the file.
-
-    Returns:
-        The number of classes; None where there is no file, or none that states it.
+    Commas or blanks may separate its fields; only the first one is looked at. Training does not need the file.
     """
     try:
         with open_regular(path) as stream:

@@ -35,18 +35,7 @@ class RecordHeader:
 
 
 def pack(header: RecordHeader, payload: bytes) -> bytes:
-    """Put a header before a payload, byte for byte as mxnet does.
-
-    Args:
-        header: ``header.flag`` is not read: it follows from ``header.label``, as in mxnet.
-        payload: an encoded image, or nothing for header and identity records.
-
-    Returns:
-        The record, as ``RecordWriter.write`` takes it.
-
-    Raises:
-        DataError: a label or an id that the header cannot hold.
-    """
+    """Put a header before a payload, byte for byte as mxnet does; the flag follows from the label, as there."""
     try:
         if isinstance(header.label, numbers.Number):
             return HEADER.pack(0, header.label, header.id, header.id2) + payload
@@ -59,17 +48,7 @@ def pack(header: RecordHeader, payload: bytes) -> bytes:
 
 
 def unpack(record: bytes | memoryview) -> tuple[RecordHeader, memoryview]:
-    """Take a record apart.
-
-    Args:
-        record: what ``RecordReader.read`` returned.
-
-    Returns:
-        The header and the payload; the payload and a label vector are views of ``record``, not copies.
-
-    Raises:
-        DataError: the record is shorter than its header says.
-    """
+    """Take a record apart; the payload and a label vector are views of ``record``, not copies."""
     view = memoryview(record)
     if len(view) < HEADER.size:
         raise DataError(f"a record of {len(view)} bytes is too short for its header of {HEADER.size}")
@@ -84,17 +63,7 @@ def unpack(record: bytes | memoryview) -> tuple[RecordHeader, memoryview]:
 
 
 def unpack_label(record: bytes | memoryview) -> tuple[float, memoryview]:
-    """Take the first label and the payload out of a record, without the rest of the header.
-
-    Args:
-        record: what ``RecordReader.read`` returned.
-
-    Returns:
-        The label as stored, a float32; the payload, a view of ``record``.
-
-    Raises:
-        DataError: the record is shorter than its header says.
-    """
+    """The first label, as stored, and the payload, a view of ``record``."""
     if len(record) >= HEADER.size:
         flag, label = _LABEL.unpack_from(record)
         if flag == 0:

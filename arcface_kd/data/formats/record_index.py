@@ -127,11 +127,7 @@ def read_index(path: Path) -> NDArray[np.int64]:
 
 
 def ascending(values: NDArray[Any]) -> bool:
-    """Whether each value is above the one before it.
-
-    Args:
-        values: integers (N,).
-    """
+    """Whether each value is above the one before it."""
     # In pieces: the process would keep the memory of a comparison of all.
     pieces = (values[start : start + _COMPARED_AT_ONCE + 1] for start in range(0, len(values), _COMPARED_AT_ONCE))
     return all(bool(np.all(piece[1:] > piece[:-1])) for piece in pieces)
@@ -147,18 +143,7 @@ def _repeated(values: NDArray[Any]) -> int | None:
 
 
 def check_index(keys: NDArray[np.int64], offsets: NDArray[np.int64], size: int, rec_path: Path, idx_path: Path) -> None:
-    """Check what can be told without reading a record.
-
-    Args:
-        keys: int64 (N,), in the order of the index.
-        offsets: int64 (N,), the records' byte offsets.
-        size: of the record file, in bytes.
-        rec_path: the record file, for messages.
-        idx_path: the index, for messages.
-
-    Raises:
-        DataError: a key or an offset occurs twice, or an offset does not fit the record file.
-    """
+    """Check what can be told without reading a record: keys and offsets occur once, and offsets fit the file."""
     last = int(offsets.argmax())
     if int(offsets[last]) >= size:
         raise DataError(

@@ -45,15 +45,6 @@ def read_headers(reader: RecordReader) -> Iterator[Headers]:
     The pass goes through a memory map of its own in the order of the file, so that the disk reads ahead. It takes one
     to two seconds for a million records that the system has in memory, else the time of reading the file once, and
     keeps nothing but the chunk at hand.
-
-    Args:
-        reader: the records.
-
-    Yields:
-        Chunks, in the order of the file.
-
-    Raises:
-        OSError: the file is gone.
     """
     offsets = reader.offsets
     order = None if ascending(offsets) else np.argsort(offsets, kind="stable")
@@ -128,15 +119,6 @@ def build_index(path: str | os.PathLike[str]) -> BuiltIndex:
     Behind a header record, keys are the records' places in the file, as InsightFace's layout has them. Without one they
     are the numbers that the records carry, which several threads of ``im2rec`` write in any order, or else the places.
     An index that was wrong is kept beside the new one, as ``train.idx.wrong``.
-
-    Args:
-        path: a ``.rec`` file, or a folder with ``train.rec``.
-
-    Returns:
-        What was done.
-
-    Raises:
-        DataError: there is no file of records, or one that is damaged or cut short.
     """
     rec = Path(path) if Path(path).suffix == ".rec" else Path(path) / "train.rec"
     idx = rec.with_suffix(".idx")

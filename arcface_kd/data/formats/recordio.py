@@ -143,14 +143,7 @@ class RecordReader:
         return len(self._offsets)
 
     def find(self, keys: NDArray[np.int64]) -> NDArray[np.int64]:
-        """Look up where keys stand in the index.
-
-        Args:
-            keys: int64 (M,), any keys.
-
-        Returns:
-            int64 (M,): positions for ``read_at``, -1 where the index has no such key.
-        """
+        """Positions for ``read_at`` of keys, -1 where the index has no such key."""
         order = self.key_order
         places = np.minimum(np.searchsorted(self.keys, keys, sorter=order), len(self) - 1)
         positions = places if order is None else order[places]
@@ -307,11 +300,7 @@ class RecordWriter:
             self.sync()
 
     def sync(self) -> None:
-        """Bring what was written to the disk: a full one shows here at the latest, before either file is in place.
-
-        Raises:
-            OSError: the disk is full or broken.
-        """
+        """Bring what was written to the disk: a full one shows here, before either file is in place."""
         for stream in (self._idx, self._rec):
             stream.flush()
             os.fsync(stream.fileno())
@@ -338,11 +327,7 @@ class RecordWriter:
         self._write_part(LAST if start else WHOLE, record[start:])
 
     def replace_first(self, record: bytes) -> None:
-        """Put another record in the place of the first one, which must be whole and have the same length.
-
-        Args:
-            record: its bytes.
-        """
+        """Put another record of the same length in the place of the first one, which must be whole."""
         self._rec.seek(PART.size)
         self._rec.write(record)
         self._rec.seek(0, os.SEEK_END)

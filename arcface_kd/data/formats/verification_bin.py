@@ -65,12 +65,6 @@ def list_bins(folder: str | os.PathLike[str]) -> list[Path]:
 
     Other files that end in ``.bin`` (macOS's ``._lfw.bin``, weights such as ``pytorch_model.bin``) are passed over with
     a warning. A damaged or empty set, a Git LFS pointer and an HTML page are not: whoever reads them is told.
-
-    Args:
-        folder: any folder.
-
-    Returns:
-        The paths, by name.
     """
     found = []
     for path in sorted(Path(folder).glob("*.bin")):
@@ -155,11 +149,7 @@ def write_bin(
 
 
 def _fit(pixels: NDArray[Any], size: tuple[int, int]) -> NDArray[Any]:
-    """Scale the shorter edge to ``size[0]`` where the width is another, as the host's ``load_bin`` does.
-
-    Raises:
-        DataError: that is another size than ``size``.
-    """
+    """Scale the shorter edge to ``size[0]`` where the width is another, as the host's ``load_bin`` does."""
     import cv2
 
     height, width = pixels.shape[:2]

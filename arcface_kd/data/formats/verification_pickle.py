@@ -52,12 +52,7 @@ class Refused(Exception):
 
 
 def _scan(data: mmap.mmap) -> None:
-    """Go through the opcodes without building anything.
-
-    Raises:
-        Refused: an opcode that a verification set has no use for, more of them than it can need, or a place in the
-            memo that would take more memory than the file.
-    """
+    """Go through the opcodes without building anything; refuse what no verification set needs, by kind or number."""
     most = _FREE_OPCODES + len(data) // _BYTES_PER_OPCODE
     for _ in range(most):
         code = data.read(1)
@@ -245,17 +240,7 @@ def _flags(items: object) -> NDArray[Any]:
 
 
 def read_pickle(data: mmap.mmap) -> tuple[list[bytes], NDArray[Any]]:
-    """Read the pickle of a verification set.
-
-    Args:
-        data: the file.
-
-    Returns:
-        The encoded images, and the flags of the pairs, bool (P,); how many there are is not checked.
-
-    Raises:
-        Refused: it is damaged, or holds something else, which is named.
-    """
+    """The encoded images of a verification set, and the flags of its pairs, bool (P,), whose number is not checked."""
     try:
         _scan(data)
         data.seek(0)

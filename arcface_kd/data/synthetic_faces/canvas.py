@@ -40,11 +40,7 @@ def to_pixels(points: Floats, side: int = SIDE) -> Floats:
 def sample(canvas: Bytes | Floats, x: Floats, y: Floats, *, beyond: float | None = None) -> NDArray[Any]:
     """Read a canvas at face units ``x``, ``y`` (h, w) by bilinear interpolation.
 
-    Args:
-        canvas: any array over the field, (side, side) or (side, side, channels).
-        x: where to read.
-        y: where to read.
-        beyond: the value outside the field; None continues its border.
+    ``beyond`` is the value outside the field; None continues its border.
     """
     scale = np.float32(len(canvas) / FIELD_SIZE)
     columns, rows = (x - np.float32(FIELD_LEFT)) * scale, (y - np.float32(FIELD_TOP)) * scale
@@ -97,12 +93,7 @@ def ellipse(centre: tuple[float, float], radii: tuple[float, float]) -> Floats:
 
 
 def ribbon(spine: Floats, widths: ArrayLike) -> Floats:
-    """The outline (2 K, 2) of a line of changing thickness.
-
-    Args:
-        spine: points along the line (K, 2), in face units.
-        widths: thickness at each point, (K,) or a scalar, in face units.
-    """
+    """The outline (2 K, 2) of a line of changing thickness, in face units."""
     along = np.empty_like(spine)
     along[1:-1] = spine[2:] - spine[:-2]
     along[0], along[-1] = spine[1] - spine[0], spine[-1] - spine[-2]
@@ -185,13 +176,7 @@ def soft_mask(outlines: Sequence[Floats], softness: float) -> Floats:
 
 
 def blend(canvas: Bytes, mask: Floats, paint: ArrayLike) -> None:
-    """Lay paint over a canvas.
-
-    Args:
-        canvas: RGBA (H, W, 4), changed in place; opaque wherever the mask is not zero.
-        mask: share of the paint (H, W), 0 to 1.
-        paint: a colour, or another canvas (H, W, 4).
-    """
+    """Lay paint, a colour or another canvas, over an RGBA canvas (H, W, 4), where the mask (H, W) is not zero."""
     left, top, width, height = cv2.boundingRect((mask > _NOTHING).astype(np.uint8))
     if width == 0:
         return
@@ -203,13 +188,7 @@ def blend(canvas: Bytes, mask: Floats, paint: ArrayLike) -> None:
 
 
 def textured(colour: Colour, noise: Floats, contrast: float) -> Bytes:
-    """An opaque canvas (H, W, 4) of one colour whose brightness varies.
-
-    Args:
-        colour: its colour where the noise is zero.
-        noise: (H, W), about standard normal.
-        contrast: share of brightness that one unit of noise adds.
-    """
+    """An opaque canvas (H, W, 4) of one colour whose brightness varies with noise (H, W), about standard normal."""
     # Through a table of 256 shades: no arithmetic on four channels.
     levels = (np.arange(256, dtype=np.float32) - 128) / _LEVELS_A_UNIT
     shades = np.full((256, 4), 255, np.uint8)

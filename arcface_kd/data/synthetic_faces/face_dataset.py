@@ -26,15 +26,9 @@ _PAIR_STREAM = 2
 
 
 def draw_pairs(pairs: int, identities: int, rng: np.random.Generator) -> tuple[NDArray[Any], NDArray[Any]]:
-    """Choose who is compared with whom: in each of ten consecutive folds, first pairs of one person, then of two.
+    """Choose who is compared with whom: in each of ten folds, first pairs of one person, then of two.
 
-    Args:
-        pairs: P, a multiple of 20.
-        identities: number of persons, 2 or more.
-        rng: decides.
-
-    Returns:
-        Persons (P, 2), int64, in [0, identities); whether a pair is of one person, bool (P,).
+    From P, a multiple of 20, to persons (P, 2) and whether a pair is of one, bool (P,).
     """
     is_same = np.tile(np.repeat([True, False], pairs // (2 * FOLDS)), FOLDS)
     first = rng.integers(identities, size=pairs)

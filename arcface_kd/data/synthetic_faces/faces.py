@@ -48,12 +48,7 @@ class SyntheticFaces:
         return Portrait(self._stream(_IDENTITY_STREAM, identity))
 
     def jpeg(self, identity: int, index: int) -> bytes:
-        """One image as a JPEG file; its quality varies from image to image.
-
-        Args:
-            identity: number of the person, 0 or more.
-            index: number of the image of this person, 0 or more.
-        """
+        """One image of a person as a JPEG file; its quality varies from image to image."""
         with _one_thread():
             pixels, quality = photograph(self._portrait(identity), self._stream(_IMAGE_STREAM, identity, index))
         done, encoded = cv2.imencode(".jpg", pixels[..., ::-1], [cv2.IMWRITE_JPEG_QUALITY, quality])

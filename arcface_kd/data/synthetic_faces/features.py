@@ -75,11 +75,7 @@ class Expression:
 def paint_features(canvas: Bytes, identity: Identity, expression: Expression, brow_hairs: Floats) -> None:
     """Paint mouth, eyes, brows and eyewear onto a head.
 
-    Args:
-        canvas: RGBA canvas of :func:`.head.paint_head`, painted in place.
-        identity: whose face.
-        expression: what it does.
-        brow_hairs: lean of the single hairs of the brows (2, H, 2), each in [-1, 1].
+    ``brow_hairs`` are the lean of the single hairs of the brows (2, H, 2), each in [-1, 1].
     """
     _paint_mouth(canvas, identity, expression)
     _paint_eyes(canvas, identity, expression)

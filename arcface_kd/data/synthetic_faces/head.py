@@ -50,15 +50,7 @@ def _times(colour: Colour, factor: float) -> Colour:
 
 
 def paint_head(identity: Identity, rng: np.random.Generator) -> Bytes:
-    """Paint everything but brows, eyes and mouth.
-
-    Args:
-        identity: whose head.
-        rng: decides the texture of skin and hair.
-
-    Returns:
-        RGBA canvas (SIDE, SIDE, 4), alpha 0 where there is neither head nor hair.
-    """
+    """Paint everything but brows, eyes and mouth: RGBA, alpha 0 where there is neither head nor hair."""
     canvas = np.zeros((SIDE, SIDE, 4), np.uint8)
     bald = identity.hair.style is HairStyle.BALD
     if not bald:

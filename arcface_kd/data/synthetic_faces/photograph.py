@@ -152,15 +152,7 @@ def _motion_kernel(length: float, angle: float) -> Floats:
 
 
 def photograph(portrait: Portrait, rng: np.random.Generator) -> tuple[Bytes, int]:
-    """Take one picture.
-
-    Args:
-        portrait: who.
-        rng: the generator of the image; it decides everything else.
-
-    Returns:
-        RGB pixels (112, 112, 3) and the JPEG quality to store them with.
-    """
+    """Take one picture: RGB pixels (112, 112, 3) and the JPEG quality to store them with."""
     identity = portrait.identity
     shot = draw_shot(rng, identity.glasses)
     canvas = portrait.paint(shot.expression)

@@ -12,11 +12,7 @@ _HAIRS_A_BROW = 14
 
 
 class Portrait:
-    """Albedo and relief of one identity.
-
-    Args:
-        rng: the generator of the identity; it decides the traits and the texture of skin and hair.
-    """
+    """Albedo and relief of one identity, whose generator decides traits and texture."""
 
     def __init__(self, rng: np.random.Generator) -> None:
         self.identity: Identity = draw_identity(rng)
@@ -25,11 +21,7 @@ class Portrait:
         self._head = paint_head(self.identity, rng)
 
     def paint(self, expression: Expression) -> Bytes:
-        """Paint the face from the front, in even light.
-
-        Returns:
-            RGBA canvas (SIDE, SIDE, 4), alpha 0 where there is neither head nor hair.
-        """
+        """Paint the face from the front, in even light; alpha is 0 where there is neither head nor hair."""
         canvas = self._head.copy()
         paint_features(canvas, self.identity, expression, self._brow_hairs)
         return canvas

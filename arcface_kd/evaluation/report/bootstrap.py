@@ -31,27 +31,14 @@ Floats = NDArray[np.float64]
 
 
 class Interval(NamedTuple):
-    """A confidence interval.
-
-    Attributes:
-        low: its lower end.
-        high: its upper end.
-    """
+    """A confidence interval."""
 
     low: float
     high: float
 
 
 def interval(values: Floats, level: float = LEVEL) -> Interval:
-    """The percentile interval of a statistic.
-
-    Args:
-        values: (R,) the statistic in each replicate; NaN where it has none.
-        level: probability, in (0, 1).
-
-    Returns:
-        The interval; both ends NaN where no replicate has a value.
-    """
+    """The percentile interval of a statistic from its replicates (R,); NaN where none has a value."""
     known = values[~np.isnan(values)]
     if len(known) == 0:
         return Interval(float("nan"), float("nan"))
@@ -62,11 +49,7 @@ def interval(values: Floats, level: float = LEVEL) -> Interval:
 def resampling_units(identities: NDArray[np.int64]) -> tuple[NDArray[np.int64], int]:
     """What is drawn: persons of several pairs, and pairs that share none.
 
-    Args:
-        identities: (P, 2) person numbers.
-
-    Returns:
-        Units (P, 2), the second -1 where a pair has one; and the number U of units, numbered 0 .. U - 1.
+    From (P, 2) person numbers to units (P, 2), the second -1 where a pair has one, and their number.
     """
     genuine = identities[:, 0] == identities[:, 1]
     persons, flat = np.unique(identities, return_inverse=True)
@@ -89,17 +72,7 @@ def resampling_units(identities: NDArray[np.int64]) -> tuple[NDArray[np.int64], 
 def pair_weights(
     identities: NDArray[np.int64], replicates: int = REPLICATES, seed: int = 0, together: int = _TOGETHER
 ) -> Iterator[Floats]:
-    """How often each pair counts in each replicate.
-
-    Args:
-        identities: (P, 2) person numbers.
-        replicates: number R of replicates, at least 1.
-        seed: of the draws.
-        together: most replicates in one block.
-
-    Yields:
-        Blocks (r, P) of whole numbers, R rows in all.
-    """
+    """How often each pair counts in each replicate, in blocks (r, P) of at most ``together`` rows."""
     units, count = resampling_units(identities)
     both = units[:, 1] >= 0
     random = np.random.default_rng(seed)
@@ -124,21 +97,11 @@ def replicate_statistics(
     weights: Floats,
     far_levels: Sequence[float],
 ) -> dict[str, Floats]:
-    """The verification scores of weighted pairs.
+    """The verification scores of weighted pairs, (r,) each, from weights (r, P).
 
-    Args:
-        scores: (P,) similarities, larger means more alike.
-        is_same: (P,) whether a pair is genuine.
-        correct: (P,) whether the ten-fold protocol decided the pair correctly; its thresholds stay as they are.
-        weights: (r, P) whole numbers, how often each pair counts.
-        far_levels: FAR levels of TAR.
-
-    Returns:
-        ``accuracy``, ``auc``, ``eer`` and TAR at each level, (r,) each; NaN in a replicate that lacks genuine or
-        impostor pairs. With all weights 1 they equal those of :mod:`arcface_kd.evaluation.roc`.
-
-    Raises:
-        DataError: shapes that do not fit.
+    ``correct`` (P,) says whether the ten-fold protocol decided the pair correctly; its thresholds stay as they are. A
+    replicate that lacks genuine or impostor pairs gives NaN. With all weights 1 they equal those of
+    :mod:`arcface_kd.evaluation.roc`.
     """
     if not (scores.shape == is_same.shape == correct.shape == weights.shape[1:]):
         raise DataError(
@@ -189,22 +152,9 @@ def bootstrap(
     replicates: int = REPLICATES,
     seed: int = 0,
 ) -> dict[str, Floats]:
-    """The verification scores in each replicate; models that are given the same pairs and seed see the same draws.
+    """The verification scores in each replicate, (R,) each; equal pairs and seeds give equal draws.
 
-    Args:
-        scores: (P,) similarities, larger means more alike.
-        is_same: (P,) whether a pair is genuine.
-        correct: (P,) whether the ten-fold protocol decided the pair correctly.
-        identities: (P, 2) person numbers.
-        far_levels: FAR levels of TAR.
-        replicates: number R of replicates.
-        seed: of the draws.
-
-    Returns:
-        As :func:`replicate_statistics`, (R,) each.
-
-    Raises:
-        DataError: shapes that do not fit.
+    As :func:`replicate_statistics`, from persons (P, 2).
     """
     if identities.shape != (len(scores), 2):
         raise DataError(f"identities of shape {identities.shape} for {len(scores)} pairs: wanted (P, 2)")

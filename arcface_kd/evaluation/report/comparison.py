@@ -60,12 +60,8 @@ class Contestant:
 class Score:
     """One number of a model on a set.
 
-    Attributes:
-        value: the number; None where the set has too few pairs for it.
-        interval: its 95 % interval; None with ``value``.
-        best: no other student's is better; never set for a teacher.
-        close: of a student, not the best, but the interval of the difference to the best one, on the same draws, holds
-            0.
+    ``best``: no other student's is better; never set for a teacher. ``close``: of a student, not the best, but the
+    interval of the difference to the best one, on the same draws, holds 0.
     """
 
     value: float | None
@@ -91,16 +87,7 @@ class Judgement:
     draws: Mapping[str, NDArray[np.float64]]
 
     def hardest(self, is_same: NDArray[np.bool_], genuine: bool, count: int = HARDEST) -> list[int]:
-        """The genuine pairs that look least alike, or the impostor pairs that look most alike, worst first.
-
-        Args:
-            is_same: (P,) whether a pair is genuine.
-            genuine: which kind.
-            count: at most so many.
-
-        Returns:
-            Numbers of pairs.
-        """
+        """The genuine pairs that look least alike, or the impostor pairs that look most alike, worst first."""
         pairs = np.flatnonzero(is_same == genuine)
         order = np.argsort(self.similarities[pairs] * (1 if genuine else -1), kind="stable")
         return [int(pair) for pair in pairs[order][:count]]
@@ -108,13 +95,7 @@ class Judgement:
 
 @dataclass(frozen=True, eq=False)
 class ComparedSet:
-    """All models on one verification set.
-
-    Attributes:
-        pairs: the set.
-        identities: the persons of its pairs.
-        judgements: by model, in the order given.
-    """
+    """All models on one verification set."""
 
     pairs: VerificationSet
     identities: PairIdentities
@@ -143,16 +124,7 @@ class ComparedSet:
         return [name for name, score in first.scores.items() if score.value is not None]
 
     def gain(self, models: Sequence[str], over: Sequence[str], column: str) -> tuple[float, Interval] | None:
-        """What some models have over others, on average: by a paired bootstrap, the same draws for all.
-
-        Args:
-            models: their names.
-            over: the others' names.
-            column: of the scores.
-
-        Returns:
-            The difference of the means and its 95 % interval; None where the set has too few pairs.
-        """
+        """What some models have over others, on average: the difference and its interval, by a paired bootstrap."""
         if column not in self.columns:
             return None
         means, draws = [], []
@@ -165,15 +137,7 @@ class ComparedSet:
 
 @dataclass(frozen=True, eq=False)
 class Comparison:
-    """Everything that a report shows.
-
-    Attributes:
-        contestants: the models.
-        sets: the verification sets.
-        costs: by model.
-        machine: where the speed was measured.
-        replicates: of the bootstrap.
-    """
+    """Everything that a report shows."""
 
     contestants: Sequence[Contestant]
     sets: Sequence[ComparedSet]
@@ -193,14 +157,7 @@ def _students(contestants: Sequence[Contestant]) -> list[str]:
 
 
 def read_runs(folders: Sequence[str | os.PathLike[str]]) -> list[RunFolder]:
-    """Read several runs and call each by its folder's name, with that of the folder above where two have the same.
-
-    Args:
-        folders: their output folders.
-
-    Raises:
-        DataError: a folder that is no run, or one given twice.
-    """
+    """Read several runs; each is called by its folder's name, with the one above where two have the same."""
     paths = [Path(folder).resolve() for folder in folders]
     names = [path.name for path in paths]
     if len(set(paths)) < len(paths):
@@ -215,40 +172,19 @@ def read_runs(folders: Sequence[str | os.PathLike[str]]) -> list[RunFolder]:
 def run_contestant(
     run: RunFolder, device: torch.device | str = "cpu", own_networks: Collection[str] = ()
 ) -> Contestant:
-    """A run's student as a model to compare.
-
-    Args:
-        run: the run.
-        device: where the student goes.
-        own_networks: ``python:MODULE:FUNCTION`` of the networks that may be imported.
-
-    Raises:
-        ConfigError: its network cannot be built, or may not be imported.
-    """
+    """A run's student as a model to compare; ``own_networks`` may be imported."""
     run.check_network(own_networks)
     return Contestant(run.name, lambda: run.load(device, own_networks), run.method, run.network, run)
 
 
 def teacher_contestant(source: str | os.PathLike[str], teacher: Teacher) -> Contestant:
-    """A teacher to judge beside the students.
-
-    Args:
-        source: where it came from; its folder is left out of the report.
-        teacher: on the device.
-    """
+    """A teacher to judge beside the students; the folder it came from is left out of the report."""
     named = teacher.description.replace(os.fspath(source), Path(source).name)
     return Contestant("teacher", lambda: teacher, "teacher", named, parameters=teacher.parameter_count, is_teacher=True)
 
 
 def verification_files(data: str | os.PathLike[str]) -> list[Path]:
-    """All verification sets of a folder, by name.
-
-    Args:
-        data: the folder.
-
-    Raises:
-        DataError: no such folder, or none in it.
-    """
+    """All verification sets of a folder, by name."""
     folder = Path(data)
     if not folder.is_dir():
         raise DataError(f"{folder} is no folder; give the one with the verification sets (*.bin) with --data")
@@ -259,11 +195,7 @@ def verification_files(data: str | os.PathLike[str]) -> list[Path]:
 
 
 def data_of(runs: Sequence[RunFolder]) -> Path:
-    """The folder of the records that all runs were trained on.
-
-    Raises:
-        DataError: they differ, are unknown or not there.
-    """
+    """The folder of the records that all runs were trained on."""
     folders = {run.settings.get("rec") for run in runs}
     (only,) = folders if len(folders) == 1 else (None,)
     if only is None or not Path(only).is_dir():
@@ -280,21 +212,7 @@ def compare(
     replicates: int = REPLICATES,
     progress: bool = False,
 ) -> Comparison:
-    """Judge models on verification sets.
-
-    Args:
-        contestants: the models, of different names.
-        files: the ``.bin`` files.
-        device: where they are embedded.
-        replicates: of the bootstrap.
-        progress: show bars, on a terminal only.
-
-    Returns:
-        The comparison.
-
-    Raises:
-        DataError: a set that cannot be read or has not ten pairs of both kinds, or a model that embeds NaN.
-    """
+    """Judge models of different names on verification sets."""
     sets = [read_pairs(file) for file in files]
     identities = [pair_identities(file, pairs) for file, pairs in zip(files, sets, strict=True)]
     models = {contestant.name: contestant.load() for contestant in contestants}

@@ -65,15 +65,8 @@ def _inputs(model: nn.Module, batch: int, size: int, device: torch.device) -> to
 def multiply_adds(model: nn.Module, size: int = 112, device: torch.device | str = "cpu") -> int | None:
     """Multiply-adds of one image, as torch's own counter finds them in convolutions and matrix products.
 
-    Batch norms, activations and additions are not counted, as is the custom of the field.
-
-    Args:
-        model: (1, 3, size, size) images to embeddings, in evaluation mode.
-        size: height and width of the images, in pixels.
-        device: of the model.
-
-    Returns:
-        The number; None where torch sees none of the work, as with a model that onnxruntime runs.
+    Batch norms, activations and additions are not counted, as is the custom of the field. None where torch sees none of
+    the work, as with a model that onnxruntime runs.
     """
     with FlopCounterMode(display=False) as counter:
         model(_inputs(model, 1, size, torch.device(device)))
@@ -91,21 +84,10 @@ def images_per_second(
     rounds: int = _ROUNDS,
     seconds: float = _SECONDS,
 ) -> dict[str, float]:
-    """How fast models embed images that are already in memory.
+    """How fast models embed images that are already in memory, by name.
 
     They are timed in turns and the fastest pass of each counts: what else the machine does can only slow one down, and
-    comes and goes.
-
-    Args:
-        models: by name; (B, 3, size, size) images to embeddings, in evaluation mode.
-        size: height and width of the images, in pixels.
-        device: of the models.
-        batch_size: images a forward pass.
-        rounds: most passes of each that are timed.
-        seconds: no further pass of a model begins after so long of it; one pass is always timed.
-
-    Returns:
-        Images a second, by name.
+    comes and goes. No further pass of a model begins after so many ``seconds`` of it; one pass is always timed.
     """
     where = torch.device(device)
     durations: dict[str, list[float]] = {name: [] for name in models}
@@ -136,17 +118,7 @@ def costs(
     *,
     parameters: Mapping[str, int | None] | None = None,
 ) -> dict[str, Cost]:
-    """Everything above of several models.
-
-    Args:
-        models: by name; (B, 3, 112, 112) images in [-1, 1] to embeddings, in evaluation mode.
-        device: of the models.
-        parameters: number of weights by name, for models that hold them where torch does not look; the others are
-            counted.
-
-    Returns:
-        The costs, by name.
-    """
+    """Everything above of several models; ``parameters`` are those of models that torch does not see into."""
     speeds = images_per_second(models, device=device)
     found = {}
     for name, model in models.items():

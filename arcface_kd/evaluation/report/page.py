@@ -31,13 +31,7 @@ _SHARES = "kd/gradient_share/"
 
 @dataclass(frozen=True)
 class Cell:
-    """One field of a table.
-
-    Attributes:
-        text: the number.
-        detail: what stands below it.
-        best: whether it is marked.
-    """
+    """One field of a table: a number, what stands below it, and whether it is marked."""
 
     text: str
     detail: str = ""
@@ -46,12 +40,7 @@ class Cell:
 
 @dataclass(frozen=True)
 class Table:
-    """A table.
-
-    Attributes:
-        heads: of its columns.
-        rows: as many cells each.
-    """
+    """A table."""
 
     heads: Sequence[str]
     rows: Sequence[Sequence[Cell]]
@@ -59,16 +48,7 @@ class Table:
 
 @dataclass(frozen=True)
 class InlinePicture:
-    """A picture as the page holds it.
-
-    Attributes:
-        title: its caption.
-        description: for those who do not see it.
-        light: data URI for a light page.
-        dark: data URI for a dark page.
-        width: in CSS pixels.
-        height: in CSS pixels.
-    """
+    """A picture as the page holds it: data URIs for a light and a dark page, sizes in CSS pixels."""
 
     title: str
     description: str
@@ -80,13 +60,7 @@ class InlinePicture:
 
 @dataclass(frozen=True)
 class FacePair:
-    """One pair of the hardest.
-
-    Attributes:
-        image: data URI, both faces beside each other.
-        caption: number and cosine.
-        description: for those who do not see it.
-    """
+    """One pair of the hardest: both faces beside each other as a data URI."""
 
     image: str
     caption: str
@@ -95,15 +69,7 @@ class FacePair:
 
 @dataclass(frozen=True)
 class Part:
-    """Something under a heading.
-
-    Attributes:
-        title: the heading; empty for none.
-        table: a table.
-        notes: sentences below it.
-        pictures: drawings.
-        faces: pairs of faces.
-    """
+    """Something under a heading, which may be empty; notes stand below the table."""
 
     title: str = ""
     table: Table | None = None
@@ -114,32 +80,14 @@ class Part:
 
 @dataclass(frozen=True)
 class Section:
-    """A section of the page.
-
-    Attributes:
-        title: its heading.
-        parts: what stands in it.
-    """
+    """A section of the page."""
 
     title: str
     parts: list[Part] = field(default_factory=list)
 
 
 def write_report(comparison: Comparison, out: Path, *, faces: bool = True) -> tuple[Path, Path]:
-    """Write ``report.html`` and ``report.md``.
-
-    Args:
-        comparison: what to show.
-        out: their folder; made when missing.
-        faces: show the hardest pairs as images; without, by number only.
-
-    Returns:
-        The two files.
-
-    Raises:
-        ConfigError: matplotlib or jinja2 is not installed.
-        OSError: they cannot be written.
-    """
+    """Write ``report.html`` and ``report.md``; without ``faces``, the hardest pairs stand there by number."""
     sections = _sections(comparison, faces)
     title = f"{len(comparison.contestants)} models compared"
     subtitle = (

@@ -38,16 +38,7 @@ _BINS = 60
 
 @dataclass(frozen=True)
 class Picture:
-    """One picture in two colourings.
-
-    Attributes:
-        title: what it shows, a heading.
-        description: the same for those who do not see it.
-        light: SVG, for a light page.
-        dark: SVG, for a dark page.
-        width: in CSS pixels.
-        height: in CSS pixels.
-    """
+    """One picture as SVG for a light and a dark page; sizes in CSS pixels."""
 
     title: str
     description: str
@@ -58,11 +49,7 @@ class Picture:
 
 
 def require_matplotlib() -> None:
-    """Say early that pictures cannot be drawn.
-
-    Raises:
-        ConfigError: matplotlib is not installed.
-    """
+    """Say early that pictures cannot be drawn."""
     try:
         import matplotlib  # noqa: F401
     except ImportError:
@@ -138,12 +125,7 @@ def _thinned_steps(curve: Curve) -> Curve:
 
 
 def draw_roc(name: str, curves: Mapping[str, Curve]) -> Picture:
-    """True accept rate over false accept rate, the latter logarithmic.
-
-    Args:
-        name: of the verification set.
-        curves: (FAR, TAR) by model.
-    """
+    """True accept rate over false accept rate, the latter logarithmic."""
     with _drawing() as (figure, (axes,)):
         smallest, lowest = 1.0, 1.0
         for number, (model, curve) in enumerate(curves.items()):
@@ -161,13 +143,7 @@ def draw_roc(name: str, curves: Mapping[str, Curve]) -> Picture:
 
 
 def draw_histograms(name: str, similarities: Mapping[str, NDArray[np.float64]], is_same: NDArray[np.bool_]) -> Picture:
-    """How similar genuine and impostor pairs look to each model.
-
-    Args:
-        name: of the verification set.
-        similarities: (P,) cosines by model.
-        is_same: (P,) whether a pair is genuine.
-    """
+    """How similar genuine and impostor pairs look to each model."""
     lowest = min(float(values.min()) for values in similarities.values())
     bins = np.linspace(min(lowest, 0.0), 1.0, _BINS + 1).tolist()
     with _drawing(len(similarities), 0.8 + 1.2 * len(similarities)) as (figure, rows):
@@ -193,13 +169,7 @@ def draw_curves(
 ) -> Picture:
     """Values over training steps.
 
-    Args:
-        title: what they are.
-        curves: (step, value) by name.
-        y: what the vertical axis shows.
-        among: all names that have colours, so that one looks alike in pictures where others are missing; None takes
-            those of ``curves``.
-        limits: of the vertical axis; None takes those of the values.
+    ``among`` are all names that have colours, so that one looks alike in pictures where others are missing.
     """
     with _drawing() as (figure, (axes,)):
         coloured = list(curves if among is None else among)
@@ -215,14 +185,7 @@ def draw_curves(
 
 
 def draw_band(title: str, curves: Sequence[tuple[str, Curve]], band: tuple[Curve, Curve], *, y: str) -> Picture:
-    """Values over training steps inside the band that two others bound, in [0, 1].
-
-    Args:
-        title: what they are.
-        curves: names and (step, value).
-        band: lower and upper bound, over the same steps as each other.
-        y: what the vertical axis shows.
-    """
+    """Values over training steps inside the band that two others, over the same steps, bound in [0, 1]."""
     with _drawing() as (figure, (axes,)):
         low, high = _thinned(band[0]), _thinned(band[1])
         axes.fill_between(low.x, low.y, high.y, color=next(iter(_COLOURS)), alpha=0.2, linewidth=0, label="10 to 90 %")

@@ -51,11 +51,7 @@ class RunFolder:
 
     @property
     def network(self) -> str:
-        """The student's architecture: as its log has it, else as its tensors tell.
-
-        Raises:
-            TeacherError: there is no log, and the weights are damaged or of none of the known networks.
-        """
+        """The student's architecture: as its log has it, else as its tensors tell."""
         return self.settings.get("network") or load_network(self.folder).name
 
     def loss_terms(self) -> dict[str, Curve]:
@@ -73,17 +69,8 @@ class RunFolder:
     def load(self, device: torch.device | str = "cpu", own_networks: Collection[str] = ()) -> nn.Module:
         """The trained student, in the number format that it was trained and verified in.
 
-        Args:
-            device: where it goes.
-            own_networks: ``python:MODULE:FUNCTION`` of the networks that may be imported; a log's word alone does not
-                run code.
-
-        Returns:
-            (B, 3, 112, 112) images in [-1, 1] to (B, D) embeddings, in evaluation mode.
-
-        Raises:
-            ConfigError: a network that this package cannot build, or may not import.
-            TeacherError: weights that are damaged or of another network.
+        ``own_networks`` are ``python:MODULE:FUNCTION`` of the networks that may be imported; a log's word alone does
+        not run code.
         """
         network = self.settings.get("network")
         self.check_network(own_networks)
@@ -95,14 +82,7 @@ class RunFolder:
         return placed.eval()
 
     def check_network(self, own_networks: Collection[str]) -> None:
-        """Whether the network may be built.
-
-        Args:
-            own_networks: as ``load`` takes them.
-
-        Raises:
-            ConfigError: a network that this package cannot build, or may not import.
-        """
+        """Refuse a network that this package cannot build, or may not import."""
         network = self.settings.get("network")
         if network is None or network in _NETWORKS or network in own_networks:
             return
@@ -123,18 +103,7 @@ class RunFolder:
 
 
 def read_run(folder: str | os.PathLike[str], name: str | None = None) -> RunFolder:
-    """Read a run's settings and curves.
-
-    Args:
-        folder: its output folder.
-        name: what to call it; None takes the folder's name.
-
-    Returns:
-        The run; its weights are read later.
-
-    Raises:
-        DataError: no such folder, or one without ``model.pt`` and ``backbone.pth``.
-    """
+    """Read a run's settings and curves; its weights are read later."""
     path = Path(folder)
     if not path.is_dir():
         raise DataError(f"{path} is no folder; wanted the output folder of a run")

@@ -11,29 +11,14 @@ from arcface_kd.errors import DataError
 
 
 class Curve(NamedTuple):
-    """Points of a line.
-
-    Attributes:
-        x: (N,) steps or false accept rates.
-        y: (N,) values.
-    """
+    """Points (N,) of a line; x are steps or false accept rates."""
 
     x: NDArray[np.float64]
     y: NDArray[np.float64]
 
 
 def read_scalars(folder: str | os.PathLike[str]) -> dict[str, Curve]:
-    """All scalar curves of a TensorBoard folder, every point of them.
-
-    Args:
-        folder: a run's ``tensorboard`` folder.
-
-    Returns:
-        Curves over steps by tag.
-
-    Raises:
-        DataError: the folder holds no event files, or a damaged one.
-    """
+    """All scalar curves of a TensorBoard folder by tag, every point of them."""
     from tensorboard.backend.event_processing import event_accumulator
 
     files = sorted(Path(folder).glob("events.out.tfevents.*"))

@@ -37,18 +37,5 @@ class SHKD(Recipe):
 
     @classmethod
     def next_run(cls, config: Mapping[str, Any]) -> Stage | None:
-        """The run to start next, or to resume.
-
-        Args:
-            config: a merged arcface_torch config with ``kd`` = ``shkd``, ``output`` and the keys of a run.
-
-        Returns:
-            The run; None when all three are done.
-
-        Raises:
-            ConfigError: an option that is unknown or out of range, no teacher to begin with, or an output folder whose
-                runs had other settings.
-            TeacherError: a teacher that cannot be read or trained, or of another dimension.
-            CheckpointError: a checkpoint that cannot be read.
-        """
+        """The run to start next, or to resume; None when all three are done."""
         return next_stage(config)

@@ -50,23 +50,10 @@ def choose_axes(
     dimension: int | None = None,
     seed: int = 0,
 ) -> CoordinateSystem:
-    """Choose a system of coordinates.
+    """Choose a system of coordinates, the same on every rank, of at most ``largest`` axes.
 
-    Args:
-        components: of the teacher's embeddings.
-        largest: axes that the student has room for, its embedding size.
-        basis: ``pca`` takes the principal components of largest variance; ``random`` as many orthonormal directions,
-            drawn by the seed, of the same origin.
-        variance: the smallest number of principal components that hold more than this share of the variance, in (0, 1],
-            though no more than ``largest``.
-        dimension: so many axes, whatever they hold; None goes by ``variance``.
-        seed: of the random directions.
-
-    Returns:
-        The system, the same on every rank.
-
-    Raises:
-        ConfigError: more axes asked for than the student has room for, or than the embeddings vary along.
+    ``pca`` takes the principal components of largest variance: as few as hold more than ``variance`` of it, or
+    ``dimension`` of them. ``random`` takes as many orthonormal directions, drawn by the seed, of the same origin.
     """
     rank = components.rank
     if dimension is not None and dimension > min(largest, rank):
@@ -86,14 +73,7 @@ def choose_axes(
 def embedding_norm(student: nn.Module) -> nn.BatchNorm1d:
     """The batch norm whose output is the student's embedding.
 
-    Args:
-        student: takes (B, 3, 112, 112) images. It is shown two of them, in evaluation mode, which changes nothing.
-
-    Returns:
-        The module.
-
-    Raises:
-        ConfigError: the student ends in something else, or in a batch norm without scale and offset.
+    The student is shown two images in evaluation mode, which changes nothing.
     """
     found = [module for module in student.modules() if isinstance(module, nn.BatchNorm1d)]
     name = type(student).__name__
@@ -137,12 +117,7 @@ def freeze_norm(norm: nn.BatchNorm1d) -> None:
 
 
 def set_scale(norm: nn.BatchNorm1d, scale: Tensor) -> None:
-    """Write the scale of a student's last batch norm, and zero as its offset.
-
-    Args:
-        norm: from :func:`embedding_norm`.
-        scale: (D,), standard deviations of the outputs.
-    """
+    """Write the scale (D,) of a student's last batch norm, and zero as its offset."""
     # By `data`, since a step's backward pass may still hold the scale; only outputs that get no gradient are changed
     # between the two.
     norm.weight.data.copy_(scale)

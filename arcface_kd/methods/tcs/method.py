@@ -88,15 +88,7 @@ class TCSConfig(Options):
             raise ConfigError(f"drop_begin is {self.drop_begin}; it must be below {self.drop_end}, which is drop_end")
 
     def kept(self, axes: int, progress: float) -> int:
-        """Axes that are left at some point of a run.
-
-        Args:
-            axes: k, all of them.
-            progress: share of the run that is done, in [0, 1].
-
-        Returns:
-            1 .. k.
-        """
+        """Axes of k that are left when a share of the run is done."""
         into = (progress - self.drop_begin) / (self.drop_end - self.drop_begin)
         # A share that should be a whole number of rounds may have been rounded to a little less.
         done = min(max(int(into * self.rounds + 1e-9), 0), self.rounds)
@@ -117,15 +109,6 @@ class TCS(Method):
         scale: (D,), the teacher's standard deviation along each axis, 0 for outputs without an axis.
         mask: (D,), 1 for the axes that are left, 0 for those that were dropped and for outputs without an axis.
         importance: (D,), accumulated since the last round.
-
-    Args:
-        config: the knobs.
-        context: the run, with the cache and the watched student.
-
-    Raises:
-        ConfigError: more axes than the student has room for; a student that was not watched, or ends otherwise than the
-            head was told; no length of the run, though axes are to be dropped.
-        TeacherError: a cache that is not full.
     """
 
     Config = TCSConfig
@@ -201,14 +184,7 @@ class TCS(Method):
         self.classifier.weight.mul_(self.mask)
 
     def forward(self, batch: Batch) -> dict[str, Tensor]:
-        """Drop axes where it is time to; classify the student's coordinates and hold them against the teacher's.
-
-        Args:
-            batch: the gathered batch, with teacher embeddings.
-
-        Returns:
-            ``{"ce": scalar, "mimic": scalar}``, the latter where it has a weight.
-        """
+        """Drop axes where it is time to; classify the student's coordinates and hold them against the teacher's."""
         if not self._begun:
             # A student may have been given pretrained weights since the head was made, and with them another scale.
             set_scale(self._norm[0], self.scale * self.mask)

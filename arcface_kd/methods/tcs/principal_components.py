@@ -54,25 +54,14 @@ class PrincipalComponents:
         return int((self.variances > _NO_VARIANCE * self.variances.sum()).sum())
 
     def axes_for(self, share: float) -> int:
-        """The smallest number of axes that hold more than a share of the variance, as scikit-learn counts them.
-
-        Args:
-            share: in (0, 1].
-
-        Returns:
-            1 .. :attr:`rank`.
-        """
+        """The smallest number of axes that hold more than a share of the variance, as scikit-learn counts."""
         cumulated = (self.variances / self.variances.sum()).cumsum(0)
         wanted = int(torch.searchsorted(cumulated, torch.tensor(share, dtype=cumulated.dtype), right=True)) + 1
         return max(1, min(wanted, self.rank))
 
 
 class StreamingPCA:
-    """Principal components of rows that come block by block.
-
-    Args:
-        dimension: D.
-    """
+    """Principal components of rows that come block by block."""
 
     def __init__(self, dimension: int) -> None:
         self.dimension = dimension
@@ -81,11 +70,7 @@ class StreamingPCA:
         self._sums = torch.zeros(dimension + 1, dimension + 1, dtype=torch.float64)
 
     def add(self, rows: Tensor) -> None:
-        """Take in a block.
-
-        Args:
-            rows: (B, D), finite.
-        """
+        """Take in a block (B, D) of finite rows."""
         wide = rows.to(torch.float64)
         size = self.dimension
         self._sums[:size, :size].addmm_(wide.T, wide)
@@ -93,17 +78,7 @@ class StreamingPCA:
         self._sums[size, size] += len(wide)
 
     def finish(self, ranks: RankGroup | None = None) -> PrincipalComponents:
-        """The components of all blocks of all ranks, the same to the last bit on each.
-
-        Args:
-            ranks: every one of them calls; None for a single process.
-
-        Returns:
-            The components.
-
-        Raises:
-            ValueError: fewer than two rows.
-        """
+        """The components of all blocks of all ranks, the same to the last bit on each; all ranks call."""
         ranks = ranks or RankGroup(alone=True)
         sums = _summed(self._sums.clone(), ranks)
         count, size = int(sums[-1, -1]), self.dimension
@@ -131,18 +106,7 @@ def _summed(values: Tensor, ranks: RankGroup) -> Tensor:
 
 
 def components_of_blocks(blocks: Iterable[Tensor], dimension: int) -> PrincipalComponents:
-    """Principal components of rows in one process.
-
-    Args:
-        blocks: (B, D) each.
-        dimension: D.
-
-    Returns:
-        The components.
-
-    Raises:
-        ValueError: fewer than two rows in all.
-    """
+    """Principal components of rows in one process."""
     pca = StreamingPCA(dimension)
     for block in blocks:
         pca.add(block)
@@ -157,18 +121,8 @@ def components_file(cache: EmbeddingCache) -> Path:
 def components_of_cache(cache: EmbeddingCache, ranks: RankGroup | None = None) -> PrincipalComponents:
     """Principal components of a teacher's embeddings of all images, plain and mirrored.
 
-    Read from the file beside the cache where it fits; found and written there elsewhere. Where nothing can be written,
-    they are found anew by the next run.
-
-    Args:
-        cache: full.
-        ranks: the ranks of the run, which share the reading; None takes the default process group.
-
-    Returns:
-        The components, the same on every rank.
-
-    Raises:
-        TeacherError: the cache lacks rows (the message says how to fill it) or cannot be read.
+    Read from the file beside the full cache where it fits; found and written there elsewhere. Where nothing can be
+    written, they are found anew by the next run.
     """
     ranks = ranks or RankGroup()
     path, size = components_file(cache), cache.embedding_size

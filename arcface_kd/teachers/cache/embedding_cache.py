@@ -60,16 +60,7 @@ _NORM_TOLERANCE = 5e-3
 
 
 def identity_of(teacher: Teacher, data_fingerprint: str, images: int) -> dict[str, object]:
-    """What makes two caches exchangeable.
-
-    Args:
-        teacher: whose embeddings they are.
-        data_fingerprint: over the images and their order, see :func:`arcface_kd.data.fingerprint.fingerprint`.
-        images: number of them.
-
-    Returns:
-        What the header of such a cache says.
-    """
+    """What makes two caches exchangeable: what the header of such a cache says."""
     return {
         "format": _FORMAT,
         "teacher": teacher.fingerprint,
@@ -84,20 +75,7 @@ def identity_of(teacher: Teacher, data_fingerprint: str, images: int) -> dict[st
 def identity_in(
     path: str | os.PathLike[str], data_fingerprint: str, images: int, flags: Sequence[str] = ()
 ) -> dict[str, object]:
-    """What a run that has no teacher takes a cache to be: whosever embeddings they are, of the run's data.
-
-    Args:
-        path: an existing cache.
-        data_fingerprint: over the run's images and their order.
-        images: number of them.
-        flags: the run's, for the message.
-
-    Returns:
-        The identity of a cache with the teacher that the header names.
-
-    Raises:
-        TeacherError: there is no such cache, or its header is damaged.
-    """
+    """Cache identity when no teacher is loaded: the teacher that the header names, and the run's data."""
     path = Path(path).expanduser()
     header = _header_of(path)
     _refuse_special_files(path, header)
@@ -116,12 +94,7 @@ def identity_in(
 
 
 def fill_hint(path: str | os.PathLike[str], flags: Sequence[str] = ()) -> str:
-    """The command that fills a cache, for messages.
-
-    Args:
-        path: the cache.
-        flags: of the run that reads it, which decide what is embedded and how.
-    """
+    """The command that fills a cache, for messages."""
     words = flags or ("--kd-teacher", "FILE", "--kd-cache", str(path))
     return f"fill it beforehand with `arcface-kd cache CONFIG {shlex.join(words)}`"
 
@@ -320,15 +293,7 @@ class EmbeddingCache:
             _write_at(self._file, position * 2 * self.embedding_size, row.tobytes())
 
     def known(self, start: int, stop: int) -> NDArray[Any]:
-        """Which rows of a range of images are there; reads them all.
-
-        Args:
-            start: the first image.
-            stop: the one after the last.
-
-        Returns:
-            (stop - start, 2) bool: plain, mirrored.
-        """
+        """Which rows of images ``start`` to ``stop`` are there, (n, 2) bool: plain, mirrored; reads them all."""
         found = np.zeros((max(0, stop - start), 2), dtype=bool)
         for first in range(start, stop, _ROWS_AT_ONCE):
             last = min(stop, first + _ROWS_AT_ONCE)
@@ -337,17 +302,9 @@ class EmbeddingCache:
         return found
 
     def blocks(self, start: int, stop: int) -> Iterator[tuple[Tensor, Tensor]]:
-        """All rows of a range of images, block by block, in little memory: the file is read, not mapped.
+        """All rows of a range of images as :meth:`look_up` gives them, a few thousand at a time.
 
-        Args:
-            start: the first image.
-            stop: the one after the last.
-
-        Yields:
-            ``(embeddings, known)`` as :meth:`look_up` returns them, of a few thousand neighbouring views.
-
-        Raises:
-            TeacherError: the file cannot be read.
+        The file is read, not mapped, which takes little memory.
         """
         rows_at_once = max(2, _NUMBERS_AT_ONCE // self.embedding_size)
         for first in range(2 * start, 2 * stop, rows_at_once):

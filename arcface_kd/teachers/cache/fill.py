@@ -37,16 +37,10 @@ _SECONDS_BETWEEN_LINES = 30.0
 
 @dataclass(frozen=True)
 class CacheReport:
-    """What filling came to.
+    """Result of filling.
 
-    Attributes:
-        path: the cache.
-        images: number of images; there are two rows for each.
-        embedding_size: numbers in a row.
-        size: bytes of the file.
-        missing: rows that were missing before, on all ranks.
-        unreadable: rows among them that are still missing, since their records cannot be read and were skipped.
-        images_per_second: that were embedded, each in both views, on all ranks; 0 where nothing was missing.
+    ``missing`` counts rows that were missing before, on all ranks, ``unreadable`` those among them whose records cannot
+    be read and were skipped. The speed counts images, each in both views; 0 where nothing was missing.
     """
 
     path: Path
@@ -84,25 +78,8 @@ def fill_cache(config: Mapping[str, Any], *, teacher: Teacher | None = None) -> 
     """Write the teacher's embeddings of every training image, plain and mirrored, into ``kd_cache``.
 
     Rows that are there already stay; the missing ones are shared out evenly among the ranks, so a run that was killed
-    goes on where it stopped, with as many ranks as there are now.
-
-    Args:
-        config: a merged arcface_torch config with ``rec``, ``kd_teacher`` and ``kd_cache``; ``batch_size`` and
-            ``num_workers`` are those of a rank.
-        teacher: a teacher to use instead of loading ``kd_teacher``.
-
-    Where ``kd_on_bad_record`` is ``skip``, records that cannot be read are told and left out: their rows stay missing,
-    and a run that skips them too never asks for them.
-
-    Returns:
-        The report, the same numbers on every rank.
-
-    Raises:
-        ConfigError: no file is named, no data is, or the run would not read the cache.
-        RankError: another rank has failed.
-        DataError: records that cannot be read.
-        ResourceError: out of memory.
-        TeacherError: no teacher, or one that cannot embed an image; a cache of another teacher or other data; no room.
+    goes on where it stopped, with as many ranks as there are now. Where ``kd_on_bad_record`` is ``skip``, records that
+    cannot be read are told and left out: their rows stay missing, and a run that skips them too never asks for them.
     """
     kd = KDConfig.from_config(config)
     if kd.cache is None:

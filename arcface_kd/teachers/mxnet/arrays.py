@@ -91,17 +91,7 @@ def _array(cursor: _Cursor) -> NDArray[Any]:
 
 
 def read_arrays(path: Path) -> dict[str, NDArray[Any]]:
-    """Read all arrays of a file.
-
-    Args:
-        path: the ``.params`` file.
-
-    Returns:
-        Arrays by name, names as they stand (``arg:conv_weight``, ``aux:bn_moving_mean``); views of the file's bytes.
-
-    Raises:
-        TeacherError: damaged, cut short, with trailing bytes, or holding arrays of a kind no checkpoint has.
-    """
+    """Read all arrays of a ``.params`` file by name (``arg:conv_weight``); they are views of its bytes."""
     cursor = _Cursor(read_bytes(path), path)
     if cursor.number("Q", "the magic number") != _LIST_MAGIC:
         raise cursor.damaged("another magic number")

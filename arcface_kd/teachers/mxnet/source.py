@@ -66,16 +66,7 @@ class MXNetSource:
 
     @staticmethod
     def load(source: str | os.PathLike[str], options: TeacherOptions) -> Teacher:
-        """Load the graph up to ``fc1_output`` with the arrays of the given epoch, or of the last one.
-
-        Args:
-            source: ``NAME-symbol.json``, ``NAME-0000.params``, ``NAME`` or ``NAME,EPOCH``.
-            options: ``network`` has no meaning here.
-
-        Raises:
-            TeacherError: a file is missing or damaged, or the graph has an operator that is not known here.
-            ConfigError: an option without meaning.
-        """
+        """Load the graph up to ``fc1_output`` with the arrays of the given epoch, or of the last one."""
         options.refuse("network", "an MXNet checkpoint holds its own network")
         options.refuse("output", "only an ONNX file has outputs to choose from")
         path = local_path(source)

@@ -309,15 +309,7 @@ class SymbolGraph(nn.Module):
     """
 
     def __init__(self, path: Path, arrays: Mapping[str, NDArray[Any]]) -> None:
-        """Read the symbol and bind its arrays.
-
-        Args:
-            path: the ``-symbol.json`` file.
-            arrays: named as `read_arrays` returns them.
-
-        Raises:
-            TeacherError: damaged, an operator that is not known here (named), or an array that is missing.
-        """
+        """Read the symbol and bind its arrays, named as :func:`.arrays.read_arrays` returns them."""
         super().__init__()
         nodes, head = _nodes(read_bytes(path, _LARGEST_SYMBOL), path)
         self._path = path
@@ -383,14 +375,7 @@ class SymbolGraph(nn.Module):
         self.arrays[name] = tensor
 
     def check(self, size: int) -> None:
-        """Follow the shapes of one image through the graph, without computing or allocating anything.
-
-        Args:
-            size: height and width of the image.
-
-        Raises:
-            TeacherError: shapes do not fit, or an activation is larger than any face network's.
-        """
+        """Follow the shapes of one image through the graph, without computing or allocating anything."""
         weights = {number: torch.empty_like(self._weight(number), device="meta") for number in self._weights}
 
         def watched(node: _Node, operation: Operation, inputs: list[Tensor]) -> Tensor:
@@ -434,13 +419,6 @@ class SymbolGraph(nn.Module):
         return values[self._output]
 
     def forward(self, images: Tensor) -> Tensor:
-        """Embed prepared images.
-
-        Args:
-            images: (B, 3, S, S), as the graph's ``data``.
-
-        Returns:
-            (B, D), or whatever shape the embedding's node has.
-        """
+        """Embed prepared images (B, 3, S, S): (B, D), or whatever shape the embedding's node has."""
         weights = {number: self._weight(number) for number in self._weights}
         return self._execute(images, weights, lambda node, operation, inputs: operation(*inputs))

@@ -38,12 +38,7 @@ _QUANTISATION_ENDINGS = ("_scale", "_zero_point")
 
 
 def messages(message: Any, kind: type) -> Iterator[Any]:
-    """Every message of one type inside a protobuf message, at any depth: subgraphs and functions included.
-
-    Args:
-        message: where to look.
-        kind: the type; ``object`` for all of them.
-    """
+    """Every message of one type inside a protobuf message, at any depth: subgraphs and functions included."""
     pending = [message]
     while pending:
         current = pending.pop()
@@ -55,11 +50,7 @@ def messages(message: Any, kind: type) -> Iterator[Any]:
 
 
 def dimensions(value: Any) -> list[int | None]:
-    """The shape that a value's description declares, None where a dimension is open; empty where all are.
-
-    Args:
-        value: a ``ValueInfoProto``.
-    """
+    """The shape that a value's description declares, None where a dimension is open; empty where all are."""
     return [
         dimension.dim_value if dimension.HasField("dim_value") and dimension.dim_value > 0 else None
         for dimension in value.type.tensor_type.shape.dim
@@ -67,11 +58,7 @@ def dimensions(value: Any) -> list[int | None]:
 
 
 def constants(model: Any) -> dict[str, Any]:
-    """The tensors that a graph holds by name: its initializers, and what its ``Constant`` nodes give.
-
-    Args:
-        model: a ``ModelProto``.
-    """
+    """The tensors that a graph holds by name: its initializers, and what its ``Constant`` nodes give."""
     found = {tensor.name: tensor for tensor in model.graph.initializer}
     for node in model.graph.node:
         if node.op_type == "Constant" and len(node.attribute) == 1 and node.attribute[0].name == "value":
@@ -80,21 +67,13 @@ def constants(model: Any) -> dict[str, Any]:
 
 
 def inputs(model: Any) -> list[Any]:
-    """The inputs of a graph that are no weights.
-
-    Args:
-        model: a ``ModelProto``; before IR version 4 weights are listed as inputs too.
-    """
+    """The inputs of a graph that are no weights, which are listed as inputs too before IR version 4."""
     weights = {tensor.name for tensor in model.graph.initializer}
     return [value for value in model.graph.input if value.name not in weights]
 
 
 def drop_weights_from_inputs(model: Any) -> None:
-    """Take weights out of the inputs: they could be overridden at run time, so onnxruntime would not fold them.
-
-    Args:
-        model: a ``ModelProto``, changed in place.
-    """
+    """Take weights out of the inputs: they could be overridden, so onnxruntime would not fold them."""
     images = inputs(model)
     if len(images) != len(model.graph.input):
         del model.graph.input[:]
@@ -103,13 +82,9 @@ def drop_weights_from_inputs(model: Any) -> None:
 
 
 def row_width(shape: "list[int | None] | None") -> int | None:
-    """How many numbers a value has for each image, where all of them lie along one axis.
+    """How many numbers a value has for each image, where all lie along one axis: (N, D), (N, 1, D), ...
 
-    Args:
-        shape: of the value; axes of length 1 count for nothing: (N, D), (N, 1, D), (N, D, 1, 1).
-
-    Returns:
-        D; 0 where the value is no row of numbers, None where its shape does not tell.
+    0 where the value is no row of numbers, None where its shape does not tell.
     """
     if not shape or None in shape[1:]:
         return None
@@ -124,20 +99,10 @@ def _told(shape: "list[int | None] | None") -> str:
 
 
 def choose_output(model: Any, shapes: Shapes, wanted: str | None, path: Path) -> str | None:
-    """Leave a graph the output that is the embedding, and no node, weight or input that is not needed for it.
+    """Leave a graph the output that is the embedding, and nothing that is not needed for it.
 
-    Args:
-        model: a ``ModelProto``, changed in place.
-        shapes: of the graph's values.
-        wanted: name of an output or of any other value of the graph; None takes the only output, the only one that is
-            a row of more than one number, or the only such row whose length is a multiple of 16.
-        path: the file, for messages.
-
-    Returns:
-        The output in words, where there was a choice.
-
-    Raises:
-        TeacherError: no such value, or several that may be the embedding.
+    ``wanted`` None takes the only output, the only one that is a row of more than one number, or the only such row
+    whose length is a multiple of 16. The output in words is returned, where there was a choice.
     """
     names = [value.name for value in model.graph.output]
     listed = ", ".join(f"{name} ({_told(shapes.get(name))})" for name in names)
@@ -159,12 +124,7 @@ def choose_output(model: Any, shapes: Shapes, wanted: str | None, path: Path) ->
 
 
 def keep_only(model: Any, outputs: Sequence[str]) -> None:
-    """Give a graph other outputs, and leave it what they are made of.
-
-    Args:
-        model: a ``ModelProto``, changed in place.
-        outputs: names of values of the graph.
-    """
+    """Give a graph other outputs, and leave it what they are made of."""
     import onnx
 
     described = {value.name: value for value in (*model.graph.value_info, *model.graph.output)}
@@ -187,18 +147,7 @@ def keep_only(model: Any, outputs: Sequence[str]) -> None:
 
 
 def image_input(model: Any, path: Path) -> Any:
-    """The one input of a graph, with channels first: a transposition is put behind one that has them last.
-
-    Args:
-        model: a ``ModelProto``, changed in place.
-        path: the file, for messages.
-
-    Returns:
-        Its ``ValueInfoProto``.
-
-    Raises:
-        TeacherError: another number of inputs, or one that is no square colour image.
-    """
+    """The one input of a graph, with channels first: a transposition is put behind one that has them last."""
     found = inputs(model)
     if len(found) != 1:
         raise TeacherError(
@@ -257,10 +206,6 @@ def modernise(model: Any, shapes: Shapes) -> None:
 
     MXNet's exporter says ``spatial=0`` of batch norms that have a scale a channel, and gives PReLU a vector of slopes
     that cannot be broadcast; both mean what they mean in MXNet: one number a channel.
-
-    Args:
-        model: a ``ModelProto``, changed in place.
-        shapes: of the graph's values.
     """
     held = constants(model)
     for node in model.graph.node:
@@ -280,9 +225,6 @@ def raise_opset(model: Any) -> None:
 
     There nothing says any more that it is not training. Arithmetic that names its axis is left for onnxruntime to
     refuse.
-
-    Args:
-        model: a ``ModelProto``, changed in place.
     """
     sets = [entry for entry in model.opset_import if entry.domain in OWN_DOMAIN]
     if not sets or max(entry.version for entry in sets) not in (5, 6):
@@ -299,11 +241,7 @@ def _rank(held: Mapping[str, Any], names: Iterable[str]) -> int | None:
 
 
 def parameter_count(model: Any) -> int:
-    """Number of a graph's weights: floating-point and quantised ones, without the scales that belong to the latter.
-
-    Args:
-        model: a ``ModelProto``.
-    """
+    """Number of a graph's weights: floating-point and quantised ones, without the latter's scales."""
     import onnx
 
     kinds = onnx.TensorProto

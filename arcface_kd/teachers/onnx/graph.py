@@ -224,16 +224,7 @@ def _shapes(model: Any, path: Path) -> Shapes:
 def read_graph(path: Path, output: str | None = None) -> OnnxGraph:
     """Read an ONNX file, bring it into one form, and flush weights below 1e-20 in magnitude to zero.
 
-    Args:
-        path: the file.
-        output: name of the value that is the embedding, where it is not the only output.
-
-    Returns:
-        The graph, its batch size as declared.
-
-    Raises:
-        TeacherError: damaged, of another kind than one image in and one embedding out, keeping data outside its folder,
-            or asking for more than a face network does.
+    ``output`` names the value that is the embedding, where it is not the only output. The batch size stays as declared.
     """
     from onnx import inliner
 
@@ -304,13 +295,8 @@ def free_batch(graph: OnnxGraph) -> OnnxGraph:
     The input and the output get a symbolic first dimension, and every ``Reshape`` of something computed from the image
     whose constant shape begins with the declared batch size begins with 0 instead, which copies the first dimension.
     That is right wherever the first dimension is the batch, as in every exported face network known; it is proved by
-    nothing here, so whoever uses the result compares a batch with its images one by one.
-
-    Args:
-        graph: the graph as read.
-
-    Returns:
-        The freed graph; the very same object when there was nothing to free.
+    nothing here, so whoever uses the result compares a batch with its images one by one. A graph that had nothing to
+    free is returned itself.
     """
     import onnx
     from onnx import numpy_helper

@@ -93,11 +93,7 @@ class InputNormalisation:
         )
 
     def preprocessing(self, size: int) -> Preprocessing:
-        """The input with which preparation and graph together are what the network was trained with.
-
-        Args:
-            size: height and width of the input.
-        """
+        """The input with which preparation and graph are what the network was trained with."""
         name = self.input_range
         mean, std = _RANGES[name or _DEFAULT]
         means = self._overall(name)[0] if name is not None else [0.0] * 3
@@ -128,12 +124,7 @@ def _in_words(values: Iterable[float]) -> str:
 def find_normalisation(graph: OnnxGraph, size: int) -> InputNormalisation | None:
     """Find out what a graph does to its image before the first layer.
 
-    Args:
-        graph: the graph.
-        size: height and width of the image.
-
-    Returns:
-        The normalisation; None where there is none, or none that is the same for every pixel.
+    None where it does nothing, or not the same for every pixel.
     """
     import onnx
 

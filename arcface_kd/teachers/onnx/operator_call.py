@@ -38,11 +38,7 @@ class Call:
 
 
 def registering(table: dict[str, Operator]) -> Callable[..., Callable[[Operator], Operator]]:
-    """A decorator that puts functions into a table under their operators' names.
-
-    Args:
-        table: the operators by name.
-    """
+    """A decorator that puts functions into a table under their operators' names."""
 
     def operator(*names: str) -> Callable[[Operator], Operator]:
         def register(function: Operator) -> Operator:
@@ -55,20 +51,11 @@ def registering(table: dict[str, Operator]) -> Callable[..., Callable[[Operator]
 
 
 def numbers(values: Tensor | Sequence[int]) -> list[int]:
-    """Whole numbers out of an attribute or an input.
-
-    Args:
-        values: as the graph has them; a tensor is read on the CPU.
-    """
+    """Whole numbers out of an attribute or an input."""
     return [int(value) for value in (values.tolist() if isinstance(values, Tensor) else values)]
 
 
 def axes_of(call: Call, given: Tensor | None) -> list[int] | None:
-    """Axes as an input, as later opsets have them, or as an attribute.
-
-    Args:
-        call: the node.
-        given: the input, where the node has one.
-    """
+    """Axes as an input, as later opsets have them, or as an attribute."""
     axes = given if given is not None else call.get("axes", None)
     return None if axes is None else numbers(axes)

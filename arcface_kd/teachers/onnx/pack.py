@@ -21,11 +21,7 @@ _OTHER_SIZES = (192,)
 
 
 def pack_files(folder: Path) -> list[Path]:
-    """ONNX files of a pack in InsightFace's order; antelopev2's archive has a folder of its own name inside.
-
-    Args:
-        folder: the pack's folder.
-    """
+    """ONNX files of a pack in InsightFace's order; antelopev2's archive has a folder of its own name inside."""
     files = sorted(folder.glob("*.onnx"))
     return files or sorted((folder / folder.name).glob("*.onnx"))
 
@@ -33,14 +29,7 @@ def pack_files(folder: Path) -> list[Path]:
 def from_manifest(folder: Path) -> tuple[Path, Preprocessing] | None:
     """The recognition network of a pack with a manifest, read and verified by the insightface package.
 
-    Args:
-        folder: the pack's folder.
-
-    Returns:
-        The file and its preprocessing; None where there is no manifest, or no package to read it.
-
-    Raises:
-        TeacherError: the manifest is damaged, or the file is not the one that it names.
+    None where there is no manifest, or no package to read it.
     """
     if not (folder / "manifest.json").is_file():
         return None
@@ -66,16 +55,6 @@ def recognition_network(folder: Path, output: str | None) -> tuple[Path, OnnxGra
 
     That is a row of numbers whose count is a multiple of 16, of a square colour image: landmarks, attributes, liveness
     and expressions come in other counts, and detectors and restorers put out no row.
-
-    Args:
-        folder: with ONNX files.
-        output: the value that is the embedding, where it is not a file's only output.
-
-    Returns:
-        The file and its graph.
-
-    Raises:
-        TeacherError: no such network, or several; what each file is.
     """
     found: dict[Path, OnnxGraph] = {}
     others: dict[Path, str] = {}
@@ -113,23 +92,12 @@ def recognition_network(folder: Path, output: str | None) -> tuple[Path, OnnxGra
 
 
 def is_pack(source: object) -> bool:
-    """Whether a source is ``insightface:NAME``.
-
-    Args:
-        source: anything.
-    """
+    """Whether a source is ``insightface:NAME``."""
     return isinstance(source, str) and source.startswith(PREFIX) and not os.path.exists(source)
 
 
 def pack_folder(name: str) -> Path:
-    """The folder of a pack under ``~/.insightface/models``; the insightface package downloads it when it is missing.
-
-    Args:
-        name: of the pack, without ``insightface:``.
-
-    Raises:
-        TeacherError: no pack can have such a name, or it cannot be downloaded.
-    """
+    """The folder of a pack below ``~/.insightface/models``; insightface downloads it when it is missing."""
     if not _PACK_NAME.fullmatch(name) or ".." in name:
         raise TeacherError(f"teacher {PREFIX}{name}: wanted the name of a pack, such as insightface:buffalo_l")
     folder = Path("~/.insightface/models").expanduser() / name

@@ -51,14 +51,7 @@ class OnnxNetwork(nn.Module):
     """
 
     def __init__(self, graph: OnnxGraph) -> None:
-        """Build the session.
-
-        Args:
-            graph: the graph to run; with a fixed batch size, images are run in portions of it.
-
-        Raises:
-            TeacherError: onnxruntime cannot run the graph.
-        """
+        """Build the session; with a fixed batch size, images are run in portions of it."""
         super().__init__()
         self.graph = graph
         self._asked = _CPU
@@ -104,14 +97,7 @@ class OnnxNetwork(nn.Module):
         return self
 
     def forward(self, images: Tensor) -> Tensor:
-        """Run the graph.
-
-        Args:
-            images: (B, 3, S, S), prepared.
-
-        Returns:
-            (B, D) float32 on the CPU, or whatever the graph makes of images.
-        """
+        """Run the graph on prepared images: (B, D) float32 on the CPU, or whatever it makes of them."""
         if images.device.type == "cuda" or self._session is None:
             self._follow(images.device)
         if self._input_type == torch.uint8:
@@ -167,16 +153,8 @@ def _agrees(network: OnnxNetwork, wanted: Preprocessing) -> bool:
 def any_batch(graph: OnnxGraph, wanted: Preprocessing) -> OnnxNetwork:
     """A session that takes batches of any size and embeds each image as it would alone.
 
-    Args:
-        graph: the graph as read.
-        wanted: how it wants its images.
-
-    Returns:
-        The graph freed from its batch size where that is proved on test images, else the graph itself run in portions
-        of the batch size it declares (one image at a time where it declares none).
-
-    Raises:
-        TeacherError: onnxruntime cannot run the graph.
+    The graph is freed from its batch size where that is proved on test images, else run in portions of the batch size
+    it declares (one image at a time where it declares none).
     """
     freed = free_batch(graph)
     try:

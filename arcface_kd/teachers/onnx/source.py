@@ -88,16 +88,7 @@ class OnnxSource:
 
     @staticmethod
     def load(source: str | os.PathLike[str], options: TeacherOptions) -> Teacher:
-        """Load the graph, free its batch size, flush its denormal weights.
-
-        Args:
-            source: a file, a folder, or ``insightface:NAME``, which may download.
-            options: ``network`` has no meaning here; ``precision`` below ``fp32`` is for graphs that torch can run.
-
-        Raises:
-            TeacherError: damaged, hostile, or no recognition network.
-            ConfigError: an option without meaning.
-        """
+        """Load the graph, free its batch size, flush its denormal weights; ``insightface:NAME`` may download."""
         options.refuse("network", "an ONNX file holds its own network")
         path = pack_folder(str(source)[len(PREFIX) :]) if is_pack(source) else local_path(source)
         assert path is not None

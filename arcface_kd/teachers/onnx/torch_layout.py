@@ -20,14 +20,7 @@ ONE_BY_ONE = 8
 
 
 def pad_by(x: Tensor, before: Sequence[int], behind: Sequence[int], value: float = 0.0) -> Tensor:
-    """Pad the last dimensions by a number.
-
-    Args:
-        x: of any shape.
-        before: how much is put before each of the last dimensions.
-        behind: how much behind each.
-        value: the number.
-    """
+    """Pad the last dimensions by a number: so much before each of them, so much behind."""
     pairs = [(a, b) for a, b in zip(before, behind, strict=True)]
     return functional.pad(x, list(itertools.chain.from_iterable(reversed(pairs))), value=value)
 

@@ -113,32 +113,11 @@ class TorchGraph(nn.Module):
             raise TeacherError(f"no node of the ONNX graph returns its output {self.graph.output_name!r}")
 
     def forward(self, images: Tensor) -> Tensor:
-        """Run the graph.
-
-        Args:
-            images: (B, 3, S, S), prepared as the graph wants them.
-
-        Returns:
-            What the graph returns: (B, D) or (B, D, 1, 1).
-
-        Raises:
-            TeacherError: images that the graph does not take.
-        """
+        """Run the graph on prepared images (B, 3, S, S): (B, D) or (B, D, 1, 1)."""
         return self.run({self.graph.input_name: images}, [self.graph.output_name])[0]
 
     def run(self, given: Mapping[str, Tensor], wanted: Sequence[str]) -> list[Tensor]:
-        """Compute some of the graph's values from others.
-
-        Args:
-            given: values by name: the input's, or those of activations.
-            wanted: names of the values to compute.
-
-        Returns:
-            The values, in the order of ``wanted``.
-
-        Raises:
-            TeacherError: a value that does not follow from those given, or an operator that refuses its inputs.
-        """
+        """Compute some of the graph's values from others: the input's, or those of activations."""
         nodes, last = self._plan(frozenset(given), tuple(wanted))
         weights = {name: getattr(self.weights, place) for name, place in self._places.items()}
         first = next(iter(given.values()))
@@ -231,18 +210,7 @@ class TorchGraph(nn.Module):
         return node.operator == "Shape" and node.inputs[0] == self.graph.input_name
 
     def behind(self, name: str, activation: Tensor) -> Tensor:
-        """Run what lies behind an activation.
-
-        Args:
-            name: of the activation, one of :meth:`bottlenecks`.
-            activation: (B, ...) in its place.
-
-        Returns:
-            What the graph returns.
-
-        Raises:
-            TeacherError: something leads around the activation, or it is of another shape.
-        """
+        """Run what lies behind an activation (B, ...), one of :meth:`bottlenecks`."""
         return self.run({name: activation}, [self.graph.output_name])[0]
 
     def serialised(self) -> bytes:
