@@ -55,6 +55,21 @@ def add_commands(commands: Commands) -> None:
     pairs.add_argument("--pairs", type=int, default=6000, metavar="N", help="at most so many (default: 6000)")
     pairs.add_argument("--seed", type=int, default=0, help="decides which ones (default: 0)")
 
+    align = data.add(
+        "align",
+        _align,
+        "cut the faces out of photographs, 112x112, by the five points of a detector that you have",
+        "arcface-kd data align photographs/ aligned_faces/ --detector face_detection_yunet_2023mar.onnx",
+    )
+    align.add_argument("folder", type=Path, help="photographs, in folders of any depth")
+    align.add_argument("out", type=Path, help="folder for the faces, in the same folders; not_found.txt lists the rest")
+    align.add_argument(
+        "--detector", type=Path, required=True, help="YuNet's file, or a pack's detection network such as det_10g.onnx"
+    )
+    align.add_argument(
+        "--which", choices=("largest", "central"), default="largest", help="of several faces (default: largest)"
+    )
+
 
 def _pack(arguments: argparse.Namespace) -> None:
     from arcface_kd.data.pack import pack_folder
@@ -82,3 +97,10 @@ def _pairs(arguments: argparse.Namespace) -> None:
     print(
         f"{arguments.out}: {write_pairs(arguments.folder, arguments.out, pairs=arguments.pairs, seed=arguments.seed)}"
     )
+
+
+def _align(arguments: argparse.Namespace) -> None:
+    from arcface_kd.data.align_folder import align_folder
+    from arcface_kd.data.face_detector import open_detector
+
+    print(align_folder(arguments.folder, arguments.out, open_detector(arguments.detector), which=arguments.which))

@@ -138,6 +138,26 @@ def list_identities(root: str | os.PathLike[str], *, follow_links: bool = False)
     return identities
 
 
+def list_images(root: str | os.PathLike[str]) -> list[str]:
+    """List the images below a folder, at any depth; symbolic links are followed.
+
+    Args:
+        root: the folder.
+
+    Returns:
+        Their paths, by folder and name; hidden and system files are passed over, and a warning counts what was.
+
+    Raises:
+        DataError: no such folder, or no image in it.
+    """
+    listing = _Listing(follow_links=True)
+    found = [os.path.join(folder, name) for folder, name in sorted(listing.images(os.fspath(root)))]
+    _warn(root, listing, 0, [], 0)
+    if not found:
+        raise DataError(f"{root} holds no image ({', '.join(IMAGE_SUFFIXES)})")
+    return found
+
+
 def _some(paths: list[str]) -> str:
     more = f" and {len(paths) - _SHOWN} more" if len(paths) > _SHOWN else ""
     return ", ".join(paths[:_SHOWN]) + more
