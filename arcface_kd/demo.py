@@ -30,7 +30,8 @@ from arcface_kd.evaluation.report.comparison import (
 )
 from arcface_kd.evaluation.report.page import write_report
 from arcface_kd.evaluation.report.pictures import require_matplotlib
-from arcface_kd.evaluation.scoring import Score, aligned, heading
+from arcface_kd.evaluation.score_table import aligned, heading
+from arcface_kd.evaluation.scoring import Score
 from arcface_kd.system.device import default_device
 from arcface_kd.system.files import atomic_write
 from arcface_kd.teachers.base import Teacher, load_teacher

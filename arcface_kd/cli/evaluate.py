@@ -27,8 +27,12 @@ def add_commands(commands: Commands) -> None:
     )
     compare.add_argument("runs", metavar="RUN", nargs="+", help="a run's output folder, of the host or of `train`")
     compare.add_argument(
-        "--data", metavar="DIR", type=Path, help="folder with verification sets, *.bin (default: the runs' own `rec`)"
+        "--data",
+        metavar="DIR",
+        nargs="+",
+        help="folders with verification sets, IJB or TinyFace, as for eval (default: the runs' own `rec`)",
     )
+    _add_ways_to_judge(compare)
     compare.add_argument(
         "--out", metavar="FOLDER", type=Path, default=Path("report"), help="folder for the report (default: report)"
     )
@@ -54,7 +58,7 @@ def _add_eval(commands: Commands) -> None:
     judge = commands.add(
         "eval",
         _eval,
-        "judge models on verification sets and IJB: accuracy, TAR at FAR, EER, AUC, identification",
+        "judge models on verification sets, IJB and TinyFace: accuracy, TAR at FAR, identification, latency, size",
         "arcface-kd eval work_dirs/mbf_adadistill student.onnx --data faces_emore IJB_release/IJBC --out results.json",
     )
     judge.add_argument(
@@ -67,9 +71,11 @@ def _add_eval(commands: Commands) -> None:
         "--data",
         metavar="DIR",
         nargs="+",
-        required=True,
-        help="folders with verification sets (*.bin), one such file, or IJB-B or IJB-C with meta/ and loose_crop/",
+        default=[],
+        help="folders with verification sets (*.bin), one such file, IJB-B or IJB-C with meta/ and loose_crop/, or "
+        "TinyFace with Probe/, Gallery_Match/ and Gallery_Distractor/",
     )
+    _add_ways_to_judge(judge)
     add_teacher_options(
         judge,
         "how the input of models that are no run folders is prepared, such as teacher.channels=bgr, and a network of "
@@ -77,6 +83,46 @@ def _add_eval(commands: Commands) -> None:
     )
     judge.add_argument("--out", metavar="FILE", type=Path, help="write the numbers as JSON, one object a row")
     judge.add_argument("--batch-size", type=int, default=128, help="images a forward pass (default: 128)")
+
+
+def _add_ways_to_judge(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--low-res",
+        metavar="PX,PX",
+        default="",
+        help="judge verification sets besides with one image of each pair downscaled to so many pixels, and with both: "
+        "14,28,56",
+    )
+    parser.add_argument(
+        "--groups",
+        metavar="NAME=FILE,FILE",
+        nargs="+",
+        action="extend",
+        default=[],
+        help="verification sets whose mean accuracy, deviation and worst over best error are told: RFW=a.bin,b.bin",
+    )
+    parser.add_argument(
+        "--gallery-model",
+        metavar="MODEL",
+        help="judge each model's probes besides against galleries that this one has embedded, such as its teacher",
+    )
+
+
+def _low_res_of(arguments: argparse.Namespace) -> list[int]:
+    words = [word for word in arguments.low_res.split(",") if word]
+    if not all(word.isdecimal() and 1 <= int(word) < 112 for word in words):
+        raise ConfigError(f"--low-res {arguments.low_res!r}: wanted numbers of pixels below 112, such as 14,28,56")
+    return [int(word) for word in words]
+
+
+def _groups_of(arguments: argparse.Namespace) -> dict[str, list[Path]]:
+    groups = {}
+    for word in arguments.groups:
+        name, _, files = word.partition("=")
+        groups[name] = [Path(file) for file in files.split(",") if file]
+        if len(groups[name]) < 2:
+            raise ConfigError(f"--groups {word!r}: wanted NAME=FILE,FILE with two verification sets at least")
+    return groups
 
 
 def _add_export(commands: Commands) -> None:
@@ -113,28 +159,46 @@ def _compare(arguments: argparse.Namespace) -> None:
     from arcface_kd.evaluation.report.comparison import (
         compare,
         data_of,
+        file_contestant,
         read_runs,
         run_contestant,
         teacher_contestant,
-        verification_files,
     )
     from arcface_kd.evaluation.report.page import write_report
     from arcface_kd.evaluation.report.pictures import require_matplotlib
+    from arcface_kd.evaluation.scoring import find_files
     from arcface_kd.system.device import default_device
     from arcface_kd.teachers.base import load_teacher
 
     require_matplotlib()
     options = teacher_options_of(arguments)
-    if arguments.kd_teacher is None and options:
+    if arguments.kd_teacher is None and arguments.gallery_model is None and options:
         raise ConfigError("teacher options were given without a teacher; add --kd-teacher FILE")
-    runs = read_runs(arguments.runs)
-    files = verification_files(arguments.data if arguments.data is not None else data_of(runs))
+    exported = [name for name in arguments.runs if name.lower().endswith(".onnx")]
+    runs = read_runs([name for name in arguments.runs if name not in exported])
+    files, others = find_files(arguments.data or [data_of(runs)])
+    groups = _groups_of(arguments)
     device = default_device()
     models = [run_contestant(run, device, arguments.network) for run in runs]
+    models += [file_contestant(file, load_teacher(file, {"precision": "fp32"}, device=device)) for file in exported]
+    teachers = {
+        source: load_teacher(source, {"precision": "fp32", **(options or {})}, device=device)
+        for source in dict.fromkeys((arguments.kd_teacher, arguments.gallery_model))
+        if source is not None
+    }
     if arguments.kd_teacher is not None:
-        teacher = load_teacher(arguments.kd_teacher, {"precision": "fp32", **(options or {})}, device=device)
-        models.append(teacher_contestant(arguments.kd_teacher, teacher))
-    compared = compare(models, files, device, progress=True)
+        models.append(teacher_contestant(arguments.kd_teacher, teachers[arguments.kd_teacher]))
+    gallery = arguments.gallery_model
+    compared = compare(
+        models,
+        [*files, *(file for group in groups.values() for file in group)],
+        device,
+        others=others,
+        low_res=_low_res_of(arguments),
+        groups=groups,
+        gallery=None if gallery is None else (Path(gallery).name, teachers[gallery]),
+        progress=True,
+    )
     for path in write_report(compared, arguments.out, faces=not arguments.no_faces):
         print(path)
 
@@ -142,8 +206,19 @@ def _compare(arguments: argparse.Namespace) -> None:
 def _eval(arguments: argparse.Namespace) -> None:
     from arcface_kd.evaluation.scoring import run_eval
 
-    options = teacher_options_of(arguments)
-    run_eval(arguments.models, arguments.data, options, out=arguments.out, batch_size=arguments.batch_size)
+    groups = _groups_of(arguments)
+    if not arguments.data and not groups:
+        raise ConfigError("nothing to judge on; add --data DIR or --groups NAME=FILE,FILE")
+    run_eval(
+        arguments.models,
+        arguments.data,
+        teacher_options_of(arguments),
+        out=arguments.out,
+        batch_size=arguments.batch_size,
+        low_res=_low_res_of(arguments),
+        groups=groups,
+        gallery=arguments.gallery_model,
+    )
 
 
 def _export(arguments: argparse.Namespace) -> None:

@@ -1,9 +1,11 @@
 """Embed images for verification: the embeddings of an image and its mirror image, summed and L2-normalised."""
 
-from collections.abc import Iterator
+import os
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from itertools import chain
-from typing import Any, cast
+from typing import Any, Protocol, cast
 
 import numpy as np
 import torch
@@ -12,6 +14,26 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from arcface_kd.errors import DataError
+
+_MOST_READERS = 8
+
+
+class FaceFiles(Protocol):
+    """Faces that are read one by one, since all of them would not fit the memory."""
+
+    @property
+    def name(self) -> str:
+        """What to call them."""
+        ...
+
+    @property
+    def files(self) -> Sequence[str]:
+        """The names of the N files."""
+        ...
+
+    def face(self, number: int) -> NDArray[Any]:
+        """uint8 (3, 112, 112), RGB, of one of them."""
+        ...
 
 
 def normalize(embeddings: NDArray[Any]) -> NDArray[Any]:
@@ -135,3 +157,63 @@ def embed(
             bar.update(stop - start)
     assert sums is not None
     return normalize(sums).astype(dtype, copy=False)
+
+
+def _batches(faces: FaceFiles, batch_size: int) -> Iterator[Tensor]:
+    """All faces in their order, uint8 (B, 3, 112, 112); the next batch is read while one is in use."""
+    with ThreadPoolExecutor(min(_MOST_READERS, os.cpu_count() or 1)) as readers:
+
+        def read(start: int) -> list[Future[NDArray[Any]]]:
+            numbers = range(start, min(start + batch_size, len(faces.files)))
+            return [readers.submit(faces.face, number) for number in numbers]
+
+        ahead = read(0)
+        for start in range(0, len(faces.files), batch_size):
+            now, ahead = ahead, read(start + batch_size)
+            yield torch.from_numpy(np.stack([face.result() for face in now]))
+
+
+def embed_files(
+    model: nn.Module,
+    faces: FaceFiles,
+    *,
+    flip: bool = True,
+    batch_size: int = 128,
+    device: torch.device | str | None = None,
+    progress: bool = False,
+) -> Iterator[NDArray[Any]]:
+    """Read and embed faces batch by batch.
+
+    Args:
+        model: (B, 3, 112, 112) float32 RGB images in [-1, 1] to (B, D) embeddings.
+        faces: what to read.
+        flip: add the embedding of the mirrored image.
+        batch_size: faces a forward pass, at least 1.
+        device: where the batches go, ``None`` for where the model's parameters are.
+        progress: show a bar, on a terminal only.
+
+    Yields:
+        (B, D) float64, not normalised.
+
+    Raises:
+        DataError: a face that cannot be read, an embedding that is not finite, a batch size below 1.
+    """
+    if batch_size < 1:
+        raise DataError(f"batch size {batch_size}: wanted at least 1")
+    where = None if device is None else torch.device(device)
+    with (
+        evaluating(model),
+        tqdm(
+            total=len(faces.files), unit="face", desc=faces.name, disable=None if progress else True, dynamic_ncols=True
+        ) as bar,
+    ):
+        for batch in _batches(faces, batch_size):
+            embeddings = sum_of_views(model, batch, flip=flip, device=where).numpy()
+            bad = np.flatnonzero(~np.isfinite(embeddings).all(axis=1))
+            if len(bad):
+                raise DataError(
+                    f"face {bar.n + bad[0]} is embedded as NaN or infinite: look for a diverged training or an "
+                    "overflow in half precision"
+                )
+            yield embeddings
+            bar.update(len(batch))

@@ -12,7 +12,7 @@ from arcface_kd.evaluation.roc import tar_at_far
 
 RANKS = (1, 5, 10)
 FPIR_LEVELS = (1e-1, 1e-2, 1e-3)
-_PROBES_IN_MEMORY = 1024
+_COSINES_IN_MEMORY = 1 << 23
 
 
 @dataclass(frozen=True, eq=False)
@@ -20,9 +20,9 @@ class Search:
     """What all probes found in one gallery.
 
     Attributes:
-        mate_ranks: int64 (M,), for each probe whose person is enrolled: how many entries are as like the probe as that
-            person's or more so, the person's own included. 1 is a hit; ties count against the model.
-        mate_scores: float64 (M,), the cosine with that entry.
+        mate_ranks: int64 (M,), for each probe whose person is enrolled: 1, and 1 for each entry of another person that
+            is as like the probe as the person's best or more so. 1 is a hit; ties count against the model.
+        mate_scores: float64 (M,), the cosine with that best entry.
         stranger_scores: float64 (S,), for each probe whose person is not enrolled: its largest cosine.
     """
 
@@ -58,36 +58,33 @@ def search(
     """Compare each probe with each entry of a gallery.
 
     Args:
-        probes: (Q, D) float64, L2-normalised.
+        probes: (Q, D), L2-normalised.
         probe_subjects: int64 (Q,).
-        gallery: (G, D) float64, L2-normalised, G >= 1.
-        gallery_subjects: int64 (G,), each person once.
+        gallery: (G, D), L2-normalised, G >= 1.
+        gallery_subjects: int64 (G,); a person may have several entries.
 
     Returns:
         Ranks and scores.
 
     Raises:
-        DataError: shapes that do not fit, an empty gallery, a person enrolled twice.
+        DataError: shapes that do not fit, or an empty gallery.
     """
     if len(probes) != len(probe_subjects) or len(gallery) != len(gallery_subjects) or not len(gallery):
         raise DataError(
             f"{len(probes)} probes of {len(probe_subjects)} persons against {len(gallery)} entries of "
             f"{len(gallery_subjects)}: wanted one person each, and an entry at least"
         )
-    subjects, entries = np.unique(gallery_subjects, return_index=True)
-    if len(subjects) < len(gallery):
-        raise DataError(f"a gallery of {len(gallery)} entries and {len(subjects)} persons: wanted each person once")
-    place = np.searchsorted(subjects, probe_subjects).clip(max=len(subjects) - 1)
-    enrolled = subjects[place] == probe_subjects
-    mates = entries[place]
+    enrolled = np.isin(probe_subjects, gallery_subjects)
     ranks = np.zeros(len(probes), dtype=np.int64)
     scores = np.empty(len(probes))
-    for start in range(0, len(probes), _PROBES_IN_MEMORY):
-        block = slice(start, start + _PROBES_IN_MEMORY)
+    together = max(1, _COSINES_IN_MEMORY // len(gallery))
+    for start in range(0, len(probes), together):
+        block = slice(start, start + together)
         cosines = probes[block] @ gallery.T
-        mate = cosines[np.arange(len(cosines)), mates[block]]
-        ranks[block] = (cosines >= mate[:, None]).sum(axis=1)
-        scores[block] = np.where(enrolled[block], mate, cosines.max(axis=1))
+        mates = probe_subjects[block, None] == gallery_subjects
+        best = np.where(mates, cosines, -np.inf).max(axis=1)
+        ranks[block] = 1 + ((cosines >= best[:, None]) & ~mates).sum(axis=1)
+        scores[block] = np.where(enrolled[block], best, cosines.max(axis=1))
     return Search(ranks[enrolled], scores[enrolled], scores[~enrolled])
 
 

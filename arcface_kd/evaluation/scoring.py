@@ -1,32 +1,36 @@
-"""``arcface-kd eval``: any models on verification sets and IJB sets, as a table and as JSON."""
+"""``arcface-kd eval``: any models on verification sets, IJB and TinyFace, as a table and as JSON."""
 
 import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor, nn
 
 from arcface_kd.backbones import OWN
 from arcface_kd.data.formats.ijb import IJBSet, is_ijb, read_ijb
+from arcface_kd.data.formats.tinyface import TinyFaceSet, is_tinyface, read_tinyface
 from arcface_kd.data.formats.verification_bin import VerificationSet, decode, list_bins
 from arcface_kd.errors import ConfigError, DataError
-from arcface_kd.evaluation.embedding import embed
-from arcface_kd.evaluation.templates import evaluate_ijb
-from arcface_kd.evaluation.verification import read_pairs, verify
+from arcface_kd.evaluation.embedding import evaluating, sum_of_views
+from arcface_kd.evaluation.pair_views import embed_sizes, pair_views
+from arcface_kd.evaluation.report.cost import latency
+from arcface_kd.evaluation.score_table import table
+from arcface_kd.evaluation.templates import embed_templates, judge_templates
+from arcface_kd.evaluation.tinyface import embed_tinyface, judge_tinyface
+from arcface_kd.evaluation.verification import read_sets, verify
 from arcface_kd.system.device import default_device
 from arcface_kd.system.files import atomic_write, require_folder_of
-from arcface_kd.teachers.base import Teacher, load_teacher
-from arcface_kd.teachers.checkpoint import is_run_folder, own_network_in_log
-from arcface_kd.teachers.options import TeacherOptions
+from arcface_kd.teachers.base import Teacher, load_teacher, local_path
+from arcface_kd.teachers.checkpoint import backbone_file, is_run_folder, own_network_in_log
+from arcface_kd.teachers.options import Preprocessing, TeacherOptions
 
-_TITLES = {
-    "pairs": "verification of pairs, ten folds, in %",
-    "1:1": "verification of templates, in %",
-    "1:N": "identification of templates, in %",
-}
+Numbers = Mapping[str, int | float | None]
+TemplateSet = IJBSet | TinyFaceSet
 
 
 @dataclass(frozen=True)
@@ -35,17 +39,22 @@ class Score:
 
     Attributes:
         model: as it was named.
-        set: the verification set's name, or the IJB set's.
-        protocol: ``pairs`` for verification sets, ``1:1`` and ``1:N`` for IJB's.
+        set: the set's name, the group's, or ``one image`` for the cost.
+        protocol: ``pairs`` for verification sets, ``groups`` for several of them, ``1:1`` and ``1:N`` for IJB's,
+            ``tinyface``, and ``cost``.
         input: how the model's input was prepared.
         numbers: by name; shares in [0, 1], ``None`` where the set is too small to tell.
+        low_res: which side of the pairs was downscaled to what; empty for none.
+        gallery: the model that embedded the gallery; empty for the model itself.
     """
 
     model: str
     set: str
     protocol: str
     input: str
-    numbers: Mapping[str, int | float | None]
+    numbers: Numbers
+    low_res: str = ""
+    gallery: str = ""
 
     def as_row(self) -> dict[str, str | int | float | None]:
         """For ``json.dumps``."""
@@ -54,6 +63,8 @@ class Score:
             "model": self.model,
             "protocol": self.protocol,
             "input": self.input,
+            "low_res": self.low_res or None,
+            "gallery": self.gallery or None,
             **self.numbers,
         }
 
@@ -104,38 +115,80 @@ def _may_be(own: str, source: str) -> bool:
     return own_network_in_log(folder) == own or not (folder / "training.log").is_file()
 
 
-def find_sets(folders: Sequence[str | os.PathLike[str]]) -> list[VerificationSet | IJBSet]:
-    """Read all sets of some folders; of an IJB set only its lists.
+def find_files(folders: Sequence[str | os.PathLike[str]]) -> tuple[list[Path], list[TemplateSet]]:
+    """Find all sets of some folders.
 
     Args:
-        folders: with ``.bin`` files, or with ``meta`` and ``loose_crop`` as InsightFace lays IJB out; a ``.bin`` file
-            stands for itself.
+        folders: with ``.bin`` files, or as InsightFace lays IJB out (``meta``, ``loose_crop``), or TinyFace's
+            (``Probe``, ``Gallery_Match``, ``Gallery_Distractor``); a ``.bin`` file stands for itself.
 
     Returns:
-        The sets, in the order of the folders, those of a folder by name.
+        The verification sets' files, those of a folder by name, and the lists of the others.
+
+    Raises:
+        DataError: a folder without any, or lists that cannot be read.
+    """
+    files: list[Path] = []
+    others: list[TemplateSet] = []
+    for folder in map(Path, folders):
+        bins = [folder] if folder.is_file() else list_bins(folder)
+        found: list[TemplateSet] = [read_ijb(folder)] if is_ijb(folder) else []
+        found += [read_tinyface(folder)] if is_tinyface(folder) else []
+        if not bins and not found:
+            met = "holds no set" if folder.is_dir() else "is no folder"
+            raise DataError(
+                f"{folder} {met}; wanted verification sets (*.bin), IJB as InsightFace lays it out "
+                "(meta/*_face_tid_mid.txt, loose_crop/) or TinyFace (Probe/, Gallery_Match/, Gallery_Distractor/)"
+            )
+        files += bins
+        others += found
+    return files, others
+
+
+def find_sets(
+    folders: Sequence[str | os.PathLike[str]], groups: Mapping[str, Sequence[Path]] | None = None
+) -> list[VerificationSet | TemplateSet]:
+    """Read all sets of some folders; of IJB and TinyFace only the lists.
+
+    Args:
+        folders: see :func:`find_files`.
+        groups: files to read besides, by a group's name.
+
+    Returns:
+        The verification sets, and the others.
 
     Raises:
         DataError: a folder without any, a set that cannot be read, or one without ten pairs of both kinds.
     """
-    found: list[VerificationSet | IJBSet] = []
-    for folder in map(Path, folders):
-        bins = [folder] if folder.is_file() else list_bins(folder)
-        if not bins and not is_ijb(folder):
-            met = "holds no set" if folder.is_dir() else "is no folder"
-            raise DataError(
-                f"{folder} {met}; wanted verification sets (*.bin), or IJB as InsightFace lays it out "
-                "(meta/*_face_tid_mid.txt, loose_crop/)"
-            )
-        found += map(read_pairs, bins)
-        if is_ijb(folder):
-            found.append(read_ijb(folder))
-    return found
+    files, others = find_files(folders)
+    return [*read_sets([*files, *(file for group in (groups or {}).values() for file in group)]), *others]
+
+
+def _embedded(one: TemplateSet | Tensor, model: nn.Module, low_res: Sequence[int], settings: Mapping[str, Any]) -> Any:
+    """All that one model has to say about a set."""
+    if isinstance(one, IJBSet):
+        return embed_templates(model, one, **settings)
+    if isinstance(one, TinyFaceSet):
+        return embed_tinyface(model, one, **settings)
+    return embed_sizes(model, one, low_res, **settings)
+
+
+def _judged(one: VerificationSet | TemplateSet, own: Any, enrolled: Any) -> Iterator[tuple[str, str, Numbers]]:
+    """Low resolution, protocol and numbers of what :func:`_embedded` gave for a model and for the gallery's."""
+    if isinstance(one, IJBSet):
+        yield from (("", *row) for row in judge_templates(one, own, enrolled).as_rows().items())
+    elif isinstance(one, TinyFaceSet):
+        yield "", "tinyface", judge_tinyface(one, own, enrolled)
+    else:
+        yield from ((view, "pairs", verify(rows, one.is_same).as_row()) for view, rows in pair_views(own, enrolled))
 
 
 def score(
-    models: Mapping[str, Teacher],
-    sets: Sequence[VerificationSet | IJBSet],
+    models: Mapping[str, nn.Module],
+    sets: Sequence[VerificationSet | TemplateSet],
     *,
+    low_res: Sequence[int] = (),
+    gallery: tuple[str, nn.Module] | None = None,
     batch_size: int = 128,
     device: torch.device | None = None,
     progress: bool = False,
@@ -145,6 +198,9 @@ def score(
     Args:
         models: by name.
         sets: what to judge them on.
+        low_res: sides in pixels; each verification set is judged with one image of its pairs downscaled, and with both,
+            besides.
+        gallery: name and model; each of the others is judged with its probes against this one's gallery besides.
         batch_size: images a forward pass, at least 1.
         device: where the batches go; None for where a model's weights are.
         progress: show bars, on a terminal only.
@@ -154,90 +210,115 @@ def score(
 
     Raises:
         DataError: an image that cannot be read, a model that embeds NaN; the message names the model.
+        ConfigError: a gallery's model of another dimension.
     """
+    if gallery is not None:
+        require_one_dimension(models, gallery)
+    settings = {"batch_size": batch_size, "device": device, "progress": progress}
     for one in sets:
-        images = decode(one) if isinstance(one, VerificationSet) else None
-        for name, model in models.items():
+        images = decode(one) if isinstance(one, VerificationSet) else one
+        enrolled = None
+        others = models if gallery is None or gallery[0] in models else {gallery[0]: gallery[1], **models}
+        # The gallery's model first, since the others are held against it.
+        for name in sorted(others, key=lambda name: gallery is not None and name != gallery[0]):
+            model = others[name]
             try:
-                if isinstance(one, IJBSet):
-                    judged = evaluate_ijb(model, one, batch_size=batch_size, device=device, progress=progress)
-                    rows: Mapping[str, Mapping[str, int | float | None]] = judged.as_rows()
-                else:
-                    assert images is not None
-                    embeddings = embed(
-                        model, images, batch_size=batch_size, device=device, dtype=np.float64, progress=progress
-                    )
-                    rows = {"pairs": verify(embeddings, one.is_same).as_row()}
+                own = _embedded(images, model, low_res, settings)
+                asked = [("", own)] if name in models else []
+                if gallery is not None and name == gallery[0]:
+                    enrolled = own
+                elif gallery is not None:
+                    asked.append((gallery[0], enrolled))
+                for source, templates in asked:
+                    for view, protocol, numbers in _judged(one, own, templates):
+                        yield Score(name, one.name, protocol, _input_of(model), numbers, view, source)
             except DataError as error:
                 raise DataError(f"{name} on {one.name}: {error}") from None
-            for protocol, numbers in rows.items():
-                yield Score(name, one.name, protocol, str(model.preprocessing), numbers)
 
 
-def heading(name: str) -> str:
-    """A number's name on top of its column: ``TAR@FAR=1e-3``, ``EER``, ``genuine pairs``.
+def _input_of(model: nn.Module) -> str:
+    return str(model.preprocessing if isinstance(model, Teacher) else Preprocessing())
+
+
+def require_one_dimension(models: Mapping[str, nn.Module], gallery: tuple[str, nn.Module]) -> None:
+    """Insist on models whose embeddings can be compared with a gallery's.
 
     Args:
-        name: as JSON has it: ``tar@far=1e-3``.
+        models: by name.
+        gallery: name and model.
+
+    Raises:
+        ConfigError: one of another dimension.
     """
-    rate, at, point = name.partition("@")
-    if at:
-        kind, _, level = point.partition("=")
-        return f"{rate.upper()}@{kind.upper()}={level}"
-    return name.upper() if name in ("auc", "eer") else name.replace("_", " ")
+    sizes = {}
+    for name, model in (gallery, *models.items()):
+        with evaluating(model):
+            sizes[name] = sum_of_views(model, torch.zeros(1, 3, 112, 112, dtype=torch.uint8), flip=False).shape[1]
+    for name, size in sizes.items():
+        if size != sizes[gallery[0]]:
+            raise ConfigError(
+                f"{name} embeds in {size} dimensions, the gallery's model {gallery[0]} in {sizes[gallery[0]]}; wanted "
+                "a student that was distilled from it without a projection"
+            )
 
 
-def _cell(name: str, numbers: Mapping[str, int | float | None]) -> str:
-    value = numbers[name]
-    if value is None:
-        return "-"
-    if isinstance(value, int):
-        return f"{value:,}"
-    deviation = numbers.get(f"{name}_std")
-    return f"{100 * value:.3f}" if deviation is None else f"{100 * value:.3f} +- {100 * deviation:.3f}"
-
-
-def aligned(lines: Sequence[Sequence[str]]) -> str:
-    """Lines of a table in columns, for a terminal.
+def group_scores(
+    groups: Mapping[str, Sequence[Path]], sets: Sequence[VerificationSet | TemplateSet], scores: Sequence[Score]
+) -> Iterator[Score]:
+    """Sum up verification sets as RFW's papers do: mean accuracy, spread, and how much worse the worst one is.
 
     Args:
-        lines: as many cells each.
-
-    Returns:
-        The text, without a final newline.
-    """
-    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    rows = ["  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)) for line in lines]
-    return "\n".join(map(str.rstrip, rows))
-
-
-def table(scores: Sequence[Score]) -> str:
-    """Scores for a terminal, a block of aligned lines for each protocol.
-
-    Args:
+        groups: files by a group's name.
+        sets: what was judged, these files among it.
         scores: of :func:`score`.
 
-    Returns:
-        Lines without a final newline. A column that no set is large enough for is left out, as is that of the inputs
-        where all are the same.
+    Yields:
+        For each group, model, gallery and resolution: ``accuracy`` (mean), ``accuracy_std`` (over the sets, N - 1) and
+        ``worst_over_best_error`` (RFW's skewed error ratio; ``None`` where the best set has no error).
     """
-    blocks = []
-    several_inputs = len({one.input for one in scores}) > 1
-    for protocol, title in _TITLES.items():
-        chosen = [one for one in scores if one.protocol == protocol]
-        if not chosen:
-            continue
-        names = [
-            name
-            for name in chosen[0].numbers
-            if not name.endswith("_std") and any(one.numbers[name] is not None for one in chosen)
-        ]
-        lines = [["set", "model", *map(heading, names), "input"]]
-        lines += [[one.set, one.model, *(_cell(name, one.numbers) for name in names), one.input] for one in chosen]
-        if not several_inputs:
-            lines = [line[:-1] for line in lines]
-        blocks.append(f"{title}\n{aligned(lines)}")
-    return "\n\n".join(blocks)
+    for group, files in groups.items():
+        members = {file.resolve() for file in files}
+        names = {
+            one.name for one in sets if isinstance(one, VerificationSet) and one.path and one.path.resolve() in members
+        }
+        chosen = [one for one in scores if one.protocol == "pairs" and one.set in names]
+        for key in dict.fromkeys((one.low_res, one.model, one.gallery, one.input) for one in chosen):
+            low_res, model, gallery, shown = key
+            values = [
+                float(one.numbers["accuracy"] or 0)
+                for one in chosen
+                if (one.low_res, one.model, one.gallery, one.input) == key
+            ]
+            yield Score(model, group, "groups", shown, group_numbers(values), low_res, gallery)
+
+
+def group_numbers(accuracies: Sequence[float]) -> dict[str, int | float | None]:
+    """The numbers of :func:`group_scores`.
+
+    Args:
+        accuracies: of two sets at least, in [0, 1].
+    """
+    errors = 1 - np.array(accuracies)
+    return {
+        "sets": len(accuracies),
+        "accuracy": float(np.mean(accuracies)),
+        "accuracy_std": float(np.std(accuracies, ddof=1)),
+        "worst_over_best_error": float(errors.max() / errors.min()) if errors.min() > 0 else None,
+    }
+
+
+def _costs(models: Mapping[str, Teacher], device: torch.device) -> Iterator[Score]:
+    """Latency and file size of each model."""
+    for name, model in models.items():
+        path = local_path(name)
+        file = path if path is None or path.is_file() else backbone_file(path)
+        found = latency(model, file, model.preprocessing.size, device)
+        numbers = {
+            "p50_ms": None if found is None else found.p50,
+            "p95_ms": None if found is None else found.p95,
+            "file_bytes": None if file is None else file.stat().st_size,
+        }
+        yield Score(name, "one image", "cost", _input_of(model), numbers)
 
 
 def write_json(path: str | os.PathLike[str], scores: Sequence[Score]) -> None:
@@ -261,6 +342,9 @@ def run_eval(
     *,
     out: Path | None = None,
     batch_size: int = 128,
+    low_res: Sequence[int] = (),
+    groups: Mapping[str, Sequence[Path]] | None = None,
+    gallery: str | None = None,
 ) -> list[Score]:
     """Judge models, print the table, write the JSON file; after an error, the table of what was judged before it.
 
@@ -270,6 +354,9 @@ def run_eval(
         options: ``teacher.*`` options.
         out: JSON file; None writes none.
         batch_size: images a forward pass, at least 1.
+        low_res: see :func:`score`.
+        groups: see :func:`group_scores`.
+        gallery: a model, see :func:`score`.
 
     Returns:
         The scores.
@@ -283,11 +370,23 @@ def run_eval(
     if out is not None:
         require_folder_of(out)
     device = default_device()
-    sets = find_sets(folders)
-    models = load_models(sources, options, device=device)
+    sets = find_sets(folders, groups)
+    loaded = load_models(sources if gallery in (None, *sources) else [*sources, str(gallery)], options, device=device)
+    models = {source: loaded[source] for source in sources}
     scores: list[Score] = []
     try:
-        scores.extend(score(models, sets, batch_size=batch_size, device=device, progress=True))
+        judged = score(
+            models,
+            sets,
+            low_res=low_res,
+            gallery=None if gallery is None else (gallery, loaded[gallery]),
+            batch_size=batch_size,
+            device=device,
+            progress=True,
+        )
+        scores.extend(judged)
+        scores.extend(group_scores(groups or {}, sets, scores))
+        scores.extend(_costs(models, device))
     finally:
         # Also what was judged before a file that cannot be read, or before somebody lost patience.
         if scores:

@@ -6,27 +6,23 @@ video counts as much as a picture; the media of a template are added, and the su
 pass by once, in batches; nothing is kept that grows with their number.
 """
 
-import os
-from collections.abc import Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor, nn
-from tqdm import tqdm
+from torch import nn
 
 from arcface_kd.data.formats.ijb import IJBSet
 from arcface_kd.errors import DataError
-from arcface_kd.evaluation.embedding import evaluating, normalize, sum_of_views
+from arcface_kd.evaluation.embedding import embed_files, normalize
 from arcface_kd.evaluation.identification import FPIR_LEVELS, IdentificationResult, identification, search
 from arcface_kd.evaluation.roc import area_under_curve, equal_error_rate, roc_curve, tar_at_far
 from arcface_kd.evaluation.verification import FAR_LEVELS, far_name
 
 _PAIRS_IN_CACHE = 4096
-_MOST_READERS = 8
 
 
 @dataclass(frozen=True)
@@ -84,17 +80,11 @@ class TemplatePooling:
             embeddings: (B, D) float64.
 
         Raises:
-            DataError: more faces than there are, or an embedding that is not finite.
+            DataError: more faces than there are.
         """
         faces = slice(self._taken, self._taken + len(embeddings))
         if faces.stop > len(self._rows):
             raise DataError(f"{faces.stop} embeddings for {len(self._rows)} faces")
-        bad = np.flatnonzero(~np.isfinite(embeddings).all(axis=1))
-        if len(bad):
-            raise DataError(
-                f"face {self._taken + bad[0]} is embedded as NaN or infinite: look for a diverged training or an "
-                "overflow in half precision"
-            )
         if self._sums is None:
             self._sums = np.zeros((len(self.numbers), embeddings.shape[1]))
         np.add.at(self._sums, self._rows[faces], embeddings * self._weights[faces, None])
@@ -114,22 +104,38 @@ class TemplatePooling:
         return normalize(self._sums)
 
 
-def pair_scores(templates: NDArray[Any], numbers: NDArray[np.int64], pairs: NDArray[Any]) -> NDArray[Any]:
+class Templates(NamedTuple):
+    """All templates of a set, as one model embeds them.
+
+    Attributes:
+        rows: (T, D) float64, L2-normalised.
+        numbers: int64 (T,), the number of each, rising.
+    """
+
+    rows: NDArray[Any]
+    numbers: NDArray[Any]
+
+    def of(self, numbers: NDArray[Any]) -> NDArray[Any]:
+        """The templates of these numbers, int64 of any shape, with D behind."""
+        return self.rows[np.searchsorted(self.numbers, numbers)]
+
+
+def pair_scores(templates: Templates, pairs: NDArray[Any], enrolled: Templates | None = None) -> NDArray[Any]:
     """Cosines of pairs of templates.
 
     Args:
-        templates: (T, D) float64, L2-normalised.
-        numbers: int64 (T,), the number of each, rising.
+        templates: of both sides.
         pairs: int64 (P, 2), numbers.
+        enrolled: of the first side, where another model has embedded it.
 
     Returns:
         (P,) float64.
     """
-    rows = np.searchsorted(numbers, pairs)
     scores = np.empty(len(pairs))
     for start in range(0, len(pairs), _PAIRS_IN_CACHE):
         block = slice(start, start + _PAIRS_IN_CACHE)
-        scores[block] = np.einsum("ij,ij->i", templates[rows[block, 0]], templates[rows[block, 1]])
+        first, second = (enrolled or templates).of(pairs[block, 0]), templates.of(pairs[block, 1])
+        scores[block] = np.einsum("ij,ij->i", first, second)
     return scores
 
 
@@ -197,20 +203,6 @@ class IJBResult:
         return rows
 
 
-def _batches(faces: IJBSet, batch_size: int) -> Iterator[Tensor]:
-    """All faces in their order, uint8 (B, 3, 112, 112); the next batch is read while one is in use."""
-    with ThreadPoolExecutor(min(_MOST_READERS, os.cpu_count() or 1)) as readers:
-
-        def read(start: int) -> list[Future[NDArray[Any]]]:
-            numbers = range(start, min(start + batch_size, len(faces.files)))
-            return [readers.submit(faces.face, number) for number in numbers]
-
-        ahead = read(0)
-        for start in range(0, len(faces.files), batch_size):
-            now, ahead = ahead, read(start + batch_size)
-            yield torch.from_numpy(np.stack([face.result() for face in now]))
-
-
 def embed_templates(
     model: nn.Module,
     faces: IJBSet,
@@ -219,7 +211,7 @@ def embed_templates(
     batch_size: int = 128,
     device: torch.device | str | None = None,
     progress: bool = False,
-) -> tuple[NDArray[Any], NDArray[Any]]:
+) -> Templates:
     """Embed all faces of a set and pool them.
 
     Args:
@@ -231,26 +223,65 @@ def embed_templates(
         progress: show a bar, on a terminal only.
 
     Returns:
-        (T, D) float64 L2-normalised templates, and their numbers (T,), rising.
+        The templates.
 
     Raises:
         DataError: a face that cannot be read, an embedding that is not finite, a batch size below 1.
     """
-    if batch_size < 1:
-        raise DataError(f"batch size {batch_size}: wanted at least 1")
     pooling = TemplatePooling(faces.templates, faces.media, faces.detector_scores if weighting.detector_score else None)
-    where = None if device is None else torch.device(device)
-    with (
-        evaluating(model),
-        tqdm(
-            total=len(faces.files), unit="face", desc=faces.name, disable=None if progress else True, dynamic_ncols=True
-        ) as bar,
+    for embeddings in embed_files(
+        model, faces, flip=weighting.flip, batch_size=batch_size, device=device, progress=progress
     ):
-        for batch in _batches(faces, batch_size):
-            embeddings = sum_of_views(model, batch, flip=weighting.flip, device=where).numpy()
-            pooling.add(embeddings if weighting.norm else normalize(embeddings))
-            bar.update(len(batch))
-    return pooling.templates(), pooling.numbers
+        pooling.add(embeddings if weighting.norm else normalize(embeddings))
+    return Templates(pooling.templates(), pooling.numbers)
+
+
+def judge_templates(
+    faces: IJBSet,
+    templates: Templates,
+    enrolled: Templates | None = None,
+    *,
+    far_levels: Sequence[float] = FAR_LEVELS,
+    fpir_levels: Sequence[float] = FPIR_LEVELS,
+) -> IJBResult:
+    """Score what an IJB set lists.
+
+    Args:
+        faces: the set.
+        templates: of a model.
+        enrolled: the first of each pair and the galleries, where another model has embedded them.
+        far_levels: FAR levels of 1:1, in (0, 1].
+        fpir_levels: FPIR levels of 1:N, in (0, 1].
+
+    Returns:
+        The scores.
+
+    Raises:
+        ConfigError: a level out of range.
+    """
+    verification = None
+    if len(faces.pairs):
+        scores = pair_scores(templates, faces.pairs, enrolled)
+        genuine, impostor = scores[faces.is_same], scores[~faces.is_same]
+        fpr, tpr = roc_curve(genuine, impostor)
+        verification = TemplateVerification(
+            genuine_pairs=len(genuine),
+            impostor_pairs=len(impostor),
+            tar=tar_at_far(genuine, impostor, far_levels),
+            auc=area_under_curve(genuine, impostor),
+            eer=equal_error_rate(genuine, impostor),
+            fpr=fpr,
+            tpr=tpr,
+        )
+    identified = None
+    if faces.probes is not None:
+        probes = templates.of(faces.probes.templates)
+        searches = [
+            search(probes, faces.probes.subjects, (enrolled or templates).of(gallery.templates), gallery.subjects)
+            for gallery in faces.galleries.values()
+        ]
+        identified = identification(searches, levels=fpir_levels)
+    return IJBResult(len(templates.numbers), len(faces.files), verification, identified)
 
 
 def evaluate_ijb(
@@ -264,7 +295,7 @@ def evaluate_ijb(
     fpir_levels: Sequence[float] = FPIR_LEVELS,
     progress: bool = False,
 ) -> IJBResult:
-    """Embed an IJB set and score what it lists.
+    """Embed an IJB set and score what it lists: :func:`embed_templates`, :func:`judge_templates`.
 
     Args:
         model: (B, 3, 112, 112) float32 RGB images in [-1, 1] to (B, D) embeddings.
@@ -283,34 +314,7 @@ def evaluate_ijb(
         DataError: see :func:`embed_templates`.
         ConfigError: a level out of range.
     """
-    templates, numbers = embed_templates(
+    templates = embed_templates(
         model, faces, weighting=weighting, batch_size=batch_size, device=device, progress=progress
     )
-    verification = None
-    if len(faces.pairs):
-        scores = pair_scores(templates, numbers, faces.pairs)
-        genuine, impostor = scores[faces.is_same], scores[~faces.is_same]
-        fpr, tpr = roc_curve(genuine, impostor)
-        verification = TemplateVerification(
-            genuine_pairs=len(genuine),
-            impostor_pairs=len(impostor),
-            tar=tar_at_far(genuine, impostor, far_levels),
-            auc=area_under_curve(genuine, impostor),
-            eer=equal_error_rate(genuine, impostor),
-            fpr=fpr,
-            tpr=tpr,
-        )
-    identified = None
-    if faces.probes is not None:
-        probes = templates[np.searchsorted(numbers, faces.probes.templates)]
-        searches = [
-            search(
-                probes,
-                faces.probes.subjects,
-                templates[np.searchsorted(numbers, gallery.templates)],
-                gallery.subjects,
-            )
-            for gallery in faces.galleries.values()
-        ]
-        identified = identification(searches, levels=fpir_levels)
-    return IJBResult(len(numbers), len(faces.files), verification, identified)
+    return judge_templates(faces, templates, far_levels=far_levels, fpir_levels=fpir_levels)

@@ -7,8 +7,10 @@ above it, and cumulative counts a fold give the accuracy at every threshold at o
 """
 
 import os
+from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -30,6 +32,7 @@ __all__ = [
     "normalize",
     "pair_distances",
     "read_pairs",
+    "read_sets",
     "ten_fold_accuracy",
     "ten_fold_val",
     "verify",
@@ -231,7 +234,26 @@ def read_pairs(path: str | os.PathLike[str]) -> VerificationSet:
     return pairs
 
 
-def _checked(embeddings: NDArray[Any], is_same: NDArray[np.bool_]) -> tuple[NDArray[Any], NDArray[Any]]:
+def read_sets(files: Sequence[Path]) -> list[VerificationSet]:
+    """Read several verification sets; those of one name get their folder's before it.
+
+    Args:
+        files: the ``.bin`` files; a file that is named again counts once.
+
+    Raises:
+        DataError: see :func:`read_pairs`.
+    """
+    sets = [read_pairs(file) for file in {file.resolve(): file for file in files}.values()]
+    names = Counter(one.name for one in sets)
+    return [
+        one
+        if names[one.name] == 1 or one.path is None
+        else replace(one, name=f"{one.path.resolve().parent.name}/{one.name}")
+        for one in sets
+    ]
+
+
+def _checked(embeddings: NDArray[Any], is_same: NDArray[Any]) -> tuple[NDArray[Any], NDArray[Any]]:
     """The embeddings in float64 and the pairs' kinds as booleans, or what is wrong with them."""
     rows = np.asarray(embeddings, dtype=np.float64)
     same = np.asarray(is_same).astype(bool)

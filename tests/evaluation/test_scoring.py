@@ -11,15 +11,19 @@ import torch
 from arcface_kd.backbones import get_backbone
 from arcface_kd.cli.main import main
 from arcface_kd.data.formats.ijb import read_ijb
-from arcface_kd.data.formats.verification_bin import read_bin, write_bin
+from arcface_kd.data.formats.verification_bin import decode, read_bin, write_bin
 from arcface_kd.errors import ConfigError, DataError, TeacherError
-from arcface_kd.evaluation.scoring import Score, find_sets, load_models, score, table
+from arcface_kd.evaluation.embedding import embed
+from arcface_kd.evaluation.pair_views import downscaled
+from arcface_kd.evaluation.score_table import table
+from arcface_kd.evaluation.scoring import Score, find_sets, group_numbers, load_models, score
 from arcface_kd.evaluation.templates import evaluate_ijb
-from arcface_kd.evaluation.verification import evaluate
+from arcface_kd.evaluation.verification import evaluate, verify
 from arcface_kd.teachers.base import load_teacher
 from tests.data.ijb_folders import write_ijb
+from tests.data.tinyface_folders import write_tinyface
 from tests.host.trainer.faces import draw_faces
-from tests.teachers.onnx_models import face_network
+from tests.teachers.onnx_models import face_network, saved, weights
 
 
 @pytest.fixture(scope="module")
@@ -51,7 +55,12 @@ def test_all_kinds_of_models_on_all_kinds_of_sets(
     assert [(row["set"], row["model"], row["protocol"]) for row in rows] == [
         *[("pairs", model, "pairs") for model in models],
         *[("ijbt", model, protocol) for model in models for protocol in ("1:1", "1:N")],
+        *[("one image", model, "cost") for model in models],
     ]
+    assert [row["file_bytes"] for row in rows[-3:]] == [
+        (folder / name).stat().st_size for name in ("run/model.pt", "student.pt", "other.onnx")
+    ]
+    assert all(0 < row["p50_ms"] <= row["p95_ms"] for row in rows[-3:])
     # Options are for files; what a run trained has one input.
     rgb, bgr = "rgb, (x - 127.5) / 127.5, 112x112", "bgr, (x - 127) / 128, 112x112"
     assert {row["model"]: row["input"] for row in rows} == dict(zip(models, (rgb, bgr, bgr), strict=True))
@@ -72,7 +81,63 @@ def test_all_kinds_of_models_on_all_kinds_of_sets(
     assert "TAR@FAR=1e-6" not in printed
     assert [line.endswith(bgr) for line in printed.splitlines()[2:5]] == [False, True, True]
     assert "rank-10" in printed
-    assert f"{out}: 9 rows" in printed
+    assert f"{out}: 12 rows" in printed
+
+
+def test_other_ways_to_judge(folder: Path, tmp_path: Path) -> None:
+    """Low resolution, groups of two files of one name, TinyFace, and a gallery of another model."""
+    (tmp_path / "b").mkdir()
+    whole = read_bin(folder / "faces" / "pairs.bin")
+    write_bin(tmp_path / "b" / "pairs.bin", whole.images[:40], whole.is_same[:20])
+    tiny = write_tinyface(tmp_path / "tiny", persons=2, distractors=2)
+    student, other = (str(saved(tmp_path, face_network(arrays=weights(seed)), f"{seed}.onnx")) for seed in (0, 1))
+    words = ["--data", str(folder / "faces"), str(tiny), str(folder / "IJBT"), "--low-res", "14,56"]
+    words += ["--groups", f"two={folder / 'faces' / 'pairs.bin'},{tmp_path / 'b' / 'pairs.bin'}"]
+    out = tmp_path / "results.json"
+    assert main(["eval", student, other, *words, "--gallery-model", other, "--out", str(out)]) == 0
+    rows = json.loads(out.read_text())
+
+    views = [None, "14 px, one side", "14 px, both sides", "56 px, one side", "56 px, both sides"]
+    sources = [(other, None), (student, None), (student, other)]
+    pairs = {(row["set"], row["model"], row["gallery"], row["low_res"]): row for row in rows if "accuracy" in row}
+    assert list(pairs) == [
+        (name, model, gallery, view)
+        for name in ("faces/pairs", "b/pairs", "two")
+        for model, gallery in sources
+        for view in views
+    ]
+    for name, protocols in (("tiny", ["tinyface"]), ("ijbt", ["1:1", "1:N"])):
+        found = [(row["protocol"], row["model"], row["gallery"]) for row in rows if row["set"] == name]
+        assert found == [(protocol, *source) for source in sources for protocol in protocols]
+    for model, gallery in sources:
+        for view in views:
+            accuracies = [pairs[name, model, gallery, view]["accuracy"] for name in ("faces/pairs", "b/pairs")]
+            assert pairs["two", model, gallery, view]["accuracy"] == pytest.approx(np.mean(accuracies))
+
+    images = decode(whole)
+    embedded = embed(load_teacher(student), downscaled(images, 14), dtype=np.float64)
+    embedded[0::2] = embed(load_teacher(other), images, dtype=np.float64)[0::2]
+    met, wanted = pairs["faces/pairs", student, other, "14 px, one side"], verify(embedded, whole.is_same)
+    assert (met["accuracy"], met["auc"], met["eer"]) == (wanted.accuracy, wanted.auc, wanted.eer)
+
+
+def test_groups_are_summed_up_as_published() -> None:
+    """ArcFace's row on RFW in Wang and Deng, "Mitigating Bias in Face Recognition", CVPR 2020."""
+    met = group_numbers([0.9737, 0.9568, 0.9455, 0.9387])
+    assert {name: round(float(value or 0), 4) for name, value in met.items()} == {
+        "sets": 4,
+        "accuracy": 0.9537,
+        "accuracy_std": 0.0153,
+        "worst_over_best_error": 2.3308,
+    }
+    assert group_numbers([1.0, 0.9])["worst_over_best_error"] is None
+
+
+def test_a_gallery_of_another_dimension(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    gallery = folder / "narrow.pt"
+    torch.save(get_backbone("thin_r18", num_features=8).state_dict(), gallery)
+    assert main(["eval", str(folder / "run"), "--data", str(folder / "faces"), "--gallery-model", str(gallery)]) == 2
+    assert {"16", "8;"} <= set(capsys.readouterr().err.split())
 
 
 def test_the_table_keeps_its_columns_in_line() -> None:
@@ -102,6 +167,10 @@ def test_the_table_keeps_its_columns_in_line() -> None:
         (["student.pt", "--data", "faces", "--kd-option", "teacher.stdd=128"], ["did you mean 'teacher.std'"]),
         (["run", "--data", "faces", "--out", "{folder}/none/results.json"], ["there is no folder", "none"]),
         (["run", "--data", "faces", "--batch-size", "0"], ["batch size 0"]),
+        (["run"], ["--data", "--groups"]),
+        (["run", "--data", "faces", "--low-res", "14,x"], ["--low-res", "14,x"]),
+        (["run", "--data", "faces", "--low-res", "28,112"], ["28,112"]),
+        (["run", "--groups", "two=faces/pairs.bin"], ["two=faces/pairs.bin"]),
     ],
 )
 def test_refusals_end_in_one_line(

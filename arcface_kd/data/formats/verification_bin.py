@@ -36,11 +36,13 @@ class VerificationSet:
         name: the file's name without its ending, such as ``lfw``.
         images: encoded images, 2P of them; ``images[2i]`` and ``images[2i + 1]`` are pair i.
         is_same: bool (P,).
+        path: the file that it was read from.
     """
 
     name: str
     images: list[bytes]
-    is_same: NDArray[np.bool_]
+    is_same: NDArray[Any]
+    path: Path | None = None
 
 
 def _refuse_repetition(images: Sequence[bytes], size: int, name: Path) -> None:
@@ -120,7 +122,7 @@ def read_bin(path: str | os.PathLike[str]) -> VerificationSet:
         ) from None
     _check(images, is_same, str(name))
     _refuse_repetition(images, size, name)
-    return VerificationSet(name.stem, images, is_same)
+    return VerificationSet(name.stem, images, is_same, name)
 
 
 def write_bin(

@@ -2,7 +2,7 @@
 
 import os
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,21 +12,24 @@ from numpy.typing import NDArray
 from torch import nn
 
 from arcface_kd.data.formats.pair_identities import PairIdentities, pair_identities
-from arcface_kd.data.formats.verification_bin import VerificationSet, decode, list_bins
+from arcface_kd.data.formats.verification_bin import VerificationSet, decode
 from arcface_kd.errors import DataError
-from arcface_kd.evaluation.embedding import embed
+from arcface_kd.evaluation.pair_views import Sizes, embed_sizes, pair_views
 from arcface_kd.evaluation.report.bootstrap import REPLICATES, Interval, bootstrap, interval, tar_name
 from arcface_kd.evaluation.report.cost import Cost, costs, machine
 from arcface_kd.evaluation.report.run_folder import RunFolder, read_run
+from arcface_kd.evaluation.scoring import Score as PlainScore
+from arcface_kd.evaluation.scoring import TemplateSet, group_scores, require_one_dimension, score
 from arcface_kd.evaluation.verification import (
     FAR_LEVELS,
     VerificationResult,
     fold_numbers,
     pair_distances,
-    read_pairs,
+    read_sets,
     verify,
 )
 from arcface_kd.teachers.base import Teacher
+from arcface_kd.teachers.checkpoint import backbone_file
 
 HARDEST = 5
 # The statistics of which less is more.
@@ -45,6 +48,7 @@ class Contestant:
         run: its run; None for a teacher's file.
         parameters: number of weights where torch does not see them; None counts them.
         is_teacher: whether it is judged beside the students and not among them.
+        file: what it is read from, as far as that is one file.
     """
 
     name: str
@@ -54,6 +58,7 @@ class Contestant:
     run: RunFolder | None = None
     parameters: int | None = None
     is_teacher: bool = False
+    file: Path | None = None
 
 
 @dataclass(frozen=True)
@@ -95,11 +100,12 @@ class Judgement:
 
 @dataclass(frozen=True, eq=False)
 class ComparedSet:
-    """All models on one verification set."""
+    """All models on one verification set; ``views`` has accuracies by view and model."""
 
     pairs: VerificationSet
     identities: PairIdentities
     judgements: Mapping[str, Judgement]
+    views: Mapping[str, Mapping[str, Score]] = field(default_factory=dict)
 
     @property
     def resampled(self) -> str:
@@ -137,13 +143,14 @@ class ComparedSet:
 
 @dataclass(frozen=True, eq=False)
 class Comparison:
-    """Everything that a report shows."""
+    """Everything that a report shows; ``scores`` of groups, IJB and TinyFace have no intervals."""
 
     contestants: Sequence[Contestant]
     sets: Sequence[ComparedSet]
     costs: Mapping[str, Cost]
     machine: str
     replicates: int
+    scores: Sequence[PlainScore] = ()
 
     @property
     def students(self) -> list[str]:
@@ -174,24 +181,34 @@ def run_contestant(
 ) -> Contestant:
     """A run's student as a model to compare; ``own_networks`` may be imported."""
     run.check_network(own_networks)
-    return Contestant(run.name, lambda: run.load(device, own_networks), run.method, run.network, run)
+    return Contestant(
+        run.name,
+        lambda: run.load(device, own_networks),
+        run.method,
+        run.network,
+        run,
+        file=backbone_file(run.folder),
+    )
+
+
+def file_contestant(source: str, model: Teacher) -> Contestant:
+    """An exported student to compare; the folder it lies in is left out of the report."""
+    path = Path(source)
+    return Contestant(path.name, lambda: model, "exported", "ONNX", parameters=model.parameter_count, file=path)
 
 
 def teacher_contestant(source: str | os.PathLike[str], teacher: Teacher) -> Contestant:
     """A teacher to judge beside the students; the folder it came from is left out of the report."""
-    named = teacher.description.replace(os.fspath(source), Path(source).name)
-    return Contestant("teacher", lambda: teacher, "teacher", named, parameters=teacher.parameter_count, is_teacher=True)
-
-
-def verification_files(data: str | os.PathLike[str]) -> list[Path]:
-    """All verification sets of a folder, by name."""
-    folder = Path(data)
-    if not folder.is_dir():
-        raise DataError(f"{folder} is no folder; give the one with the verification sets (*.bin) with --data")
-    files = list_bins(folder)
-    if not files:
-        raise DataError(f"{folder} holds no verification set (*.bin); give the folder that does with --data")
-    return files
+    path = Path(source).expanduser()
+    return Contestant(
+        "teacher",
+        lambda: teacher,
+        "teacher",
+        teacher.description.replace(os.fspath(source), path.name),
+        parameters=teacher.parameter_count,
+        is_teacher=True,
+        file=path if path.is_file() else backbone_file(path),
+    )
 
 
 def data_of(runs: Sequence[RunFolder]) -> Path:
@@ -209,24 +226,78 @@ def compare(
     files: Sequence[Path],
     device: torch.device | str = "cpu",
     *,
+    others: Sequence[TemplateSet] = (),
+    low_res: Sequence[int] = (),
+    groups: Mapping[str, Sequence[Path]] | None = None,
+    gallery: tuple[str, nn.Module] | None = None,
     replicates: int = REPLICATES,
     progress: bool = False,
 ) -> Comparison:
-    """Judge models of different names on verification sets."""
-    sets = [read_pairs(file) for file in files]
-    identities = [pair_identities(file, pairs) for file, pairs in zip(files, sets, strict=True)]
+    """Judge models of different names on verification sets, and on ``others`` without intervals.
+
+    ``low_res``, ``groups`` and ``gallery`` are those of :mod:`arcface_kd.evaluation.scoring`.
+    """
+    sets = read_sets(files)
+    identities = [pair_identities(pairs.path or pairs.name, pairs) for pairs in sets]
     models = {contestant.name: contestant.load() for contestant in contestants}
-    found = costs(models, device, parameters={contestant.name: contestant.parameters for contestant in contestants})
-    compared = []
+    if gallery is not None:
+        require_one_dimension(models, gallery)
+    found = costs(
+        models,
+        device,
+        parameters={contestant.name: contestant.parameters for contestant in contestants},
+        files={contestant.name: contestant.file for contestant in contestants},
+    )
+    students, compared = _students(contestants), []
     for pairs, known in zip(sets, identities, strict=True):
         # Decoded, a set takes half a gigabyte: one at a time.
         faces = decode(pairs)
-        rows = {
-            name: embed(model, faces, device=device, dtype=np.float64, progress=progress)
-            for name, model in models.items()
-        }
-        compared.append(_compared(pairs, known, rows, replicates, _students(contestants)))
-    return Comparison(contestants, compared, found, machine(torch.device(device)), replicates)
+
+        def embedded(model: nn.Module, faces: torch.Tensor = faces) -> Sizes:
+            return embed_sizes(model, faces, low_res, device=device, progress=progress)
+
+        sizes = {name: embedded(model) for name, model in models.items()}
+        enrolled = None if gallery is None else (gallery[0], embedded(gallery[1]))
+        judged = _compared(pairs, known, {name: rows[None] for name, rows in sizes.items()}, replicates, students)
+        compared.append(replace(judged, views=_views(judged, sizes, enrolled, replicates, students)))
+    scores = list(score(models, others, gallery=gallery, device=torch.device(device), progress=progress))
+    plain = [
+        PlainScore(name, one.pairs.name, "pairs", "", {"accuracy": judgement.result.accuracy})
+        for one in compared
+        for name, judgement in one.judgements.items()
+    ]
+    plain += [
+        PlainScore(name, one.pairs.name, "pairs", "", {"accuracy": found.value}, view)
+        for one in compared
+        for view, accuracies in one.views.items()
+        for name, found in accuracies.items()
+    ]
+    grouped = list(group_scores(groups or {}, sets, plain))
+    where = machine(torch.device(device))
+    return Comparison(contestants, compared, found, where, replicates, [*grouped, *scores])
+
+
+def _views(
+    judged: ComparedSet,
+    sizes: Mapping[str, Sizes],
+    enrolled: tuple[str, Sizes] | None,
+    replicates: int,
+    students: Sequence[str],
+) -> dict[str, dict[str, Score]]:
+    """Accuracies by way to show the pairs, and by model."""
+    rows: dict[str, dict[str, NDArray[Any]]] = {}
+    for name, own in sizes.items():
+        shown = [(view, found) for view, found in pair_views(own, own) if view]
+        if enrolled is not None:
+            against = f"gallery of {enrolled[0]}"
+            shown += [(f"{against}, {view}".rstrip(", "), found) for view, found in pair_views(own, enrolled[1])]
+        for view, found in shown:
+            rows.setdefault(view, {})[name] = found
+    views = {}
+    for view, embeddings in rows.items():
+        judgements = _compared(judged.pairs, judged.identities, embeddings, replicates, students, ()).judgements
+        views[view] = {name: judgement.scores["accuracy"] for name, judgement in judgements.items()}
+    return views
 
 
 def _compared(
@@ -235,9 +306,10 @@ def _compared(
     embeddings: Mapping[str, NDArray[Any]],
     replicates: int,
     students: Sequence[str],
+    far_levels: Sequence[float] = FAR_LEVELS,
 ) -> ComparedSet:
-    results = {name: verify(rows, pairs.is_same) for name, rows in embeddings.items()}
-    levels = [level for level in FAR_LEVELS if all(result.tar[level] is not None for result in results.values())]
+    results = {name: verify(rows, pairs.is_same, far_levels=far_levels) for name, rows in embeddings.items()}
+    levels = [level for level in far_levels if all(result.tar[level] is not None for result in results.values())]
     folds = fold_numbers(len(pairs.is_same))
     similarities: dict[str, NDArray[np.float64]] = {}
     draws: dict[str, dict[str, NDArray[np.float64]]] = {}
@@ -251,8 +323,8 @@ def _compared(
     for column in next(iter(values.values())):
         column_draws = {name: drawn.get(column) for name, drawn in draws.items()}
         column_values = {name: found[column] for name, found in values.items()}
-        for name, score in _ranked(column, column_values, column_draws, students).items():
-            scores[name][column] = score
+        for name, ranked in _ranked(column, column_values, column_draws, students).items():
+            scores[name][column] = ranked
     judgements = {
         name: Judgement(result, similarities[name], scores[name], draws[name]) for name, result in results.items()
     }

@@ -17,6 +17,7 @@ from arcface_kd.evaluation.report.cost import BATCH_SIZE
 from arcface_kd.evaluation.report.pictures import Picture, draw_band, draw_curves, draw_histograms, draw_roc
 from arcface_kd.evaluation.report.run_folder import RunFolder
 from arcface_kd.evaluation.report.scalars import Curve
+from arcface_kd.evaluation.score_table import ScoreTable, score_tables
 from arcface_kd.system.files import atomic_write
 
 if TYPE_CHECKING:
@@ -117,14 +118,21 @@ def _template() -> "Template":
 
 def _sections(comparison: Comparison, faces: bool) -> list[Section]:
     sections = [Section("Verification", [_accuracy_overview(comparison)] if len(comparison.sets) > 1 else [])]
-    sections[0].parts.extend(_set_part(compared) for compared in comparison.sets)
+    for compared in comparison.sets:
+        sections[0].parts.append(_set_part(compared))
+        if compared.views:
+            sections[0].parts.append(_views_part(compared))
+    if comparison.scores:
+        tables = score_tables(comparison.scores)
+        sections.append(Section("Groups and searches", [_plain_part(found) for found in tables]))
     sections.append(Section("Cost", [_cost_part(comparison)]))
-    sections.append(Section("ROC and similarities", [Part(pictures=_score_pictures(comparison))]))
+    if comparison.sets:
+        sections.append(Section("ROC and similarities", [Part(pictures=_score_pictures(comparison))]))
     training = _training_parts(comparison.contestants)
     if training:
         sections.append(Section("Training", training))
     sections.append(Section("Hardest pairs", _hardest_parts(comparison, faces)))
-    return sections
+    return [section for section in sections if section.parts]
 
 
 def _percent(value: float) -> str:
@@ -177,6 +185,22 @@ def _set_part(compared: ComparedSet) -> Part:
     return Part(compared.pairs.name, Table(["model", *map(_head, columns), "std over folds"], rows), notes)
 
 
+def _views_part(compared: ComparedSet) -> Part:
+    heads = ["model", *compared.views]
+    rows = [
+        [Cell(name), *(_cell(accuracies[name]) for accuracies in compared.views.values())]
+        for name in compared.judgements
+    ]
+    notes = ["Accuracy. Low resolution: scaled down and back, bilinear; of one side, the second image of each pair."]
+    if any(view.startswith("gallery") for view in compared.views):
+        notes.append("Gallery: its model embeds the first image of each pair, the model of the row the second.")
+    return Part(f"{compared.pairs.name}: low resolution and galleries", Table(heads, rows), notes)
+
+
+def _plain_part(found: ScoreTable) -> Part:
+    return Part(found.title, Table(found.heads, [[Cell(text) for text in row] for row in found.rows]))
+
+
 def _large(number: int | None) -> str:
     if number is None:
         return "-"
@@ -204,12 +228,16 @@ def _cost_part(comparison: Comparison) -> Part:
                 Cell(contestant.network),
                 Cell("-" if found.parameters is None else f"{found.parameters:,}"),
                 Cell(_large(found.multiply_adds)),
+                Cell("-" if found.file_bytes is None else f"{found.file_bytes / 1e6:.1f} MB"),
+                *([Cell("-")] * 2 if found.latency is None else [Cell(f"{one:.2f}") for one in found.latency]),
                 Cell(_speed(found.images_per_second)),
                 Cell(_speed(speed)),
             ]
         )
-    heads = ["model", "method", "network", "parameters", "multiply-adds", "images/s", "images/s in training"]
+    heads = ["model", "method", "network", "parameters", "multiply-adds", "file", "ms/image p50", "p95"]
+    heads += ["images/s", "images/s in training"]
     notes = [
+        "ms/image: one image alone; .onnx files by onnxruntime on the CPU, others by torch. "
         f"images/s: one view of an image, batches of {BATCH_SIZE}, each model in its own number format, on "
         f"{comparison.machine}; the fastest of some passes, the models in turns. In training: as the run's own log has "
         "it, on the machine of the run. Multiply-adds: convolutions and matrix products of one image."

@@ -17,9 +17,9 @@ from arcface_kd.evaluation.report.comparison import (
     compare,
     data_of,
     read_runs,
-    verification_files,
 )
 from arcface_kd.evaluation.report.run_folder import read_run
+from arcface_kd.evaluation.scoring import find_files
 from arcface_kd.evaluation.verification import evaluate
 from tests.evaluation.runs import write_run
 from tests.host.trainer.faces import draw_faces
@@ -45,7 +45,7 @@ def contestant(name: str, noise: float, phase: float = 0.0) -> Contestant:
 @pytest.fixture(scope="module")
 def files(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
     faces = draw_faces(tmp_path_factory.mktemp("faces"), identities=2, images=2)
-    return verification_files(faces.folder)
+    return find_files([faces.folder])[0]
 
 
 @pytest.fixture(scope="module")
@@ -142,10 +142,10 @@ def test_the_data_are_the_runs_own(tmp_path: Path, files: list[Path]) -> None:
 
 
 def test_a_folder_without_sets_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match="holds no verification set"):
-        verification_files(tmp_path)
+    with pytest.raises(DataError, match="holds no set"):
+        find_files([tmp_path])
     with pytest.raises(DataError, match="is no folder"):
-        verification_files(tmp_path / "none")
+        find_files([tmp_path / "none"])
 
 
 def test_similarities_are_cosines(comparison: Comparison) -> None:

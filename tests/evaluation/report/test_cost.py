@@ -1,13 +1,15 @@
 """Parameters and multiply-adds against sums by hand and published ones; speed against a model of known slowness."""
 
 import time
+from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor, nn
 
 from arcface_kd.backbones import get_backbone
-from arcface_kd.evaluation.report.cost import costs, images_per_second, machine, multiply_adds
+from arcface_kd.evaluation.report.cost import costs, images_per_second, latency, machine, multiply_adds
+from tests.teachers.onnx_models import face_network
 
 
 class Layers(nn.Module):
@@ -82,6 +84,26 @@ def test_a_slow_model_is_timed_once() -> None:
     slow, quick = Sleeper(), Layers().eval()
     images_per_second({"slow": slow, "quick": quick}, 8, batch_size=20, rounds=50, seconds=1e-3)
     assert slow.calls == [1, 20]
+
+
+def test_latency_is_that_of_single_images() -> None:
+    model = Sleeper()
+    met = latency(model, None, 8, seconds=0)
+    assert met is not None
+    assert 1 <= met.p50 <= met.p95
+    assert model.calls == [1] * 21
+
+
+def test_an_onnx_file_is_timed_by_onnxruntime(tmp_path: Path) -> None:
+    path = tmp_path / "student.onnx"
+    path.write_bytes(face_network().SerializeToString())
+    model = Sleeper()
+    found = costs({"exported": model}, files={"exported": path})["exported"]
+    assert found.latency is not None
+    assert model.calls.count(1) <= 2, "only for what torch counts"
+    assert found.file_bytes == path.stat().st_size
+    path.write_bytes(b"no graph")
+    assert latency(model, path) is None
 
 
 def test_what_torch_does_not_see_is_unknown() -> None:

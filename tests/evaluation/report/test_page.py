@@ -19,8 +19,10 @@ from arcface_kd.evaluation.report.run_folder import read_run
 from arcface_kd.teachers.base import load_teacher
 from arcface_kd.training.trainer import train
 from tests.browser import Page, find_browser, open_browser
+from tests.data.tinyface_folders import write_tinyface
 from tests.evaluation.runs import DIMENSION, NETWORK, write_run
 from tests.host.trainer.faces import Faces, draw_faces
+from tests.teachers.onnx_models import face_network, saved, weights
 from tests.training.runs import config_for
 
 _VOID = {"meta", "link", "img", "source", "br"}
@@ -190,6 +192,25 @@ def test_markdown_has_the_same_tables(report: Path) -> None:
     assert "pair " in "\n".join(lines)
 
 
+def test_other_ways_to_judge(faces: Faces, tmp_path: Path) -> None:
+    """Low resolution, a gallery, a group, TinyFace and exported files are on the page as well."""
+    exported = [saved(tmp_path, face_network(arrays=weights(seed)), f"{seed}.onnx") for seed in (0, 1)]
+    (tmp_path / "other.bin").write_bytes((faces.folder / "pairs.bin").read_bytes())
+    tiny = write_tinyface(tmp_path / "tiny", persons=2, distractors=2)
+    words = ["--data", str(faces.folder), str(tiny), "--low-res", "28", "--gallery-model", str(exported[1])]
+    words += ["--groups", f"both={faces.folder / 'pairs.bin'},{tmp_path / 'other.bin'}", "--no-faces"]
+    assert main(["compare", *map(str, exported), *words, "--out", str(tmp_path / "report")]) == 0
+    page = read(tmp_path / "report")
+    assert page.faults == []
+    assert {"pairs: low resolution and galleries", "other: low resolution and galleries"} <= set(page.headings)
+    for title in ("groups of verification sets, accuracy in %", "identification of low-resolution faces, in %"):
+        assert title in page.headings
+    assert {"28 px, both sides", "gallery of 1.onnx, 28 px, one side"} <= set(page.text)
+    assert {"both", "tiny", "0.onnx"} <= set(page.cells)
+    assert page.cells.count(f"{exported[0].stat().st_size / 1e6:.1f} MB") == 2
+    assert "gallery of 1.onnx" in (tmp_path / "report" / "report.md").read_text(encoding="utf-8")
+
+
 def test_faces_are_left_out_on_request(runs: list[Path], faces: Faces, tmp_path: Path) -> None:
     out = tmp_path / "report"
     assert main(["compare", str(runs[1]), "--data", str(faces.folder), "--out", str(out), "--no-faces"]) == 0
@@ -204,7 +225,7 @@ def test_faces_are_left_out_on_request(runs: list[Path], faces: Faces, tmp_path:
     [
         (["{folder}/none"], "is no folder; wanted the output folder of a run"),
         (["{run}", "{run}"], "is given twice"),
-        (["{run}", "--data", "{folder}"], "holds no verification set"),
+        (["{run}", "--data", "{folder}"], "holds no set"),
         (["{run}", "--kd-option", "teacher.std=128"], "teacher options were given without a teacher"),
         (["{run}", "--kd-teacher", "{folder}/none.pt"], "none.pt"),
     ],

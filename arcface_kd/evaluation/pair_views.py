@@ -1,0 +1,101 @@
+"""Verification pairs at low resolution, and against templates that another model has embedded.
+
+The first image of a pair stands for the enrolled one, the second for the camera's.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from arcface_kd.evaluation.embedding import embed
+
+Sizes = Mapping[int | None, NDArray[Any]]
+"""(2P, D) embeddings of all images of a set, by the side they were downscaled to; None for images as they are."""
+
+
+def downscaled(images: Tensor, side: int) -> Tensor:
+    """Scale images down and back to their size, bilinear both ways without smoothing.
+
+    That is how F-SKD (Shin et al., arXiv 2303.04681) makes the low-resolution twin of a verification set.
+
+    Args:
+        images: (N, 3, H, W) uint8.
+        side: height and width to go down to, in pixels.
+
+    Returns:
+        (N, 3, H, W) uint8.
+    """
+    import cv2
+
+    height, width = images.shape[2:]
+    found = np.empty((len(images), height, width, 3), dtype=np.uint8)
+    for number, image in enumerate(images.permute(0, 2, 3, 1).numpy()):
+        small = cv2.resize(image, (side, side), interpolation=cv2.INTER_LINEAR)
+        cv2.resize(small, (width, height), dst=found[number], interpolation=cv2.INTER_LINEAR)
+    return torch.from_numpy(found).permute(0, 3, 1, 2).contiguous()
+
+
+def embed_sizes(
+    model: nn.Module,
+    images: Tensor,
+    sides: Sequence[int] = (),
+    *,
+    batch_size: int = 128,
+    device: torch.device | str | None = None,
+    progress: bool = False,
+) -> Sizes:
+    """Embed images as they are and downscaled.
+
+    Args:
+        model: (B, 3, H, W) float32 RGB images in [-1, 1] to (B, D) embeddings.
+        images: (2P, 3, H, W) uint8 RGB.
+        sides: heights and widths to go down to, in pixels.
+        batch_size: images a forward pass, at least 1.
+        device: where the batches go, ``None`` for where the model's parameters are.
+        progress: show a bar, on a terminal only.
+
+    Returns:
+        Float64, L2-normalised.
+
+    Raises:
+        DataError: see :func:`~arcface_kd.evaluation.embedding.embed`.
+    """
+    return {
+        side: embed(
+            model,
+            images if side is None else downscaled(images, side),
+            batch_size=batch_size,
+            device=device,
+            dtype=np.float64,
+            progress=progress,
+        )
+        for side in (None, *sides)
+    }
+
+
+def pair_views(probes: Sizes, templates: Sizes) -> Iterator[tuple[str, NDArray[Any]]]:
+    """All ways to show the pairs.
+
+    Args:
+        probes: of the model that embeds the second image of each pair.
+        templates: of the model that embeds the first; the same or another.
+
+    Yields:
+        What is of low resolution (empty for nothing) and the (2P, D) embeddings.
+    """
+    for side, rows in probes.items():
+        if side is not None:
+            yield f"{side} px, one side", _paired(templates[None], rows)
+        yield f"{side} px, both sides" if side is not None else "", _paired(templates[side], rows)
+
+
+def _paired(first: NDArray[Any], second: NDArray[Any]) -> NDArray[Any]:
+    if first is second:
+        return first
+    rows = second.copy()
+    rows[0::2] = first[0::2]
+    return rows

@@ -1,0 +1,75 @@
+"""TinyFace's search against loops, and its folders."""
+
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from arcface_kd.data.formats.tinyface import read_tinyface
+from arcface_kd.errors import DataError
+from arcface_kd.evaluation.tinyface import embed_tinyface, judge_tinyface
+from tests.data.tinyface_folders import write_tinyface
+from tests.reference import tinyface
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    return write_tinyface(tmp_path / "aligned")
+
+
+def network(seed: int) -> nn.Module:
+    torch.manual_seed(seed)
+    return nn.Sequential(nn.AvgPool2d(28), nn.Flatten(), nn.Linear(48, 12)).eval()
+
+
+def embed_with(model: nn.Module) -> tinyface.Embed:
+    @torch.no_grad()
+    def embed(face: np.ndarray) -> np.ndarray:
+        pixels = torch.from_numpy(np.ascontiguousarray(face.transpose(2, 0, 1)))[None].float()
+        return model((pixels - 127.5) / 127.5)[0].double().numpy()
+
+    return embed
+
+
+def test_ranks_are_those_of_the_loops(folder: Path) -> None:
+    faces = read_tinyface(folder)
+    models = [network(0), network(1)]
+    own, other = (embed_tinyface(model, faces, batch_size=7) for model in models)
+    plain, across = judge_tinyface(faces, own), judge_tinyface(faces, own, other)
+    assert (plain["mated_searches"], plain["gallery_faces"]) == (18, 12 + 25)
+    expected = tinyface.rank_rates(folder, embed_with(models[0]), (1, 5, 20))
+    assert plain == {**plain, **{f"rank-{rank}": rate for rank, rate in expected.items()}}
+    assert 0 < expected[1] < expected[5] <= expected[20]
+    expected = tinyface.rank_rates(folder, embed_with(models[0]), (1, 5, 20), embed_with(models[1]))
+    assert across == {**across, **{f"rank-{rank}": rate for rank, rate in expected.items()}}
+    assert across != plain
+
+
+def test_distractors_are_in_the_way(folder: Path) -> None:
+    faces = read_tinyface(folder)
+    model = network(0)
+    with_them = judge_tinyface(faces, embed_tinyface(model, faces))["rank-5"]
+    for path in sorted((folder / "Gallery_Distractor").iterdir())[1:]:
+        path.unlink()
+    faces = read_tinyface(folder)
+    assert judge_tinyface(faces, embed_tinyface(model, faces))["rank-5"] > with_them  # type: ignore[operator]
+
+
+def test_folders_that_are_not_tinyface(folder: Path) -> None:
+    (folder / "Probe" / "99_1.png").write_bytes((folder / "Probe" / "8_0.png").read_bytes())
+    with pytest.raises(DataError, match=r"99_1\.png"):
+        read_tinyface(folder)
+    (folder / "Probe" / "99_1.png").unlink()
+    cv2.imwrite(str(folder / "Probe" / "8_0.png"), np.zeros((20, 16, 3), np.uint8))
+    with pytest.raises(DataError, match=r"8_0\.png.*20x16"):
+        embed_tinyface(network(0), read_tinyface(folder))
+    for path in (folder / "Gallery_Distractor").iterdir():
+        path.unlink()
+    with pytest.raises(DataError, match=r"Gallery_Distractor"):
+        read_tinyface(folder)
+    (folder / "Gallery_Distractor").rmdir()
+    with pytest.raises(DataError, match=r"Gallery_Distractor"):
+        read_tinyface(folder)
