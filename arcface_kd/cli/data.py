@@ -70,6 +70,17 @@ def add_commands(commands: Commands) -> None:
         "--which", choices=("largest", "central"), default="largest", help="of several faces (default: largest)"
     )
 
+    verify = data.add(
+        "verify",
+        _verify,
+        "decode every image of a data set and report what may be wrong with it; exit code 2 where a run would stop",
+        "arcface-kd data verify faces_emore/ --num-classes 85742",
+    )
+    verify.add_argument(
+        "sets", type=Path, nargs="+", metavar="DIR", help="records or a folder; several as one data set"
+    )
+    verify.add_argument("--num-classes", type=int, metavar="N", help="labels must be below it")
+
 
 def _pack(arguments: argparse.Namespace) -> None:
     from arcface_kd.data.pack import pack_folder
@@ -104,3 +115,17 @@ def _align(arguments: argparse.Namespace) -> None:
     from arcface_kd.data.face_detector import open_detector
 
     print(align_folder(arguments.folder, arguments.out, open_detector(arguments.detector), which=arguments.which))
+
+
+def _verify(arguments: argparse.Namespace) -> None:
+    from arcface_kd.data.verify import verify
+    from arcface_kd.errors import DataError
+
+    one, *more = arguments.sets
+    report = verify([one, *more] if more else one, num_classes=arguments.num_classes)
+    print(report)
+    if report.faults:
+        raise DataError(
+            f"{len(report.faults)} of {report.images} images would stop a run: mend or remove them, or pass over those "
+            "that cannot be read with --on-bad-record skip"
+        )
