@@ -113,6 +113,9 @@ def open_shards(folder: str | os.PathLike[str]) -> RunShards:
 def _own_shards(folder: Path, files: Mapping[int, Path], first: Mapping[str, Any]) -> RunShards:
     checkpoints, edges = [first], [0]
     num_classes = class_range(first[HEAD], checkpoint_file(folder, 0))[2]
+    if not num_classes:
+        # Every rank has saved the same.
+        return RunShards(folder, (first,) * len(files), (0,) * (len(files) + 1))
     while True:
         rank = len(checkpoints) - 1
         path, checkpoint = checkpoint_file(folder, rank), checkpoints[-1]

@@ -13,7 +13,7 @@ from torch.utils.data import Dataset
 
 from arcface_kd.data.bad_records import BadRecord
 from arcface_kd.data.formats.image import decode_rgb
-from arcface_kd.data.formats.image_folder import list_identities, read_image_file
+from arcface_kd.data.formats.image_folder import list_identities, list_images, read_image_file
 from arcface_kd.data.formats.property_file import read_property
 from arcface_kd.data.formats.recordio import RecordReader
 from arcface_kd.data.record_labels import RecordLabels
@@ -339,6 +339,25 @@ class FolderDataset(FaceDataset):
             raise BadRecordError(str(error)) from None
 
 
+class UnlabelledFolder(FolderDataset):
+    """Images in a folder, at any depth, without labels.
+
+    Args:
+        root: the folder.
+        on_bad_record: what becomes of an image that cannot be read.
+
+    Raises:
+        DataError: see ``list_images``.
+    """
+
+    def __init__(self, root: str | os.PathLike[str], *, on_bad_record: OnBadRecord = "stop") -> None:
+        self.on_bad_record = on_bad_record
+        self.num_classes = 0
+        self.names = []
+        self._paths = list_images(root, follow_links=False)
+        self._labels = np.full(len(self._paths), -1)
+
+
 class SyntheticDataset(FaceDataset):
     """The host's ``rec = "synthetic"``: one random image a million times, label 1, for measuring speed.
 
@@ -382,13 +401,14 @@ def open_dataset(
     """Open whatever a config's ``rec`` names, choosing as the host's ``get_dataloader`` does.
 
     Args:
-        root: ``synthetic``; a folder with ``train.rec`` and ``train.idx``; or a folder with one folder of images for
-            each identity.
-        num_classes: labels must be below it; None for no limit.
+        root: ``synthetic``; a folder with ``train.rec`` and ``train.idx``; a folder with one folder of images for each
+            identity; a folder of images, which have no labels then, nor have those of ``FOLDER/**``, at any depth.
+        num_classes: labels must be below it; 0 takes all images of a folder, at any depth, without labels; None for no
+            limit.
         on_bad_record: what becomes of a record or image that cannot be read, see ``FaceDataset``.
 
     Returns:
-        A ``SyntheticDataset``, a ``RecordDataset`` or a ``FolderDataset``.
+        A ``SyntheticDataset``, a ``RecordDataset``, a ``FolderDataset`` or an ``UnlabelledFolder``.
 
     Raises:
         DataError: none of these is there, or it cannot be read.
@@ -396,17 +416,20 @@ def open_dataset(
     if root == "synthetic":
         return SyntheticDataset(num_classes=num_classes)
     folder = Path(root)
-    if (folder / "train.rec").exists():
+    labelled = folder.name != "**" and num_classes != 0
+    folder = folder.parent if folder.name == "**" else folder
+    if (folder / "train.rec").exists() and Path(root) == folder:
         return RecordDataset(folder, num_classes=num_classes, on_bad_record=on_bad_record)
     if (folder / "train.idx").exists():
         raise DataError(f"{folder} holds train.idx but no train.rec; both are needed")
-    wanted = "wanted train.rec and train.idx, or one folder of images per identity"
     if not folder.is_dir():
-        raise DataError(f"there is no folder {folder}; {wanted}")
+        raise DataError(
+            f"there is no folder {folder}; wanted train.rec and train.idx, one folder of images per identity, or images"
+        )
     try:
         has_folders = any(entry.is_dir() for entry in folder.iterdir())
     except OSError as error:
         raise DataError(f"cannot list {folder}: {error.strerror}") from None
-    if not has_folders:
-        raise DataError(f"no data set in {folder}; {wanted}")
-    return FolderDataset(folder, num_classes=num_classes, on_bad_record=on_bad_record)
+    if labelled and has_folders:
+        return FolderDataset(folder, num_classes=num_classes, on_bad_record=on_bad_record)
+    return UnlabelledFolder(folder, on_bad_record=on_bad_record)

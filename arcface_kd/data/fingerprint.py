@@ -5,7 +5,7 @@ import os
 
 import numpy as np
 
-from arcface_kd.data.dataset import FaceDataset, FolderDataset, RecordDataset
+from arcface_kd.data.dataset import FaceDataset, FolderDataset, RecordDataset, UnlabelledFolder
 from arcface_kd.data.joined import JoinedDataset
 from arcface_kd.errors import BadRecordError, DataError
 
@@ -19,7 +19,7 @@ def shows_two_views(dataset: FaceDataset) -> bool:
     """
     if isinstance(dataset, JoinedDataset):
         return all(map(shows_two_views, dataset.sets))
-    return type(dataset) in (RecordDataset, FolderDataset)
+    return type(dataset) in (RecordDataset, FolderDataset, UnlabelledFolder)
 
 
 def fingerprint(dataset: FaceDataset) -> str:

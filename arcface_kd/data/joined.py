@@ -188,7 +188,8 @@ def open_rec(
     twice = [folder for place, folder in enumerate(folders) if folder in folders[:place]]
     if twice:
         raise ConfigError(f"rec names {twice[0]} twice, and its people would be two classes each; name it once")
-    sets = [open_dataset(folder, None, on_bad_record) for folder in folders]
+    # Without classes, folders of folders are no people.
+    sets = [open_dataset(folder, num_classes and None, on_bad_record) for folder in folders]
     joined = JoinedDataset(sets, None if identities is None else read_identities(identities, sets))
     told = f"{' + '.join(str(faces.found_classes) for faces in sets)} classes of {', '.join(folders)} make "
     if num_classes is not None and joined.found_classes > num_classes:

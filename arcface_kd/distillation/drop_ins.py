@@ -18,6 +18,7 @@ from arcface_kd.data.loader import FaceLoader
 from arcface_kd.data.loader import get_dataloader as open_loader
 from arcface_kd.distillation.distiller import Distiller
 from arcface_kd.distillation.head import DistillationHead
+from arcface_kd.distillation.method_set import MethodSet
 from arcface_kd.distillation.tensorboard_log import TensorBoardLog
 from arcface_kd.distributed.ranks import RankGroup
 from arcface_kd.errors import ConfigError
@@ -93,6 +94,17 @@ class DropIns(NamedTuple):
     get_dataloader: Callable[..., Any]
     PartialFC_V2: Callable[..., DistillationHead]
     distiller: Distiller
+
+
+def _refuse_classes_of_nobody(config: Mapping[str, Any], loader: FaceLoader, methods: MethodSet) -> None:
+    """Refuse images without any label in a run that counts on classes."""
+    if loader.faces.found_classes:
+        return
+    methods.refuse_without_labels()
+    if classes := config.get("num_classes"):
+        raise ConfigError(
+            f"num_classes is {classes}, and no image of {config.get('rec')} has a label: set num_classes=0"
+        )
 
 
 def _compare_with_data(config: Mapping[str, Any], loader: FaceLoader) -> None:
@@ -266,6 +278,7 @@ class _Makers:
             )
         num_classes, on_bad_record = config.get("num_classes"), self.shared.kd.on_bad_record
         loader = open_loader(**given, num_classes=num_classes, on_bad_record=on_bad_record, identities=identities)
+        _refuse_classes_of_nobody(config, loader, self.shared.methods)
         _compare_with_data(config, loader)
         self.shared.use_cache(loader)
         return loader

@@ -44,7 +44,7 @@ class DistillationHead(nn.Module):
         distiller: the teacher's signal and the methods.
         margin: margin and logit scale.
         embedding_size: the student's dimension.
-        num_classes: classes of the whole data set.
+        num_classes: classes of the whole data set; 0 trains without labels, by methods that need none.
         sample_rate: PartialFC's share of classes a step, in (0, 1].
         product_dtype: number format of the matrix products, None for fp32.
         seed: of the run.
@@ -62,8 +62,8 @@ class DistillationHead(nn.Module):
             of images a step.
 
     Raises:
-        ConfigError: a teacher of another dimension without a projection; fewer classes than ranks; ranks that were
-            started with different teachers, images or options.
+        ConfigError: a teacher of another dimension without a projection; fewer classes than ranks; no classes, and a
+            method that needs some; ranks that were started with different teachers, images or options.
     """
 
     step: Tensor
@@ -89,6 +89,8 @@ class DistillationHead(nn.Module):
         super().__init__()
         self.ranks = ranks = ranks or RankGroup()
         _check_sizes(num_classes, sample_rate, ranks)
+        if not num_classes:
+            distiller.methods.refuse_without_labels()
         self.num_classes, self.embedding_size, self.run_folder = num_classes, embedding_size, run_folder
         self.shard = ranks.shard(num_classes)
         self._distiller = distiller
@@ -279,9 +281,9 @@ class DistillationHead(nn.Module):
 
 
 def _check_sizes(num_classes: int, sample_rate: float, ranks: RankGroup) -> None:
-    if num_classes < 1:
-        raise ConfigError(f"num_classes is {num_classes}; it must be at least 1")
-    if num_classes < ranks.world_size:
+    if num_classes < 0:
+        raise ConfigError(f"num_classes is {num_classes}; it must be at least 0")
+    if 0 < num_classes < ranks.world_size:
         raise ConfigError(f"{num_classes} classes cannot be split over {ranks.world_size} ranks; use fewer ranks")
     if not 0 < sample_rate <= 1:
         raise ConfigError(f"sample_rate is {sample_rate}; it must be in (0, 1]")

@@ -74,14 +74,25 @@ class MethodSet:
         if requirement in self.needed and not there:
             raise TeacherError(f"{self.title} needs {requirement.value}" + (f": {hint}" if hint else ""))
 
+    def refuse_without_labels(self) -> None:
+        """Refuse images without labels where a method needs some, or there is no method at all."""
+        needing = [name for name, kind in self.types.items() if kind.needs_labels(self.configs[name])]
+        if needing or not self.types:
+            raise ConfigError(
+                f"{' and '.join(needing) or 'a run without --kd'} needs labels, and no image has one: take bank, "
+                "embedding or rkd, or several of them joined by +"
+            )
+
     def prepare_student(self, student: nn.Module) -> None:
         """Make a student ready for all methods, once, before any trainer has wrapped it."""
         for name, kind in self.types.items():
             kind.prepare_student(self.configs[name], student)
 
     def build(self, context: RunContext) -> dict[str, Method]:
-        """Make the methods, and the learned classifier where none takes its place."""
-        made: dict[str, Method] = {} if self.replacing else {"classifier": LearnedClassifier(context)}
+        """Make the methods, and the learned classifier where there are classes and none takes its place."""
+        made: dict[str, Method] = {}
+        if context.num_classes and not self.replacing:
+            made["classifier"] = LearnedClassifier(context)
         made.update({name: kind(self.configs[name], context) for name, kind in self.types.items()})
         return made
 
@@ -97,14 +108,18 @@ def _load(name: str) -> type[Method]:
 
 def _replacing_classifier(types: Mapping[str, type[Method]], configs: Mapping[str, Any]) -> str | None:
     found = [name for name, kind in types.items() if kind.replaces_classifier(configs[name])]
-    if len(found) <= 1:
+    classifying = [name for name in found if types[name].classifies]
+    if not classifying or len(found) == 1:
         return found[0] if found else None
-    if all(types[name].classifies for name in found):
-        raise ConfigError(f"{' and '.join(found)} both bring a classification loss of their own; take one of them")
-    by_option = [name for name in found if not types[name].classifies]
+    if len(classifying) > 1:
+        raise ConfigError(
+            f"{' and '.join(classifying)} both bring a classification loss of their own; take one of them"
+        )
+    without = [name for name in found if name not in classifying]
     raise ConfigError(
-        f"{' and '.join(found)} both take the place of the trainer's classification, {' and '.join(by_option)} by the "
-        f"options it was given: take one of them, or leave out these options"
+        f"{classifying[0]} brings a classification loss and {' and '.join(without)} leave the labels out: add "
+        + " and ".join(f"--kd-option {name}.labels=classify" for name in without)
+        + ", or take one of them"
     )
 
 

@@ -35,7 +35,7 @@ class ClassShard:
     """The contiguous range of classes that one rank holds.
 
     Attributes:
-        num_classes: classes of the whole data set, at least 1.
+        num_classes: classes of the whole data set, at least 0.
         rank: this rank, in [0, world_size).
         world_size: number of ranks, at least 1.
     """
@@ -45,8 +45,8 @@ class ClassShard:
     world_size: int = 1
 
     def __post_init__(self) -> None:
-        if self.num_classes < 1:
-            raise ValueError(f"num_classes is {self.num_classes}; it must be at least 1")
+        if self.num_classes < 0:
+            raise ValueError(f"num_classes is {self.num_classes}; it must be at least 0")
         if not 0 <= self.rank < self.world_size:
             raise ValueError(f"rank is {self.rank}; it must be in [0, {self.world_size})")
 

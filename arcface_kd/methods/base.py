@@ -56,7 +56,7 @@ class RunContext:
     """What a run tells its methods once, before the first step.
 
     Attributes:
-        num_classes: classes of the whole data set.
+        num_classes: classes of the whole data set; 0 where no image has a label.
         embedding_size: the student's dimension D.
         teacher_embedding_size: the teacher's dimension Dt, None without a teacher.
         teacher_classifier: (C_local, Dt) fp32 on the CPU, any norms: this rank's rows of the teacher's classifier, for
@@ -208,6 +208,18 @@ class Method(nn.Module):
             ``classifies``, unless a subclass decides by a knob.
         """
         return cls.classifies
+
+    @classmethod
+    def needs_labels(cls, config: Any) -> bool:
+        """Whether it has nothing to learn from images without labels.
+
+        Args:
+            config: the knobs.
+
+        Returns:
+            True, unless a subclass says otherwise: it then may be asked for with ``context.num_classes`` 0.
+        """
+        return True
 
     @classmethod
     def requirements(cls, config: Any) -> frozenset[Requirement]:

@@ -64,6 +64,11 @@ class EmbeddingDistillation(Method):
         """Whether the labels are left out."""
         return bool(config.labels == "none")
 
+    @classmethod
+    def needs_labels(cls, config: Any) -> bool:
+        """No: where there are none, there is no classifier beside the distance."""
+        return False
+
     def forward(self, batch: Batch) -> dict[str, Tensor]:
         """The distance of the gathered batch, whether its rows have labels or not."""
         assert batch.teacher is not None

@@ -20,7 +20,7 @@ rows' angles. ``angle_weight=0`` leaves them out.
 """
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from torch import Tensor
 
@@ -61,6 +61,11 @@ class RKD(Method):
     requires: ClassVar[frozenset[Requirement]] = frozenset({Requirement.TEACHER_EMBEDDINGS})
     projects: ClassVar[bool] = False
     config: RKDConfig
+
+    @classmethod
+    def needs_labels(cls, config: Any) -> bool:
+        """No."""
+        return False
 
     def forward(self, batch: Batch) -> dict[str, Tensor]:
         """The gathered batch's relations, of which each rank takes its own rows' part."""

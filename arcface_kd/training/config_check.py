@@ -11,7 +11,7 @@ LOGIT_SCALE = 64.0  # the host's, which no key of its configs changes
 
 
 _AT_LEAST_ONE = (
-    *("num_classes", "num_image", "num_epoch", "batch_size"),
+    *("num_image", "num_epoch", "batch_size"),
     *("embedding_size", "gradient_acc", "frequent", "verbose"),
 )
 
@@ -46,8 +46,9 @@ def check_keys(config: Mapping[str, Any]) -> None:
     for key in _AT_LEAST_ONE:
         if not (isinstance(config[key], int) and config[key] >= 1):
             raise ConfigError(f"{key} is {config[key]!r}; it must be a whole number, at least 1")
-    if not (isinstance(config["warmup_epoch"], int) and config["warmup_epoch"] >= 0):
-        raise ConfigError(f"warmup_epoch is {config['warmup_epoch']!r}; it must be a whole number, at least 0")
+    for key in ("num_classes", "warmup_epoch"):
+        if not (isinstance(config[key], int) and config[key] >= 0):
+            raise ConfigError(f"{key} is {config[key]!r}; it must be a whole number, at least 0")
     if not (isinstance(config["seed"], int) and 0 <= config["seed"] <= _LARGEST_SEED):
         raise ConfigError(f"seed is {config['seed']!r}; it must be a whole number from 0 to {_LARGEST_SEED}")
     for key in ("lr", "momentum", "weight_decay"):

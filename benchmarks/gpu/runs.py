@@ -83,7 +83,7 @@ class Runs:
         """The keys of a method: the teacher each step, the cache where the method reads nothing else."""
         if method in ("kd", "gkd", "thkd", "proxylesskd"):
             return {"kd": method, "kd_classifier": "class-means", "kd_cache": str(self.cache)}
-        return {"kd": method, **({"kd_cache": str(self.cache)} if method == "tcs" else {})}
+        return {"kd": method, **({"kd_cache": str(self.cache)} if method in ("tcs", "bank") else {})}
 
     def run(self, output: str, teacher: Teacher | None = None, **keys: Any) -> Run:
         """A run of the compact trainer, ready for its first step; nothing is logged on the way."""

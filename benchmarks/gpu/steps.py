@@ -16,7 +16,7 @@ from benchmarks.gpu.checks import Findings, Place
 from benchmarks.gpu.runs import Runs, training_steps
 
 _STEPS = 20
-_METHODS = ("", "adadistill", "proxylesskd", "embedding", "ekd", "rkd", "kd", "gkd", "thkd", "crosskd", "tcs")
+_METHODS = ("", "adadistill", "proxylesskd", "embedding", "ekd", "rkd", "kd", "gkd", "thkd", "crosskd", "tcs", "bank")
 
 
 @contextmanager

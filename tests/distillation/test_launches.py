@@ -26,6 +26,7 @@ from arcface_kd.teachers.options import TeacherOptions
 from tests.make_believe_gpu import Record, make_believe_gpu, on_device
 from tests.methods.tcs.test_method import batch as tcs_batch
 from tests.methods.tcs.test_method import method_of as tcs_method
+from tests.methods.tcs.test_principal_components import filled_cache
 
 BATCH, DIMENSION, CLASSES = 32, 16, 600
 MARGIN = Margin(64.0, 1.0, 0.5, 0.0)
@@ -35,6 +36,7 @@ BUDGETS = {
     "classifier": 200,
     "adadistill": 60,
     "arcdistill": 60,
+    "bank": 60,
     "cosdistill": 60,
     "proxylesskd": 60,
     "margindistillation": 200,
@@ -48,6 +50,7 @@ BUDGETS = {
 }
 OPTIONS: dict[str, list[dict[str, object]]] = {
     "adadistill": [{}, {"alpha": "plain", "repeated": "last"}],
+    "bank": [{}, {"of": "classes", "mined": 1.0}],
     "embedding": [{}, {"labels": "none"}],
     "gkd": [{}, {"group": "sample", "secondary_weight": 1.0}, {"group": "fixed", "size": 10}],
     "crosskd": [{"mimic": "both"}],
@@ -70,8 +73,15 @@ def head_of(name: str, options: dict[str, object], folder: Path, **keys: Any) ->
     """A head whose teacher says what the batch is given, so that the step is the head's alone."""
     torch.save(torch.randn(CLASSES, DIMENSION), folder / "head.pt")
     methods = () if name == "classifier" else (name,)
-    kd = KDConfig(methods, classifier=str(folder / "head.pt"), options={name: options} if options else {})
+    kd = KDConfig(
+        methods,
+        cache=str(folder / "rows") if name == "bank" else None,
+        classifier=str(folder / "head.pt"),
+        options={name: options} if options else {},
+    )
     distiller = Distiller(kd, load_teacher(_Teacher(), TeacherOptions(size=8)) if methods else None)
+    if name == "bank":
+        distiller.cache, _ = filled_cache(folder / "rows", 40, DIMENSION)
     if name == "crosskd":
         distiller.maps = SimpleNamespace(  # type: ignore[assignment]
             teacher=SimpleNamespace(tail=_tail, map_shape=(8, 7, 7)), student_shape=(6, 7, 7)

@@ -138,19 +138,20 @@ def list_identities(root: str | os.PathLike[str], *, follow_links: bool = False)
     return identities
 
 
-def list_images(root: str | os.PathLike[str]) -> list[str]:
-    """List the images below a folder, at any depth; symbolic links are followed.
+def list_images(root: str | os.PathLike[str], *, follow_links: bool = True) -> list[str]:
+    """List the images below a folder, at any depth.
 
     Args:
         root: the folder.
+        follow_links: whether symbolic links are followed; they are refused otherwise.
 
     Returns:
         Their paths, by folder and name; hidden and system files are passed over, and a warning counts what was.
 
     Raises:
-        DataError: no such folder, or no image in it.
+        DataError: no such folder, no image in it, or a symbolic link.
     """
-    listing = _Listing(follow_links=True)
+    listing = _Listing(follow_links)
     found = [os.path.join(folder, name) for folder, name in sorted(listing.images(os.fspath(root)))]
     _warn(root, listing, 0, [], 0)
     if not found:
