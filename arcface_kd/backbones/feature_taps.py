@@ -26,6 +26,8 @@ _FAMILIES = (
 # arcface_torch's vit ends in `feature`, whose input is all tokens of an image in one row, put back in their places
 # where training has left some of them out.
 _VIT = ("patch_embed", "blocks", "feature")
+# IR networks have the units of all stages in one row; a unit with a stride begins a stage.
+_IR = ("input_layer", "body", "output_layer")
 
 
 @dataclass(frozen=True)
@@ -93,7 +95,13 @@ def find_map(network: nn.Module, name: str | None = None, tap: int = 0) -> MapPl
         if not _has(network, name) or not name:
             raise ConfigError(f"{kind} has no module {name!r}; it has {', '.join(dict(network.named_children()))}, ...")
         return MapPlace(name)
-    for marks, places in _FAMILIES:
+    if all(_has(network, mark) for mark in _IR):
+        families: tuple[tuple[tuple[str, ...], tuple[str, ...]], ...] = (
+            (_IR, _ir_places(network.get_submodule("body"))),
+        )
+    else:
+        families = _FAMILIES
+    for marks, places in families:
         if all(_has(network, mark) for mark in marks):
             if not 0 <= tap < len(places):
                 raise ConfigError(f"{kind} has no feature map {tap} stages before its last; there are 0 to 3")
@@ -106,6 +114,18 @@ def find_map(network: nn.Module, name: str | None = None, tap: int = 0) -> MapPl
         f"where {kind} has its feature map is not known: it is no iresnet, mobilefacenet or vit; name the module that "
         f"returns it, one of {', '.join(dict(network.named_children()))} or inside one"
     )
+
+
+def _ir_places(body: nn.Module) -> tuple[str, ...]:
+    """The last units of an IR network's stages, the last stage first."""
+    units = dict(body.named_children())
+    starts = [
+        place
+        for place, unit in enumerate(units.values())
+        if any(isinstance(each, nn.Conv2d) and max(each.stride) > 1 for each in unit.modules())
+    ]
+    names = list(units)
+    return tuple(f"body.{names[place - 1]}" for place in (len(units), *reversed(starts[1:])))
 
 
 def _has(network: nn.Module, path: str) -> bool:

@@ -24,6 +24,7 @@ from arcface_kd.evaluation.embedding import embed, normalize
 from arcface_kd.system.console import errors_only
 from arcface_kd.system.files import atomic_write, require_folder_of
 from arcface_kd.teachers.checkpoint import NetworkCheckpoint, load_network
+from arcface_kd.teachers.options import Preprocessing
 
 Precision = Literal["float32", "int8"]
 
@@ -114,6 +115,11 @@ def export(
     if int8 and calibration is None:
         raise ConfigError("int8 takes its scales from faces; give records with --calibration DIR")
     student = load_network(run, network)
+    if student.author is None or student.author.shown != Preprocessing():
+        raise ConfigError(
+            f"{run}: a student takes RGB as (x - 127.5) / 127.5, and this {student.name} may want another "
+            "order or scale; only what a run trained can be exported"
+        )
     shown, checked = _faces(calibration, images if int8 else 0)
     content = to_onnx(student)
     leading = 0.0

@@ -1,4 +1,4 @@
-"""Teachers of every kind: PyTorch checkpoints, ONNX files and packs, MXNet checkpoints, modules, timm models."""
+"""Teachers of every kind: checkpoints, ONNX files and packs, MXNet checkpoints, modules, names of timm and the hub."""
 
 from arcface_kd.teachers.base import Teacher, TeacherSource, load_teacher
 from arcface_kd.teachers.options import Preprocessing, TeacherOptions

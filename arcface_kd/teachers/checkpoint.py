@@ -3,8 +3,8 @@
 import logging
 import os
 import re
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
 from functools import cache, partial
 from pathlib import Path
 from typing import ClassVar, NamedTuple, TypeVar
@@ -13,8 +13,10 @@ import torch
 from torch import Tensor, nn
 
 from arcface_kd.backbones import NETWORKS, OWN, FaceBackbone, get_backbone
+from arcface_kd.backbones.ir import IRLayout, IRNet
 from arcface_kd.backbones.vit import HOST_NAMES, VITS
 from arcface_kd.errors import ConfigError, TeacherError, first_line
+from arcface_kd.teachers.authors import MAGFACE, TRAINED_HERE, Author, author_of
 from arcface_kd.teachers.base import Teacher, local_path, tensors_digest
 from arcface_kd.teachers.file_type import signature
 from arcface_kd.teachers.options import Precision, Preprocessing, TeacherOptions
@@ -25,6 +27,8 @@ logger = logging.getLogger(__name__)
 
 # What a run leaves in its folder: arcface_torch until 2021 called it backbone.pth, as its model zoo still does.
 _STUDENTS = ("model.pt", "backbone.pth", "checkpoint_gpu_0.pt")
+# What stands beside the config.json of a Hugging Face folder.
+HUB_FILES = ("model.safetensors", "model.pt", "pytorch_model.bin", "pretrained_model/model.pt")
 _SUFFIXES = (".pt", ".pth", ".ckpt", ".safetensors")
 _WEIGHTS = frozenset((torch.float16, torch.bfloat16, torch.float32, torch.float64))
 _T = TypeVar("_T")
@@ -36,8 +40,11 @@ _MAGFACE_EPS, _EPS = 2e-5, 1e-5
 _OPTIONAL = frozenset(("mask_token",))
 # Networks are outlined at both embedding sizes: what differs follows the size. Own networks may want a power of two.
 _SIZE, _OTHER_SIZE = 512, 1024
+# CVLface's KP-RPE has it beside a ViT's tensors, for landmarks that it takes beside the image.
+_LANDMARKS = "keypoint_linear"
 _OWN_IN_LOG = re.compile(rf": network +({OWN}[\w.]+:\w+)$")
 Shape = tuple[int, ...]
+_IR_FIRST = "input_layer.0.weight"
 
 
 @dataclass(frozen=True)
@@ -47,15 +54,17 @@ class NetworkCheckpoint:
     Attributes:
         network: the backbone with its weights, in evaluation mode, on the CPU.
         name: its name among ``arcface_kd.backbones.NETWORKS`` or ``arcface_kd.backbones.vit.VITS``, or
-            ``python:MODULE:FUNCTION``.
+            ``python:MODULE:FUNCTION``, or an `arcface_kd.backbones.ir.IRLayout`'s.
         num_features: dimension of its embeddings.
         digest: SHA-256 over its name and weights.
+        author: who trained it; None where that decides on the channels and cannot be told.
     """
 
     network: nn.Module
     name: str
     num_features: int
     digest: str
+    author: Author | None = TRAINED_HERE
 
 
 class Backbone(NamedTuple):
@@ -87,10 +96,16 @@ def backbone_file(folder: Path) -> Path | None:
     return next((folder / name for name in _STUDENTS if (folder / name).is_file()), None)
 
 
+def hub_file(folder: Path) -> Path | None:
+    """The weights of a Hugging Face folder; None where there is no ``config.json`` or nothing beside it."""
+    files = HUB_FILES if (folder / "config.json").is_file() else ()
+    return next((folder / name for name in files if (folder / name).is_file()), None)
+
+
 def is_run_folder(source: object) -> bool:
     """Whether this is what a run of arcface_torch or of ``arcface-kd train`` leaves: a folder with its student."""
     path = local_path(source)
-    return path is not None and backbone_file(path) is not None
+    return path is not None and backbone_file(path) is not None and hub_file(path) is None
 
 
 def _shapes(network: nn.Module) -> dict[str, tuple[int, ...]]:
@@ -113,7 +128,8 @@ def own_network_in_log(folder: Path) -> str | None:
 
 
 def _build(name: str, num_features: int, fp16: bool = False) -> nn.Module:
-    build = partial(get_backbone, name) if name.startswith(OWN) else _KNOWN[name]
+    layout = IRLayout.of(name)
+    build = partial(IRNet, layout) if layout else _KNOWN.get(name, partial(get_backbone, name))
     return build(num_features=num_features, fp16=fp16)
 
 
@@ -156,22 +172,36 @@ def _prefixes(state: Mapping[str, Shape], name: str) -> list[str]:
     return [key.removesuffix(last) for key in state if key == last or key.endswith(f".{last}")]
 
 
-def find_backbones(content: object, names: Iterable[str] = _KNOWN) -> Iterator[Backbone]:
-    """Find known networks in a file's state dicts, under any key and behind any prefix."""
+def _candidates(shapes: Mapping[str, Shape], name: str | None) -> Iterator[tuple[str, str]]:
+    """Names and prefixes of networks that a state dict may be of: of ``name``, or of all that are known."""
+    for each in _KNOWN if name is None else (name,):
+        yield from ((each, prefix) for prefix in _prefixes(shapes, each))
+    if name is not None:
+        return
+    # There are as many IR networks as depths and widths: theirs are read off the tensors.
+    for prefix in (key.removesuffix(_IR_FIRST) for key in shapes if key.endswith(_IR_FIRST)):
+        layout = IRLayout.in_shapes({key.removeprefix(prefix): each for key, each in shapes.items()})
+        if layout is not None:
+            yield layout.name, prefix
+
+
+def find_backbones(content: object, name: str | None = None) -> Iterator[Backbone]:
+    """Find known networks in a file's state dicts, under any key and behind any prefix; ``name`` None is any."""
     for place, tensors in state_dicts(content).items():
         shapes = _without_counters({key: tuple(value.shape) for key, value in tensors.items()})
-        for name in names:
-            for prefix in _prefixes(shapes, name):
-                size = _num_features(name, _own(shapes, prefix, name))
-                if size is not None:
-                    own = _own(tensors, prefix, name)
-                    beside = tuple(key for key in tensors if key.removeprefix(prefix) not in own)
-                    yield Backbone(place, prefix, name, size, own, beside)
+        for each, prefix in _candidates(shapes, name):
+            size = _num_features(each, _own(shapes, prefix, each))
+            if size is not None:
+                own = _own(tensors, prefix, each)
+                beside = tuple(key for key in tensors if key.removeprefix(prefix) not in own)
+                yield Backbone(place, prefix, each, size, own, beside)
 
 
 def _the_backbone(content: object, path: Path, name: str | None) -> Backbone:
     """The one network that a file is of."""
-    found = list(find_backbones(content, _KNOWN if name is None else (name,)))
+    found = list(find_backbones(content, name))
+    if any(_LANDMARKS in key.split(".") for each in found for key in each.beside):
+        raise TeacherError(f"teacher {path} takes landmarks beside its image, and a teacher is shown images alone")
     if not found:
         logged = own_network_in_log(path.parent) if name is None else None
         if logged is not None:
@@ -213,7 +243,7 @@ def _misfit(content: object, name: str | None) -> str:
     def common(candidate: tuple[str, str]) -> int:
         return len(_own(shapes, candidate[1], candidate[0]).keys() & _outline(candidate[0]).keys())
 
-    candidates = [(each, prefix) for each in ([name] if name else _KNOWN) for prefix in (*_prefixes(shapes, each), "")]
+    candidates = [*_candidates(shapes, name), *((each, "") for each in ([name] if name else _KNOWN))]
     nearest, prefix = max(candidates, key=common)
     outline = _outline(nearest)
     own = _own(shapes, prefix, nearest)
@@ -232,8 +262,9 @@ def _misfit(content: object, name: str | None) -> str:
     key, shape = next(iter(shapes.items()), ("none", ()))
     closest = f"; closest is {nearest}: {'; '.join(words)}" if common((nearest, prefix)) > len(outline) / 2 else ""
     return (
-        f"is of none of the networks {', '.join(_KNOWN)}: it has {len(state)} tensors (the first: {short(key)} {shape})"
-        f"{closest}; name a network of your own with --kd-option teacher.network={OWN}MODULE:FUNCTION"
+        f"is of none of the networks {', '.join(_KNOWN)} and ir_*: it has {len(state)} tensors (the first: "
+        f"{short(key)} {shape}){closest}; name a network of your own with --kd-option "
+        f"teacher.network={OWN}MODULE:FUNCTION"
     )
 
 
@@ -245,13 +276,14 @@ def load_network(
     ``name`` None infers the network from the names and shapes of the tensors, which finds no own one; an own one's
     module is imported, and takes images of ``size``.
     """
-    place = backbone_file(Path(path)) or Path(path)
+    place = hub_file(Path(path)) or backbone_file(Path(path)) or Path(path)
     magface = name in _MAGFACE
     if name is not None:
         name = {**HOST_NAMES, **_MAGFACE}.get(name, name)
-        if name not in _KNOWN and not name.startswith(OWN):
+        if name not in _KNOWN and not name.startswith(OWN) and IRLayout.of(name) is None:
             raise ConfigError(
-                f"teacher.network={name!r}: no such network; there are {', '.join(_KNOWN)}, and {OWN}MODULE:FUNCTION"
+                f"teacher.network={name!r}: no such network; there are {', '.join(_KNOWN)}, ir_50 and its like, and "
+                f"{OWN}MODULE:FUNCTION"
             )
     found = _the_backbone(read_content(place), place, name)
     state = found.tensors
@@ -263,7 +295,8 @@ def load_network(
             )
         if not torch.isfinite(tensor).all():
             raise TeacherError(f"teacher {place}: tensor {called!r} holds NaN or inf")
-    if magface or (found.name in _MAGFACE.values() and "features" in found.prefix.split(".")):
+    author = MAGFACE if magface else author_of(place, found.name, found.prefix, found.beside)
+    if author == MAGFACE:
         logger.info("%s: batch norms of MagFace, with epsilon %g", place, _MAGFACE_EPS)
         # x / sqrt(v + 2e-5) is x / sqrt((v + 1e-5) + 1e-5): the network computes what MagFace's does.
         for key in [key for key in state if key.endswith("running_var")]:
@@ -283,7 +316,7 @@ def load_network(
         shown = Preprocessing(size=size)
         tried = Teacher(network, preprocessing=shown, description=f"{found.name} from {place}", weights=digest)
         num_features = tried.embedding_size
-    return NetworkCheckpoint(network.eval(), found.name, num_features, digest)
+    return NetworkCheckpoint(network.eval(), found.name, num_features, digest, author)
 
 
 def _autocast(precision: Precision, tensor: Tensor, *, half: bool) -> torch.autocast:
@@ -292,20 +325,20 @@ def _autocast(precision: Precision, tensor: Tensor, *, half: bool) -> torch.auto
 
 
 class CheckpointSource:
-    """Checkpoints of ``arcface_kd.backbones``, ViTs and own networks included; a run's folder stands for its own."""
+    """Checkpoints of ``arcface_kd.backbones``, ViTs and own networks included, fed as their authors do; folders too."""
 
     description: ClassVar[str] = (
-        "a PyTorch checkpoint (.pt, .pth), a .safetensors file or a run's folder, of "
+        "a PyTorch checkpoint (.pt, .pth), a .safetensors file, a run's or a Hugging Face folder, of "
         + ", ".join(_KNOWN)
-        + f", {OWN}MODULE:FUNCTION"
+        + f", ir_50 and its like, {OWN}MODULE:FUNCTION"
     )
 
     @staticmethod
     def accepts(source: object) -> bool:
         """Whether this is such a file by its content, or by its name where the content says nothing."""
-        if is_run_folder(source):
-            return True
         path = local_path(source)
+        if path is not None and (hub_file(path) or backbone_file(path)):
+            return True
         if path is None or not path.is_file():
             return False
         kind = signature(path)
@@ -317,8 +350,16 @@ class CheckpointSource:
         options.refuse("output", "only an ONNX file has outputs to choose from")
         path = local_path(source)
         assert path is not None
-        preprocessing = options.preprocessing(Preprocessing())
-        checkpoint = load_network(path, options.network, size=preprocessing.size)
+        checkpoint = load_network(path, options.network, size=options.preprocessing(Preprocessing()).size)
+        if checkpoint.author is None and options.channels is None:
+            raise TeacherError(
+                f"teacher {path}: some authors train {checkpoint.name} on RGB and some on BGR, and neither its name "
+                "nor what is beside it says who has: give --kd-option teacher.channels=rgb or bgr; "
+                "`arcface-kd check` with pairs tells which is better"
+            )
+        author, layout = checkpoint.author or TRAINED_HERE, IRLayout.of(checkpoint.name)
+        known = replace(author.shown, size=layout.image_size) if layout else author.shown
+        preprocessing = options.preprocessing(known)
         precision: Precision = options.precision or default_precision()
         if precision != "fp32" and isinstance(checkpoint.network, FaceBackbone):
             checkpoint.network.fp16 = True
@@ -326,7 +367,7 @@ class CheckpointSource:
         return Teacher(
             checkpoint.network,
             preprocessing=preprocessing,
-            description=f"{checkpoint.name} from {path}",
+            description=f"{checkpoint.name}{author.name and f' of {author.name}'} from {path}",
             weights=checkpoint.digest,
             precision=precision,
             embedding_size=options.embedding_size,

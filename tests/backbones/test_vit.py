@@ -1,4 +1,4 @@
-"""ViTs of arcface_torch as teachers: a twin written out by hand, the host's own where it is at hand, checkpoints."""
+"""ViTs as teachers: a twin written out by hand, the host's own where it is at hand, files."""
 
 import importlib
 import math
@@ -6,6 +6,7 @@ import sys
 from functools import partial
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import pytest
 import torch
@@ -33,8 +34,8 @@ def seeded(network: nn.Module) -> nn.Module:
     return network.eval()
 
 
-def small() -> FaceBackbone:
-    network = VisionTransformer(16, 2, num_features=8)
+def small(**shape: Any) -> FaceBackbone:
+    network = VisionTransformer(16, 2, num_features=8, **shape)
     seeded(network)
     return network
 
@@ -43,7 +44,7 @@ def faces(count: int) -> Tensor:
     return torch.rand(count, 3, 112, 112, generator=torch.Generator().manual_seed(1)) * 2 - 1
 
 
-def by_hand(state: dict[str, Tensor], image: Tensor, depth: int) -> Tensor:
+def by_hand(state: dict[str, Tensor], image: Tensor, depth: int, heads: int = 8) -> Tensor:
     """One image in float64, token by token and head by head."""
     w = {name: tensor.double() for name, tensor in state.items()}
     width = w["pos_embed"].shape[2]
@@ -60,14 +61,16 @@ def by_hand(state: dict[str, Tensor], image: Tensor, depth: int) -> Tensor:
         return scaled * w[f"{name}.weight"] + w[f"{name}.bias"]
 
     kernel = w["patch_embed.proj.weight"].flatten(1)
-    patches = [image[:, 9 * r : 9 * r + 9, 9 * c : 9 * c + 9].double().flatten() for r in range(12) for c in range(12)]
+    p = w["patch_embed.proj.weight"].shape[-1]
+    corners = [(p * row, p * column) for row in range(112 // p) for column in range(112 // p)]
+    patches = [image[:, y : y + p, x : x + p].double().flatten() for y, x in corners]
     x = torch.stack([kernel @ patch for patch in patches]) + w["patch_embed.proj.bias"] + w["pos_embed"][0]
     for number in range(depth):
         name = f"blocks.{number}"
         query, key, value = (layer_norm(x, f"{name}.norm1") @ w[f"{name}.attn.qkv.weight"].T).split(width, 1)
-        size = width // 8
+        size = width // heads
         mixed = []
-        for head in range(8):
+        for head in range(heads):
             own = slice(head * size, head * size + size)
             weights = (query[:, own] @ key[:, own].T / math.sqrt(size)).softmax(1)
             mixed.append(weights @ value[:, own])
@@ -79,11 +82,14 @@ def by_hand(state: dict[str, Tensor], image: Tensor, depth: int) -> Tensor:
     return batch_norm(w["feature.2.weight"] @ row, "feature.3")
 
 
-def test_embeds_as_written_out_by_hand() -> None:
-    network, images = small(), faces(2)
+@pytest.mark.parametrize(
+    ("shape", "heads"), [({}, 8), ({"patch": 8, "heads": 4, "ratio": 3}, 4)], ids=["host", "CVLface"]
+)
+def test_embeds_as_written_out_by_hand(shape: dict[str, int], heads: int) -> None:
+    network, images = small(**shape), faces(2)
     with torch.no_grad():
         met = network(images)
-    expected = torch.stack([by_hand(network.state_dict(), image, 2) for image in images])
+    expected = torch.stack([by_hand(network.state_dict(), image, 2, heads) for image in images])
     assert expected.std() > 0.1
     torch.testing.assert_close(met.double(), expected, rtol=1e-4, atol=1e-5)
 
@@ -100,6 +106,19 @@ def test_a_checkpoint_is_a_teacher_by_its_tensors_alone(tmp_path: Path) -> None:
         torch.testing.assert_close(teacher(faces(2)), network(faces(2)), rtol=1e-4, atol=1e-4)
     named = load_network(tmp_path / "model.pt", "vit_t_dp005_mask0")
     assert (named.name, named.num_features) == ("vit_t", 24)
+
+
+# Digests from CVLface's own code at d3d09c93, at 512-d.
+@pytest.mark.parametrize(
+    ("name", "digest"),
+    [
+        ("cvlface_vit_s", "c984cb55fd50a3de9a85bc2e4fb0ea002f436fed0b82d23415909e85923d7b67"),
+        ("cvlface_vit_b", "efbd0e79c54fcad9187a0013f07294af745159e2bae5d34d1b1ed5302757d4e3"),
+    ],
+)
+def test_layout_is_cvlface_s(name: str, digest: str) -> None:
+    with torch.device("meta"):
+        assert layout_digest(VITS[name]()) == digest
 
 
 def test_bfloat16_stays_close_to_float32() -> None:
