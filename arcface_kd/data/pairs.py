@@ -80,7 +80,8 @@ def choose_pairs(labels: NDArray[np.int64], most: int, seed: int = 0) -> tuple[N
     if most < 2 * FOLDS:
         raise ConfigError(f"{most} pairs are fewer than two for each of {FOLDS} folds; ask for {2 * FOLDS} or more")
     # RandomState's numbers are promised never to change, those of numpy's newer generators are not.
-    order = np.random.RandomState(seed).permutation(len(labels))
+    random = np.random.RandomState(seed)
+    order = random.permutation(len(labels))
     people: dict[int, list[int]] = {}
     for image, label in zip(order.tolist(), labels[order].tolist(), strict=True):
         if label >= 0:
@@ -98,7 +99,10 @@ def choose_pairs(labels: NDArray[np.int64], most: int, seed: int = 0) -> tuple[N
         # There and back, so that the first fold does not always get the larger share.
         folds[fold if turn % 2 == 0 else FOLDS - 1 - fold].append(row)
     wanted = most // (2 * FOLDS)
-    kinds = [(_of_one(fold, wanted), _of_two(fold, labels, wanted)) for fold in folds]
+    for people_of_fold in folds:
+        random.shuffle(people_of_fold)
+    # Two begin at the other end, so that both kinds together show as many people as they can.
+    kinds = [(_of_one(fold, wanted), _of_two(fold[::-1], labels, wanted)) for fold in folds]
     count = min(len(pairs) for both in kinds for pairs in both)
     chosen = [
         pair for same, different in kinds for both in zip(same[:count], different[:count], strict=True) for pair in both

@@ -63,6 +63,16 @@ def test_several_sets_are_looked_at_as_one(tmp_path: Path, capsys: pytest.Captur
     assert f"{tmp_path}/two/p1/1.jpg" in shown
 
 
+def test_a_fault_in_one_of_several_sets_is_reported(tmp_path: Path) -> None:
+    write_records(tmp_path / "one", plain_records([0, 1]))
+    write_records(tmp_path / "two", [*plain_records([0, 1]), (2, record(2, 0.5, encoded(2))), *plain_records([1], 3)])
+    report = verify([tmp_path / "one", tmp_path / "two"])
+    assert (report.images, report.people) == (6, 4)
+    (fault,) = report.faults
+    assert "0.5" in fault
+    assert "two/train.rec" in fault
+
+
 def test_long_lists_are_cut(tmp_path: Path) -> None:
     write_records(tmp_path, [(key, record(key, 40.0, b"no image")) for key in range(30)])
     text = str(verify(tmp_path))
