@@ -53,15 +53,18 @@ def on_gpu(function: Callable[P, R], kernels: int, kernel: Callable[P, R] | None
 
 @functools.cache
 def _compiled(function: Callable[P, R]) -> Callable[P, R]:
-    from torch._dynamo.exc import TorchDynamoException
-
-    chosen = torch.compile(function, dynamic=True)
+    # A run's shapes stay as they are, and kernels for one shape compile faster than those for any; torch finds by
+    # itself which sizes change. In this process: starting others takes longer than the few small kernels.
+    chosen: Callable[P, R] = torch.compile(function, fullgraph=True, options={"compile_threads": 1})
 
     def run(*arguments: P.args, **keywords: P.kwargs) -> R:
         nonlocal chosen
         try:
             return chosen(*arguments, **keywords)
-        except TorchDynamoException as error:
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as error:
+            # Whatever a compiler stumbles over, and it has many errors of its own: nothing but time depends on it.
             _warn(f"{function.__qualname__} cannot be compiled here", error)
             chosen = function
             return function(*arguments, **keywords)
@@ -76,7 +79,7 @@ def _compiles() -> bool:
         with warnings.catch_warnings():
             # Told once a process, and about what the head does not do: TF32, the defaults of Triton's next release.
             warnings.simplefilter("ignore")
-            values = torch.compile(_probe, dynamic=True)(torch.ones(2, device="cuda"))
+            values = torch.compile(_probe, options={"compile_threads": 1})(torch.ones(2, device="cuda"))
             _probe_by_kernel(importlib.import_module("triton"))[(1,)](values)
     except Exception as error:
         # Whatever a compiler that is missing or broken raises: nothing but time depends on it.

@@ -139,13 +139,18 @@ def _with_chunk(
         b = _exponentials(teacher, teacher_shift, b_out)
         teacher_primary = before.teacher_primary + b.sum(0)
         product = before.product_primary + b.mul_(torch.sub(teacher, student, out=c_out)).sum(0)
-        found = before._replace(
-            softmax=softmax,
-            student_primary=student_primary,
-            teacher_primary=teacher_primary,
-            product_primary=product,
+        return torch.stack(
+            [
+                softmax,
+                student_primary,
+                before.student_secondary,
+                teacher_primary,
+                before.teacher_secondary,
+                product,
+                before.product_secondary,
+                before.size,
+            ]
         )
-        return torch.stack(found)
     inside = torch.ge(ranked, threshold, out=inside_out).to(student.dtype)
     size = before.size + inside.sum(0)
     b = torch.mul(a, inside, out=b_out)

@@ -113,13 +113,14 @@ def impostor_thresholds(pairs: Pairs, pairs_per_acceptance: tuple[int, ...]) -> 
     """
     dtype, count = pairs.unit.dtype, len(pairs_per_acceptance)
     search = _begin(pairs.negatives, pairs_per_acceptance)
-    left = sum(_DIGITS[dtype])
+    bits = left = sum(_DIGITS[dtype])
     for width in _DIGITS[dtype]:
         left -= width
+        masks = (1 << width) - 1, (1 << bits - left - width) - 1
         # One histogram for each beginning that is still searched, and one that takes what is none of them.
         table = search.rank.new_zeros(2, (count + 1) << width)
         for block in pairs.blocks():
-            place = _place_in_table(block.cosines, block.negative, search.beginning, left, width)
+            place = _place_in_table(block.cosines, block.negative, search.beginning, left, width, masks)
             table.scatter_add_(1, place, table.new_ones(()).expand(place.shape))
         search = _next_digit(table, search, width)
     student, teacher = _cosines_of(search.beginning, dtype, pairs.negatives).unbind()
@@ -148,12 +149,16 @@ def _begin(count: Tensor, pairs_per_acceptance: tuple[int, ...]) -> _Search:
 
 
 @fused()
-def _place_in_table(cosines: Tensor, negative: Tensor, beginning: Tensor, left: int, width: int) -> Tensor:
-    """Where each pair is counted, (2, R * B): by the beginning that it has and its next digit."""
-    known = sum(_DIGITS[cosines.dtype]) - left - width
+def _place_in_table(
+    cosines: Tensor, negative: Tensor, beginning: Tensor, left: int, width: int, masks: tuple[int, int]
+) -> Tensor:
+    """Where each pair is counted, (2, R * B): by the beginning that it has and its next digit.
+
+    ``masks`` cut out the digit and the beginning; torch 2.11 cannot trace a shift of 1 by a number that changes.
+    """
     key = _falling(cosines).long().flatten(1)
-    digit = (key >> left) & ((1 << width) - 1)
-    head = (key >> (left + width)) & ((1 << known) - 1) if known else torch.zeros_like(key)
+    digit = (key >> left) & masks[0]
+    head = (key >> (left + width)) & masks[1]
     count = beginning.shape[1]
     slot = torch.searchsorted(beginning, head).clamp_max(count - 1)
     counted = negative.flatten() & (beginning.gather(1, slot) == head)

@@ -6,6 +6,7 @@ import subprocess
 import sys
 import xml.etree.ElementTree as ElementTree
 from importlib import metadata
+from importlib.util import find_spec
 
 import torch
 
@@ -56,7 +57,9 @@ def marked_tests(place: Place, found: Findings) -> None:
     files = [str(path) for path in sorted((ROOT / "tests").rglob("test_*.py")) if "mark.gpu" in path.read_text("utf-8")]
     report = place.scratch / "gpu_tests.xml"
     command = [sys.executable, "-m", "pytest", "-m", "gpu", "-q", "-p", "no:cacheprovider", f"--junitxml={report}"]
-    ended = subprocess.run([*command, *files], cwd=ROOT)
+    # Most of a test's time goes into compiling kernels.
+    workers = ["-n", "6"] if find_spec("xdist") and place.device.type == "cuda" else []
+    ended = subprocess.run([*command, *workers, *files], cwd=ROOT)
     found.expect(ended.returncode == 0, f"pytest ended with {ended.returncode}")
     cases = list(ElementTree.parse(report).iter("testcase"))
     outcomes = [

@@ -16,8 +16,8 @@ from benchmarks.gpu.checks import Findings, Place, Skipped
 from benchmarks.gpu.runs import Runs
 
 _TWENTY_STEPS = ("embedding", "kd", "gkd", "crosskd", "tcs")
-# Of a loss: on a GPU two runs with the same seed part by and by.
-_APART = {"cpu": 0.0, "cuda": 0.02}
+# Of the first loss, and of the others: on a GPU two runs with the same seed part by and by.
+_APART = {"cpu": (0.0, 0.0), "cuda": (1e-3, 0.1)}
 
 
 class _Trainers:
@@ -149,7 +149,10 @@ def _teacher(runs: Runs) -> list[str]:
 def _compare_off(losses: Mapping[str, Mapping[int, float]], place: Place, found: Findings) -> None:
     flag, plain = losses["flag"], losses["plain"]
     found.expect(bool(plain) and flag.keys() == plain.keys(), "without --kd, patched and unpatched trainer part")
-    apart = [abs(flag[step] - plain[step]) / abs(plain[step]) for step in plain if step in flag]
+    apart = [abs(flag[step] - plain[step]) / abs(plain[step]) for step in sorted(plain) if step in flag]
     if apart:
+        found.add("without --kd: relative difference of the first loss from the unpatched trainer", apart[0])
         found.add("without --kd: largest relative difference of a loss from the unpatched trainer", max(apart))
-        found.expect(max(apart) <= _APART[place.device.type], f"without --kd the losses differ by {max(apart):.1e}")
+        first, others = _APART[place.device.type]
+        held = apart[0] <= first and max(apart) <= others
+        found.expect(held, f"without --kd the losses differ by {apart[0]:.1e} at first, then {max(apart):.1e}")

@@ -98,6 +98,7 @@ def head(place: Place, found: Findings) -> None:
 
 
 def _heads(place: Place, found: Findings, narrow: torch.dtype | None, batch: int, dimension: int, repeats: int) -> None:
+    kept: dict[int, Callable[[], object]] = {}
     for classes in (60,) if place.tiny else _CLASSES:
         ours = head_benchmark.adadistill_step(classes, batch, dimension, place.device, narrow)
         centers = torch.randn(classes, dimension, device=place.device, dtype=narrow)
@@ -117,7 +118,44 @@ def _heads(place: Place, found: Findings, narrow: torch.dtype | None, batch: int
             if "PartialFC_V2" in milliseconds:
                 share = milliseconds["ours"] / milliseconds["PartialFC_V2"]
                 found.goal(f"C = {classes:,}: at most 1/5 of PartialFC_V2 (1/{1 / share:.1f})", share <= 0.2)
-        del providers, ours, centers
+        _where_time_goes(place, f"C = {classes:,}", ours, found)
+        kept[classes] = ours
+        del providers, centers
+    # A step that cannot be captured may leave the device unable to go on.
+    for classes, ours in kept.items():
+        _as_graph(place, f"C = {classes:,}", ours, repeats, found)
+
+
+def _where_time_goes(place: Place, name: str, step: Callable[[], object], found: Findings) -> None:
+    """The slowest kernels of five of the head's steps, and the number of its launches."""
+    if place.device.type != "cuda":
+        return
+    with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as profiled:
+        for _ in range(5):
+            step()
+        _wait(place)
+    rows: Any = profiled.key_averages()
+    found.add(f"{name}, ours: launches a step", sum(row.count for row in rows if "LaunchKernel" in row.key) / 5)
+    found.add(f"{name}, ours: GPU ms a step", sum(row.self_device_time_total for row in rows) / 5000)
+    for row in sorted(rows, key=lambda row: -row.self_device_time_total)[:6]:
+        found.add(f"{name}, ours: ms a step in {row.key[:60]}", row.self_device_time_total / 5000)
+
+
+def _as_graph(place: Place, name: str, step: Callable[[], object], repeats: int, found: Findings) -> None:
+    """What a step would cost if nothing had to be launched: as a CUDA graph, which the head does not use."""
+    if place.device.type != "cuda":
+        return
+    try:
+        stream = torch.cuda.Stream()
+        with torch.cuda.stream(stream):
+            step()
+        torch.cuda.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            step()
+        found.add(f"{name}, ours as a CUDA graph: ms", _milliseconds(place, graph.replay, repeats))
+    except RuntimeError as error:
+        found.add(f"{name}, ours as a CUDA graph: ms", str(error).splitlines()[0])
 
 
 def _milliseconds(place: Place, step: Callable[[], object], repeats: int) -> float:

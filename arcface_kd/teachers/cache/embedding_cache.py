@@ -16,6 +16,7 @@ overwrite each other's neighbouring rows with zeros or see them late: such rows 
 never wrong. Fill it from one machine, or give each machine a file of its own.
 """
 
+import dataclasses
 import errno
 import json
 import os
@@ -27,7 +28,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from io import FileIO
 from pathlib import Path
-from typing import IO, Any, cast
+from typing import IO, Any, cast, get_args
 
 import numpy as np
 import torch
@@ -38,6 +39,7 @@ from torch.nn.functional import normalize
 from arcface_kd.errors import TeacherError
 from arcface_kd.system.files import atomic_write, reserve_space
 from arcface_kd.teachers.base import Teacher
+from arcface_kd.teachers.options import Precision, TeacherOptions
 
 _FORMAT = 1
 _LARGEST_HEADER = 1 << 16
@@ -91,6 +93,30 @@ def identity_in(
             f"{header} names {_short(dimension)} as embedding size: it is damaged; delete it and {path} to start anew"
         )
     return {**found, "format": _FORMAT, "data": data_fingerprint, "images": images}
+
+
+def in_cached_precision(
+    options: TeacherOptions | Mapping[str, object] | None, path: str | os.PathLike[str] | None
+) -> TeacherOptions:
+    """Options of a teacher that name a precision: where they do not, that of the cache, if there is one.
+
+    The default differs between a CPU and a GPU, and a cache is often filled on the one and read beside the other.
+
+    Args:
+        options: the ``teacher.*`` options.
+        path: of the cache, which need not exist.
+    """
+    chosen = TeacherOptions.of(options)
+    if chosen.precision is not None or path is None:
+        return chosen
+    path = Path(path).expanduser()
+    try:
+        _refuse_special_files(path, _header_of(path))
+        found = _read_header(path, _header_of(path)).get("precision")
+    except (OSError, TeacherError):
+        # Whoever opens the cache says what is wrong with it.
+        return chosen
+    return dataclasses.replace(chosen, precision=found) if found in get_args(Precision) else chosen
 
 
 def fill_hint(path: str | os.PathLike[str], flags: Sequence[str] = ()) -> str:

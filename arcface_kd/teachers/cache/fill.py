@@ -28,7 +28,7 @@ from arcface_kd.errors import ConfigError, TeacherError
 from arcface_kd.system.device import default_device
 from arcface_kd.system.memory import named_shortages
 from arcface_kd.teachers.base import Teacher, load_teacher
-from arcface_kd.teachers.cache.embedding_cache import EmbeddingCache, identity_of, readable_size
+from arcface_kd.teachers.cache.embedding_cache import EmbeddingCache, identity_of, in_cached_precision, readable_size
 from arcface_kd.teachers.collapse import warn_of_collapse
 
 # A bar that nobody watches goes into a log: a line now and then is enough.
@@ -142,7 +142,7 @@ def fill_cache(config: Mapping[str, Any], *, teacher: Teacher | None = None) -> 
 def _teacher_of(kd: KDConfig) -> Teacher:
     if kd.teacher is None:
         raise TeacherError("a cache keeps a teacher's embeddings: give a teacher with --kd-teacher FILE")
-    return load_teacher(kd.teacher, kd.options.get("teacher"))
+    return load_teacher(kd.teacher, in_cached_precision(kd.options.get("teacher"), kd.cache))
 
 
 def _share(records: NDArray[np.int64], ranks: RankGroup) -> NDArray[np.int64]:

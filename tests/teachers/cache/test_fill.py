@@ -16,10 +16,13 @@ from torch.nn.functional import normalize
 from arcface_kd.backbones import get_backbone
 from arcface_kd.cli.main import main
 from arcface_kd.config.arcface_torch import BASE
+from arcface_kd.config.kd import KDConfig
 from arcface_kd.data.dataset import RecordDataset, View
 from arcface_kd.data.fingerprint import fingerprint
 from arcface_kd.data.loader import _normalise
+from arcface_kd.distillation.distiller import Distiller
 from arcface_kd.errors import ArcfaceKDError, ConfigError, DataError, TeacherError
+from arcface_kd.teachers import checkpoint
 from arcface_kd.teachers.base import Teacher, load_teacher
 from arcface_kd.teachers.cache.embedding_cache import EmbeddingCache, identity_of
 from arcface_kd.teachers.cache.fill import CacheReport, fill_cache
@@ -243,3 +246,22 @@ def test_torchrun_shares_the_work_out(config: Path, teacher_file: Path, faces: F
     teacher = load_teacher(teacher_file)
     wanted = said_of_all(faces, teacher)
     assert (rows_of(opened(tmp_path / "rows", faces, teacher)) - wanted).abs().max() < 1e-3
+
+
+def test_a_cache_filled_without_a_gpu_is_taken_beside_one(
+    faces: Faces, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, cache = tmp_path / "teacher.pt", tmp_path / "rows"
+    torch.manual_seed(0)
+    torch.save(get_backbone("thin_r18", num_features=DIMENSION).eval().state_dict(), path)
+    config = config_for(faces, cache, kd="adadistill", kd_teacher=str(path))
+    assert fill_cache(config).missing == 70
+    # The default beside a GPU.
+    monkeypatch.setattr(checkpoint, "default_precision", lambda: "fp16")
+    assert fill_cache(config).missing == 0
+    teacher = Distiller(KDConfig.from_config(config)).teacher
+    assert teacher is not None
+    assert teacher.precision == "fp32"
+    config.kd_option = ["teacher.precision=fp16"]
+    with pytest.raises(TeacherError, match="precision"):
+        fill_cache(config)
