@@ -122,8 +122,8 @@ def _heads(place: Place, found: Findings, narrow: torch.dtype | None, batch: int
         kept[classes] = ours
         del providers, centers
     # A step that cannot be captured may leave the device unable to go on.
-    for classes, ours in kept.items():
-        _as_graph(place, f"C = {classes:,}", ours, repeats, found)
+    for classes, step in kept.items():
+        _as_graph(place, f"C = {classes:,}", step, repeats, found)
 
 
 def _where_time_goes(place: Place, name: str, step: Callable[[], object], found: Findings) -> None:
