@@ -2,6 +2,7 @@
 
 Providers:
     arcface_kd: ``RecordDataset`` and ``RecordReader``.
+    quality: the same with the views of ``student.augment=quality``.
     mxnet: ``MXIndexedRecordIO`` with ``recordio.unpack`` and ``image.imdecode``, as arcface_torch's data set calls
         them; left out where mxnet is not installed.
 """
@@ -18,19 +19,23 @@ from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch.utils.data import DataLoader, Dataset
 
+from arcface_kd.config.augmentation import PRESETS
 from arcface_kd.data.dataset import RecordDataset, View
 from arcface_kd.data.formats.recordio import RecordReader
+from arcface_kd.data.views import are_degraded, draws_of, view_of
 from benchmarks.drawn_records import draw_records
 from benchmarks.record import Recorder, Row, print_table, print_verdict
 from benchmarks.timing import interleaved_seconds
 
 LEAST_SPEED_UP = 3.5
+LEAST_SHARE_OF_QUALITY = 0.8
 LARGEST_SHARE_OF_OPENING = 1 / 3
 MEMORY_LIMIT_MB = 100.0
 _WORKERS = 4
@@ -92,6 +97,22 @@ class _WithOurs(Dataset[int]):
 
     def __getitem__(self, item: int) -> int:
         label, image = self.faces.pixels(View(self.chosen[item], False))
+        assert image.shape == (112, 112, 3)
+        return label
+
+
+class _Degraded(_WithOurs):
+    """The same, and degrades them as a worker of the loader does."""
+
+    def __getitems__(self, items: list[int]) -> list[int]:
+        draws = draws_of(items)
+        degraded = are_degraded(draws, PRESETS["quality"])
+        return [self._label(item, draws[at] if degraded[at] else None) for at, item in enumerate(items)]
+
+    def _label(self, item: int, draws: NDArray[Any] | None) -> int:
+        label, image = self.faces.pixels(View(self.chosen[item], False))
+        if draws is not None:
+            image, _ = view_of(image, draws, PRESETS["quality"], lambda share: image)
         assert image.shape == (112, 112, 3)
         return label
 
@@ -217,7 +238,7 @@ def _measure_reading(recorder: Recorder, sizes: Sizes, mxnet: ModuleType | None,
     faces = _faces(folder, sizes.images)
     dataset = RecordDataset(faces)
     chosen = random.Random(0).sample(range(len(dataset)), min(sizes.images, len(dataset)))
-    readers: dict[str, Dataset[int]] = {"arcface_kd": _WithOurs(faces, chosen)}
+    readers: dict[str, Dataset[int]] = {"arcface_kd": _WithOurs(faces, chosen), "quality": _Degraded(faces, chosen)}
     if mxnet is not None:
         readers["mxnet"] = _WithMxnet(mxnet, faces, [int(dataset.keys[index]) for index in chosen])
     providers = {name: _pass_of_a_worker(reader) for name, reader in readers.items()}
@@ -232,6 +253,10 @@ def _measure_reading(recorder: Recorder, sizes: Sizes, mxnet: ModuleType | None,
         f"Reading and decoding, {where}",
         ("provider", "images/s"),
         [(name, f"{value:,.0f}") for name, value in speed.items()],
+    )
+    share = speed["quality"] / speed["arcface_kd"]
+    print_verdict(
+        f"quality at {LEAST_SHARE_OF_QUALITY} of that or more", f"{share:.2f}", share >= LEAST_SHARE_OF_QUALITY
     )
     if "mxnet" in speed:
         factor = speed["arcface_kd"] / speed["mxnet"]

@@ -23,6 +23,7 @@ config.val_targets = ["lfw", "cfp_fp", "agedb_30"]
 # AdaDistill's centers take the place of the classifier, the distance pulls each row besides.
 config.kd = "adadistill+embedding"
 config.kd_teacher = "/train_tmp/teachers/r50.pt"
+# For cameras add "student.augment": "quality" (docs/cameras.md).
 config.kd_option = {"embedding.weight": 64.0}
 
 arcface_kd.attach(config)

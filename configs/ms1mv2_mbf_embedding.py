@@ -22,6 +22,7 @@ config.val_targets = ["lfw", "cfp_fp", "agedb_30"]
 # gradient_share/embedding in the log tells how strong this weight is beside the margin softmax.
 config.kd = "embedding"
 config.kd_teacher = "/train_tmp/teachers/r50.pt"
+# For cameras add "student.augment": "quality" (docs/cameras.md).
 config.kd_option = {"embedding.weight": 64.0}
 
 arcface_kd.attach(config)

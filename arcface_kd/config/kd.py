@@ -1,10 +1,12 @@
 """The ``kd*`` keys of a config: each is one field of :class:`KDConfig`, which says all that there is to know of it."""
 
 import dataclasses
+import functools
 import typing
 from collections.abc import Callable, Mapping, Sequence
 from typing import Annotated, Any, Literal, TypeVar, get_args, get_origin
 
+from arcface_kd.config.augmentation import Augmentation
 from arcface_kd.config.options import Options, build, convert, kinds_of
 from arcface_kd.errors import ConfigError, OnBadRecord, suggestion
 
@@ -13,6 +15,7 @@ CLASS_MEANS = "class-means"
 PREFIXES = ("teacher", "student", "head")
 
 Projection = Literal["none", "linear"]
+TeacherView = Literal["clean", "same"]
 Loader = Literal["own", "host"]
 K = TypeVar("K", bound="KDConfig")
 
@@ -27,10 +30,36 @@ class StudentOptions(Options):
             teacher.
         init: a file that the trained network starts from: a checkpoint of it, or an ONNX file, which takes the place of
             ``network``; the ``teacher.*`` options say how it wants its images. None starts from scratch.
+        augment: how its images are degraded: ``flip`` (default) only mirrors them; ``quality``, ``strong``, or several
+            ``NAME:PROBABILITY``, see :class:`~arcface_kd.config.augmentation.Augmentation`.
+        augment__teacher: what the teacher sees of them: ``clean`` (default), the image as it was; ``same``, what the
+            student sees.
     """
 
     projection: Projection = "none"
     init: str | None = None
+    augment: tuple[str, ...] = ("flip",)
+    augment__teacher: TeacherView = "clean"
+
+    @functools.cached_property
+    def augmentation(self) -> Augmentation:
+        """``augment``, read."""
+        return Augmentation.read(self.augment)
+
+    @property
+    def teacher_sees_others(self) -> bool:
+        """Whether the teacher is shown other images than the student."""
+        return bool(self.augmentation) and self.augment__teacher == "clean"
+
+    @property
+    def views(self) -> dict[str, str]:
+        """What student and teacher are shown, in one way of writing."""
+        return {"student.augment": str(self.augmentation), "student.augment.teacher": self.augment__teacher}
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        # A bad one is found here.
+        _ = self.augmentation
 
 
 @dataclasses.dataclass(frozen=True)

@@ -53,7 +53,8 @@ Count = Annotated[int, Range(1)]
 class Options:
     """Base of option dataclasses: fields are read by :func:`convert` as what their annotations say.
 
-    A subclass whose fields depend on each other checks that in a ``__post_init__`` of its own, after this one's.
+    A subclass whose fields depend on each other checks that in a ``__post_init__`` of its own, after this one's. A dot
+    in an option's name is two underscores in its field's.
 
     Raises:
         ConfigError: a value of the wrong type or out of range.
@@ -61,7 +62,7 @@ class Options:
 
     def __post_init__(self) -> None:
         for name, kind in kinds_of(type(self)).items():
-            object.__setattr__(self, name, convert(getattr(self, name), kind, name))
+            object.__setattr__(self, name, convert(getattr(self, name), kind, _option(name)))
 
 
 def kinds_of(options: type[Any]) -> dict[str, Any]:
@@ -70,17 +71,23 @@ def kinds_of(options: type[Any]) -> dict[str, Any]:
     return {field.name: hints[field.name] for field in dataclasses.fields(options)}
 
 
+def _option(field: str) -> str:
+    return field.replace("__", ".")
+
+
 def build(kind: type[T], values: Mapping[str, object], prefix: str) -> T:
     """Make a dataclass of options from values that may be text; ``prefix`` names them in messages.
 
     A ``ValueError`` of its ``__post_init__`` becomes a ConfigError.
     """
-    kinds = kinds_of(kind)
+    kinds = {_option(field): each for field, each in kinds_of(kind).items()}
     for name in values:
         if name not in kinds:
             has = f"there are {', '.join(f'{prefix}.{known}' for known in kinds)}" if kinds else "it has none"
             raise ConfigError(f"unknown option {prefix}.{name}; {has}{suggestion(name, kinds, f'{prefix}.')}")
-    converted = {name: convert(value, kinds[name], f"{prefix}.{name}") for name, value in values.items()}
+    converted = {
+        name.replace(".", "__"): convert(value, kinds[name], f"{prefix}.{name}") for name, value in values.items()
+    }
     try:
         return kind(**converted)
     except ValueError as error:

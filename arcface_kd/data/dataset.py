@@ -27,10 +27,11 @@ MOST_BAD_IN_A_ROW = 1000
 
 
 class View(NamedTuple):
-    """One way to see a record: which one, and whether it is mirrored."""
+    """One way to see a record: which one, whether it is mirrored, and the seed of what a loader degrades it by."""
 
     index: int  # type: ignore[assignment]
     flipped: bool
+    seed: int = 0
 
 
 class Sample(NamedTuple):
@@ -179,7 +180,7 @@ class FaceDataset(Dataset[Sample], ABC):
             return view, *self.pixels(view)
         most = min(len(self), MOST_BAD_IN_A_ROW)
         for step in range(most):
-            candidate = View((view.index + step) % len(self), view.flipped)
+            candidate = view._replace(index=(view.index + step) % len(self))
             try:
                 return candidate, *self.pixels(candidate)
             except BadRecordError as error:

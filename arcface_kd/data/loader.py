@@ -6,10 +6,13 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import distributed
 from torch.utils.data import DataLoader, Dataset, get_worker_info
 
+from arcface_kd.config.augmentation import Augmentation
 from arcface_kd.data.bad_records import BadRecord, SkippedRecords
 from arcface_kd.data.dataset import IMAGE_SIZE, FaceDataset, View
 from arcface_kd.data.joined import Rec, open_rec
@@ -26,10 +29,24 @@ class BatchViews(NamedTuple):
         index: int64 (B,), on the CPU: indices in the data set; where a bad record is skipped, that of the one shown in
             its place.
         flipped: bool (B,), on the CPU: whether each is mirrored.
+        clean: uint8 (B, 112, 112, 3), on the CPU: the images before they were degraded, where the loader keeps them.
     """
 
     index: torch.Tensor  # type: ignore[assignment]
     flipped: torch.Tensor
+    clean: torch.Tensor | None = None
+
+    def clean_images(self, device: torch.device) -> torch.Tensor:
+        """The images before they were degraded, as the loader hands out its batches.
+
+        Args:
+            device: where they are wanted.
+
+        Returns:
+            float32 (B, 3, 112, 112), RGB, -1 .. 1.
+        """
+        assert self.clean is not None
+        return _normalise(self.clean.to(device, non_blocking=True))
 
 
 class _Batch(NamedTuple):
@@ -47,6 +64,8 @@ class _BatchReader(Dataset[Any]):
 
     def __init__(self, dataset: FaceDataset) -> None:
         self.dataset = dataset
+        self.augmentation: Augmentation | None = None
+        self.keeps_clean = False
 
     def __len__(self) -> int:
         return len(self.dataset)
@@ -55,21 +74,44 @@ class _BatchReader(Dataset[Any]):
         return self.__getitems__([view])
 
     def __getitems__(self, views: list[View]) -> _Batch | DataError:
-        pixels = torch.empty((len(views), *IMAGE_SIZE, 3), dtype=torch.uint8)
-        if get_worker_info() is not None:
-            # Shared before it is filled, the batch need not be copied on its way to the training process.
-            pixels.share_memory_()
-        rows = pixels.numpy()
+        pixels = _room(len(views))
+        clean = _room(len(views)) if self.keeps_clean else None
+        rows, clean_rows = pixels.numpy(), None if clean is None else clean.numpy()
         labels, shown = [0] * len(views), list(views)
         bad: list[BadRecord] = []
         try:
             # Each image is copied while it is hot in the cache; keeping them all to stack them costs a fifth more.
             for place, view in enumerate(views):
-                shown[place], labels[place], rows[place] = self.dataset.shown(view, bad)
+                shown[place], labels[place], image = self.dataset.shown(view, bad)
+                if clean_rows is not None:
+                    clean_rows[place] = image
+                rows[place] = image
+            self._degrade(rows, labels, views, bad)
         except DataError as error:
             return error
-        index, flipped = zip(*shown, strict=True)
-        return _Batch(pixels, torch.tensor(labels), BatchViews(torch.tensor(index), torch.tensor(flipped)), bad)
+        index, flipped, _ = zip(*shown, strict=True)
+        shown_views = BatchViews(torch.tensor(index), torch.tensor(flipped), clean)
+        return _Batch(pixels, torch.tensor(labels), shown_views, bad)
+
+    def _degrade(self, rows: NDArray[np.uint8], labels: list[int], views: list[View], bad: list[BadRecord]) -> None:
+        """Put degraded views in the images' places; a mixture of faces has no label."""
+        if self.augmentation is None:
+            return
+        from arcface_kd.data.views import are_degraded, draws_of, view_of
+
+        def other(share: float) -> NDArray[np.uint8]:
+            return self.dataset.shown(View(int(share * len(self)), False), bad)[2]
+
+        draws = draws_of([view.seed for view in views])
+        for place in np.flatnonzero(are_degraded(draws, self.augmentation)).tolist():
+            rows[place], mixed = view_of(rows[place], draws[place], self.augmentation, other)
+            labels[place] = -1 if mixed else labels[place]
+
+
+def _room(images: int) -> torch.Tensor:
+    pixels = torch.empty((images, *IMAGE_SIZE, 3), dtype=torch.uint8)
+    # Shared before it is filled, the batch need not be copied on its way to the training process.
+    return pixels if get_worker_info() is None else pixels.share_memory_()
 
 
 def _as_it_is(batch: Any) -> Any:
@@ -168,6 +210,17 @@ class FaceLoader(DataLoader[Any]):
         assert isinstance(self.dataset, _BatchReader)
         return self.dataset.dataset
 
+    def degrade(self, augmentation: Augmentation, *, keep_clean: bool = False) -> None:
+        """Show degraded views from the first iteration on, see :mod:`arcface_kd.data.views`.
+
+        Args:
+            augmentation: how often each; a mixture of faces has the label -1.
+            keep_clean: whether ``BatchViews.clean`` holds the images before they were degraded.
+        """
+        assert isinstance(self.dataset, _BatchReader)
+        self.dataset.augmentation = augmentation or None
+        self.dataset.keeps_clean = keep_clean and bool(augmentation)
+
     def __iter__(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:  # type: ignore[override]
         """Start an epoch.
 
@@ -244,6 +297,26 @@ def _normalise(pixels: torch.Tensor) -> torch.Tensor:
     # On a GPU, dividing by a Python number multiplies by its reciprocal, which rounds differently.
     images.div_(torch.full((1,), 255.0, device=images.device))
     return images.sub_(0.5).div_(0.5)
+
+
+def read_images(faces: FaceDataset, views: BatchViews, places: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """Read images of a batch anew, not degraded, as the loader hands out its batches.
+
+    Args:
+        faces: the records.
+        views: the batch.
+        places: (N,) int64, which of the batch.
+        device: where they are wanted.
+
+    Returns:
+        float32 (N, 3, 112, 112), RGB, -1 .. 1.
+
+    Raises:
+        BadRecordError: a record that cannot be read.
+    """
+    wanted = zip(views.index[places].tolist(), views.flipped[places].tolist(), strict=True)
+    pixels = np.stack([faces.pixels(View(index, flipped))[1] for index, flipped in wanted])
+    return _normalise(torch.from_numpy(pixels).to(device))
 
 
 def _shared_seed(seed: int | None) -> int:

@@ -1,4 +1,4 @@
-"""Which images each rank sees in which order, and which of them mirrored."""
+"""Which images each rank sees in which order, which of them mirrored, and by which random numbers."""
 
 from collections.abc import Iterator
 from typing import Any, cast
@@ -12,17 +12,30 @@ from arcface_kd.data.dataset import View
 from arcface_kd.errors import ConfigError
 
 _WORD = (1 << 64) - 1
-
+_GAMMA = 0x9E3779B97F4A7C15
 
 _VIEWS_AT_ONCE = 1 << 14
 
 
 def _mix(words: NDArray[Any]) -> NDArray[Any]:
     """The splitmix64 step (Steele, Lea, Flood 2014): uint64 to well-mixed uint64, one to one."""
-    words = words + np.uint64(0x9E3779B97F4A7C15)
+    words = words + np.uint64(_GAMMA)
     words = (words ^ (words >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     words = (words ^ (words >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     return words ^ (words >> np.uint64(31))
+
+
+def uniforms(seeds: NDArray[np.uint64], count: int) -> NDArray[Any]:
+    """The first numbers of each seed's splitmix64: float64 (N, count) in [0, 1), of uint64 (N,)."""
+    # The states go once around 64 bits, as they are meant to.
+    states = seeds[:, None] + np.arange(count, dtype=np.uint64) * np.uint64(_GAMMA)
+    return (_mix(states) >> np.uint64(11)) * 2.0**-53
+
+
+def _words(indices: NDArray[np.int64], seed: int, epoch: int) -> NDArray[Any]:
+    stream = _mix(np.array([seed & _WORD], dtype=np.uint64))
+    stream = _mix(stream ^ np.array([epoch & _WORD], dtype=np.uint64))
+    return _mix(_mix(indices.astype(np.uint64)) ^ stream)
 
 
 def flips(indices: NDArray[np.int64], *, seed: int, epoch: int) -> NDArray[Any]:
@@ -30,17 +43,20 @@ def flips(indices: NDArray[np.int64], *, seed: int, epoch: int) -> NDArray[Any]:
 
     The answer depends on nothing but seed, epoch and index: not on ranks, workers, batches or what was drawn before.
     """
-    stream = _mix(np.array([seed & _WORD], dtype=np.uint64))
-    stream = _mix(stream ^ np.array([epoch & _WORD], dtype=np.uint64))
-    return cast("NDArray[Any]", _mix(_mix(indices.astype(np.uint64)) ^ stream) >> np.uint64(63) == 1)
+    return cast("NDArray[Any]", _words(indices, seed, epoch) >> np.uint64(63) == 1)
+
+
+def view_seeds(indices: NDArray[np.int64], *, seed: int, epoch: int) -> NDArray[Any]:
+    """The seeds of what else is drawn for the records of an epoch, uint64 (N,); they depend on what `flips` does."""
+    return _mix(_words(indices, seed, epoch))
 
 
 class ViewSampler(Sampler[View]):
     """The views of an epoch for one rank, in the order of the host's ``DistributedSampler``.
 
     ``torch.randperm`` under ``epoch + seed``, padded from its start to a multiple of the ranks, every
-    ``world_size``-th from ``rank`` on. ``set_epoch`` determines order and flips completely, so a resumed run sees what
-    an uninterrupted one would have seen.
+    ``world_size``-th from ``rank`` on. ``set_epoch`` determines order, flips and seeds completely, so a resumed run
+    sees what an uninterrupted one would have seen.
 
     Args:
         size: number of records.
@@ -88,4 +104,5 @@ class ViewSampler(Sampler[View]):
         for start in range(0, len(mine), _VIEWS_AT_ONCE):
             indices = mine[start : start + _VIEWS_AT_ONCE]
             flipped = flips(indices, seed=self.seed, epoch=epoch) if self.flip else np.zeros(len(indices), dtype=bool)
-            yield from map(View, indices.tolist(), flipped.tolist())
+            seeds = view_seeds(indices, seed=self.seed, epoch=epoch)
+            yield from map(View, indices.tolist(), flipped.tolist(), seeds.tolist())

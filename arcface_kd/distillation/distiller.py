@@ -2,6 +2,7 @@
 
 import copy
 import logging
+import time
 import weakref
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -23,6 +24,7 @@ from arcface_kd.distributed.class_shard import ClassShard
 from arcface_kd.distributed.ranks import RankGroup
 from arcface_kd.errors import ConfigError, TeacherError
 from arcface_kd.methods.base import Requirement
+from arcface_kd.methods.views import refuse_views
 from arcface_kd.teachers.base import Teacher, load_teacher
 from arcface_kd.teachers.cache.embedding_cache import EmbeddingCache, fill_hint, in_cached_precision
 from arcface_kd.teachers.collapse import warn_if_alike, warn_of_collapse
@@ -35,6 +37,8 @@ NO_CACHE = (
 )
 # Rounding, and augmentations that overshoot a little, are not worth a line.
 _LARGEST_PIXEL = 1.05
+# The batch by whose time the teacher's cost is told: libraries have settled by then.
+_TIMED = 3
 
 
 class Distiller:
@@ -65,6 +69,7 @@ class Distiller:
         self.kd = kd
         self.student_options = kd.student
         self.methods = methods = MethodSet(kd.methods, kd.options)
+        refuse_views(kd, methods.types, methods.configs)
         methods.require(Requirement.TEACHER_CLASSIFIER, kd.classifier is not None)
         methods.require(Requirement.CACHED_EMBEDDINGS, kd.cache is not None, fill_hint("CACHE", flags_to_fill(kd)))
         if teacher is None and kd.teacher is not None and methods:
@@ -83,7 +88,7 @@ class Distiller:
         self._shown: BatchViews | None = None
         self._seen: Tensor | None = None
         self._untold = False
-        self._first_batch = True
+        self._batches = 0
         self.has_head = False
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "Distiller":
@@ -98,10 +103,10 @@ class Distiller:
     def use_cache(self, loader: FaceLoader, ranks: RankGroup | None = None) -> None:
         """Keep the teacher's embeddings in the file that ``kd_cache`` names, and ask the teacher for missing ones only.
 
-        The loader says which records a batch shows and which of them mirrored; its records are what the teacher's
-        classifier is held against. Data that may show an image in other ways, by an augmentation of its own, switches
-        the cache off with a warning: the teacher then runs each step. Methods that take the cache alone want it to be
-        there, and the teacher is given up.
+        The loader says which records a batch shows and which of them mirrored, and degrades them by
+        ``student.augment``; its records are what the teacher's classifier is held against. Data that may show an image
+        in other ways, by an augmentation of its own, switches the cache off with a warning: the teacher then runs each
+        step. Methods that take the cache alone want it to be there, and the teacher is given up.
 
         Args:
             loader: of the training records.
@@ -118,6 +123,13 @@ class Distiller:
         self.cache = open_cache(self.kd, self.methods, self.teacher, loader.faces, ranks)
         if self.from_cache_alone:
             self.teacher = None
+        runs_on_clean = (
+            self.student_options.teacher_sees_others
+            and self._listens
+            and self.teacher is not None
+            and self.cache is None
+        )
+        loader.degrade(self.student_options.augmentation, keep_clean=runs_on_clean)
         if self.teacher is not None:
             warn_of_collapse(self.teacher, loader.faces, self.cache)
 
@@ -169,8 +181,16 @@ class Distiller:
         self._views = self._shown = views
 
     def take_views(self, rows: int) -> BatchViews | None:
-        """Which records the batch that the student has just seen shows; None where the loader does not say."""
+        """Which records the batch that the student has just seen shows; None where the loader does not say.
+
+        Raises ConfigError where images are to be degraded, and the loader is not this package's.
+        """
         self.has_head = True
+        if self.student_options.augmentation and self.faces is None:
+            raise ConfigError(
+                "student.augment has no effect: the images come from a loader that is not arcface_kd's; use "
+                "get_dataloader and use_cache, or leave it out"
+            )
         shown, self._shown = self._shown, None
         return shown if shown is not None and len(shown.index) == rows else None
 
@@ -210,24 +230,41 @@ class Distiller:
         """Keep what the teacher says of images (b, 3, H, W), as the student sees them, until the head asks for it."""
         if not self._listens:
             return
-        first, self._first_batch = self._first_batch, False
-        if first:
+        self._batches += 1
+        if first := self._batches == 1:
             _tell_range(images)
             _require_our_loader(self)
         views, self._views = self._views, None
-        if self.maps is not None and self.methods.compares_maps:
-            self._seen = self.maps.embed(images)
-        elif self.cache is not None:
-            # The head says that views are missing: activation checkpointing runs the student again without it.
-            self._seen = None if views is None else look_up_or_fill(self.cache, self.teacher, images, views)
-            self._untold = views is None
-        elif self.teacher is not None:
-            self._seen = normalize(self.teacher(images))
-        else:
-            raise TeacherError(NO_CACHE.format(self.methods.title))
+        # The head says that views are missing: activation checkpointing runs the student again without it.
+        self._untold = views is None and (
+            self.cache is not None or (self.student_options.teacher_sees_others and self.faces is not None)
+        )
+        self._seen = None if self._untold else self._teacher_embeddings(images, views)
         # Without a loader of ours this batch is all that is known of the faces.
         if first and self.faces is None and self.teacher is not None and self._seen is not None:
             warn_if_alike(self.teacher, self._seen)
+
+    def _teacher_embeddings(self, images: Tensor, views: BatchViews | None) -> Tensor:
+        """The teacher's unit embeddings of a batch, or of the images before they were degraded."""
+        if self.cache is not None and views is not None:
+            clean = self.faces if self.student_options.teacher_sees_others else None
+            return look_up_or_fill(self.cache, self.teacher, images, views, clean)
+        if self.teacher is None:
+            raise TeacherError(NO_CACHE.format(self.methods.title))
+        if views is not None and views.clean is not None:
+            images = views.clean_images(images.device)
+        began = _now(images) if self._batches == _TIMED else 0.0
+        if self.maps is not None and self.methods.compares_maps:
+            embeddings = self.maps.embed(images)
+        else:
+            embeddings = normalize(self.teacher(images))
+        if self._batches == _TIMED and self.student_options.augment__teacher == "same":
+            logger.info(
+                "student.augment.teacher=same: the teacher runs in each step, which takes it %.0f ms for %d images; "
+                "student.augment.teacher=clean takes its embeddings from kd_cache",
+                *(1000 * (_now(images) - began), len(images)),
+            )
+        return embeddings
 
     def take_teacher_embeddings(self, rows: int) -> Tensor | None:
         """The teacher's embeddings of the batch that the student has just seen; handed out once.
@@ -271,6 +308,13 @@ class _Watch(NamedTuple):
 
 # The last watch of each student. A copy of a student has its hooks, but is not in here until it is watched itself.
 _watching: weakref.WeakKeyDictionary[nn.Module, _Watch] = weakref.WeakKeyDictionary()
+
+
+def _now(images: Tensor) -> float:
+    """Seconds, after all that the images' device was given to do."""
+    if images.device.type == "cuda":
+        torch.cuda.synchronize(images.device)
+    return time.perf_counter()
 
 
 def _tell_range(images: Tensor) -> None:

@@ -285,6 +285,11 @@ class _Makers:
         return loader
 
     def _tell_what_is_off(self, reader: str) -> None:
+        if self.shared.student_options.augmentation:
+            raise ConfigError(
+                f"student.augment={','.join(self.shared.student_options.augment)} is done by arcface_kd's loader, and "
+                f"{reader} reads the images: set kd_loader=own and dali=False, or leave it out"
+            )
         if self.shared.kd.cache is not None and not self.shared.from_cache_alone:
             self.shared.cache_is_off = True
             logger.warning(

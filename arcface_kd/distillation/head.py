@@ -95,7 +95,7 @@ class DistillationHead(nn.Module):
         self.shard = ranks.shard(num_classes)
         self._distiller = distiller
         own = {**asdict(margin), "sample_rate": sample_rate, "seed": seed}
-        self._settings = {**distiller.sources, **own, **distiller.methods.settings}
+        self._settings = {**distiller.sources, **own, **distiller.methods.settings, **distiller.student_options.views}
         sizes = {"num_classes": num_classes, "embedding_size": embedding_size, "steps_per_epoch": steps_per_epoch}
         require_agreement({**distiller.kd.shared(), **self._settings, **sizes}, ranks)
         context = RunContext(

@@ -8,7 +8,7 @@ from torch import Tensor
 from arcface_kd.config.kd import CLASS_MEANS, KDConfig
 from arcface_kd.data.dataset import FaceDataset
 from arcface_kd.data.fingerprint import fingerprint, shows_two_views
-from arcface_kd.data.loader import BatchViews
+from arcface_kd.data.loader import BatchViews, read_images
 from arcface_kd.distillation.method_set import MethodSet
 from arcface_kd.distributed.ranks import RankGroup, on_first_rank_first
 from arcface_kd.errors import TeacherError
@@ -19,8 +19,8 @@ from arcface_kd.teachers.cache.embedding_cache import EmbeddingCache, identity_i
 logger = logging.getLogger(__name__)
 
 NO_VIEWS = (
-    "kd_cache is set, but the loader did not say which records these {} images are: use the drop-in loader, one batch "
-    "a step"
+    "kd_cache or student.augment is set, but the loader did not say which records these {} images are: use the drop-in "
+    "loader, one batch a step"
 )
 
 
@@ -69,8 +69,17 @@ def _full_cache(kd: KDConfig, methods: MethodSet, teacher: Teacher | None, faces
     return EmbeddingCache(path, identity, create=False, flags=flags)
 
 
-def look_up_or_fill(cache: EmbeddingCache, teacher: Teacher | None, images: Tensor, views: BatchViews) -> Tensor:
-    """The teacher's embeddings (b, Dt) of a batch; those that the cache lacks are made and stored."""
+def look_up_or_fill(
+    cache: EmbeddingCache,
+    teacher: Teacher | None,
+    images: Tensor,
+    views: BatchViews,
+    clean: FaceDataset | None = None,
+) -> Tensor:
+    """The teacher's embeddings (b, Dt) of a batch; those that the cache lacks are made and stored.
+
+    ``clean`` gives the records where the images are degraded, and None where they are as they were.
+    """
     if views.index.shape[0] != images.shape[0]:
         raise RuntimeError(NO_VIEWS.format(images.shape[0]))
     rows, known = cache.look_up(views.index, views.flipped)
@@ -84,7 +93,10 @@ def look_up_or_fill(cache: EmbeddingCache, teacher: Teacher | None, images: Tens
         places = missing.nonzero().flatten()
         if images.device.type == "cuda":
             places = few_sizes(places, len(images)).pin_memory()
-        shown = images[places.to(images.device, non_blocking=True)]
+        if clean is None:
+            shown = images[places.to(images.device, non_blocking=True)]
+        else:
+            shown = read_images(clean, views, places, images.device)
         cache.store(index, flipped, teacher(shown)[: len(index)])
         # Read back: the step that fills a row and the one that finds it see the same rounded numbers.
         rows[missing], _ = cache.look_up(index, flipped)

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
+from arcface_kd.config.kd import TeacherView
 from arcface_kd.config.options import Options
 from arcface_kd.distributed.class_shard import ShardPositions
 from arcface_kd.losses.fused import fused
@@ -71,6 +72,8 @@ class AdaDistill(Method):
     requires: ClassVar[frozenset[Requirement]] = frozenset({Requirement.TEACHER_EMBEDDINGS})
     classifies: ClassVar[bool] = True
     computes_part: ClassVar[bool] = True
+    # Its class centers are averages of what the teacher says.
+    teacher_views: ClassVar[frozenset[TeacherView]] = frozenset({"clean"})
     sharded: ClassVar[tuple[str, ...]] = ("centers.weight",)
     config: AdaDistillConfig
 

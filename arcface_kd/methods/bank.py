@@ -26,6 +26,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
+from arcface_kd.config.kd import TeacherView
 from arcface_kd.config.options import Count, Options, Positive, Weight
 from arcface_kd.errors import ConfigError, TeacherError
 from arcface_kd.losses.bank import bank_cosines, bank_divergence, nearest_difference
@@ -85,6 +86,7 @@ class Bank(Method):
     requires: ClassVar[frozenset[Requirement]] = frozenset(
         {Requirement.TEACHER_EMBEDDINGS, Requirement.CACHED_EMBEDDINGS}
     )
+    teacher_views: ClassVar[frozenset[TeacherView]] = frozenset({"clean"})
     config: BankConfig
     bank: Tensor
 

@@ -8,6 +8,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from arcface_kd.config.kd import TeacherView
 from arcface_kd.distributed.class_shard import ClassShard
 from arcface_kd.distributed.ranks import RankGroup
 from arcface_kd.losses.class_weights import ClassWeights, StepClasses
@@ -163,6 +164,9 @@ class Method(nn.Module):
     ``Batch.projected``, in ``combines`` whether it may stand beside others, and in ``sharded`` which entries of its
     ``state_dict`` have one row for each class of this rank (the first of a method that classifies: its class centers).
 
+    Where the student's images are degraded, ``teacher_views`` names what its teacher may be shown: ``clean``, the
+    images as they were, which are other views than the student's; ``same``, the student's.
+
     Every rank sees the whole gathered batch, computes the same terms from it and returns them; the head shares their
     gradients out among the ranks, and sums those of the method's parameters, which start alike on all ranks (from
     ``context.seed``). A term stays connected to the embeddings on every rank, also where its sum is empty: the backward
@@ -188,6 +192,7 @@ class Method(nn.Module):
     projects: ClassVar[bool] = True
     combines: ClassVar[bool] = True
     computes_part: ClassVar[bool] = False
+    teacher_views: ClassVar[frozenset[TeacherView]] = frozenset({"clean", "same"})
     sharded: ClassVar[tuple[str, ...]] = ()
 
     def __init__(self, config: Any, context: RunContext) -> None:

@@ -131,7 +131,7 @@ def test_flips_do_not_depend_on_ranks() -> None:
 
 
 def test_plain_views() -> None:
-    assert list(ViewSampler(3, shuffle=False, flip=False)) == [View(0, False), View(1, False), View(2, False)]
+    assert [view[:2] for view in ViewSampler(3, shuffle=False, flip=False)] == [(0, False), (1, False), (2, False)]
 
 
 @pytest.mark.parametrize(("size", "rank", "world_size"), [(5, 1, 1), (5, -1, 2), (5, 0, 0), (0, 0, 1)])
@@ -191,7 +191,7 @@ def test_batches_are_the_hosts(faces: RecordDataset, workers: int, drop_last: bo
             assert labels.tolist() == [faces.label(view.index) for view in mine]
             assert seen.index.dtype == torch.int64
             assert seen.flipped.dtype == torch.bool
-            assert list(zip(seen.index.tolist(), seen.flipped.tolist(), strict=True)) == mine
+            assert list(zip(seen.index.tolist(), seen.flipped.tolist(), strict=True)) == [view[:2] for view in mine]
 
 
 def test_every_pixel_value_is_the_hosts_to_the_bit() -> None:

@@ -81,9 +81,11 @@ def distil(
     epochs: range = range(2),
     workers: int = 0,
     resume: dict[str, Any] | None = None,
+    options: dict[str, dict[str, object]] | None = None,
 ) -> Losses:
     """A few steps of AdaDistill; ``resume`` is loaded before and written after."""
-    distiller = Distiller(KDConfig(methods=("adadistill",), cache=None if cache is None else str(cache)), teacher)
+    kd = KDConfig(methods=("adadistill",), cache=None if cache is None else str(cache), options=options or {})
+    distiller = Distiller(kd, teacher)
     dataset = RecordDataset(faces.folder)
     loader = FaceLoader(dataset, batch_size=9, sampler=ViewSampler(len(dataset), seed=4), num_workers=workers)
     distiller.use_cache(loader)

@@ -30,6 +30,7 @@ from arcface_kd.errors import CheckpointError, ConfigError, TeacherError
 from arcface_kd.methods.base import Method
 from arcface_kd.methods.recipe import Stage
 from arcface_kd.methods.shkd.options import SHKDConfig
+from arcface_kd.methods.views import refuse_views
 from arcface_kd.system.files import atomic_write
 from arcface_kd.teachers.base import Teacher, load_teacher
 from arcface_kd.teachers.checkpoint import load_network
@@ -89,11 +90,13 @@ class _Stages:
 
     def _check_distillation(self) -> None:
         """Find what is wrong with the third run before the first has begun."""
-        kd = KDConfig.from_config({"kd": self.settings.distil, "kd_option": self.distil_options})
-        for name in kd.methods:
-            kind = registry.load(registry.METHODS, name)
-            if isinstance(kind, type) and issubclass(kind, Method):
-                build(kind.Config, kd.options.get(name, {}), name)
+        keys = {"kd": self.settings.distil, "kd_option": self.distil_options, "kd_cache": self.config.get("kd_cache")}
+        kd = KDConfig.from_config(keys)
+        kinds = {name: registry.load(registry.METHODS, name) for name in kd.methods}
+        methods = {name: kind for name, kind in kinds.items() if isinstance(kind, type) and issubclass(kind, Method)}
+        refuse_views(
+            kd, methods, {name: build(kind.Config, kd.options.get(name, {}), name) for name, kind in methods.items()}
+        )
 
     def _teacher(self) -> tuple[str, Teacher | None]:
         """The teacher's architecture, and the teacher itself where one is given."""

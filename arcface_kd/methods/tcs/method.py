@@ -42,6 +42,7 @@ from typing import Annotated, Any, ClassVar, cast
 import torch
 from torch import Tensor, nn
 
+from arcface_kd.config.kd import TeacherView
 from arcface_kd.config.options import Count, Options, Range, Share, Weight
 from arcface_kd.errors import CheckpointError, ConfigError
 from arcface_kd.methods.base import Batch, Method, Requirement, RunContext
@@ -119,6 +120,7 @@ class TCS(Method):
     projects: ClassVar[bool] = False
     combines: ClassVar[bool] = False
     computes_part: ClassVar[bool] = True
+    teacher_views: ClassVar[frozenset[TeacherView]] = frozenset({"clean"})
     sharded: ClassVar[tuple[str, ...]] = ("classifier.weight",)
     config: TCSConfig
     mean: Tensor

@@ -70,8 +70,8 @@ class _PlainViews(ViewSampler):
         self.records = records
 
     def __iter__(self) -> Iterator[View]:
-        for place, _ in super().__iter__():
-            yield View(int(self.records[place]), False)
+        for view in super().__iter__():
+            yield View(int(self.records[view.index]), False)
 
 
 def fill_cache(config: Mapping[str, Any], *, teacher: Teacher | None = None) -> CacheReport:
