@@ -1,6 +1,7 @@
 """Registering commands, and arguments that several of them take."""
 
 import argparse
+import sys
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -22,6 +23,18 @@ class _AnyOrder(argparse.ArgumentParser):
             return self.parse_known_intermixed_args(args, namespace)
         finally:
             self._mixing = False
+
+
+class CommandLine(argparse.ArgumentParser):
+    """Takes commands of two words of which the first is one by itself: ``cache CONFIG`` and ``cache merge``."""
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        """As argparse has it, the first two words as one where they are a command."""
+        words = list(sys.argv[1:] if args is None else args)
+        commands = [name for action in self._actions if action.dest == "command" for name in action.choices or ()]
+        if " ".join(words[:2]) in commands:
+            words[:2] = [" ".join(words[:2])]
+        return super().parse_known_args(words, namespace)
 
 
 class Commands:

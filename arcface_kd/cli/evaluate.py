@@ -15,7 +15,13 @@ def add_commands(commands: Commands) -> None:
         "describe a teacher and, with verification pairs, find out how its input should be prepared",
         "arcface-kd check --kd-teacher w600k_r50.onnx --bin faces_emore/lfw.bin",
     )
-    check.add_argument("--kd-teacher", metavar="FILE", required=True, help="a checkpoint, an ONNX file, ...")
+    check.add_argument(
+        "--kd-teacher",
+        metavar="FILE",
+        action="append",
+        required=True,
+        help="a checkpoint, an ONNX file, ...; given several times, all of them as one teacher",
+    )
     add_teacher_options(check, "such as teacher.std=128")
     check.add_argument("--bin", metavar="FILE", type=Path, help="verification pairs to try preprocessings on")
 

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 
 import arcface_kd
 from arcface_kd.cli import data, evaluate, host, train
-from arcface_kd.cli.command import Commands
+from arcface_kd.cli.command import CommandLine, Commands
 from arcface_kd.errors import ArcfaceKDError, RankError
 from arcface_kd.system.console import flush_or_stop, printable, stop_printing
 
@@ -27,7 +27,7 @@ _BROUGHT_ALONG = frozenset(
 
 def build_parser() -> argparse.ArgumentParser:
     """The parser of all commands."""
-    parser = argparse.ArgumentParser(
+    parser = CommandLine(
         prog="arcface-kd",
         description="Knowledge distillation for face recognition, beside InsightFace's arcface_torch.",
         epilog="example: arcface-kd demo; each command has an example of its own: arcface-kd COMMAND --help",

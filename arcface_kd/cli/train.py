@@ -3,10 +3,11 @@
 import argparse
 import os
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from arcface_kd.cli.command import Commands, add_config, settings_of
 from arcface_kd.config.flags import add_arguments, merge_arguments, refuse_flags_without_method
+from arcface_kd.config.kd import How
 
 
 def add_commands(commands: Commands) -> None:
@@ -29,6 +30,22 @@ def add_commands(commands: Commands) -> None:
     add_config(cache)
     cache.add_argument("--out", metavar="FILE", help="the cache (default: the config's kd_cache)")
     add_arguments(cache)
+
+    merge = commands.add(
+        "cache merge",
+        _merge_caches,
+        "make one teacher of several: a cache of their caches over the same images",
+        "arcface-kd cache merge r50.cache vit_b.cache --how pca --out both.cache",
+    )
+    merge.add_argument("caches", metavar="CACHE", nargs="+", help="full caches, each of another teacher")
+    merge.add_argument(
+        "--how",
+        choices=get_args(How),
+        default="concat",
+        help="embeddings side by side (concat, default), their mean, or their principal axes, as many as the largest "
+        "teacher has dimensions (pca)",
+    )
+    merge.add_argument("--out", metavar="FILE", required=True, help="the new cache")
 
     demo = commands.add(
         "demo",
@@ -71,6 +88,12 @@ def _cache(arguments: argparse.Namespace) -> None:
     report = fill_cache(config)
     if int(os.environ.get("RANK", "0")) == 0:
         print(report)
+
+
+def _merge_caches(arguments: argparse.Namespace) -> None:
+    from arcface_kd.teachers.cache.merge import merge_caches
+
+    print(merge_caches(arguments.caches, arguments.how, arguments.out))
 
 
 def _demo(arguments: argparse.Namespace) -> None:

@@ -17,6 +17,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("distillation")
     for key in KDConfig.keys().values():
         several: dict[str, Any] = {"nargs": "+", "action": "extend"} if key.many else {}
+        if key.repeats:
+            several = {"action": "append"}
         group.add_argument(key.flag, dest=key.name, metavar=key.metavar, choices=key.choices, help=key.help, **several)
 
 
@@ -25,7 +27,9 @@ def merge_arguments(config: dict[str, Any], arguments: argparse.Namespace) -> No
     for key in KDConfig.keys().values():
         if (value := getattr(arguments, key.name)) is None:
             continue
-        config[key.name] = dict([*option_items(config.get(key.name)), *option_items(value)]) if key.many else value
+        if key.many:
+            value = dict([*option_items(config.get(key.name)), *option_items(value)])
+        config[key.name] = value[0] if key.repeats and len(value) == 1 else value
 
 
 def flags_of(arguments: argparse.Namespace) -> list[str]:
@@ -33,7 +37,8 @@ def flags_of(arguments: argparse.Namespace) -> list[str]:
     words: list[str] = []
     for key in KDConfig.keys().values():
         if (value := getattr(arguments, key.name)) is not None:
-            words += [key.flag, *(value if key.many else [value])]
+            for part in value if key.repeats else (value,):
+                words += [key.flag, *(part if key.many else [part])]
     return words
 
 

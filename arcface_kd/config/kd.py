@@ -17,6 +17,8 @@ PREFIXES = ("teacher", "student", "head")
 Projection = Literal["none", "linear"]
 TeacherView = Literal["clean", "same"]
 Loader = Literal["own", "host"]
+How = Literal["concat", "mean", "pca"]
+"""How several teachers are made one."""
 K = TypeVar("K", bound="KDConfig")
 
 
@@ -122,6 +124,7 @@ class Key:
         metavar: what stands behind the flag in the help; None leaves it to argparse.
         choices: the words that it may be, which follow from a ``Literal``; None for anything.
         many: whether the flag takes several words, and those of the command line join the config's.
+        repeats: whether the flag may be given several times, which makes a list of it.
         file: whether it names a file, which may lie elsewhere on another machine of the same run.
         distils: whether it means nothing without a method.
         decides: whether another value makes another run, which cannot go on from the first one's checkpoints.
@@ -135,6 +138,7 @@ class Key:
     metavar: str | None = None
     choices: tuple[str, ...] | None = None
     many: bool = False
+    repeats: bool = False
     file: bool = False
     distils: bool = True
     decides: bool = True
@@ -151,7 +155,8 @@ class KDConfig:
 
     Attributes:
         methods: names joined by ``+`` in ``kd``, in order; empty when distillation is off.
-        teacher: ``kd_teacher``: a file or another source that :func:`arcface_kd.teachers.base.load_teacher` knows.
+        teacher: ``kd_teacher``: a file or another source that :func:`arcface_kd.teachers.base.load_teacher` knows; or
+            several, whose embeddings are put side by side.
         cache: ``kd_cache``: a file for the teacher's embeddings, made and filled as the run goes; None asks the teacher
             for every batch.
         options: ``kd_option``: values by ``prefix`` and name; prefixes are :data:`PREFIXES` and the methods.
@@ -178,9 +183,15 @@ class KDConfig:
             write=lambda methods: ["+".join(methods)],
         ),
     ] = ()
-    teacher: Annotated[str | None, Key("the teacher: a checkpoint, an ONNX file, ...", metavar="FILE", file=True)] = (
-        None
-    )
+    teacher: Annotated[
+        str | tuple[str, ...] | None,
+        Key(
+            "the teacher: a checkpoint, an ONNX file, ...; given several times, all of them as one",
+            metavar="FILE",
+            repeats=True,
+            file=True,
+        ),
+    ] = None
     cache: Annotated[
         str | None,
         Key("keep the teacher's embeddings here: it then runs once", metavar="FILE", file=True, decides=False),
@@ -291,7 +302,8 @@ class KDConfig:
         words: list[str] = []
         for field, key in self.keys().items():
             if (value := getattr(self, field)) != getattr(default, field):
-                words += [key.flag, *key.write(value)]
+                for part in value if key.repeats and isinstance(value, tuple) else (value,):
+                    words += [key.flag, *key.write(part)]
         return words
 
     def shared(self) -> dict[str, Any]:

@@ -91,6 +91,12 @@ def tensors_digest(tensors: Mapping[str, Tensor]) -> str:
     return digest.hexdigest()
 
 
+def fingerprint_of(weights: str, precision: Precision, preprocessing: Preprocessing) -> str:
+    """A teacher's fingerprint from the digest of its weights."""
+    identity = {"weights": weights, "precision": precision, **vars(preprocessing)}
+    return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
+
+
 class Teacher(nn.Module):
     """A frozen network that embeds the images the student sees.
 
@@ -177,8 +183,7 @@ class Teacher(nn.Module):
     @property
     def fingerprint(self) -> str:
         """SHA-256 over weights, preprocessing and precision, in hexadecimal."""
-        identity = {"weights": self._weights, "precision": self.precision, **vars(self.preprocessing)}
-        return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
+        return fingerprint_of(self._weights, self.precision, self.preprocessing)
 
     def with_preprocessing(self, preprocessing: Preprocessing) -> "Teacher":
         """The same network behind another preprocessing; nothing is copied."""
@@ -327,7 +332,8 @@ def load_teacher(
 
     Args:
         source: a file, a folder, ``insightface:NAME``, ``timm:NAME``, an ``nn.Module`` or a callable. The kinds are the
-            entry points of the group ``arcface_kd.teachers``, chosen by what the source is.
+            entry points of the group ``arcface_kd.teachers``, chosen by what the source is. A list of them is one
+            teacher, see :func:`arcface_kd.teachers.merged.merge_teachers`.
         options: the ``teacher.*`` options.
         device: where the teacher computes; by default wherever its images are.
 
@@ -339,6 +345,11 @@ def load_teacher(
             made up.
         ConfigError: an option is unknown, out of range or without meaning for this source.
     """
+    if isinstance(source, list | tuple):
+        # It loads its parts by this function.
+        from arcface_kd.teachers.merged import merge_teachers
+
+        return merge_teachers(source, options, device=device)
     checked = TeacherOptions.of(options)
     if device is not None and torch.device(device).type == "cpu" and checked.precision is None:
         checked = replace(checked, precision="fp32")

@@ -32,10 +32,10 @@ from arcface_kd.data.formats.pair_identities import pair_identities, write_pair_
 from arcface_kd.data.formats.verification_bin import decode, read_bin, write_bin
 from arcface_kd.distributed.ranks import RankGroup
 from arcface_kd.errors import ArcfaceKDError
-from arcface_kd.methods.tcs import principal_components
-from arcface_kd.methods.tcs.principal_components import components_file, components_of_cache
 from arcface_kd.teachers.base import load_teacher
+from arcface_kd.teachers.cache import principal_components
 from arcface_kd.teachers.cache.embedding_cache import EmbeddingCache
+from arcface_kd.teachers.cache.principal_components import components_file, components_of_cache
 from arcface_kd.teachers.options import TeacherOptions
 from arcface_kd.teachers.state_dict import read_content
 from tests.data.record_sets import encoded, insightface_records, write_records

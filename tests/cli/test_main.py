@@ -299,7 +299,7 @@ def test_help_is_complete_and_has_an_example(words: tuple[str, ...], capsys: pyt
     assert found, f"{words} has no example"
     assert "example: arcface-kd " + " ".join(words) in printed
     example = shlex.split(found[1].partition(";")[0])
-    assert tuple(example[: len(words)]) == words
+    assert " ".join(example).startswith(" ".join(words))
     assert build_parser().parse_args(example).run is not None
 
 

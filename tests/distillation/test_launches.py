@@ -26,7 +26,7 @@ from arcface_kd.teachers.options import TeacherOptions
 from tests.make_believe_gpu import Record, make_believe_gpu, on_device
 from tests.methods.tcs.test_method import batch as tcs_batch
 from tests.methods.tcs.test_method import method_of as tcs_method
-from tests.methods.tcs.test_principal_components import filled_cache
+from tests.teachers.cache.test_principal_components import filled_cache
 
 BATCH, DIMENSION, CLASSES = 32, 16, 600
 MARGIN = Margin(64.0, 1.0, 0.5, 0.0)

@@ -13,9 +13,9 @@ from arcface_kd.distillation.head import DistillationHead
 from arcface_kd.distributed.ranks import RankGroup
 from arcface_kd.teachers.cache.embedding_cache import EmbeddingCache
 from tests.distributed.pool import RankPool
-from tests.methods.tcs.test_principal_components import filled_cache, identity
 from tests.reference.bank import bank_divergence, nearest_difference
 from tests.reference.problems import ARCFACE, random_problem
+from tests.teachers.cache.test_principal_components import filled_cache, identity
 
 CLASSES, DIMENSION, IMAGES = 11, 6, 20
 

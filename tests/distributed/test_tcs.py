@@ -14,13 +14,13 @@ from arcface_kd.errors import TeacherError
 from arcface_kd.methods.base import Batch, RunContext
 from arcface_kd.methods.class_centers import initial_centers
 from arcface_kd.methods.tcs.method import TCS, TCSConfig
-from arcface_kd.methods.tcs.principal_components import components_file, components_of_cache
 from arcface_kd.teachers.cache.embedding_cache import EmbeddingCache
+from arcface_kd.teachers.cache.principal_components import components_file, components_of_cache
 from tests.distributed.pool import RankError, RankPool
 from tests.methods.tcs.test_method import DIMENSION, TEACHER_DIMENSION, small_student
-from tests.methods.tcs.test_principal_components import assert_is_sklearns, filled_cache, identity
 from tests.reference.problems import ARCFACE, random_problem
 from tests.reference.tcs import classification, mimic_distance, step_importance
+from tests.teachers.cache.test_principal_components import assert_is_sklearns, filled_cache, identity
 
 CLASSES, IMAGES = 11, 41
 CONFIG = TCSConfig(dimension=6, mimic=3.0, drop=0.5, rounds=3, drop_begin=0.1, drop_end=0.7)

@@ -15,9 +15,9 @@ from arcface_kd.errors import ConfigError, TeacherError
 from arcface_kd.methods.bank import Bank, BankConfig
 from arcface_kd.methods.base import Batch, RunContext
 from arcface_kd.teachers.cache.embedding_cache import EmbeddingCache
-from tests.methods.tcs.test_principal_components import filled_cache, identity
 from tests.reference.bank import bank_divergence, nearest_difference
 from tests.reference.problems import ARCFACE
+from tests.teachers.cache.test_principal_components import filled_cache, identity
 
 IMAGES, CLASSES, DIMENSION, ROWS = 20, 9, 6, 5
 

@@ -321,7 +321,7 @@ def test_a_file_that_nobody_takes_names_what_it_is_and_which_kinds_there_are(tmp
         load_teacher(tmp_path)
 
 
-@pytest.mark.parametrize("source", ["", "s3:bucket/model.pt", "a\0b", None, 5, ["model.pt"]])
+@pytest.mark.parametrize("source", ["", "s3:bucket/model.pt", "a\0b", None, 5, {"model.pt"}])
 def test_what_is_neither_a_file_nor_a_network_is_named(source: object) -> None:
     with pytest.raises(TeacherError, match="no teacher source takes") as caught:
         load_teacher(source)

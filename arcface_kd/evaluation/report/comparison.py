@@ -197,17 +197,22 @@ def file_contestant(source: str, model: Teacher) -> Contestant:
     return Contestant(path.name, lambda: model, "exported", "ONNX", parameters=model.parameter_count, file=path)
 
 
-def teacher_contestant(source: str | os.PathLike[str], teacher: Teacher) -> Contestant:
+def teacher_contestant(source: str | os.PathLike[str] | tuple[str, ...], teacher: Teacher) -> Contestant:
     """A teacher to judge beside the students; the folder it came from is left out of the report."""
-    path = Path(source).expanduser()
+    sources = source if isinstance(source, tuple) else (os.fspath(source),)
+    description = teacher.description
+    for each in sources:
+        description = description.replace(each, Path(each).name)
+    path = Path(sources[0]).expanduser()
+    file = path if path.is_file() else backbone_file(path)
     return Contestant(
         "teacher",
         lambda: teacher,
         "teacher",
-        teacher.description.replace(os.fspath(source), path.name),
+        description,
         parameters=teacher.parameter_count,
         is_teacher=True,
-        file=path if path.is_file() else backbone_file(path),
+        file=file if len(sources) == 1 else None,
     )
 
 

@@ -85,6 +85,8 @@ class _Stages:
         self.spares_first = bool(config.get("kd_classifier")) and not self.asks_for_means
         self.classifier = str(config["kd_classifier"] if self.spares_first else self.output / "stage1_student")
         self._check_distillation()
+        if isinstance(config.get("kd_teacher"), list | tuple):
+            raise ConfigError(f"{NAME} trains its teacher further: kd_teacher names {config['kd_teacher']}, wanted one")
         self.source = None if config.get("kd_teacher") is None else str(config["kd_teacher"])
         self.network, self.teacher = self._teacher()
 

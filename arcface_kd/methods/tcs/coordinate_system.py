@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from arcface_kd.errors import ConfigError
-from arcface_kd.methods.tcs.principal_components import PrincipalComponents
+from arcface_kd.teachers.cache.principal_components import PrincipalComponents
 
 Basis = Literal["pca", "random"]
 

@@ -48,7 +48,7 @@ from arcface_kd.errors import CheckpointError, ConfigError
 from arcface_kd.methods.base import Batch, Method, Requirement, RunContext
 from arcface_kd.methods.learned_classifier import LearnedClassifier
 from arcface_kd.methods.tcs.coordinate_system import Basis, choose_axes, embedding_norm, freeze_norm, set_scale
-from arcface_kd.methods.tcs.principal_components import components_of_cache
+from arcface_kd.teachers.cache.principal_components import components_of_cache
 
 logger = logging.getLogger(__name__)
 

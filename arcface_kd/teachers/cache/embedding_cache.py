@@ -57,6 +57,7 @@ _ROWS_AT_ONCE = 1 << 14
 # Numbers that `blocks` reads at a time: 17 MB of fp16, or 4,096 images of 512 dimensions.
 _NUMBERS_AT_ONCE = 1 << 22
 _LARGEST_DIMENSION = 1 << 16
+_MOST_IMAGES = 1 << 40
 # A unit vector in fp16 has a norm within 5e-4 of 1; one with a damaged exponent is far from it.
 _NORM_TOLERANCE = 5e-3
 
@@ -78,6 +79,11 @@ def identity_in(
     path: str | os.PathLike[str], data_fingerprint: str, images: int, flags: Sequence[str] = ()
 ) -> dict[str, object]:
     """Cache identity when no teacher is loaded: the teacher that the header names, and the run's data."""
+    return {**header_of(path, flags), "format": _FORMAT, "data": data_fingerprint, "images": images}
+
+
+def header_of(path: str | os.PathLike[str], flags: Sequence[str] = ()) -> dict[str, Any]:
+    """What the header of an existing cache says."""
     path = Path(path).expanduser()
     header = _header_of(path)
     _refuse_special_files(path, header)
@@ -87,12 +93,13 @@ def identity_in(
         found = _read_header(path, header)
     except OSError as error:
         raise TeacherError(f"the cache {path} cannot be used: {error.strerror or error}") from error
-    dimension = found.get("embedding_size")
-    if isinstance(dimension, bool) or not (isinstance(dimension, int) and 0 < dimension <= _LARGEST_DIMENSION):
-        raise TeacherError(
-            f"{header} names {_short(dimension)} as embedding size: it is damaged; delete it and {path} to start anew"
-        )
-    return {**found, "format": _FORMAT, "data": data_fingerprint, "images": images}
+    for name, most in (("embedding_size", _LARGEST_DIMENSION), ("images", _MOST_IMAGES)):
+        value = found.get(name)
+        if isinstance(value, bool) or not (isinstance(value, int) and 0 < value <= most):
+            raise TeacherError(
+                f"{header} names {_short(value)} as {_ENTRIES[name]}: it is damaged; delete it and {path} to start anew"
+            )
+    return found
 
 
 def in_cached_precision(

@@ -20,9 +20,9 @@ from arcface_kd.errors import CheckpointError, ConfigError, TeacherError
 from arcface_kd.losses.margin import Margin
 from arcface_kd.methods.base import Batch, RunContext
 from arcface_kd.methods.tcs.method import TCS, TCSConfig
-from tests.methods.tcs.test_principal_components import filled_cache
 from tests.reference.problems import ARCFACE, COSFACE, random_problem
 from tests.reference.tcs import classification, mimic_distance, step_importance, unfolded_coordinates
+from tests.teachers.cache.test_principal_components import filled_cache
 
 CLASSES, DIMENSION, TEACHER_DIMENSION, ROWS, STEPS = 23, 10, 9, 12, 100
 # Six axes of nine, which the student's ten outputs have room for.

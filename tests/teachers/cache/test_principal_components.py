@@ -14,14 +14,14 @@ from torch.nn.functional import normalize
 
 from arcface_kd.distributed.ranks import RankGroup
 from arcface_kd.errors import TeacherError
-from arcface_kd.methods.tcs.principal_components import (
+from arcface_kd.teachers.cache import embedding_cache
+from arcface_kd.teachers.cache.embedding_cache import EmbeddingCache, identity_in
+from arcface_kd.teachers.cache.principal_components import (
     PrincipalComponents,
     components_file,
     components_of_blocks,
     components_of_cache,
 )
-from arcface_kd.teachers.cache import embedding_cache
-from arcface_kd.teachers.cache.embedding_cache import EmbeddingCache, identity_in
 from benchmarks.peak_memory import can_measure, peak_mb
 
 ALONE = RankGroup(alone=True)

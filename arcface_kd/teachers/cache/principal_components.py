@@ -77,14 +77,17 @@ class StreamingPCA:
         self._sums[size, :size].add_(wide.sum(0))
         self._sums[size, size] += len(wide)
 
-    def finish(self, ranks: RankGroup | None = None) -> PrincipalComponents:
-        """The components of all blocks of all ranks, the same to the last bit on each; all ranks call."""
+    def finish(self, ranks: RankGroup | None = None, *, centered: bool = True) -> PrincipalComponents:
+        """The components of all blocks of all ranks, the same to the last bit on each; all ranks call.
+
+        ``centered=False`` takes the variance about the origin: the axes that keep most of the rows' inner products.
+        """
         ranks = ranks or RankGroup(alone=True)
         sums = _summed(self._sums.clone(), ranks)
         count, size = int(sums[-1, -1]), self.dimension
         if count < 2:
             raise ValueError(f"principal components of {count} rows: at least two are needed")
-        mean = sums[size, :size] / count
+        mean = sums[size, :size] / count * centered
         found = torch.zeros(size + 2, size, dtype=torch.float64)
         # Found on one rank: another processor's eigenvectors may differ in the last bits, or in sign.
         if ranks.rank == 0:

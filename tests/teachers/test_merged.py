@@ -1,0 +1,177 @@
+"""Several teachers as one: on the fly and by their caches, against a twin; the same teacher either way."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+from arcface_kd.cli.main import main
+from arcface_kd.config.kd import KDConfig
+from arcface_kd.data.dataset import RecordDataset
+from arcface_kd.data.fingerprint import fingerprint
+from arcface_kd.errors import ConfigError, TeacherError
+from arcface_kd.teachers import Preprocessing, Teacher, load_teacher
+from arcface_kd.teachers.cache.embedding_cache import EmbeddingCache, header_of, identity_of
+from arcface_kd.teachers.cache.fill import fill_cache
+from arcface_kd.teachers.cache.merge import merge_caches
+from tests.host.trainer.faces import Faces, draw_faces
+from tests.reference.merged import merged_rows
+from tests.teachers.cache.test_principal_components import filled_cache
+
+
+def network(dimension: int, seed: int) -> nn.Module:
+    torch.manual_seed(seed)
+    return nn.Sequential(nn.AdaptiveAvgPool2d(4), nn.Flatten(), nn.Linear(48, dimension))
+
+
+def images() -> Tensor:
+    return torch.rand((5, 3, 112, 112), generator=torch.Generator().manual_seed(1)) * 2 - 1
+
+
+def units(teacher: Teacher) -> np.ndarray:
+    rows: np.ndarray = nn.functional.normalize(teacher(images())).double().numpy()
+    return rows
+
+
+def test_teachers_side_by_side_with_options_of_their_own() -> None:
+    parts = [network(4, 0), network(6, 1)]
+    merged = load_teacher(parts, {"std": 128, "2.channels": "bgr", "2.std": "100", "embedding_size": 10})
+    alone = [load_teacher(parts[0], {"std": 128}), load_teacher(parts[1], {"std": 100, "channels": "bgr"})]
+    np.testing.assert_allclose(units(merged), merged_rows([units(each) for each in alone], "concat"), atol=1e-6)
+    cosines = [units(each) @ units(each).T for each in alone]
+    np.testing.assert_allclose(units(merged) @ units(merged).T, sum(cosines) / 2, atol=1e-6)
+    assert merged.preprocessing == Preprocessing()
+    assert merged.parameter_count == sum(each.parameter_count or 0 for each in alone)
+    assert merged.fingerprint != load_teacher(parts[::-1]).fingerprint != load_teacher(parts).fingerprint
+    assert load_teacher(parts[:1]).network is parts[0]
+
+
+def test_means_of_equal_dimensions() -> None:
+    parts = [network(4, 0), network(4, 1), network(4, 2)]
+    merged = load_teacher(tuple(parts), {"merge": "mean"})
+    wanted = merged_rows([units(load_teacher(each)) for each in parts], "mean")
+    np.testing.assert_allclose(units(merged), wanted, atol=1e-6)
+
+
+def test_what_cannot_be_merged_is_refused(tmp_path: Path) -> None:
+    one, other = network(4, 0), network(6, 1)
+    with pytest.raises(TeacherError, match="each once"):
+        load_teacher([one, one])
+    with pytest.raises(TeacherError, match="4 and 6 dimensions"):
+        load_teacher([one, other], {"merge": "mean"})
+    with pytest.raises(TeacherError, match="wanted 4"):
+        load_teacher([one, other], {"embedding_size": 4})
+    with pytest.raises(ConfigError, match=r"teacher\.chanels"):
+        load_teacher([one, other], {"1.chanels": "bgr"})
+    with pytest.raises(TeacherError, match=r"nowhere\.cache"):
+        load_teacher([one, other], {"merge": str(tmp_path / "nowhere.cache")})
+    filled_cache(tmp_path / "plain.cache", 3, 4)
+    with pytest.raises(TeacherError, match=r"plain\.cache was not made by"):
+        load_teacher([one, other], {"merge": str(tmp_path / "plain.cache")})
+
+
+@pytest.fixture(scope="module")
+def faces(tmp_path_factory: pytest.TempPathFactory) -> Faces:
+    return draw_faces(tmp_path_factory.mktemp("faces"), identities=3, images=4)
+
+
+@pytest.fixture(scope="module")
+def caches(faces: Faces, tmp_path_factory: pytest.TempPathFactory) -> list[tuple[Path, nn.Module]]:
+    """Full caches of two teachers of 6 dimensions and one of 4."""
+    folder, found = tmp_path_factory.mktemp("caches"), []
+    for name, dimension in (("a", 6), ("b", 4), ("c", 6)):
+        module = network(dimension, ord(name))
+        config = {"rec": str(faces.folder), "kd": "embedding", "kd_cache": str(folder / name), "num_workers": 0}
+        fill_cache(config, teacher=load_teacher(module))
+        found.append((folder / name, module))
+    return found
+
+
+def all_rows(cache: EmbeddingCache) -> np.ndarray:
+    ((rows, known),) = cache.blocks(0, cache.images)
+    assert known.all()
+    return rows.double().numpy()
+
+
+@pytest.mark.parametrize(("how", "chosen"), [("concat", (0, 1)), ("pca", (0, 1)), ("mean", (0, 2))])
+def test_a_merged_cache_is_that_of_the_merged_teacher(
+    how: str,
+    chosen: tuple[int, ...],
+    caches: list[tuple[Path, nn.Module]],
+    faces: Faces,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    paths, modules = zip(*(caches[place] for place in chosen), strict=True)
+    out = tmp_path / "out.cache"
+    assert main(["cache", "merge", *map(str, paths), "--how", how, "--out", str(out)]) == 0
+    assert str(out) in capsys.readouterr().out
+    teacher = load_teacher(modules, {"merge": how if how == "mean" else str(out)})
+    dataset = RecordDataset(faces.folder)
+    # Opened as the run of that teacher opens it.
+    cache = EmbeddingCache(out, identity_of(teacher, fingerprint(dataset), len(dataset)), create=False)
+    assert cache.embedding_size == teacher.embedding_size == (10 if how == "concat" else 6)
+    parts = [all_rows(EmbeddingCache(path, header_of(path), create=False)) for path in paths]
+    wanted = merged_rows(parts, how, 6)
+    met = all_rows(cache)
+    np.testing.assert_allclose(met @ met.T, wanted @ wanted.T, atol=2e-3)
+    shown = torch.stack([sample.image for sample in (dataset[place] for place in range(len(dataset)))])
+    own = nn.functional.normalize(teacher(shown.float() / 127.5 - 1)).double().numpy()
+    np.testing.assert_allclose(own, met[::2], atol=2e-3)
+    # Once more: the same rows in the same file.
+    before = out.read_bytes()
+    merge_caches(paths, how, out)  # type: ignore[arg-type]
+    assert out.read_bytes() == before
+    with pytest.raises(TeacherError, match="other teachers"):
+        load_teacher(modules[::-1], {"merge": str(out)})
+
+
+def test_caches_of_other_images_order_or_views_are_refused(
+    caches: list[tuple[Path, nn.Module]], tmp_path: Path
+) -> None:
+    a, b = caches[0][0], caches[1][0]
+    wanted = header_of(b)
+    for name, value in (("data", "e" * 64), ("images", 11), ("views", "degraded")):
+        other = tmp_path / f"{name}.cache"
+        EmbeddingCache(other, {**wanted, name: value})
+        with pytest.raises(TeacherError, match=rf"{name}\.cache.*{name}: "):
+            merge_caches([a, other], "concat", tmp_path / "out.cache")
+    for paths, how, said in (
+        ([a, a], "concat", "each once"),
+        ([a], "concat", "each once"),
+        ([a, b], "mean", "6 and 4"),
+    ):
+        with pytest.raises(TeacherError, match=said):
+            merge_caches(paths, how, tmp_path / "out.cache")  # type: ignore[arg-type]
+    with pytest.raises(TeacherError, match="another"):
+        merge_caches([a, b], "concat", caches[2][0])
+    assert not (tmp_path / "out.cache").exists()
+
+
+def test_rows_that_one_of_them_lacks_are_missing(caches: list[tuple[Path, nn.Module]], tmp_path: Path) -> None:
+    header = header_of(caches[0][0])
+    holes = EmbeddingCache(tmp_path / "holes.cache", {**header, "teacher": "f" * 64})
+    with pytest.raises(TeacherError, match="no rows in common"):
+        merge_caches([caches[1][0], holes.path], "pca", tmp_path / "out.cache")
+    holes.store(torch.tensor([0, 2]), torch.tensor([False, True]), torch.eye(6)[:2])
+    report = merge_caches([caches[1][0], holes.path], "concat", tmp_path / "out.cache")
+    assert report.missing == 2 * report.cache.images - 2
+    assert report.cache.known(0, report.cache.images).nonzero()[0].tolist() == [0, 2]
+
+
+def test_damaged_axes_are_refused(caches: list[tuple[Path, nn.Module]], tmp_path: Path) -> None:
+    paths, modules = zip(*caches[:2], strict=True)
+    out = tmp_path / "out.cache"
+    merge_caches(paths, "pca", out)
+    Path(f"{out}.axes").write_bytes(b"none")
+    with pytest.raises(TeacherError, match=r"out\.cache\.axes"):
+        load_teacher(modules, {"merge": str(out)})
+
+
+def test_several_teachers_in_a_config_and_on_the_command_line() -> None:
+    kd = KDConfig.from_config({"kd": "embedding", "kd_teacher": ["a.pt", "b.onnx"]})
+    assert kd.teacher == ("a.pt", "b.onnx")
+    assert kd.flags()[:4] == ["--kd", "embedding", "--kd-teacher", "a.pt"]
+    assert kd.flags()[4:] == ["--kd-teacher", "b.onnx"]
