@@ -16,7 +16,7 @@ class Check(NamedTuple):
         title: what it looks at.
         seconds: its time limit.
         function: ``module:function`` of this package; takes a :class:`Place` and a :class:`Findings`.
-        alone: whether it measures speed and wants the machine for itself; all others run side by side before it.
+        alone: whether it measures speed and wants the machine for itself; all others run side by side after it.
     """
 
     number: int

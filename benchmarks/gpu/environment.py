@@ -57,9 +57,11 @@ def marked_tests(place: Place, found: Findings) -> None:
     files = [str(path) for path in sorted((ROOT / "tests").rglob("test_*.py")) if "mark.gpu" in path.read_text("utf-8")]
     report = place.scratch / "gpu_tests.xml"
     command = [sys.executable, "-m", "pytest", "-m", "gpu", "-q", "-p", "no:cacheprovider", f"--junitxml={report}"]
-    # Most of a test's time goes into compiling kernels.
-    workers = ["-n", "6"] if find_spec("xdist") and place.device.type == "cuda" else []
+    # Most of a test's time goes into compiling kernels. pytest-benchmark, where it is installed, warns beside xdist.
+    workers = ["-n", "4", "-p", "no:benchmark"] if find_spec("xdist") and place.device.type == "cuda" else []
     ended = subprocess.run([*command, *workers, *files], cwd=ROOT)
+    if not report.exists():
+        return found.expect(False, f"pytest ended with {ended.returncode} and ran no test")
     found.expect(ended.returncode == 0, f"pytest ended with {ended.returncode}")
     cases = list(ElementTree.parse(report).iter("testcase"))
     outcomes = [
