@@ -71,9 +71,12 @@ class HeadOptions(Options):
     Attributes:
         products: number format of the factors of the head's matrix products; results and sums are fp32. None (default)
             takes fp16 in a run with ``fp16`` on a GPU, and fp32 elsewhere.
+        margin: ``adaface`` takes AdaFace's margin, by the quality of each image, in place of the trainer's margin list;
+            logit scale and interclass filter stay. None (default) takes the list.
     """
 
     products: Literal["fp32", "fp16", "bf16"] | None = None
+    margin: Literal["adaface"] | None = None
 
 
 def option_items(value: object) -> list[tuple[str, object]]:

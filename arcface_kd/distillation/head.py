@@ -26,12 +26,13 @@ from arcface_kd.checkpoints.head_state import (
 from arcface_kd.checkpoints.run_settings import as_tensor, from_tensor, require_agreement, require_same_run
 from arcface_kd.checkpoints.shards import CLASS_CENTERS, SETTINGS
 from arcface_kd.distillation.distiller import NO_CACHE, Distiller
+from arcface_kd.distillation.image_quality import ImageQuality
 from arcface_kd.distillation.monitor import Monitor, SettleFirst
 from arcface_kd.distillation.nan_monitor import BatchRows
 from arcface_kd.distillation.tensorboard_log import TensorBoardLog
 from arcface_kd.distributed.ranks import RankGroup, for_ddp
 from arcface_kd.errors import CheckpointError, ConfigError, TeacherError
-from arcface_kd.losses.margin import Margin
+from arcface_kd.losses.margin import AdaFaceMargin, Margin
 from arcface_kd.methods.base import Batch, Method, Requirement, RunContext
 
 
@@ -94,7 +95,11 @@ class DistillationHead(nn.Module):
         self.num_classes, self.embedding_size, self.run_folder = num_classes, embedding_size, run_folder
         self.shard = ranks.shard(num_classes)
         self._distiller = distiller
-        own = {**asdict(margin), "sample_rate": sample_rate, "seed": seed}
+        self.quality = None
+        if distiller.kd.head.margin == "adaface":
+            margin = AdaFaceMargin(margin.scale, filter_threshold=margin.filter_threshold)
+            self.quality = ImageQuality(margin)
+        own = {**asdict(margin), "margin": distiller.kd.head.margin, "sample_rate": sample_rate, "seed": seed}
         self._settings = {**distiller.sources, **own, **distiller.methods.settings, **distiller.student_options.views}
         sizes = {"num_classes": num_classes, "embedding_size": embedding_size, "steps_per_epoch": steps_per_epoch}
         require_agreement({**distiller.kd.shared(), **self._settings, **sizes}, ranks)
@@ -120,6 +125,8 @@ class DistillationHead(nn.Module):
         _sum_gradients(methods, ranks)
         self.methods = nn.ModuleDict(methods)
         self._scores_classes = any(method.classifies for method in methods.values())
+        if self.quality is not None and not self._scores_classes:
+            raise ConfigError(f"head.margin=adaface has no effect: {distiller.methods.title} does not classify")
         self.monitor = Monitor(ranks, log, watches_gradients=not loss_is_scaled)
         self._momentum: Momentum = {}
         _put_hooks(self, distiller.student)
@@ -168,16 +175,20 @@ class DistillationHead(nn.Module):
         embeddings = projected = self._gather(local_embeddings, sizes)
         if self.projection is not None:
             projected = self._gather(self.projection(local_embeddings.to(self.projection.weight.dtype)), sizes)
+        labels = self.ranks.gather(labels, sizes)
+        quality, row_m2 = (None, None) if self.quality is None else self.quality(embeddings, labels)
         return Batch(
             embeddings=embeddings,
             projected=projected,
-            labels=self.ranks.gather(labels, sizes),
+            labels=labels,
             teacher=None if teacher is None else self.ranks.gather(teacher, sizes),
             sizes=sizes,
             step=self._count_step() + self.schedule_offset,
             student_map=maps[0],
             teacher_map=maps[1],
             observed=self.monitor.observes(self._steps_done),
+            row_m2=row_m2,
+            quality=quality,
         )
 
     def _terms(self, batch: Batch) -> dict[str, Tensor]:

@@ -118,6 +118,7 @@ class _LogitDistillation(torch.autograd.Function):
         weights: ClassWeights,
         teacher: ShardedLogits,
         setting: _Setting,
+        row_m2: Tensor | None,
     ) -> tuple[Tensor, ...]:
         margin, temperature, grouping, ranks = setting.margin, setting.temperature, setting.grouping, setting.ranks
         unit, inverse = unit_and_inverse(embeddings.to(_format_of_sums(embeddings)))
@@ -127,8 +128,9 @@ class _LogitDistillation(torch.autograd.Function):
         passes = setting.passes(student, teacher)
 
         # One reduction brings every target's logits from the one rank that holds it, and the largest ones.
+        m2 = None if row_m2 is None else row_m2.to(unit.dtype)
         found, slope, kd_slope = _own_logits(
-            student.own, teacher.own, classes.owned, margin, factor, with_margin=setting.with_margin
+            student.own, teacher.own, classes.owned, margin, factor, m2, with_margin=setting.with_margin
         )
         follows = margin.scale * max(1.0, 1 / temperature) > _LARGEST_BARE_SCALE
         if follows and classes.visited:
@@ -206,7 +208,7 @@ class _LogitDistillation(torch.autograd.Function):
             # Rows of other ranks add zero.
             in_centers.index_add_(0, classes.target, pull.to(in_centers.dtype))
         wanted = ctx.needs_input_grad[0]
-        return in_embeddings.to(embedding_dtype) if wanted else None, in_centers, *(None,) * 4
+        return in_embeddings.to(embedding_dtype) if wanted else None, in_centers, *(None,) * 5
 
 
 @fused()
@@ -218,15 +220,22 @@ def _of_labelled(labels: Tensor, *values: Tensor) -> tuple[Tensor, ...]:
 
 @fused()
 def _own_logits(
-    student: Tensor, teacher: Tensor, owned: Tensor, margin: Margin, factor: float, *, with_margin: bool
+    student: Tensor,
+    teacher: Tensor,
+    owned: Tensor,
+    margin: Margin,
+    factor: float,
+    m2: Tensor | None,
+    *,
+    with_margin: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The targets' logits (3, B) as in :class:`TargetLogits`, and the slopes of the first two.
 
     ``student`` and ``teacher`` are cosines (B,); other shards' logits are -inf.
     """
-    psi, slope = margin.target(student)
+    psi, slope = margin.target(student, m2)
     kd_psi, kd_slope = (psi, slope.clone()) if with_margin else (student, torch.ones_like(slope))
-    teacher_psi = margin.target(teacher)[0] if with_margin else teacher
+    teacher_psi = margin.target(teacher, m2)[0] if with_margin else teacher
     found = torch.stack([margin.scale * psi, factor * kd_psi, factor * teacher_psi])
     return found.masked_fill(~owned, -torch.inf), slope, kd_slope
 
@@ -304,6 +313,7 @@ def logit_distillation(
     grouping: Grouping | None = None,
     logits: Logits = "plain",
     chunk: int | None = None,
+    row_m2: Tensor | None = None,
 ) -> Distillation:
     """Margin softmax and distilled logits of a gathered batch against this rank's shard of the student's classes.
 
@@ -329,6 +339,8 @@ def logit_distillation(
         logits: whether the targets' logits are distilled as they are (``plain``) or with the margin, on both sides
             (``margin``, as Grouped KD's published code does).
         chunk: classes at a time; None chooses by device.
+        row_m2: (B,) an angular margin for each row, as in
+            :func:`~arcface_kd.losses.margin_softmax.sharded_margin_softmax`.
 
     Returns:
         The terms: means over rows with a label, 0 if there is none.
@@ -365,5 +377,6 @@ def logit_distillation(
                 weights,
                 teacher.logits,
                 setting,
+                None if row_m2 is None else row_m2.detach(),
             )
         )

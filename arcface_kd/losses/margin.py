@@ -1,10 +1,12 @@
-"""The angular margin on the target logit: ArcFace, CosFace and their combination, with the derivative."""
+"""The margin on the target logit: ArcFace, CosFace, their combination, and AdaFace, with the derivative."""
 
 import math
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+
+_EDGE = 1e-3
 
 
 @dataclass(frozen=True)
@@ -76,7 +78,42 @@ class Margin:
             offset = torch.cos((math.pi - m2) / self.m1) + m2.cos() + m2 * m2.sin()
         beyond = angle > math.pi
         continued = cosine - offset
-        floor = math.sqrt(torch.finfo(cosine.dtype).eps)
         psi = torch.where(beyond, continued, angle.cos()) - self.m3
-        slope = torch.where(beyond, torch.ones_like(cosine), self.m1 * angle.sin() / sine.clamp_min(floor))
+        slope = torch.where(beyond, torch.ones_like(cosine), self.m1 * angle.sin() / sine.clamp_min(_floor(cosine)))
         return psi, slope
+
+
+def _floor(cosine: Tensor) -> float:
+    return math.sqrt(torch.finfo(cosine.dtype).eps)
+
+
+@dataclass(frozen=True)
+class AdaFaceMargin(Margin):
+    """AdaFace's margin, by the quality of each image (Kim, Jain, Liu, CVPR 2022, arXiv 2204.00964).
+
+    With a row's quality q in [-1, 1] and m = ``m3``, ``psi = cos(clip(theta - m q, e, pi - e)) - (m + m q)``, e = 1e-3:
+    the angular margin of a row is ``m2 = -m q``, what is taken from its cosine ``m - m2``. Where the angle is clipped,
+    psi has no gradient.
+    """
+
+    m2: float = 0.0
+    m3: float = 0.4
+
+    def rows(self, quality: Tensor) -> Tensor:
+        """The angular margin (B,) of each row, in [-m, m], from its quality (B,), which is clipped here."""
+        return -self.m3 * quality.clamp(-1, 1)
+
+    def target(self, cosine: Tensor, m2: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """The target's ``psi`` and its derivative, of the shape of ``cosine``; ``m2`` is that of :meth:`rows`.
+
+        Raises:
+            ValueError: no angular margins.
+        """
+        if m2 is None:
+            raise ValueError("AdaFace's margin differs from row to row: pass row_m2=batch.row_m2")
+        cosine = cosine.clamp(-1, 1)
+        sine = ((1 - cosine) * (1 + cosine)).sqrt()
+        angle = torch.atan2(sine, cosine) + m2
+        inside = (angle > _EDGE) & (angle < math.pi - _EDGE)
+        psi = angle.clamp(_EDGE, math.pi - _EDGE).cos() - (self.m3 - m2)
+        return psi, torch.where(inside, angle.sin() / sine.clamp_min(_floor(cosine)), torch.zeros_like(cosine))

@@ -212,7 +212,8 @@ def sharded_margin_softmax(
         margin: the margin and the logit scale.
         chunk: classes at a time; None chooses by device.
         row_m2: (B,) an additive angular margin for each row in radians, in [0, pi / 2], the same on every rank, in
-            place of the margin's ``m2``; it gets no gradient. None gives all rows the margin's own.
+            place of the margin's ``m2``; it gets no gradient. None gives all rows the margin's own. AdaFace's margin
+            wants what its ``rows`` gives.
 
     Returns:
         The loss, a scalar: the mean over rows with a label, 0 if there is none.

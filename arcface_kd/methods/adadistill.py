@@ -12,6 +12,14 @@ sample at hand, as in feature distillation; later a grows and the centers become
 loss, no weight to balance, and no teacher classifier: student and teacher may know different identities. The margin is
 the trainer's
 own: (1, m, 0) gives AdaArc (published m = 0.45), (1, 0, m) AdaCos (published m = 0.35).
+
+Under AdaFace's margin a public fork (rayyichen310/adadistill_with_adaface_loss, 2025, not reviewed) adds a geometry
+term to a row's quality q before it is clipped, with c = clip(cos(w_y before, f_t)), from nothing at the start to its
+whole weight after the first epoch:
+
+    q <- q + geometry c max(0, c - cos(f_s, f_t))
+
+So an image whose class the teacher knows well, and whose student is not there yet, gets more margin.
 """
 
 from dataclasses import dataclass
@@ -22,9 +30,11 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from arcface_kd.config.kd import TeacherView
-from arcface_kd.config.options import Options
+from arcface_kd.config.options import Options, Weight
 from arcface_kd.distributed.class_shard import ShardPositions
+from arcface_kd.errors import ConfigError
 from arcface_kd.losses.fused import fused
+from arcface_kd.losses.margin import AdaFaceMargin
 from arcface_kd.losses.margin_softmax import sharded_margin_softmax
 from arcface_kd.methods.base import Batch, Method, Requirement, RunContext
 from arcface_kd.methods.class_centers import DistilledCenters, Repeated
@@ -44,10 +54,13 @@ class AdaDistillConfig(Options):
         alpha: ``weighted`` (default, the paper's best) or ``plain``.
         repeated: how several samples of one class in a batch are combined: ``mean`` (default, whatever their order) or
             ``last`` (the published code's behaviour).
+        geometry: weight of the geometry term in AdaFace's margin, at least 0; 0 (default) leaves it out; the fork's is
+            3.
     """
 
     alpha: Alpha = "weighted"
     repeated: Repeated = "mean"
+    geometry: Weight = 0.0
 
 
 @fused()
@@ -81,6 +94,8 @@ class AdaDistill(Method):
         super().__init__(config, context)
         # Without a teacher of its own the run was stopped before it came here, see `requires`.
         assert context.teacher_embedding_size is not None
+        if config.geometry and not isinstance(context.margin, AdaFaceMargin):
+            raise ConfigError("adadistill.geometry is a part of AdaFace's margin: add head.margin=adaface")
         self.centers = DistilledCenters(
             context.shard, context.teacher_embedding_size, context.seed, context.product_dtype
         )
@@ -89,25 +104,33 @@ class AdaDistill(Method):
     def forward(self, batch: Batch) -> dict[str, Tensor]:
         """Update the centers from the gathered batch, then score the student against them."""
         classes = step_classes(self.context, batch)
-        self._move_centers(batch, ShardPositions(classes.targets.target, classes.targets.owned))
+        margin = self.context.margin
+        row_m2 = self._move_centers(batch, ShardPositions(classes.targets.target, classes.targets.owned))
         weights = self.context.class_weights(self.centers, classes)
-        return {"ce": sharded_margin_softmax(batch.projected, batch.labels, weights, self.context.margin)}
+        return {"ce": sharded_margin_softmax(batch.projected, batch.labels, weights, margin, row_m2=row_m2)}
 
     @torch.no_grad()
-    def _move_centers(self, batch: Batch, positions: ShardPositions) -> None:
-        """One step of the moving average, with an alpha for each row."""
+    def _move_centers(self, batch: Batch, positions: ShardPositions) -> Tensor | None:
+        """One step of the moving average, with an alpha for each row; gives each row's angular margin if it has one."""
         assert batch.teacher is not None
         centers, labels, dtype = self.centers, batch.labels, self.centers.weight.dtype
         teacher, agreement = _agreement(batch.projected.to(dtype), batch.teacher.to(dtype))
-        weighted = self.config.alpha == "weighted"
-        before = self.context.ranks.sum_(centers.cosine(labels, teacher, positions=positions)) if weighted else None
-        alpha = adaptive_alpha(agreement, before)
+        weighted, geometry = self.config.alpha == "weighted", self.config.geometry
+        before = None
+        if weighted or geometry:
+            before = self.context.ranks.sum_(centers.cosine(labels, teacher, positions=positions))
+        alpha = adaptive_alpha(agreement, before if weighted else None)
         old = centers.unit_rows(labels, positions=positions) if batch.observed else None
         centers.update(labels, teacher, alpha, self.config.repeated, positions=positions)
         self._seen = None
         if old is not None:
             turned = centers.cosine(labels, old, positions=positions)
             self._seen = _Seen(labels >= 0, alpha, agreement, turned)
+        margin = self.context.margin
+        if not geometry or before is None or batch.quality is None or not isinstance(margin, AdaFaceMargin):
+            return batch.row_m2
+        weight = geometry * min(1.0, batch.step / self.context.steps_per_epoch)
+        return margin.rows(batch.quality + weight * _lag(agreement, before))
 
     def observations(self) -> dict[str, Tensor]:
         """Means over the rows of the last gathered batch that have a label, where the batch said that it is observed.
@@ -140,6 +163,13 @@ class _Seen(NamedTuple):
     alpha: Tensor
     agreement: Tensor
     turned: Tensor  # of this rank's classes: cosine of a center before and after the step
+
+
+@fused()
+def _lag(student_teacher: Tensor, center_teacher: Tensor) -> Tensor:
+    """How far the student lags behind what the teacher knows of the class, (B,)."""
+    known = center_teacher.clamp(_SMALLEST, 1)
+    return known * (known - student_teacher).clamp_min(0)
 
 
 @fused()

@@ -142,6 +142,9 @@ class Batch:
             require it, None elsewhere.
         teacher_map: (b, Ct, Ht, Wt) the teacher's of the same images, without gradient.
         observed: whether the method's observations are asked for after this step; they may cost something.
+        row_m2: (B,) the angular margin of each row where ``context.margin`` is AdaFace's, for the margin softmax of a
+            method that classifies; None under any other margin.
+        quality: (B,) what it follows from: AdaFace's quality of each row, not clipped.
     """
 
     embeddings: Tensor
@@ -153,6 +156,8 @@ class Batch:
     student_map: Tensor | None = None
     teacher_map: Tensor | None = None
     observed: bool = True
+    row_m2: Tensor | None = None
+    quality: Tensor | None = None
 
 
 class Method(nn.Module):

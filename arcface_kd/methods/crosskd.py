@@ -185,7 +185,7 @@ class CrossKD(Method):
         teacher = teacher_logits(
             batch.teacher.to(cross.dtype), batch.labels, weights, margin.scale, self.config.temperature
         )
-        return logit_distillation(cross, batch.labels, weights, teacher, margin).primary
+        return logit_distillation(cross, batch.labels, weights, teacher, margin, row_m2=batch.row_m2).primary
 
     def observations(self) -> dict[str, Tensor]:
         """The mean cosine of cross and teacher embeddings over the last gathered batch."""

@@ -36,4 +36,5 @@ class LearnedClassifier(Method):
     def forward(self, batch: Batch) -> dict[str, Tensor]:
         """Score the student against the learned class centers."""
         weights = self.context.class_weights(self.weight, step_classes(self.context, batch))
-        return {"ce": sharded_margin_softmax(batch.embeddings, batch.labels, weights, self.context.margin)}
+        loss = sharded_margin_softmax(batch.embeddings, batch.labels, weights, self.context.margin, row_m2=batch.row_m2)
+        return {"ce": loss}

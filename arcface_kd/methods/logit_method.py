@@ -77,4 +77,5 @@ class LogitMethod(Method):
             self.context.margin,
             grouping=grouping,
             logits=logits,
+            row_m2=batch.row_m2,
         )

@@ -18,7 +18,8 @@ from torch import Tensor
 
 from arcface_kd.config.options import Options, Range
 from arcface_kd.distributed.class_shard import ShardPositions
-from arcface_kd.losses.margin import Margin
+from arcface_kd.errors import ConfigError
+from arcface_kd.losses.margin import AdaFaceMargin, Margin
 from arcface_kd.losses.margin_softmax import sharded_margin_softmax
 from arcface_kd.methods.base import Batch, Method, Requirement, RunContext
 from arcface_kd.methods.class_centers import FrozenCenters
@@ -80,6 +81,8 @@ class ProxylessKD(Method):
         # Without a classifier the run was stopped before it came here, see `requires`.
         assert context.teacher_classifier is not None
         self.margin = config.applied_to(context.margin)
+        if self.margin != context.margin and isinstance(context.margin, AdaFaceMargin):
+            raise ConfigError(f"{type(self).__name__} has a margin of its own: leave head.margin=adaface out")
         self.centers = FrozenCenters(context.teacher_classifier, context.shard, context.product_dtype)
 
     def forward(self, batch: Batch) -> dict[str, Tensor]:
@@ -91,7 +94,7 @@ class ProxylessKD(Method):
 
     def row_margins(self, batch: Batch, positions: ShardPositions) -> Tensor | None:
         """An additive angular margin (B,) for each row, for methods that have one; None for all the same."""
-        return None
+        return batch.row_m2
 
 
 class ArcDistill(ProxylessKD):

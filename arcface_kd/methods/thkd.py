@@ -73,6 +73,7 @@ class THKD(LogitMethod):
             teacher,
             self.context.margin,
             logits=config.logits,
+            row_m2=batch.row_m2,
         )
         if config.form == "additive":
             return {

@@ -82,6 +82,31 @@ def test_two_classifications_exclude_each_other_in_one_line(kd: str, tmp_path: P
         _step(kd, tmp_path / "run")
 
 
+@pytest.mark.parametrize("kd", ["adadistill", "proxylesskd", "kd", "gkd", "thkd", "embedding", "rkd", "ekd+adadistill"])
+def test_every_method_that_classifies_takes_adafaces_margin(kd: str, tmp_path: Path) -> None:
+    """The images' norms are far below the mean that it begins with: all qualities are low, and not zero."""
+    _, plain = _step(kd, tmp_path / "plain")
+    _, adaface = _step(kd, tmp_path / "adaface", head={"margin": "adaface"})
+    assert adaface["ce"] != plain["ce"]
+    assert adaface["gradient_norm/ce"] > 0
+
+
+@pytest.mark.parametrize(
+    ("kd", "options"),
+    [
+        ("arcdistill", {"head": {"margin": "adaface"}}),
+        ("margindistillation", {"head": {"margin": "adaface"}}),
+        ("embedding", {"head": {"margin": "adaface"}, "embedding": {"labels": "none"}}),
+        ("adadistill", {"adadistill": {"geometry": 3}}),
+    ],
+)
+def test_adafaces_margin_where_it_would_have_no_effect(
+    kd: str, options: dict[str, dict[str, object]], tmp_path: Path
+) -> None:
+    with pytest.raises(ConfigError, match=r"head\.margin=adaface"):
+        _step(kd, tmp_path / "run", **options)
+
+
 @pytest.fixture(scope="module")
 def faces(tmp_path_factory: pytest.TempPathFactory) -> Faces:
     return draw_faces(tmp_path_factory.mktemp("faces"), identities=6, images=8)

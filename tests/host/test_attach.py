@@ -26,7 +26,7 @@ from arcface_kd.distillation.head import DistillationHead
 from arcface_kd.errors import ConfigError, TeacherError
 from arcface_kd.host.attach import HOST_NAMES, attach
 from arcface_kd.host.patching import patches_folder
-from arcface_kd.losses.margin import Margin
+from arcface_kd.losses.margin import AdaFaceMargin, Margin
 from arcface_kd.methods.recipe import Stage
 from arcface_kd.methods.shkd.method import SHKD
 from arcface_kd.teachers.base import Teacher, load_teacher
@@ -391,6 +391,14 @@ def test_products_are_narrow_where_the_run_is(
     method: Any = ins.PartialFC_V2(Margin(), 4, 11).methods["adadistill"]
     assert method.context.product_dtype == wanted
     assert (method.centers.units is None) == (wanted is None)
+
+
+def test_adafaces_margin_takes_the_place_of_the_trainers(tmp_path: Path) -> None:
+    keys = {"kd_option": {"head.margin": "adaface"}}
+    head = made(tmp_path, keys=keys).PartialFC_V2(Margin(30.0, 1.0, 0.5, 0.0, 0.2), 4, 11)
+    method: Any = head.methods["adadistill"]
+    assert method.context.margin == AdaFaceMargin(30.0, filter_threshold=0.2)
+    assert {"quality.mean", "quality.std"} <= set(head.state_dict())
 
 
 def test_an_epoch_shorter_than_a_batch_is_one_step(tmp_path: Path) -> None:

@@ -120,6 +120,8 @@ def test_a_resumed_run_gives_the_same_bits(faces: Faces, teacher_file: Path, tmp
     keys: dict[str, Any] = {
         "kd": "adadistill",
         "kd_teacher": str(teacher_file),
+        # With statistics of its own and a weight that rises.
+        "kd_option": {"head.margin": "adaface", "adadistill.geometry": 3.0},
         "num_epoch": 4,
         "save_all_states": True,
     }
