@@ -62,8 +62,8 @@ def author_of(path: Path, network: str, prefix: str, beside: Sequence[str]) -> A
     if layout is None or "net" in parts:
         return None
     if layout.inner_norm:
-        return _ADAFACE if "model" in parts or called.startswith("adaface") else None
-    if "backbone" in parts and any(name.startswith("head.") for name in beside):
+        return _ADAFACE if "model" in parts or ("adaface" in called and "cvlface" not in called) else None
+    if "backbone" in parts and any("head" in name.split(".") for name in beside):
         return _FACEX_ZOO
     return _EVOLVE if called.startswith("backbone_") else None
 

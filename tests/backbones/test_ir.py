@@ -9,6 +9,8 @@ from torch import Tensor, nn
 from arcface_kd.backbones.feature_taps import find_map, map_shape
 from arcface_kd.backbones.ir import IR_NAMES, IRLayout, IRNet
 from arcface_kd.errors import ConfigError
+from arcface_kd.teachers import load_teacher
+from arcface_kd.teachers.trunk_and_tail import cut_teacher
 from tests.backbones.layout import layout_digest, parameter_count
 from tests.reference.ir import ir_embeddings
 
@@ -116,6 +118,9 @@ def test_its_maps_are_found_by_anybody_s_modules() -> None:
     assert [place.module for place in places] == ["body.4", "body.3", "body.2", "body.0"]
     shapes = [map_shape(network, place, 112) for place in places]
     assert shapes == [(64, 7, 7), (48, 14, 14), (32, 28, 28), (16, 56, 56)]
+    for tap, shape in enumerate(shapes):
+        assert cut_teacher(load_teacher(network), tap=tap).map_shape == shape
+    assert cut_teacher(load_teacher(seeded(IRNet(LAYOUTS["AdaFace"], num_features=8)))).map_shape == shapes[0]
 
 
 def test_forward_is_tail_of_feature_map_in_either_format() -> None:

@@ -60,12 +60,14 @@ def assert_shown(path: Path, wanted: Preprocessing, author: str, state: dict[str
 def test_adaface_by_lightning_s_prefix_or_its_file_s_name(tmp_path: Path, inner: dict[str, Tensor]) -> None:
     content = {"epoch": 3, "state_dict": prefixed(inner, "model.") | {"head.kernel": torch.ones(SIZE, 3)}}
     assert_shown(saved(tmp_path, content, "any.ckpt"), BGR, "AdaFace", inner)
-    assert_shown(saved(tmp_path, inner, "adaface_ir50_ms1mv2.pt"), BGR, "AdaFace", inner)
+    assert_shown(saved(tmp_path, inner, "ir50_AdaFace_ms1mv2.pt"), BGR, "AdaFace", inner)
 
 
 def test_facex_zoo_by_its_head_and_evolve_by_its_file_s_name(tmp_path: Path, outer: dict[str, Tensor]) -> None:
-    content = {"epoch": 1, "state_dict": prefixed(outer, "backbone.") | {"head.weight": torch.ones(SIZE, 3)}}
-    assert_shown(saved(tmp_path, content, "Epoch_17.pt"), FACEX_ZOO, "FaceX-Zoo", outer)
+    for prefix in ("", "module."):
+        content = prefixed(outer, f"{prefix}backbone.") | {f"{prefix}head.weight": torch.ones(SIZE, 3)}
+        path = saved(tmp_path, {"epoch": 1, "state_dict": content}, "Epoch_17.pt")
+        assert_shown(path, FACEX_ZOO, "FaceX-Zoo", outer)
     for name in ("backbone_ir50_ms1m_epoch120.pth", "Backbone_IR_50_Epoch_3_Batch_9_Time_x_checkpoint.pth"):
         assert_shown(saved(tmp_path, prefixed(outer, "module."), name), RGB, "face.evoLVe", outer)
 
