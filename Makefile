@@ -1,4 +1,5 @@
 # make demo: the main job, from nothing.  make test: the tests.  make bench: the benchmarks (ONLY=head for one).
+# make test-timm: the tests with the real timm, which `make test` leaves out.
 # make gpu: the checks of one GPU, see docs/gpu.md (ONLY=3,4 for some; DEVICE=cpu tries them without one).
 # make docs: the pages of docs/ as a site, in site/.
 # make campaigns: kills, mutated files and full disks at length, which `make test` leaves out.
@@ -22,7 +23,7 @@ ifneq ($(filter gpu,$(MAKECMDGOALS)),)
 HAS_TORCH := $(shell $(PYTHON) -c 'import importlib.util as u; print(u.find_spec("torch") and "yes" or "")' 2>/dev/null)
 endif
 
-.PHONY: demo test campaigns bench gpu docs fuzz audit lint clean
+.PHONY: demo test test-timm campaigns bench gpu docs fuzz audit lint clean
 
 demo: $(VENV)/ready
 	$(BIN)/arcface-kd demo --out demo $(ARGS)
@@ -31,6 +32,11 @@ demo: $(VENV)/ready
 # they have started.
 test: $(VENV)/ready-test
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 4 --dist loadfile $(ARGS)
+
+# Without their dependencies: another torch must not come with them.
+test-timm: $(VENV)/ready-test
+	$(PIP) --no-deps --upgrade --target $(VENV)/timm timm torchvision
+	OMP_NUM_THREADS=1 PYTHONPATH=$(VENV)/timm $(BIN)/python -m pytest -m timm $(ARGS)
 
 campaigns: $(VENV)/ready-test
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/campaigns $(ARGS)

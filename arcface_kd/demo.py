@@ -73,6 +73,7 @@ class DemoSettings:
             teacher's embeddings are kept in ``out`` and made anew.
         seeds: how often each student is trained.
         epochs: of the students; None chooses for the data.
+        network: the students', as a config names it.
     """
 
     out: Path
@@ -80,6 +81,7 @@ class DemoSettings:
     keys: Mapping[str, Any] = field(default_factory=dict)
     seeds: int = 1
     epochs: int | None = None
+    network: str = NETWORK
 
     def __post_init__(self) -> None:
         if self.seeds < 1:
@@ -212,6 +214,7 @@ def _checked(settings: DemoSettings) -> _Job:
     kd = settings.kd
     if kd.teacher is None and "teacher" in kd.options:
         raise ConfigError("teacher options were given without a teacher; add --kd-teacher FILE")
+    get_backbone(settings.network)
     teacher = load_teacher(kd.teacher, kd.options.get("teacher")) if kd.teacher is not None else None
     wiring = Distiller(kd, teacher if teacher is not None else load_teacher(get_backbone(TEACHER_NETWORK)))
     wiring.refuse_dimension(BASE["embedding_size"], wiring.teacher_embedding_size)
@@ -279,7 +282,7 @@ def _config_for(data: Path, settings: DemoSettings) -> EasyDict:
         raise DataError(f"{data} has no verification set (*.bin); the demo's numbers come from held-out identities")
     config = EasyDict(BASE)
     config.update(
-        network=NETWORK,
+        network=settings.network,
         rec=str(data),
         num_classes=max(int(records.labels().max()) + 1, records.stated_classes or 0),
         num_image=len(records),
@@ -306,7 +309,7 @@ def _compared(settings: DemoSettings, teacher: Teacher, trained: Sequence[_Train
     """Judge the teacher and all students on the verification sets beside the records."""
     device = default_device()
     models = [
-        replace(run_contestant(run, device), is_teacher=run.name == "teacher")
+        replace(run_contestant(run, device, [settings.network]), is_teacher=run.name == "teacher")
         for run in read_runs([result.output for runs in trained for result in runs.results])
     ]
     if settings.kd.teacher is not None:

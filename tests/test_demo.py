@@ -128,6 +128,7 @@ def test_a_method_of_class_means_finds_the_cache_filled(tmp_path: Path, capsys: 
             "kd_cache": str(tmp_path / "kept.cache"),
         },
         epochs=1,
+        network="python:tests.networks:tiny",
     )
     assert [r.score.model for r in run_demo(settings)] == ["teacher", "alone", "proxylesskd"]
     assert "[1/4] embedding all faces with the teacher" in capsys.readouterr().out

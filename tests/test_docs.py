@@ -15,10 +15,12 @@ import pytest
 import torch
 
 from arcface_kd import registry
+from arcface_kd.backbones import get_backbone
 from arcface_kd.cli.main import build_parser, main
 from arcface_kd.config.flags import add_arguments
 from arcface_kd.config.kd import KDConfig
 from arcface_kd.config.options import build
+from arcface_kd.evaluation.report.cost import size_line
 from arcface_kd.methods.base import Method, Requirement
 from benchmarks.scale import Share, arcface_kd_share, partial_fc_share, published_share
 
@@ -234,3 +236,12 @@ def test_disk_is_two_rows_an_image() -> None:
     assert len(found) == 4
     for _, images, gigabytes in found:
         assert gigabytes == f"{2 * int(images.replace(',', '')) * 512 * 2 / 1e9:.1f}"
+
+
+def test_students_cost_what_their_page_says() -> None:
+    table = {row[0].strip("`"): row[1:3] for row in rows(PAGES["students.md"])[1:]}
+    assert {"mbf", "ghostfacenet", "timm:edgenext_xx_small"} <= table.keys()
+    for name, (parameters, adds) in table.items():
+        # Those of timm are counted where timm is, and large ones cost the test its time.
+        if not name.startswith(("timm:", "r")):
+            assert size_line(get_backbone(name)) == f"{parameters} parameters, {adds} multiply-adds an image", name

@@ -5,6 +5,27 @@ from contextlib import AbstractContextManager, nullcontext
 import torch
 from torch import Tensor, nn
 
+from arcface_kd.errors import ConfigError
+
+_WIDEST = 16
+
+
+def check_width(width: float) -> float:
+    """A network's width over that of its paper.
+
+    Args:
+        width: the factor.
+
+    Returns:
+        The same.
+
+    Raises:
+        ConfigError: not above 0, or above 16.
+    """
+    if not 0 < width <= _WIDEST:
+        raise ConfigError(f"width={width!r}: wanted more than 0 and at most {_WIDEST}")
+    return width
+
 
 class FaceBackbone(nn.Module):
     """A network that embeds aligned 112x112 faces.

@@ -15,13 +15,14 @@ from torch.utils.hooks import RemovableHandle
 
 from arcface_kd.errors import ConfigError
 
-# Modules that tell a network's family, and those whose outputs are the last maps at 7, 14, 28 and 56 pixels (thin_r18:
-# 4, 7, 14 and 28).
+# Modules that tell a network's family, and those whose outputs are the last maps at 7, 14, 28 and 56 pixels (thin_r18,
+# and ghostfacenet with stride 2: 4, 7, 14 and 28).
 _FAMILIES = (
     (("layer1", "layer2", "layer3", "layer4", "bn2", "fc"), ("layer4", "layer3", "layer2", "layer1")),
     (("layers.7", "conv_sep", "features"), ("conv_sep", "layers.5", "layers.3", "layers.1")),
     (("conv_5", "conv_6_sep", "output_layer"), ("conv_6_sep", "conv_4", "conv_3", "conv2_dw")),
     (("stem", "stages.3", "bn2", "fc"), ("stages.3", "stages.2", "stages.1", "stages.0")),
+    (("stem", "blocks.15", "conv_last", "features"), ("conv_last", "blocks.10", "blocks.4", "blocks.2")),
 )
 # arcface_torch's vit ends in `feature`, whose input is all tokens of an image in one row, put back in their places
 # where training has left some of them out.

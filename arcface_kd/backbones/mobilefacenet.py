@@ -2,7 +2,8 @@
 
 After Chen et al., "MobileFaceNets" (CCBR 2018, arXiv 1804.07573). One topology under two sets of parameter names:
 
-- ``MobileFaceNet``: arcface_torch's, widened by ``scale`` (2: mbf, 2,059,520 parameters; 4 and deeper: mbf_large);
+- ``MobileFaceNet``: arcface_torch's, of any ``width`` (2: mbf, 2,059,520 parameters; 4 and deeper: mbf_large), with
+  squeeze-and-excitation where that is asked for;
 - ``NarrowMobileFaceNet``: AdaDistill's, 64 and 128 channels wide (1,199,488 parameters at 512-d), the network that
   AdaDistill, EKD and FaceX-Zoo publish numbers for.
 
@@ -10,13 +11,15 @@ Names, their order, shapes, initial distributions and arithmetic are those of th
 either load with ``strict=True``.
 """
 
+import math
 from collections import OrderedDict
 from collections.abc import Sequence
 from typing import cast
 
 from torch import Tensor, nn
 
-from arcface_kd.backbones.face_backbone import FaceBackbone
+from arcface_kd.backbones.face_backbone import FaceBackbone, check_width
+from arcface_kd.backbones.squeeze_excitation import SqueezeExcitation
 
 _MAP_CHANNELS = 512
 _MAP_SIZE = 7
@@ -58,47 +61,61 @@ def _linear_convolution(
 
 
 def _bottleneck(
-    in_channels: int, hidden: int, out_channels: int, *, stride: int = 1, shortcut: bool = False, named: bool = False
+    in_channels: int,
+    hidden: int,
+    out_channels: int,
+    *,
+    stride: int = 1,
+    shortcut: bool = False,
+    se: bool = False,
+    named: bool = False,
 ) -> nn.Sequential:
-    """1x1 to ``hidden`` channels, depthwise 3x3, linear 1x1."""
+    """1x1 to ``hidden`` channels, depthwise 3x3, squeeze-and-excitation where wanted, linear 1x1."""
     return _sequence(
         ("conv", "conv_dw", "project") if named else None,
         _convolution(in_channels, hidden, named=named),
         _convolution(hidden, hidden, 3, stride=stride, groups=hidden, named=named),
+        *([SqueezeExcitation(hidden, hidden // 4)] if se else []),
         _linear_convolution(hidden, out_channels, named=named),
         shortcut=shortcut,
     )
 
 
-def _residual_stage(channels: int, hidden: int, depth: int, *, named: bool = False) -> nn.Sequential:
+def _residual_stage(channels: int, hidden: int, depth: int, *, se: bool = False, named: bool = False) -> nn.Sequential:
     """``depth`` bottlenecks with shortcuts."""
-    units = [_bottleneck(channels, hidden, channels, shortcut=True, named=named) for _ in range(depth)]
+    units = [_bottleneck(channels, hidden, channels, shortcut=True, se=se, named=named) for _ in range(depth)]
     return nn.Sequential(OrderedDict({"model" if named else "layers": nn.Sequential(*units)}))
 
 
-def _trunk(scale: int, depths: Sequence[int], *, named: bool = False) -> list[nn.Sequential]:
+def _scaled(channels: int, width: float) -> int:
+    return 8 * max(1, round(channels * width / 8))
+
+
+def _trunk(width: float, depths: Sequence[int], *, se: bool = False, named: bool = False) -> list[nn.Sequential]:
     """Everything up to the last 1x1 convolution, in order.
 
     Args:
-        scale: width over the original network's 64 and 128 channels; the bottlenecks' hidden widths do not scale.
+        width: over the original network's 64 and 128 channels, in steps of 8 channels; the bottlenecks' hidden widths
+            stay.
         depths: bottlenecks with shortcuts at 56, 28, 14 and 7 pixels; 1 in the first place is a single 3x3
             convolution in 64 groups instead.
+        se: squeeze-and-excitation in every bottleneck.
         named: with AdaDistill's parameter names.
     """
-    narrow, wide = 64 * scale, 128 * scale
+    narrow, wide = _scaled(64, width), _scaled(128, width)
     if depths[0] == 1:
-        first = _convolution(narrow, narrow, 3, groups=64, named=named)
+        first = _convolution(narrow, narrow, 3, groups=math.gcd(narrow, 64), named=named)
     else:
-        first = _residual_stage(narrow, 128, depths[0], named=named)
+        first = _residual_stage(narrow, 128, depths[0], se=se, named=named)
     return [
         _convolution(3, narrow, 3, stride=2, named=named),
         first,
-        _bottleneck(narrow, 128, narrow, stride=2, named=named),
-        _residual_stage(narrow, 128, depths[1], named=named),
-        _bottleneck(narrow, 256, wide, stride=2, named=named),
-        _residual_stage(wide, 256, depths[2], named=named),
-        _bottleneck(wide, 512, wide, stride=2, named=named),
-        _residual_stage(wide, 256, depths[3], named=named),
+        _bottleneck(narrow, 128, narrow, stride=2, se=se, named=named),
+        _residual_stage(narrow, 128, depths[1], se=se, named=named),
+        _bottleneck(narrow, 256, wide, stride=2, se=se, named=named),
+        _residual_stage(wide, 256, depths[2], se=se, named=named),
+        _bottleneck(wide, 512, wide, stride=2, se=se, named=named),
+        _residual_stage(wide, 256, depths[3], se=se, named=named),
     ]
 
 
@@ -115,16 +132,29 @@ class MobileFaceNet(FaceBackbone):
     Args:
         depths: bottlenecks with shortcuts at 56, 28, 14 and 7 pixels; 1 in the first place is a single grouped
             convolution instead.
-        scale: width over the original network's.
+        width: over the original network's 64 and 128 channels, above 0 and at most 16.
+        se: squeeze-and-excitation between the depthwise and the last convolution of every bottleneck, to a quarter of
+            its channels, where MobileNetV3 has it (Howard et al., ICCV 2019, arXiv 1905.02244).
         fp16: autocast of ``layers`` (float16 on GPUs, bfloat16 on CPUs); the last convolution, the global depthwise
             convolution and the embedding layer are float32.
         num_features: embedding size D.
+
+    Raises:
+        ConfigError: a width out of range.
     """
 
-    def __init__(self, depths: Sequence[int], scale: int, *, fp16: bool = False, num_features: int = 512) -> None:
+    def __init__(
+        self,
+        depths: Sequence[int],
+        *,
+        width: float,
+        se: bool = False,
+        fp16: bool = False,
+        num_features: int = 512,
+    ) -> None:
         super().__init__(fp16=fp16)
-        self.layers = nn.Sequential(*_trunk(scale, depths))
-        self.conv_sep = _convolution(128 * scale, _MAP_CHANNELS)
+        self.layers = nn.Sequential(*_trunk(check_width(width), depths, se=se))
+        self.conv_sep = _convolution(_scaled(128, width), _MAP_CHANNELS)
         self.features = _sequence(
             None,
             _linear_convolution(_MAP_CHANNELS, _MAP_CHANNELS, _MAP_SIZE, groups=_MAP_CHANNELS),

@@ -57,6 +57,9 @@ def add_commands(commands: Commands) -> None:
     demo.add_argument("--data", type=Path, help="a folder with train.rec and .bin sets instead of the drawn faces")
     demo.add_argument("--seeds", type=int, default=1, help="train each student this often and give means (default: 1)")
     demo.add_argument("--epochs", type=int, help="epochs of the students (default: chosen for the data)")
+    demo.add_argument(
+        "--network", default="thin_r10", help="the students', such as mbf:width=1,se=true (default: thin_r10)"
+    )
     add_arguments(demo)
 
 
@@ -108,5 +111,6 @@ def _demo(arguments: argparse.Namespace) -> None:
             keys=keys,
             seeds=arguments.seeds,
             epochs=arguments.epochs,
+            network=arguments.network,
         )
     )

@@ -11,7 +11,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-from arcface_kd.backbones import OWN, get_backbone
+from arcface_kd.backbones import NETWORKS, get_backbone
+from arcface_kd.backbones.network_name import name_checkpoints
 from arcface_kd.config.kd import KDConfig
 from arcface_kd.data.dataset import RecordDataset, SyntheticDataset
 from arcface_kd.data.loader import FaceLoader
@@ -22,8 +23,10 @@ from arcface_kd.distillation.method_set import MethodSet
 from arcface_kd.distillation.tensorboard_log import TensorBoardLog
 from arcface_kd.distributed.ranks import RankGroup
 from arcface_kd.errors import ConfigError
+from arcface_kd.evaluation.report.cost import size_line
 from arcface_kd.losses.margin import Margin
 from arcface_kd.system.device import autocast_dtype, default_device
+from arcface_kd.teachers.options import Preprocessing
 from arcface_kd.teachers.student_init import prepare_images, start_from
 
 logger = logging.getLogger(__name__)
@@ -144,8 +147,7 @@ def drop_ins(
     Args:
         config: gives the run's merged config; asked when a drop-in is called, since the host completes it late.
         distiller: None reads the ``kd*`` keys of the config now and loads the teacher.
-        host_model: the trainer's own ``get_model``, for all names but ``python:MODULE:FUNCTION``; None takes this
-            package's backbones.
+        host_model: the trainer's own ``get_model``, for all names that it knows; None takes this package's backbones.
         host_loader: the trainer's own ``get_dataloader``, which serves DALI and ``kd_loader=host``, and whose signature
             says what the arguments mean; None has neither.
         host_head: the trainer's own ``PartialFC_V2``, for its signature.
@@ -242,21 +244,36 @@ class _Makers:
 
     def get_model(self, name: str, **kwargs: Any) -> nn.Module:
         """The student, watched; it starts from ``student.init`` where that is given."""
-        make = get_backbone if self.host_model is None or name.startswith(OWN) else self.host_model
-        init = self.shared.kd.student.init
+        init, preprocessing = self.shared.kd.student.init, Preprocessing()
         if init is None:
-            return self.shared.watch(make(name, **kwargs))
-        student, preprocessing = start_from(
-            init,
-            self.shared.kd.options.get("teacher"),
-            lambda: make(name, **kwargs),
-            kwargs.get("num_features", 512),
-            name=name,
-            fp16=bool(kwargs.get("fp16", False)),
-        )
+            student = self._build(name, **kwargs)
+        else:
+            student, preprocessing = start_from(
+                init,
+                self.shared.kd.options.get("teacher"),
+                lambda: self._build(name, **kwargs),
+                kwargs.get("num_features", 512),
+                name=name,
+                fp16=bool(kwargs.get("fp16", False)),
+            )
+        logger.info("student %s: %s", name, size_line(student, preprocessing.size))
         # Behind the teacher's hook, which wants the images as the loader brings them.
         prepare_images(self.shared.watch(student), preprocessing)
         return student
+
+    def _build(self, name: str, **kwargs: Any) -> nn.Module:
+        """The trainer's own network, or this package's where the trainer has none of that name."""
+        if self.host_model is None or ":" in name:
+            return get_backbone(name, **kwargs)
+        try:
+            network = self.host_model(name, **kwargs)
+        # What arcface_torch raises for an unknown name.
+        except ValueError:
+            if name not in NETWORKS:
+                raise
+            return get_backbone(name, **kwargs)
+        name_checkpoints(network, name)
+        return network
 
     def get_dataloader(self, *args: Any, **kwargs: Any) -> Any:
         """This package's loader, or the trainer's own for DALI and ``kd_loader=host``."""

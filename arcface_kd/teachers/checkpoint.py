@@ -3,7 +3,7 @@
 import logging
 import os
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import cache, partial
 from pathlib import Path
@@ -12,7 +12,7 @@ from typing import ClassVar, NamedTuple, TypeVar
 import torch
 from torch import Tensor, nn
 
-from arcface_kd.backbones import NETWORKS, OWN, FaceBackbone, get_backbone
+from arcface_kd.backbones import KNOWN_NAMES, NETWORKS, OWN, FaceBackbone, get_backbone, is_network
 from arcface_kd.backbones.ir import IRLayout, IRNet
 from arcface_kd.backbones.vit import HOST_NAMES, VITS
 from arcface_kd.errors import ConfigError, TeacherError, first_line
@@ -21,7 +21,7 @@ from arcface_kd.teachers.base import Teacher, local_path, tensors_digest
 from arcface_kd.teachers.file_type import signature
 from arcface_kd.teachers.options import Precision, Preprocessing, TeacherOptions
 from arcface_kd.teachers.preparation import autocast, default_precision
-from arcface_kd.teachers.state_dict import is_trained, outlined, read_content, short, state_dicts
+from arcface_kd.teachers.state_dict import carried_networks, is_trained, outlined, read_content, short, state_dicts
 
 logger = logging.getLogger(__name__)
 
@@ -53,8 +53,8 @@ class NetworkCheckpoint:
 
     Attributes:
         network: the backbone with its weights, in evaluation mode, on the CPU.
-        name: its name among ``arcface_kd.backbones.NETWORKS`` or ``arcface_kd.backbones.vit.VITS``, or
-            ``python:MODULE:FUNCTION``, or an `arcface_kd.backbones.ir.IRLayout`'s.
+        name: as :func:`arcface_kd.backbones.get_backbone` takes it, one of ``arcface_kd.backbones.vit.VITS``, or an
+            `arcface_kd.backbones.ir.IRLayout`'s.
         num_features: dimension of its embeddings.
         digest: SHA-256 over its name and weights.
         author: who trained it; None where that decides on the channels and cannot be told.
@@ -136,8 +136,8 @@ def _build(name: str, num_features: int, fp16: bool = False) -> nn.Module:
 @cache
 def _outline(name: str, num_features: int = _SIZE) -> dict[str, tuple[int, ...]]:
     """Names and shapes of a network's tensors, where possible without making them."""
-    # A user's own code may read numbers while it builds, which tensors without data do not have.
-    with torch.device("cpu" if name.startswith(OWN) else "meta"), torch.random.fork_rng(devices=[]):
+    # A user's own code, or timm's, may read numbers while it builds, which tensors without data do not have.
+    with torch.device("meta" if name in _KNOWN or IRLayout.of(name) else "cpu"), torch.random.fork_rng(devices=[]):
         return _without_counters(_shapes(_build(name, num_features)))
 
 
@@ -147,10 +147,11 @@ def _num_features(name: str, state: Mapping[str, Shape]) -> int | None:
     if outline.keys() - _OPTIONAL != state.keys() - _OPTIONAL:
         return None
     other = _outline(name, _OTHER_SIZE)
-    for key, shape in outline.items():
+    # The last one as a rule is as large as the embedding.
+    for key, shape in reversed(outline.items()):
         if shape != other[key] and len(shape) == len(state[key]):
             axis = next(axis for axis, size in enumerate(shape) if size != other[key][axis])
-            # An own network's first layer that follows the size may be a multiple of it.
+            # An own network's may be a multiple of it.
             growth = other[key][axis] - shape[axis]
             size = _SIZE + (state[key][axis] - shape[axis]) * (_OTHER_SIZE - _SIZE) // growth
             fits = 0 < size <= 65536 and state.items() <= _outline(name, size).items()
@@ -172,9 +173,11 @@ def _prefixes(state: Mapping[str, Shape], name: str) -> list[str]:
     return [key.removesuffix(last) for key in state if key == last or key.endswith(f".{last}")]
 
 
-def _candidates(shapes: Mapping[str, Shape], name: str | None) -> Iterator[tuple[str, str]]:
-    """Names and prefixes of networks that a state dict may be of: of ``name``, or of all that are known."""
-    for each in _KNOWN if name is None else (name,):
+def _candidates(
+    shapes: Mapping[str, Shape], name: str | None, carried: Iterable[str] = ()
+) -> Iterator[tuple[str, str]]:
+    """Names and prefixes of networks that a state dict may be of: of ``name``, or ``carried`` and all that are known."""
+    for each in dict.fromkeys((*carried, *_KNOWN)) if name is None else (name,):
         yield from ((each, prefix) for prefix in _prefixes(shapes, each))
     if name is not None:
         return
@@ -186,10 +189,14 @@ def _candidates(shapes: Mapping[str, Shape], name: str | None) -> Iterator[tuple
 
 
 def find_backbones(content: object, name: str | None = None) -> Iterator[Backbone]:
-    """Find known networks in a file's state dicts, under any key and behind any prefix; ``name`` None is any."""
+    """Find known networks in a file's state dicts, under any key and behind any prefix; ``name`` None is any.
+
+    Of names that fit the same tensors, one that the file itself carries comes first. None of these is imported.
+    """
+    carried = [each for each in carried_networks(content) if is_network(each) and not each.startswith(OWN)]
     for place, tensors in state_dicts(content).items():
         shapes = _without_counters({key: tuple(value.shape) for key, value in tensors.items()})
-        for each, prefix in _candidates(shapes, name):
+        for each, prefix in _candidates(shapes, name, carried):
             size = _num_features(each, _own(shapes, prefix, each))
             if size is not None:
                 own = _own(tensors, prefix, each)
@@ -203,17 +210,18 @@ def _the_backbone(content: object, path: Path, name: str | None) -> Backbone:
     if any(_LANDMARKS in key.split(".") for each in found for key in each.beside):
         raise TeacherError(f"teacher {path} takes landmarks beside its image, and a teacher is shown images alone")
     if not found:
-        logged = own_network_in_log(path.parent) if name is None else None
-        if logged is not None:
+        carried = (each for each in carried_networks(content) if each.startswith(OWN))
+        own = next(carried, own_network_in_log(path.parent)) if name is None else None
+        if own is not None:
             raise TeacherError(
-                f"teacher {path}: the training.log beside it names the network {logged}, which is Python code and is "
-                f"not run on a log's word; if you trust it, add --kd-option teacher.network={logged}"
+                f"teacher {path} is of the network {own}, as it or the training.log beside it says: that is Python "
+                f"code and is not run on a file's word; if you trust it, add --kd-option teacher.network={own}"
             )
         raise TeacherError(f"teacher {path} {_misfit(content, name)}")
     first = found[0]
     others = [each for each in found[1:] if not _same(each, first)]
     networks = list(dict.fromkeys(each.name for each in found if each[:2] == first[:2]))
-    if len(networks) > 1:
+    if len(networks) > 1 and first.name not in carried_networks(content):
         raise TeacherError(f"teacher {path} fits several networks: {', '.join(networks)}; name one as teacher.network")
     # A copy that was averaged, say, lies under another key; two networks side by side may be teacher and student.
     if any(not is_trained(first.place) or each.place == first.place for each in others):
@@ -273,17 +281,17 @@ def load_network(
 ) -> NetworkCheckpoint:
     """Rebuild the backbone whose weights a checkpoint or a run's folder holds; every tensor has to fit.
 
-    ``name`` None infers the network from the names and shapes of the tensors, which finds no own one; an own one's
-    module is imported, and takes images of ``size``.
+    ``name`` None takes the name that the file carries, or infers the network from the names and shapes of the tensors,
+    but never an own one; an own one's module is imported, and takes images of ``size``.
     """
     place = hub_file(Path(path)) or backbone_file(Path(path)) or Path(path)
     magface = name in _MAGFACE
     if name is not None:
         name = {**HOST_NAMES, **_MAGFACE}.get(name, name)
-        if name not in _KNOWN and not name.startswith(OWN) and IRLayout.of(name) is None:
+        if name not in _KNOWN and not is_network(name) and IRLayout.of(name) is None:
             raise ConfigError(
-                f"teacher.network={name!r}: no such network; there are {', '.join(_KNOWN)}, ir_50 and its like, and "
-                f"{OWN}MODULE:FUNCTION"
+                f"teacher.network={name!r}: no such network; there are {KNOWN_NAMES}, {', '.join(VITS)}, ir_50 and its "
+                "like"
             )
     found = _the_backbone(read_content(place), place, name)
     state = found.tensors
@@ -329,8 +337,7 @@ class CheckpointSource:
 
     description: ClassVar[str] = (
         "a PyTorch checkpoint (.pt, .pth), a .safetensors file, a run's or a Hugging Face folder, of "
-        + ", ".join(_KNOWN)
-        + f", ir_50 and its like, {OWN}MODULE:FUNCTION"
+        + f"{KNOWN_NAMES}, {', '.join(VITS)}, ir_50 and its like"
     )
 
     @staticmethod

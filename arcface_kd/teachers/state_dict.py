@@ -5,12 +5,13 @@ import os
 import re
 import zipfile
 from collections import OrderedDict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from arcface_kd.backbones.network_name import carried_names
 from arcface_kd.checkpoints.tensor_file import archive_fault, refusal, tensor_fault
 from arcface_kd.errors import TeacherError, first_line
 from arcface_kd.teachers.base import existing_file
@@ -138,9 +139,36 @@ def state_dicts(content: object) -> dict[str, dict[str, Tensor]]:
     return dict(_walk(content, ()))
 
 
+def carried_networks(content: object) -> list[str]:
+    """The names of networks that a file's state dicts carry, as this package's and the drop-ins' networks write them.
+
+    Args:
+        content: as `read_content` returns it.
+
+    Returns:
+        Names that :func:`arcface_kd.backbones.get_backbone` may know, in the order of `state_dicts`.
+    """
+    return list(dict.fromkeys(_carried(content, 0)))
+
+
+def _carried(value: object, depth: int) -> Iterator[str]:
+    if not isinstance(value, Mapping):
+        return
+    yield from carried_names(value)
+    if depth < _DEPTH:
+        for name in _in_order(value):
+            yield from _carried(value[name], depth + 1)
+
+
 def is_trained(place: str) -> bool:
     """Whether a state dict is called as trainers call the network that they train; others may be copies of it."""
     return all(key in _TRAINED for key in place.split("/") if key)
+
+
+def _in_order(names: Iterable[object]) -> list[str]:
+    """Those that are words, what trainers call the network that they train first."""
+    rank = {name: position for position, name in enumerate(_TRAINED)}
+    return sorted((name for name in names if isinstance(name, str)), key=lambda name: rank.get(name, len(rank)))
 
 
 def _walk(value: object, place: tuple[str, ...]) -> Iterator[tuple[str, dict[str, Tensor]]]:
@@ -157,8 +185,7 @@ def _walk(value: object, place: tuple[str, ...]) -> Iterator[tuple[str, dict[str
     if tensors:
         yield "/".join(place), tensors
     if len(place) < _DEPTH:
-        rank = {name: position for position, name in enumerate(_TRAINED)}
-        for name in sorted(named, key=lambda name: rank.get(name, len(rank))):
+        for name in _in_order(named):
             yield from _walk(named[name], (*place, name))
 
 

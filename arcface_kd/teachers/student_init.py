@@ -8,7 +8,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from arcface_kd.backbones import OWN
 from arcface_kd.errors import TeacherError, first_line
 from arcface_kd.system.device import autocast_dtype
 from arcface_kd.teachers.base import Teacher, load_teacher
@@ -58,10 +57,10 @@ def start_from(
     """A network in training mode with the weights that a file holds, and how it wants its images.
 
     A checkpoint is of the network that ``build`` builds; an ONNX file brings its own, which ``fp16`` autocasts.
-    ``name`` says what a checkpoint of the user's own network is of.
+    ``name``, that of the run's network, says what a checkpoint is of where it has a colon: tensors would not tell.
     """
     options = TeacherOptions.of(options)
-    if name.startswith(OWN) and options.network is None and CheckpointSource.accepts(source):
+    if ":" in name and options.network is None and CheckpointSource.accepts(source):
         options = replace(options, network=name)
     teacher = load_teacher(source, options)
     if teacher.embedding_size != embedding_size:

@@ -9,7 +9,7 @@ from torch import nn
 from arcface_kd.backbones.mobilefacenet import MobileFaceNet, NarrowMobileFaceNet
 
 
-@pytest.mark.parametrize("network", [MobileFaceNet((1, 4, 6, 2), 2), NarrowMobileFaceNet()])
+@pytest.mark.parametrize("network", [MobileFaceNet((1, 4, 6, 2), width=2), NarrowMobileFaceNet()])
 def test_feature_map_is_512_channels_of_7_by_7(network: MobileFaceNet | NarrowMobileFaceNet) -> None:
     assert network.eval().feature_map(torch.zeros(1, 3, 112, 112)).shape == (1, 512, 7, 7)
 
@@ -17,7 +17,7 @@ def test_feature_map_is_512_channels_of_7_by_7(network: MobileFaceNet | NarrowMo
 def test_narrow_network_is_the_wide_one_at_scale_one_under_other_names() -> None:
     torch.manual_seed(0)
     narrow = NarrowMobileFaceNet(num_features=16)
-    unscaled = MobileFaceNet((1, 4, 6, 2), 1, num_features=16)
+    unscaled = MobileFaceNet((1, 4, 6, 2), width=1, num_features=16)
     theirs = iter(narrow.state_dict().values())
     state = {
         k: v if k.startswith("features.layers.3.") and k.endswith(("weight", "bias")) else next(theirs)
@@ -49,7 +49,7 @@ def test_keys_of_adadistill(key: str) -> None:
 
 def test_shortcuts_are_added() -> None:
     """With the last norm of every shortcut bottleneck at zero, a residual stage passes its input on."""
-    network = MobileFaceNet((2, 1, 1, 1), 1)
+    network = MobileFaceNet((2, 1, 1, 1), width=1)
     stage = network.layers[1].get_submodule("layers")
     assert isinstance(stage, nn.Sequential)
     assert len(stage) == 2
@@ -63,6 +63,6 @@ def test_shortcuts_are_added() -> None:
 
 def test_convolutions_start_by_fan_out() -> None:
     torch.manual_seed(0)
-    last = MobileFaceNet((1, 4, 6, 2), 2).conv_sep.get_submodule("layers.0")
+    last = MobileFaceNet((1, 4, 6, 2), width=2).conv_sep.get_submodule("layers.0")
     assert isinstance(last, nn.Conv2d)
     assert last.weight.std().item() == pytest.approx(math.sqrt(2 / 512), rel=2e-2)

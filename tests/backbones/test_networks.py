@@ -23,11 +23,13 @@ LAYOUTS = {
     "mbf": ("30a2ce12c9e12d9cd4510fe12fbe3127d6b7611ff229c7b13c77f56553a8ebc7", 2_059_520),
     "mbf_large": ("8fbd5c84258306dbb3cac6a639c3cb28e547dc94601627a8025a4eaa2f6ef2f2", 6_314_880),
     "mobilefacenet": ("b0fca620113204dabaee49a4a252aa14083ee13563a65772a6f663da00ff7d81", 1_199_488),
+    # Trained parameters as the authors' own count has them (Flops.ipynb of HamadYA/GhostFaceNets).
+    "ghostfacenet": ("cf7cb30e015bbc447257fdac93ec7d20937baab924c233adf7adcaa83662da46", 6_795_720),
     "thin_r18": ("326e50e17e2b32d7febfd47f4c594c896ce36b6952031485992169e14e190bee", 3_515_552),
     "thin_r10": ("0c7f96565ebedc2506bf4308e7a9047eab1b1934e7035cdf5f036b5a25495190", 1_011_056),
 }
 OF_THE_HOST = ("r18", "r34", "r50", "r100", "r200", "mbf", "mbf_large")
-SMALL = ("r18", "mbf", "mobilefacenet", "thin_r18")
+SMALL = ("r18", "mbf", "mobilefacenet", "thin_r18", "ghostfacenet:version=2,width=0.3,stride=2")
 HALF = {"cpu": torch.bfloat16, "cuda": torch.float16}
 
 

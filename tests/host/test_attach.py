@@ -16,6 +16,8 @@ from easydict import EasyDict
 from torch import Tensor, nn
 from unidiff import PatchSet
 
+from arcface_kd.backbones import FaceBackbone
+from arcface_kd.backbones.network_name import carried_names
 from arcface_kd.config.arcface_torch import load_config
 from arcface_kd.config.flags import add_arguments, merge_arguments
 from arcface_kd.config.kd import KDConfig
@@ -155,6 +157,28 @@ def test_a_network_of_the_user_s_own_is_built_in_the_host(
     student = trainer.get_model("python:tests.networks:tiny", dropout=0.0, fp16=True, num_features=4)
     assert isinstance(student, Tiny)
     assert student.fp16
+
+
+def test_names_that_the_host_does_not_have_are_built_in_it_and_told(
+    trainer: types.ModuleType, loaded: list[object], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    def only_r18(name: str, **kwargs: Any) -> nn.Module:
+        if name != "r18":
+            raise ValueError
+        return Network(4)
+
+    trainer.get_model = only_r18  # type: ignore[attr-defined]
+    attach(config_of(tmp_path, kd="adadistill", kd_teacher="r50.pt"), trainer=trainer)
+    with caplog.at_level("INFO"):
+        for name in ("thin_r10", "mbf:width=0.25"):
+            student = trainer.get_model(name, dropout=0.0, fp16=False, num_features=4)
+            assert isinstance(student, FaceBackbone)
+            assert carried_names(student.state_dict()) == [name]
+    assert "student mbf:width=0.25: 0.30 M" in caplog.text
+    assert "M multiply-adds an image" in caplog.text
+    assert isinstance(trainer.get_model("r18", num_features=4), Network)
+    with pytest.raises(ValueError, match=r"^$"):
+        trainer.get_model("none", num_features=4)
 
 
 @pytest.mark.parametrize("config", [{}, {"kd": None}, {"kd": ""}, {"lr": 0.1}])

@@ -170,14 +170,14 @@ def test_timm_never_makes_a_random_teacher(monkeypatch: pytest.MonkeyPatch) -> N
         load_teacher("timm:offline")
 
 
-def test_real_timm_refuses_an_unknown_name() -> None:
-    pytest.importorskip("timm", reason="timm is not installed here")
+@pytest.mark.timm
+def test_real_timm_refuses_an_unknown_name(timm: ModuleType) -> None:
     with pytest.raises(TeacherError, match="no model of that name with published weights"):
         load_teacher("timm:no_such_model_at_all")
 
 
-def test_real_timm_is_asked_for_what_it_offers(monkeypatch: pytest.MonkeyPatch) -> None:
-    timm = pytest.importorskip("timm", reason="timm is not installed here")
+@pytest.mark.timm
+def test_real_timm_is_asked_for_what_it_offers(timm: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
     create = timm.create_model
     # The published weights would come over the network.
     monkeypatch.setattr(timm, "create_model", lambda name, pretrained, **rest: create(name, pretrained=False, **rest))

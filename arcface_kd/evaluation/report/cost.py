@@ -14,6 +14,8 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from arcface_kd.backbones import FaceBackbone
+
 BATCH_SIZE = 32
 _ROUNDS = 5
 _SECONDS = 2.0
@@ -93,6 +95,30 @@ def multiply_adds(model: nn.Module, size: int = 112, device: torch.device | str 
         model(_inputs(model, 1, size, torch.device(device)))
     # One multiplication and one addition are two operations to the counter.
     return counter.get_total_flops() // 2 or None
+
+
+def size_line(model: nn.Module, size: int = 112) -> str:
+    """A network's parameters and multiply-adds in words: ``2.06 M parameters, 438 M multiply-adds an image``.
+
+    Args:
+        model: the network; its mode is as before afterwards. Of one that does not take (1, 3, size, size) images, the
+            parameters alone are told.
+        size: height and width of the images, in pixels.
+    """
+    words = f"{sum(parameter.numel() for parameter in model.parameters()) / 1e6:.2f} M parameters"
+    training, half = model.training, isinstance(model, FaceBackbone) and model.fp16
+    if isinstance(model, FaceBackbone):
+        # Some processors take seconds for a large network in 16 bits.
+        model.fp16 = False
+    try:
+        counted = multiply_adds(model.eval(), size)
+    # A trainer's own network may take other images, and says so in its own way.
+    except Exception:
+        counted = None
+    model.train(training)
+    if isinstance(model, FaceBackbone):
+        model.fp16 = half
+    return words if counted is None else f"{words}, {counted / 1e6:.0f} M multiply-adds an image"
 
 
 @torch.no_grad()

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from arcface_kd.backbones import NETWORKS, OWN
+from arcface_kd.backbones import KNOWN_NAMES, OWN, is_network
 from arcface_kd.backbones.vit import HOST_NAMES, VITS
 from arcface_kd.errors import ConfigError, DataError
 from arcface_kd.evaluation.report.scalars import Curve, read_scalars
@@ -19,7 +19,7 @@ from arcface_kd.teachers.checkpoint import backbone_file, load_network
 # Both trainers write each key of their config as `: key` and spaces up to the value.
 _SETTING = re.compile(r"^Training: [-0-9]+ [:0-9,]+-: (\w+) +(.*)$")
 _SPEED = re.compile(r"Speed ([0-9]+(?:\.[0-9]+)?) samples/sec")
-_NETWORKS = dict.fromkeys((*NETWORKS, *VITS, *HOST_NAMES))
+_VITS = dict.fromkeys((*VITS, *HOST_NAMES))
 _TERM = "kd/gradient_norm/"
 
 
@@ -84,17 +84,18 @@ class RunFolder:
     def check_network(self, own_networks: Collection[str]) -> None:
         """Refuse a network that this package cannot build, or may not import."""
         network = self.settings.get("network")
-        if network is None or network in _NETWORKS or network in own_networks:
+        if network is None or network in _VITS or network in own_networks:
             return
         if network.startswith(OWN):
             raise ConfigError(
                 f"{self.folder}: its training.log names the network {network!r}, which is Python code and is not run "
                 f"on a log's word; if you trust it, add --network {network}"
             )
-        raise ConfigError(
-            f"{self.folder}: its network {network!r} is none that arcface_kd builds: wanted one of "
-            f"{', '.join(_NETWORKS)}, or {OWN}MODULE:FUNCTION"
-        )
+        if not is_network(network):
+            raise ConfigError(
+                f"{self.folder}: its network {network!r} is none that arcface_kd builds: wanted one of "
+                f"{', '.join(_VITS)}, {KNOWN_NAMES}"
+            )
 
     @property
     def half(self) -> bool:

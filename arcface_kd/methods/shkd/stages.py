@@ -21,7 +21,7 @@ from typing import Any
 from torch import distributed
 
 from arcface_kd import registry
-from arcface_kd.backbones import NETWORKS, OWN, FaceBackbone
+from arcface_kd.backbones import KNOWN_NAMES, OWN, FaceBackbone, is_network
 from arcface_kd.checkpoints.files import checkpoint_file, read_checkpoint
 from arcface_kd.config.kd import CLASS_MEANS, KDConfig, option_items
 from arcface_kd.config.options import build
@@ -112,11 +112,8 @@ class _Stages:
             useless = [name for name in self.teacher_options if name != "teacher.precision"]
             if useless:
                 raise ConfigError(f"{useless[0]} belongs to a teacher that is given, and this one begins from scratch")
-            if wanted not in NETWORKS and not wanted.startswith(OWN):
-                raise ConfigError(
-                    f"{NAME}.teacher_network is {wanted!r}; it must be one of {', '.join(NETWORKS)}, or "
-                    f"{OWN}MODULE:FUNCTION"
-                )
+            if not is_network(wanted):
+                raise ConfigError(f"{NAME}.teacher_network is {wanted!r}; it must be one of {KNOWN_NAMES}")
             return wanted, None
         given = {name.partition(".")[2]: value for name, value in self.teacher_options.items()}
         teacher = load_teacher(self.source, given)

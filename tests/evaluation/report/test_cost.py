@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from arcface_kd.backbones import get_backbone
-from arcface_kd.evaluation.report.cost import costs, images_per_second, latency, machine, multiply_adds
+from arcface_kd.evaluation.report.cost import costs, images_per_second, latency, machine, multiply_adds, size_line
 from tests.teachers.onnx_models import face_network
 
 
@@ -39,6 +39,16 @@ def test_published_sizes(network: str, parameters: int, millions: int) -> None:
     counted = multiply_adds(model)
     assert counted is not None
     assert round(counted / 1e6) == millions
+
+
+def test_a_size_is_told_in_words_and_the_mode_kept() -> None:
+    model = Layers()
+    assert size_line(model, size=32) == "0.00 M parameters, 0 M multiply-adds an image"
+    assert model.training
+    network = get_backbone("mbf", fp16=True)
+    assert size_line(network) == "2.06 M parameters, 438 M multiply-adds an image"
+    assert network.fp16
+    assert size_line(nn.Linear(2_000_000, 1)) == "2.00 M parameters"
 
 
 def test_the_number_format_changes_nothing() -> None:
