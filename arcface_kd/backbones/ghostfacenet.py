@@ -171,9 +171,11 @@ class GhostFaceNet(FaceBackbone):
     def feature_map(self, images: Tensor) -> Tensor:
         """All but the embedding's layers: (B, 3, 112, 112) to (B, C, 7, 7), or (B, C, 4, 4) where the stride is 2."""
         with self.autocast(images, half=self.fp16):
-            return self.conv_last(self.blocks(self.stem(images)))
+            features: Tensor = self.conv_last(self.blocks(self.stem(images)))
+        return features
 
     def tail(self, feature_map: Tensor) -> Tensor:
         """Global depthwise convolution, fully connected layer, batch norm: (B, C, H, W) to (B, D)."""
         with self.autocast(feature_map, half=False):
-            return self.features(feature_map.float() if self.fp16 else feature_map)
+            embeddings: Tensor = self.features(feature_map.float() if self.fp16 else feature_map)
+        return embeddings

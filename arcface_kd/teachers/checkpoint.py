@@ -176,7 +176,7 @@ def _prefixes(state: Mapping[str, Shape], name: str) -> list[str]:
 def _candidates(
     shapes: Mapping[str, Shape], name: str | None, carried: Iterable[str] = ()
 ) -> Iterator[tuple[str, str]]:
-    """Names and prefixes of networks that a state dict may be of: of ``name``, or ``carried`` and all that are known."""
+    """Names and prefixes of networks that a state dict may be of: of ``name``, or of ``carried`` and all known ones."""
     for each in dict.fromkeys((*carried, *_KNOWN)) if name is None else (name,):
         yield from ((each, prefix) for prefix in _prefixes(shapes, each))
     if name is not None:
