@@ -52,6 +52,7 @@ SETTINGS = {
     "accumulated": Setting({"optimizer": "adamw", "lr": 1e-3, "gradient_acc": 2}),
     "projected": Setting({"embedding_size": 512}, (*ADADISTILL, *PROJECTION)),
     "cached": Setting({}, (*ADADISTILL, "--kd-cache", "CACHE")),
+    "degraded": Setting({}, (*ADADISTILL, "--kd-cache", "DEGRADED", "--kd-option", "student.augment=crop:1")),
     "dali": Setting({"dali": True}, stand_ins=("dali",)),
     "one_image": Setting({"batch_size": 1}, stand_ins=("no_batch_norm",)),
     "one_image_dali": Setting({"batch_size": 1, "dali": True}, stand_ins=("no_batch_norm", "dali_squeezed")),
@@ -112,6 +113,7 @@ def words(faces: Faces, teacher: Teacher, tmp_path_factory: pytest.TempPathFacto
         "FIRST_HALF": str(folder / "first"),
         "SECOND_HALF": str(folder / "packed"),
         "CACHE": str(folder / "cache"),
+        "DEGRADED": str(folder / "degraded"),
         "CLASSIFIER": str(folder / "classifier.pt"),
     }
 
@@ -228,6 +230,11 @@ def test_a_cache_changes_no_more_than_its_rounding(host: Host, words: dict[str, 
     cached, asked = host.losses("cached"), host.losses("records")
     assert cached != asked
     assert cached[2] == pytest.approx(asked[2], rel=1e-3)
+
+
+def test_a_degraded_student_s_teacher_sees_clean_images(host: Host, words: dict[str, str]) -> None:
+    assert Path(words["DEGRADED"]).read_bytes() == Path(words["CACHE"]).read_bytes()
+    assert not set(host.losses("degraded").values()) & set(host.losses("cached").values())
 
 
 def test_a_frozen_classifier_is_not_saved_with_the_run(host: Host) -> None:
