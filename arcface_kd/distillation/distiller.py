@@ -186,11 +186,7 @@ class Distiller:
         Raises ConfigError where images are to be degraded, and the loader is not this package's.
         """
         self.has_head = True
-        if self.student_options.augmentation and self.faces is None:
-            raise ConfigError(
-                "student.augment has no effect: the images come from a loader that is not arcface_kd's; use "
-                "get_dataloader and use_cache, or leave it out"
-            )
+        _require_degrading_loader(self)
         shown, self._shown = self._shown, None
         return shown if shown is not None and len(shown.index) == rows else None
 
@@ -253,17 +249,12 @@ class Distiller:
             raise TeacherError(NO_CACHE.format(self.methods.title))
         if views is not None and views.clean is not None:
             images = views.clean_images(images.device)
-        began = _now(images) if self._batches == _TIMED else 0.0
-        if self.maps is not None and self.methods.compares_maps:
-            embeddings = self.maps.embed(images)
-        else:
-            embeddings = normalize(self.teacher(images))
-        if self._batches == _TIMED and self.student_options.augment__teacher == "same":
-            logger.info(
-                "student.augment.teacher=same: the teacher runs in each step, which takes it %.0f ms for %d images; "
-                "student.augment.teacher=clean takes its embeddings from kd_cache",
-                *(1000 * (_now(images) - began), len(images)),
-            )
+        timed = self._batches == _TIMED and self.student_options.augment__teacher == "same"
+        began = _now(images) if timed else 0.0
+        maps = self.maps if self.methods.compares_maps else None
+        embeddings = normalize(self.teacher(images)) if maps is None else maps.embed(images)
+        if timed:
+            _tell_cost(_now(images) - began, len(images))
         return embeddings
 
     def take_teacher_embeddings(self, rows: int) -> Tensor | None:
@@ -310,6 +301,14 @@ class _Watch(NamedTuple):
 _watching: weakref.WeakKeyDictionary[nn.Module, _Watch] = weakref.WeakKeyDictionary()
 
 
+def _tell_cost(seconds: float, images: int) -> None:
+    logger.info(
+        "student.augment.teacher=same: the teacher runs in each step, which takes it %.0f ms for %d images; "
+        "student.augment.teacher=clean takes its embeddings from kd_cache",
+        *(1000 * seconds, images),
+    )
+
+
 def _now(images: Tensor) -> float:
     """Seconds, after all that the images' device was given to do."""
     if images.device.type == "cuda":
@@ -336,6 +335,14 @@ def _require_our_loader(distiller: Distiller) -> None:
         raise ConfigError(
             f"kd_cache={distiller.kd.cache} has no effect: the images come from a loader that is not arcface_kd's and "
             "does not say what records they are; use get_dataloader and use_cache, or leave kd_cache out"
+        )
+
+
+def _require_degrading_loader(distiller: Distiller) -> None:
+    if distiller.student_options.augmentation and distiller.faces is None:
+        raise ConfigError(
+            "student.augment has no effect: the images come from a loader that is not arcface_kd's; use get_dataloader "
+            "and use_cache, or leave it out"
         )
 
 
