@@ -188,6 +188,7 @@ class FaceLoader(DataLoader[Any]):
             )
         self.device = device if device is not None else torch.device("cpu")
         self.on_batch = None
+        self._has_workers = False
         self.even = type(sampler) is ViewSampler
         self.skipped = skipped if skipped is not None else SkippedRecords()
         super().__init__(
@@ -216,10 +217,15 @@ class FaceLoader(DataLoader[Any]):
         Args:
             augmentation: how often each; a mixture of faces has the label -1.
             keep_clean: whether ``BatchViews.clean`` holds the images before they were degraded.
+
+        Raises:
+            ConfigError: the workers have begun to read otherwise.
         """
-        assert isinstance(self.dataset, _BatchReader)
-        self.dataset.augmentation = augmentation or None
-        self.dataset.keeps_clean = keep_clean and bool(augmentation)
+        reader, keeps = self.dataset, keep_clean and bool(augmentation)
+        assert isinstance(reader, _BatchReader)
+        if self._has_workers and (reader.augmentation or Augmentation(), reader.keeps_clean) != (augmentation, keeps):
+            raise ConfigError("this loader's workers read for a run with another student.augment: make a new loader")
+        reader.augmentation, reader.keeps_clean = augmentation or None, keeps
 
     def __iter__(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:  # type: ignore[override]
         """Start an epoch.
@@ -230,6 +236,7 @@ class FaceLoader(DataLoader[Any]):
         Raises:
             DataError: while iterating, on a bad record; the message names it.
         """
+        self._has_workers = self.num_workers > 0
         with warnings.catch_warnings():
             # Python 3.12 warns of every fork beside threads; the workers touch none of the parent's.
             warnings.filterwarnings("ignore", "This process .* is multi-threaded", DeprecationWarning)

@@ -14,6 +14,7 @@ from arcface_kd.data.dataset import RecordDataset, View
 from arcface_kd.data.loader import BatchViews, FaceLoader
 from arcface_kd.data.sampler import ViewSampler, flips, uniforms, view_seeds
 from arcface_kd.data.views import are_degraded, draws_of, view_of
+from arcface_kd.errors import ConfigError
 from tests.data.record_sets import insightface_records, pixels, write_records
 
 CHANGES = ("mix", "affine", "crop", "lowres", "photometric")
@@ -264,3 +265,12 @@ def test_a_bad_record_is_met_in_a_mixture_as_anywhere(tmp_path: Path) -> None:
         loader.sampler.set_epoch(epoch)
         assert all(label == -1 for _, labels in loader for label in labels.tolist())
     assert list(loader.skipped.found) == [2]
+
+
+def test_workers_that_have_begun_are_not_told_anew(faces: RecordDataset) -> None:
+    loader = FaceLoader(faces, batch_size=8, num_workers=1)
+    for _ in loader:
+        pass
+    loader.degrade(PRESETS["flip"], keep_clean=True)
+    with pytest.raises(ConfigError, match=r"student\.augment"):
+        loader.degrade(STRONG)
