@@ -1,6 +1,7 @@
 """Commands that judge and ship: ``check``, ``compare``, ``eval`` and ``export``."""
 
 import argparse
+from functools import partial
 from pathlib import Path
 
 from arcface_kd.cli.command import Commands, add_teacher_options, teacher_options_of
@@ -139,7 +140,14 @@ def _add_export(commands: Commands) -> None:
         "arcface-kd export work_dirs/mbf_adadistill mbf_int8.onnx --int8 --calibration faces_emore",
     )
     export.add_argument("run_folder", metavar="RUN", type=Path, help="a run's output folder, or its model.pt")
-    export.add_argument("out", metavar="OUT.onnx", type=Path, help="the file; written when it has passed the check")
+    export.add_argument(
+        "out", metavar="OUT", type=Path, help="the .onnx file, or with --pack the folder; written after the check"
+    )
+    export.add_argument(
+        "--pack",
+        metavar="DETECTOR.onnx",
+        help="write a model pack of insightface, such as ~/.insightface/models/NAME, with this face detector in it",
+    )
     add_teacher_options(export, "a network of your own: teacher.network=python:MODULE:FUNCTION")
     export.add_argument("--int8", action="store_true", help="quantise weights and activations to 8 bits")
     export.add_argument(
@@ -229,13 +237,15 @@ def _eval(arguments: argparse.Namespace) -> None:
 
 def _export(arguments: argparse.Namespace) -> None:
     from arcface_kd.export.onnx import export
+    from arcface_kd.export.pack import export_pack
     from arcface_kd.teachers.options import TeacherOptions
 
     options = TeacherOptions.of(teacher_options_of(arguments))
     if options != TeacherOptions(network=options.network):
         raise ConfigError("an exported student takes RGB as (x - 127.5) / 127.5: give no option but teacher.network")
+    write = export if arguments.pack is None else partial(export_pack, detector=arguments.pack)
     print(
-        export(
+        write(
             arguments.run_folder,
             arguments.out,
             network=options.network,

@@ -7,96 +7,18 @@ import numpy as np
 import onnx
 import onnxruntime
 import pytest
-import torch
 from onnx import TensorProto, helper, numpy_helper
-from torch import nn
 
-from arcface_kd.backbones import FaceBackbone, get_backbone
+from arcface_kd.backbones import FaceBackbone
 from arcface_kd.cli.main import main
 from arcface_kd.data.dataset import RecordDataset, View
-from arcface_kd.data.formats.face_alignment import TEMPLATE
-from arcface_kd.data.synthetic_faces import SyntheticFaces
 from arcface_kd.errors import ArcfaceKDError, ConfigError, DataError, TeacherError
 from arcface_kd.export import onnx as onnx_export
 from arcface_kd.export.onnx import export, to_onnx
 from arcface_kd.teachers.base import load_teacher
 from arcface_kd.teachers.checkpoint import load_network
+from tests.export.students import CPU, D, cosines, embeddings_of, network_input, run_of, trained
 from tests.host.trainer.faces import draw_faces
-
-CPU = ["CPUExecutionProvider"]
-D = 32
-
-
-def trained(name: str, faces: np.ndarray, seed: int = 0) -> FaceBackbone:
-    """A network whose batch norms know faces, and whose slopes, scales and offsets are not those of a fresh one."""
-    torch.manual_seed(seed)
-    network = get_backbone(name, num_features=D)
-    for module in network.modules():
-        if isinstance(module, nn.BatchNorm1d | nn.BatchNorm2d):
-            module.momentum = 1.0
-        if isinstance(module, nn.BatchNorm2d):
-            nn.init.uniform_(module.weight, 0.5, 1.5)
-            nn.init.normal_(module.bias, std=0.2)
-        elif isinstance(module, nn.PReLU):
-            nn.init.uniform_(module.weight, 0.1, 0.5)
-    with torch.no_grad():
-        network(network_input(faces))
-    return network.eval()
-
-
-def network_input(faces: np.ndarray) -> torch.Tensor:
-    """RGB (N, 112, 112, 3) as a student sees it."""
-    return (torch.from_numpy(np.ascontiguousarray(faces.transpose(0, 3, 1, 2))).float() - 127.5) / 127.5
-
-
-def embeddings_of(network: nn.Module, faces: np.ndarray) -> np.ndarray:
-    with torch.no_grad():
-        return network(network_input(faces)).numpy()
-
-
-def cosines(first: np.ndarray, other: np.ndarray) -> np.ndarray:
-    return (first * other).sum(1) / np.linalg.norm(first, axis=1) / np.linalg.norm(other, axis=1)
-
-
-def run_of(folder: Path, network: nn.Module) -> Path:
-    folder.mkdir()
-    torch.save(network.state_dict(), folder / "model.pt")
-    return folder
-
-
-@pytest.fixture(scope="module")
-def faces() -> np.ndarray:
-    drawn = SyntheticFaces(5)
-    return np.stack([drawn.image(person, 0) for person in range(12)])
-
-
-@pytest.fixture(scope="module")
-def student(faces: np.ndarray) -> FaceBackbone:
-    return trained("thin_r18", faces)
-
-
-@pytest.fixture(scope="module")
-def run(tmp_path_factory: pytest.TempPathFactory, student: FaceBackbone) -> Path:
-    return run_of(tmp_path_factory.mktemp("export") / "run", student)
-
-
-@pytest.fixture(scope="module")
-def file(run: Path) -> Path:
-    """The student, exported by the command."""
-    out = run.parent / "student.onnx"
-    assert main(["export", str(run), str(out)]) == 0
-    return out
-
-
-@pytest.fixture(scope="module")
-def content(file: Path) -> bytes:
-    return file.read_bytes()
-
-
-@pytest.fixture
-def converted(monkeypatch: pytest.MonkeyPatch, content: bytes) -> None:
-    """torch's exporter takes seconds; what it made of the student is given again."""
-    monkeypatch.setattr(onnx_export, "to_onnx", lambda student: content)
 
 
 def test_the_graph_is_what_was_promised(file: Path) -> None:
@@ -148,47 +70,6 @@ def test_it_is_a_teacher(file: Path, student: FaceBackbone, faces: np.ndarray) -
     np.testing.assert_allclose(teacher(network_input(faces)), embeddings_of(student, faces), rtol=1e-3, atol=1e-4)
 
 
-def write_detector(path: Path, landmarks: np.ndarray) -> None:
-    """A detector as insightface knows them by nine outputs, that finds one face in every picture of 128 x 128."""
-    cell = np.array([64.0, 64.0])
-    values, outputs = [], []
-    for width in (1, 4, 10):
-        for stride in (8, 16, 32):
-            rows = np.zeros((2 * (128 // stride) ** 2, width), np.float32)
-            if stride == 8:
-                found = {1: [0.9], 4: [5, 5, 5, 5], 10: ((landmarks - cell) / stride).ravel()}
-                rows[2 * (8 * 16 + 8)] = found[width]
-            name = f"out_{width}_{stride}"
-            values.append(helper.make_node("Constant", [], [name], value=numpy_helper.from_array(rows)))
-            outputs.append(helper.make_tensor_value_info(name, TensorProto.FLOAT, rows.shape))
-    image = helper.make_tensor_value_info("image", TensorProto.FLOAT, [1, 3, 128, 128])
-    model = helper.make_model(
-        helper.make_graph(values, "detector", [image], outputs), opset_imports=[helper.make_opsetid("", 17)]
-    )
-    model.ir_version = 8
-    onnx.save(model, path)
-
-
-@pytest.mark.filterwarnings("ignore:`estimate` is deprecated:FutureWarning")
-def test_in_a_pack_of_insightface(file: Path, tmp_path: Path, student: FaceBackbone, faces: np.ndarray) -> None:
-    from insightface.app import FaceAnalysis
-
-    pack = tmp_path / "models" / "own_pack"
-    pack.mkdir(parents=True)
-    write_detector(pack / "det.onnx", TEMPLATE + 8)
-    (pack / "student.onnx").write_bytes(file.read_bytes())
-    app = FaceAnalysis(name="own_pack", root=str(tmp_path), allowed_modules=["detection", "recognition"], providers=CPU)
-    assert set(app.models) == {"detection", "recognition"}
-    app.prepare(ctx_id=-1, det_size=(128, 128))
-    expected = embeddings_of(student, faces[:3])
-    for face, embedding in zip(faces[:3], expected, strict=True):
-        picture = np.full((128, 128, 3), 90, np.uint8)
-        picture[8:120, 8:120] = face[..., ::-1]
-        (found,) = app.get(picture)
-        np.testing.assert_allclose(found.kps, TEMPLATE + 8, atol=1e-3)
-        assert cosines(found.embedding[None], embedding[None]).min() > 0.9999
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["mbf", "mobilefacenet"])
 def test_other_students(name: str, tmp_path: Path, faces: np.ndarray) -> None:
@@ -205,13 +86,6 @@ def test_a_checkpoint_says_the_same_as_its_run(run: Path, tmp_path: Path, conver
         f"{tmp_path / 'a.onnx'}: thin_r18, 32 dimensions, float32, {report.size / 1e6:.1f} MB; on 16 faces a cosine of "
         f"{report.mean_cosine:.6f} with the student, at least {report.least_cosine:.6f}"
     )
-
-
-@pytest.fixture(scope="module")
-def records(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("records")
-    draw_faces(folder, identities=10, images=6)
-    return folder
 
 
 def test_int8(run: Path, records: Path, content: bytes, converted: None, capsys: pytest.CaptureFixture[str]) -> None:
