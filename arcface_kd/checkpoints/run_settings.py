@@ -18,6 +18,9 @@ from arcface_kd.errors import CheckpointError, ConfigError
 _LONGEST_VALUE = 80
 _ABSENT = "none"
 
+# A trainer's schedule counts steps: with another product of the two it would go on elsewhere.
+IMAGES_A_STEP = "batch_size x ranks"
+
 
 def require_agreement(settings: Mapping[str, Any], ranks: RankGroup) -> None:
     """Refuse ranks that were started differently; all ranks call, None and no value are the same."""

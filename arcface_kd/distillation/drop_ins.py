@@ -328,7 +328,8 @@ class _Makers:
         """The head; what the trainer does not pass comes from the config."""
         given = bind(self.host_head, _head_arguments, args, kwargs, _HEAD)
         settings, ranks = self.config(), RankGroup()
-        steps_per_epoch = max(1, settings["num_image"] // (settings["batch_size"] * ranks.world_size))
+        images_a_step = int(settings["batch_size"]) * ranks.world_size
+        steps_per_epoch = max(1, settings["num_image"] // images_a_step)
         epochs = settings.get("num_epoch")
         folder = Path(settings["output"])
         if (teacher := self.shared.teacher) is not None:
@@ -348,4 +349,6 @@ class _Makers:
             ranks=ranks,
             log=TensorBoardLog(folder / "tensorboard", int(settings["frequent"]), ranks.rank == 0),
             run_folder=folder,
+            # The compact trainer counts its schedule in images.
+            images_a_step=None if self.host_head is None else images_a_step,
         )

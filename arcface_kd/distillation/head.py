@@ -23,7 +23,13 @@ from arcface_kd.checkpoints.head_state import (
     require_same_entries,
     reshard_momentum,
 )
-from arcface_kd.checkpoints.run_settings import as_tensor, from_tensor, require_agreement, require_same_run
+from arcface_kd.checkpoints.run_settings import (
+    IMAGES_A_STEP,
+    as_tensor,
+    from_tensor,
+    require_agreement,
+    require_same_run,
+)
 from arcface_kd.checkpoints.shards import CLASS_CENTERS, SETTINGS
 from arcface_kd.distillation.distiller import NO_CACHE, Distiller
 from arcface_kd.distillation.image_quality import ImageQuality
@@ -55,6 +61,8 @@ class DistillationHead(nn.Module):
             are then not looked at for NaN and inf here.
         ranks: the ranks that share the classes; None takes the default process group.
         log: where loss terms, their gradient norms and the methods' observations go; None keeps no log.
+        images_a_step: gathered, where the trainer's schedule counts steps: a state of another number is refused. None
+            where the schedule follows.
         run_folder: the run's output folder, where a state of another number of ranks finds the other ranks' shards.
 
     Attributes:
@@ -86,6 +94,7 @@ class DistillationHead(nn.Module):
         ranks: RankGroup | None = None,
         log: TensorBoardLog | None = None,
         run_folder: Path | None = None,
+        images_a_step: int | None = None,
     ) -> None:
         super().__init__()
         self.ranks = ranks = ranks or RankGroup()
@@ -103,6 +112,7 @@ class DistillationHead(nn.Module):
         self._settings = {**distiller.sources, **own, **distiller.methods.settings, **distiller.student_options.views}
         sizes = {"num_classes": num_classes, "embedding_size": embedding_size, "steps_per_epoch": steps_per_epoch}
         require_agreement({**distiller.kd.shared(), **self._settings, **sizes}, ranks)
+        self._settings[IMAGES_A_STEP] = images_a_step
         context = RunContext(
             num_classes=num_classes,
             embedding_size=embedding_size,

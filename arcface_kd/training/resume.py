@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from arcface_kd.checkpoints.files import checkpoint_file, finish_saving, save_checkpoint
-from arcface_kd.checkpoints.run_settings import changes, require_same_run
+from arcface_kd.checkpoints.run_settings import IMAGES_A_STEP, changes, require_same_run
 from arcface_kd.checkpoints.shards import open_shards
 from arcface_kd.checkpoints.tensor_file import save_tensors
 from arcface_kd.distributed.ranks import on_first_rank_first
@@ -21,8 +21,6 @@ _MUST_MATCH = ("lr", "momentum", "weight_decay")
 
 # These may change on resume; the log says so.
 _MAY_CHANGE = ("batch_size", "gradient_acc", "fp16", "num_image", "num_epoch", "warmup_epoch")
-
-_PRODUCT = "batch_size x ranks"
 
 
 def save(run: Run) -> None:
@@ -49,7 +47,7 @@ def _state(run: Run) -> dict[str, Any]:
         "state_lr_scheduler": run.schedule.state_dict(),
         "state_scaler": run.scaler.state_dict(),
         "state_random": torch.get_rng_state(),
-        "settings": {**settings, _PRODUCT: run.images_a_step},
+        "settings": {**settings, IMAGES_A_STEP: run.images_a_step},
     }
     if run.step % run.config.gradient_acc:
         # An epoch may end between two steps of the optimizer.
@@ -104,14 +102,14 @@ def load_optimizer(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> N
 
 def _load_schedule(run: Run, state: Mapping[str, Any], before: Mapping[str, Any]) -> None:
     """Load the schedule at the same image, whatever the batch size and the number of ranks are now."""
-    done, then = state["last_epoch"], before.get(_PRODUCT, run.images_a_step)
+    done, then = state["last_epoch"], before.get(IMAGES_A_STEP, run.images_a_step)
     place = done
     if then != run.images_a_step:
         # Measured in epochs, since an epoch drops its last batch when that is not full.
         place = round(done * run.steps_per_epoch / max(1, before.get("num_image", run.config.num_image) // then))
         run.logger.info(
             "%s was %d and is now %d: the schedule goes on after %d images, at step %d of %d",
-            *(_PRODUCT, then, run.images_a_step, done * then, place, run.steps_per_epoch * run.config.num_epoch),
+            *(IMAGES_A_STEP, then, run.images_a_step, done * then, place, run.steps_per_epoch * run.config.num_epoch),
         )
     run.schedule.load_state_dict({**state, "last_epoch": place})
     run.head.schedule_offset = place - run.step

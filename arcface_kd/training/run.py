@@ -31,7 +31,7 @@ _RENAMED = "forward_sync_buffers" in inspect.signature(nn.parallel.DistributedDa
 _KEEP_BUFFERS: dict[str, Any] = {"forward_sync_buffers" if _RENAMED else "broadcast_buffers": False}
 
 
-def fused_sgd(groups: list[dict[str, Any]], **settings: float) -> torch.optim.SGD:
+def fused_sgd(groups: list[dict[str, Any]], **settings: Any) -> torch.optim.SGD:
     """SGD in torch's fused kernels, which see the loss scaler's finding of an overflow without making the host wait.
 
     Args:
@@ -139,7 +139,11 @@ class Run:
         groups = [{"params": list(self.backbone.parameters())}, {"params": list(self.head.parameters())}]
         config = self.config
         if config.optimizer == "sgd":
-            settings = {"lr": config.lr, "momentum": config.momentum, "weight_decay": config.weight_decay}
+            settings: dict[str, Any] = {
+                "lr": config.lr,
+                "momentum": config.momentum,
+                "weight_decay": config.weight_decay,
+            }
             return fused_sgd(groups, **settings) if self.device.type == "cuda" else torch.optim.SGD(groups, **settings)
         return torch.optim.AdamW(groups, lr=config.lr, weight_decay=config.weight_decay)
 

@@ -25,7 +25,7 @@ from arcface_kd.distillation import drop_ins as drop_ins_module
 from arcface_kd.distillation.distiller import Distiller
 from arcface_kd.distillation.drop_ins import DropIns, drop_ins, margin_of
 from arcface_kd.distillation.head import DistillationHead
-from arcface_kd.errors import ConfigError, TeacherError
+from arcface_kd.errors import CheckpointError, ConfigError, TeacherError
 from arcface_kd.host.attach import HOST_NAMES, attach
 from arcface_kd.host.patching import patches_folder
 from arcface_kd.losses.margin import AdaFaceMargin, Margin
@@ -555,6 +555,24 @@ def test_a_head_of_a_fork_that_lacks_what_is_needed_is_refused(tmp_path: Path) -
 
     with pytest.raises(ConfigError, match="num_classes"):
         made(tmp_path, host_head=Head).PartialFC_V2(Margin(), 4, 11)
+
+
+def test_a_schedule_of_steps_wants_as_many_images_a_step_as_before(tmp_path: Path) -> None:
+    class Head:
+        def __init__(
+            self, margin_loss: object, embedding_size: int, num_classes: int, sample_rate: float, fp16: bool
+        ) -> None: ...
+
+    def head(batch_size: int, **host: Any) -> DistillationHead:
+        torch.manual_seed(0)
+        ins = made(tmp_path, keys={"batch_size": batch_size}, **host)
+        return ins.PartialFC_V2(Margin(), 4, 11, 1.0, False)
+
+    state = head(4, host_head=Head).state_dict()
+    head(4, host_head=Head).load_state_dict(state)
+    head(3).load_state_dict(state)
+    with pytest.raises(CheckpointError, match="batch_size x ranks was 4 and is now 3"):
+        head(3, host_head=Head).load_state_dict(state)
 
 
 def test_the_host_s_data_set_is_kept_when_asked_for(tmp_path: Path) -> None:
