@@ -51,7 +51,13 @@ def add_commands(commands: Commands) -> None:
     merge.add_argument("run_folder", metavar="RUN", type=Path, help="the run's output, with checkpoint_gpu_*.pt")
     merge.add_argument("out", metavar="OUT", type=Path, help='the file: {"weight": (C, D), "num_classes": C}')
 
-    commands.add("methods", _methods, "list the installed methods", "arcface-kd methods")
+    methods = commands.add(
+        "methods",
+        _methods,
+        "list the installed methods, or say which to take for the images at hand",
+        "arcface-kd methods --data faces_emore",
+    )
+    methods.add_argument("--data", metavar="DIR", nargs="+", help="what a config's rec may be")
 
 
 def _patch(arguments: argparse.Namespace) -> None:
@@ -118,6 +124,9 @@ def _merge_head(arguments: argparse.Namespace) -> None:
 def _methods(arguments: argparse.Namespace) -> None:
     from arcface_kd import registry
 
+    if arguments.data:
+        _choose(arguments.data)
+        return
     for name in registry.entry_points(registry.METHODS):
         try:
             method: Any = registry.load(registry.METHODS, name)
@@ -129,3 +138,13 @@ def _methods(arguments: argparse.Namespace) -> None:
         summary = (method.__doc__ or f"{method.__module__}.{method.__name__}.").strip().splitlines()[0]
         needs = sorted(requirement.name.lower().replace("_", " ") for requirement in method.requires)
         print(f"{name:20} {summary} Needs: {', '.join(needs) or 'nothing'}.")
+
+
+def _choose(folders: list[str]) -> None:
+    from arcface_kd.data.joined import open_rec
+    from arcface_kd.methods.choice import Records, choices_for
+
+    records = Records.of(open_rec(folders[0] if len(folders) == 1 else folders).labels())
+    print(f"{', '.join(folders)}: {records}")
+    for choice in choices_for(records):
+        print(f"{choice.have}: {choice.take}\n    {choice.why}")

@@ -132,6 +132,9 @@ RUN_KEYS: dict[str, Any] = {
     "warmup_epoch": int,
     "val_targets": list,
     "output": str,
+    # The compact trainer's alone.
+    "lr_decay": str,
+    "ema": float,
     **{key.name: list if key.many else str for key in KDConfig.keys().values()},
 }
 

@@ -1,11 +1,12 @@
 """Check a merged config before the compact trainer runs it."""
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, get_args
 
 from arcface_kd.config.arcface_torch import BASE, RUN_KEYS
 from arcface_kd.errors import ConfigError, suggestion
 from arcface_kd.losses.margin import Margin
+from arcface_kd.training.schedule import Decay
 
 LOGIT_SCALE = 64.0  # the host's, which no key of its configs changes
 
@@ -60,6 +61,10 @@ def check_keys(config: Mapping[str, Any]) -> None:
         raise ConfigError(f"output is {config['output']!r}; it must name a folder for the run's files")
     if config["optimizer"] not in ("sgd", "adamw"):
         raise ConfigError(f"optimizer is {config['optimizer']!r}; it must be sgd or adamw")
+    if config.get("lr_decay", "linear") not in get_args(Decay):
+        raise ConfigError(f"lr_decay is {config['lr_decay']!r}; it must be {' or '.join(get_args(Decay))}")
+    if not 0 <= config.get("ema", 0) < 1:
+        raise ConfigError(f"ema is {config['ema']!r}; it must be in [0, 1), such as 0.999, or 0 for none")
     if not 0 < config["sample_rate"] <= 1:
         raise ConfigError(f"sample_rate is {config['sample_rate']!r}; it must be in (0, 1]")
     margin_of_config(config)

@@ -20,7 +20,7 @@ from arcface_kd.training.run import Run
 _MUST_MATCH = ("lr", "momentum", "weight_decay")
 
 # These may change on resume; the log says so.
-_MAY_CHANGE = ("batch_size", "gradient_acc", "fp16", "num_image", "num_epoch", "warmup_epoch")
+_MAY_CHANGE = ("batch_size", "gradient_acc", "fp16", "num_image", "num_epoch", "warmup_epoch", "lr_decay", "ema")
 
 
 def save(run: Run) -> None:
@@ -31,13 +31,13 @@ def save(run: Run) -> None:
         run.writer.flush()
     if run.rank == 0:
         # Before the checkpoints: where they say that an epoch is done, its student is there.
-        save_tensors(run.folder / "model.pt", run.student.state_dict())
+        save_tensors(run.folder / "model.pt", run.judged.state_dict())
     if run.config.save_all_states:
         save_checkpoint(run.folder, _state(run), run.ranks)
 
 
 def _state(run: Run) -> dict[str, Any]:
-    settings = {key: run.config[key] for key in (*_MUST_MATCH, *_MAY_CHANGE)}
+    settings = {key: run.config.get(key) for key in (*_MUST_MATCH, *_MAY_CHANGE)}
     state = {
         "epoch": run.epoch,
         "global_step": run.step,
@@ -49,6 +49,8 @@ def _state(run: Run) -> dict[str, Any]:
         "state_random": torch.get_rng_state(),
         "settings": {**settings, IMAGES_A_STEP: run.images_a_step},
     }
+    if run.average is not None:
+        state["state_average"] = run.average.state_dict()
     if run.step % run.config.gradient_acc:
         # An epoch may end between two steps of the optimizer.
         state["state_gradients"] = [p.grad for group in run.optimizer.param_groups for p in group["params"]]
@@ -74,6 +76,9 @@ def resume(run: Run) -> None:
         run.epoch, run.step = state["epoch"], state["global_step"]
         run.first_step = run.step
         run.student.load_state_dict(state["state_dict_backbone"])
+        # Where it was off until now, it begins with the next step.
+        if run.average is not None and "state_average" in state:
+            run.average.load_state_dict(state["state_average"])
         run.head.load_state_dict(state["state_dict_softmax_fc"])
         load_optimizer(run.optimizer, state["state_optimizer"])
         run.logger.info("resumed after epoch %d, step %d", run.epoch, run.step)
@@ -87,7 +92,7 @@ def resume(run: Run) -> None:
             parameters = [p for group in run.optimizer.param_groups for p in group["params"]]
             for parameter, gradient in zip(parameters, state.get("state_gradients", ()), strict=False):
                 parameter.grad = gradient
-    now = {key: run.config[key] for key in _MAY_CHANGE}
+    now = {key: run.config.get(key) for key in _MAY_CHANGE}
     for change in changes({**before, "ranks": saved_by}, {**now, "ranks": run.world_size}):
         run.logger.info(change)
 

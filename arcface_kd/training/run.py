@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from easydict import EasyDict
 from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from tqdm import tqdm
 
 from arcface_kd.data.formats.verification_bin import VerificationSet
@@ -19,7 +20,7 @@ from arcface_kd.errors import ConfigError, DataError, NumberError, first_line
 from arcface_kd.evaluation.verification import VerificationResult, evaluate, read_pairs
 from arcface_kd.system.device import autocast_dtype, default_device
 from arcface_kd.training.config_check import margin_of_config
-from arcface_kd.training.schedule import linear_with_warmup
+from arcface_kd.training.schedule import decay_with_warmup
 
 CLIP_NORM = 5.0  # on the backbone's gradients, as the host
 
@@ -55,6 +56,14 @@ def check_loss_scale(scaler: torch.amp.GradScaler, step: int) -> None:
             f"step {step}: the gradients overflow in fp16 at every loss scale down to {scaler.get_scale():.1g}, and no "
             "step is taken: lower lr, or switch fp16 off to look closer"
         )
+
+
+def _average_of(student: nn.Module, decay: float) -> AveragedModel | None:
+    """A moving average of a student's weights and of its batch norms' statistics; None for a decay of 0."""
+    if not decay:
+        return None
+    average = AveragedModel(student, multi_avg_fn=get_ema_multi_avg_fn(decay), use_buffers=True)
+    return average.eval()
 
 
 class Run:
@@ -97,6 +106,7 @@ class Run:
         if config.fp16 and not narrow:
             self.logger.info("fp16 is on but this processor has no bf16 units: training in fp32")
         self.student = self._student(made, narrow)
+        self.average = _average_of(self.student, config.get("ema", 0.0))
         self.backbone: nn.Module = self.student
         if world_size > 1:
             ids = [local_rank] if self.device.type == "cuda" else None
@@ -108,10 +118,11 @@ class Run:
         self.ranks = self.head.ranks
         self.optimizer = self._optimizer()
         self.steps_per_epoch = config.num_image // self.images_a_step
-        self.schedule = linear_with_warmup(
+        self.schedule = decay_with_warmup(
             self.optimizer,
             self.steps_per_epoch * config.warmup_epoch,
             max(1, self.steps_per_epoch * config.num_epoch),
+            config.get("lr_decay", "linear"),
         )
         self.scaler = torch.amp.GradScaler(
             self.device.type, growth_interval=100, enabled=narrow and self.device.type == "cuda"
@@ -161,6 +172,11 @@ class Run:
         return sets
 
     @property
+    def judged(self) -> nn.Module:
+        """The student that is verified and written: with ``ema`` the average of its weights."""
+        return self.student if self.average is None else self.average.module
+
+    @property
     def last_step(self) -> int:
         """The step that the run ends with."""
         return int(self.step + len(self.loader) * (self.config.num_epoch - self.epoch))
@@ -198,6 +214,8 @@ class Run:
             self.scaler.step(self.optimizer)
             self.scaler.update()
             self.optimizer.zero_grad()
+            if self.average is not None:
+                self.average.update_parameters(self.student)
         with warnings.catch_warnings():
             # As in the host, the schedule goes on every micro-step, the first ones before the optimizer has stepped.
             warnings.filterwarnings("ignore", "Detected call of", UserWarning)
@@ -235,7 +253,7 @@ class Run:
         for verification_set in self.sets:
             name = verification_set.name
             try:
-                result = evaluate(self.student, verification_set, device=self.device)
+                result = evaluate(self.judged, verification_set, device=self.device)
             # NaN, memory or anything else: the epoch's checkpoint is worth more than this number.
             except Exception as error:
                 self.logger.warning("[%s][%d] not verified: %s", name, self.step, first_line(error))

@@ -176,4 +176,4 @@ def _train(run: Run, title: str, on_epoch: Callable[[int], None] | None) -> Trai
         run.verify()
     if run.world_size > 1:
         distributed.barrier()
-    return TrainResult(run.folder, run.step, run.rate, run.results, run.student.eval())
+    return TrainResult(run.folder, run.step, run.rate, run.results, run.judged.eval())

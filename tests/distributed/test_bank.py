@@ -54,7 +54,7 @@ def test_loss_and_gradient_are_those_of_one_process(ranks: RankPool, sizes: list
     assert bank.shape == (7, DIMENSION)
     student = random_problem(sum(sizes), sum(sizes), CLASSES, DIMENSION).embeddings.requires_grad_()
     teacher = student.detach().flip(1)
-    wanted = bank_divergence(student, teacher, bank, 0.07) + 3 * nearest_difference(student, teacher, bank, 4)
+    wanted = 10 * bank_divergence(student, teacher, bank, 0.07) + 3 * nearest_difference(student, teacher, bank, 4)
     (gradient,) = torch.autograd.grad(wanted, student)
     for answer in answers:
         assert torch.equal(answer.bank, bank)

@@ -1,0 +1,67 @@
+"""What long runs may want: a cosine in place of the line, and the moving average of the student's weights."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from easydict import EasyDict
+from torch import Tensor, nn
+
+from arcface_kd.distillation.drop_ins import drop_ins
+from arcface_kd.training.run import Run
+from arcface_kd.training.schedule import decay_with_warmup
+from arcface_kd.training.trainer import train
+from tests.host.trainer.faces import Faces
+from tests.training.runs import config_for, same_weights, saved
+
+
+def test_the_cosine_has_the_line_s_warm_up_middle_and_end() -> None:
+    rates: dict[str, list[float]] = {}
+    for decay in ("linear", "cosine"):
+        optimizer = torch.optim.SGD(nn.Linear(1, 1).parameters(), lr=1.0)
+        schedule = decay_with_warmup(optimizer, 4, 12, decay)  # type: ignore[arg-type]
+        rates[decay] = []
+        for _ in range(14):
+            rates[decay] += schedule.get_last_lr()
+            optimizer.step()
+            schedule.step()
+    line, cosine = rates["linear"], rates["cosine"]
+    assert line[:5] == cosine[:5]
+    assert cosine[6] > line[6]
+    assert cosine[8] == pytest.approx(line[8])
+    assert cosine[10] < line[10]
+    assert cosine[12:] == line[12:] == [0, 0]
+
+
+def _naive(states: list[dict[str, Tensor]], decay: float, name: str) -> Tensor:
+    average = states[0][name]
+    for state in states[1:]:
+        average = decay * average + (1 - decay) * state[name]
+    return average
+
+
+def test_the_average_is_what_is_judged_and_written_and_goes_on_when_resumed(faces: Faces, tmp_path: Path) -> None:
+    keys = {"num_epoch": 2, "val_targets": [], "save_all_states": True, "ema": 0.8, "lr_decay": "cosine"}
+    config = config_for(faces, tmp_path / "steps", **keys)
+    run = Run(config, drop_ins(lambda: config), 0, 0, 1)
+    run.backbone.train()
+    states = []
+    for images, labels in run.loader:
+        run._train_step(images, labels)
+        states.append({name: value.clone() for name, value in run.student.state_dict().items()})
+    for name, value in run.judged.state_dict().items():
+        if value.is_floating_point():
+            torch.testing.assert_close(value, _naive(states, 0.8, name), msg=name)
+    whole = train(config_for(faces, tmp_path / "whole", **keys))
+    assert same_weights(whole.student.state_dict(), saved(tmp_path / "whole"))
+    assert not same_weights(
+        saved(tmp_path / "whole"), saved(tmp_path / "whole", "checkpoint_gpu_0.pt")["state_dict_backbone"]
+    )
+
+    def stop(epoch: int) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        train(config_for(faces, tmp_path / "half", **keys), on_epoch=stop)
+    train(EasyDict(config_for(faces, tmp_path / "half", **keys, resume=True)))
+    assert same_weights(saved(tmp_path / "half"), saved(tmp_path / "whole"))
