@@ -14,8 +14,8 @@ not public and its equations were not at hand: this is the idea, not the paper.
 Chosen here: Q comes from the cache and stays the same for the whole run, so that there is no queue to warm up, and a
 batch of any size is compared with thousands of faces; the run's seed draws it, without labels, each image at most
 once and not mirrored. ``of=classes`` takes the teacher's classifier in its place, as the class means of cached
-embeddings: the nearest rows are then the nearest people. The weights: with 1 in place of 10 a few epochs came less far, with 64 no further. Labels are left out as long as
-``labels=classify`` does not ask for them.
+embeddings: the nearest rows are then the nearest people. A weight of 10: with 1 a few epochs came less far, with 64 no
+further. Labels are left out as long as ``labels=classify`` does not ask for them.
 """
 
 import random

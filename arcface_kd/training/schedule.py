@@ -13,9 +13,9 @@ def decay_with_warmup(
 ) -> torch.optim.lr_scheduler.LambdaLR:
     """The schedule of the host's ``PolynomialLRWarmup`` with power 1, or half a cosine behind the same warm-up.
 
-    The rate of step t, counted from 0, is the base rate for t = 0 and ``t / warmup`` of it up to the end of the warm-up.
-    Afterwards, with ``left = (total - t) / (total - warmup)``, it is ``left`` of it, or ``(1 - cos(pi left)) / 2``; it
-    stays 0 past the end.
+    The rate of step t, counted from 0, is the base rate for t = 0 and ``t / warmup`` of it during the warm-up. Then,
+    with ``left = (total - t) / (total - warmup)``, it is ``left`` of it, or ``(1 - cos(pi left)) / 2``; it stays 0 past
+    the end.
 
     Args:
         optimizer: whose groups' rates are scheduled.
