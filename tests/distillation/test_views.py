@@ -193,3 +193,13 @@ def test_a_run_goes_on_with_the_views_that_it_was_begun_with(faces: Faces, other
     *_, changed = _wired(faces, {"student": other})
     with pytest.raises(CheckpointError, match=r"student\.augment"):
         changed.load_state_dict(head.state_dict())
+
+
+def test_a_student_alone_is_degraded_too(faces: Faces) -> None:
+    shown = []
+    for option in ("flip", "crop:1"):
+        config = {"kd": "", "kd_option": {"student.augment": option}, "num_classes": faces.num_classes}
+        loader = drop_ins(config.copy).get_dataloader(str(faces.folder), 0, 9, False, False, 1, 0)
+        shown.append(next(iter(loader))[0])
+    assert (shown[1] == -1).any((1, 2, 3)).all()
+    assert torch.equal(torch.where(shown[1] == -1, shown[1], shown[0]), shown[1])
