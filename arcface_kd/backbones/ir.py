@@ -24,6 +24,7 @@ _UNITS = {
 }
 _BOTTLENECK_WIDTHS = (256, 512, 1024, 2048)
 _REDUCTION = 16
+_MOST_UNITS = 1000
 # What the name of a layout that has no short one begins with.
 _ANY = "ir:"
 
@@ -51,6 +52,14 @@ class IRLayout:
     inner_norm: bool = True
     affine: bool = False
     side: int = 7
+
+    def __post_init__(self) -> None:
+        narrowest = _REDUCTION if self.squeeze else 4 if self.bottleneck else 1
+        sizes = (*self.units, self.stem, self.side)
+        if not (len(self.units) == len(self.widths) == 4 and min(self.widths) >= narrowest and min(sizes) > 0):
+            raise ValueError("four stages of units that are wide enough")
+        if sum(self.units) > _MOST_UNITS or not re.fullmatch(r"\w*", self.squeeze, re.ASCII):
+            raise ValueError("no network that anybody has trained")
 
     @property
     def image_size(self) -> int:
@@ -85,14 +94,11 @@ class IRLayout:
             return IR_NAMES.get(name)
         try:
             words = (word.partition("=") for word in name[len(_ANY) :].split(","))
-            layout = cls(**{key: _read(text, getattr(cls, key)) for key, _, text in words})
-            if not (len(layout.units) == len(layout.widths) == 4 and min(*layout.units, *layout.widths) > 0):
-                raise ValueError
+            return cls(**{key: _read(text, getattr(cls, key)) for key, _, text in words})
         except (AttributeError, KeyError, TypeError, ValueError):
             raise ConfigError(
                 f"network {name!r}: wanted settings such as {_ANY}units=2-2-2-2,widths=64-128-256-512,squeeze=se_block"
             ) from None
-        return layout
 
     @classmethod
     def in_shapes(cls, shapes: Mapping[str, tuple[int, ...]]) -> "IRLayout | None":
@@ -117,25 +123,25 @@ class IRLayout:
             ]
             for place in sorted(units)
         ]
-        if len(stem) != 4 or len(last) != 2 or not all(convolutions):
+        if not units or len(stem) != 4 or len(last) != 2 or not all(convolutions):
             return None
         counts: dict[int, int] = {}
         for each in convolutions:
             counts[each[-1][0]] = counts.get(each[-1][0], 0) + 1
-        if len(counts) != 4:
-            return None
         first = units[min(units)]
-        squeeze = next((key for key in first if key.endswith(".fc1.weight")), "").partition(".")[0]
-        return cls(
-            units=tuple(counts.values()),
-            widths=tuple(counts),
-            stem=stem[0],
-            bottleneck=len(convolutions[0]) == 3,
-            squeeze=squeeze,
-            inner_norm="2.running_mean" in first,
-            affine="output_layer.4.weight" in shapes,
-            side=math.isqrt(last[1] // max(1, list(counts)[-1])),
-        )
+        try:
+            return cls(
+                units=tuple(counts.values()),
+                widths=tuple(counts),
+                stem=stem[0],
+                bottleneck=len(convolutions[0]) == 3,
+                squeeze=next((key for key in first if key.endswith(".fc1.weight")), "").partition(".")[0],
+                inner_norm="2.running_mean" in first,
+                affine="output_layer.4.weight" in shapes,
+                side=math.isqrt(last[1] // max(1, [*counts][-1])),
+            )
+        except ValueError:
+            return None
 
 
 def _read(text: str, default: object) -> Any:

@@ -91,14 +91,18 @@ def test_layout_is_the_authors(name: str) -> None:
 
 def test_a_name_is_refused_where_it_says_nothing() -> None:
     assert IRLayout.of("r50") is None
-    for name in ("ir:", "ir:units=1-2", "ir:depth=50", "ir:widths=a-b-c-d", "ir:affine=maybe", "ir:side=x"):
+    wrong = ("ir:", "ir:units=1-2", "ir:depth=50", "ir:widths=a-b-c-d", "ir:affine=maybe", "ir:side=x", "ir:stem=0")
+    for name in (*wrong, "ir:units=9-9-9-9999", "ir:widths=8-16-24-32,squeeze=se_block", "ir:squeeze=a b"):
         with pytest.raises(ConfigError, match=name):
             IRLayout.of(name)
 
 
 def test_other_tensors_are_no_ir_network() -> None:
     assert IRLayout.in_shapes({}) is None
-    assert IRLayout.in_shapes({"input_layer.0.weight": (16, 3, 3, 3), "output_layer.3.weight": (8, 784)}) is None
+    frame = {"input_layer.0.weight": (16, 3, 3, 3), "output_layer.3.weight": (8, 784)}
+    assert IRLayout.in_shapes(frame) is None
+    for width in (0, 16):
+        assert IRLayout.in_shapes(frame | {"body.0.res_layer.1.weight": (width, 16, 3, 3)}) is None
 
 
 def test_its_maps_are_found_by_anybody_s_modules() -> None:
