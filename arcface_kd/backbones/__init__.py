@@ -5,6 +5,7 @@ from functools import partial
 
 from arcface_kd.backbones.face_backbone import FaceBackbone
 from arcface_kd.backbones.ghostfacenet import GhostFaceNet
+from arcface_kd.backbones.ir import ANY_IR, IR_NAMES, IRLayout, IRNet
 from arcface_kd.backbones.iresnet import IResNet
 from arcface_kd.backbones.mobilefacenet import MobileFaceNet, NarrowMobileFaceNet
 from arcface_kd.backbones.network_name import TIMM, name_checkpoints, parse_name
@@ -33,7 +34,7 @@ _WITHOUT_DROPOUT: Mapping[str, Callable[..., FaceBackbone]] = {
 NETWORKS: Mapping[str, Callable[..., FaceBackbone]] = {**_WITH_DROPOUT, **_WITHOUT_DROPOUT}
 """Each network's name and what builds it, with the keywords ``fp16`` and ``num_features``."""
 
-KNOWN_NAMES = f"{', '.join(NETWORKS)}, timm:NAME, {OWN}MODULE:FUNCTION"
+KNOWN_NAMES = f"{', '.join(NETWORKS)}, ir_18 and its like, timm:NAME, {OWN}MODULE:FUNCTION"
 """For messages: what :func:`get_backbone` takes."""
 
 
@@ -43,7 +44,7 @@ def is_network(name: str) -> bool:
     Args:
         name: anything.
     """
-    if name in NETWORKS or name.startswith(OWN):
+    if name in NETWORKS or name in IR_NAMES or name.startswith((OWN, ANY_IR)):
         return True
     try:
         plain = parse_name(name).name
@@ -59,7 +60,8 @@ def get_backbone(name: str, *, dropout: float = 0.0, fp16: bool = False, num_fea
         name: one of ``NETWORKS``. ``r18 r34 r50 r100 r200 mbf mbf_large`` have arcface_torch's parameters,
             ``mobilefacenet`` AdaDistill's (64 and 128 channels), ``thin_r18`` and ``thin_r10`` are the
             demo's teacher and student. Options follow a colon: ``mbf:width=1,se=true`` (also ``mbf_large``),
-            ``ghostfacenet:version=1,width=1,stride=2``. ``timm:NAME`` is a model of timm with fresh weights,
+            ``ghostfacenet:version=1,width=1,stride=2``. ``ir_50``, ``ir_se_50`` and so on (`arcface_kd.backbones.ir`)
+            have AdaFace's and face.evoLVe's parameters. ``timm:NAME`` is a model of timm with fresh weights,
             ``timm:NAME:rank=0.6`` the same with low-rank layers. ``python:MODULE:FUNCTION`` is a network of the user's
             own, see `find_own_network`.
         dropout: probability of dropping a value before the embedding layer, in [0, 1); MobileFaceNets have none.
@@ -83,7 +85,7 @@ def get_backbone(name: str, *, dropout: float = 0.0, fp16: bool = False, num_fea
         raise ConfigError(f"embedding size {num_features!r}: wanted a whole number of at least 1, such as 512")
     if not 0 <= dropout < 1:
         raise ConfigError(f"dropout {dropout!r}: wanted a probability of at least 0 and below 1")
-    if dropout and name not in _WITH_DROPOUT:
+    if dropout and name not in _WITH_DROPOUT and IRLayout.of(name) is None:
         raise ConfigError(
             f"dropout {dropout!r}: {name} has no dropout layer; set dropout to 0 or take one of "
             f"{', '.join(_WITH_DROPOUT)}"
@@ -97,6 +99,8 @@ def get_backbone(name: str, *, dropout: float = 0.0, fp16: bool = False, num_fea
 def _builder(name: str) -> Callable[..., FaceBackbone]:
     if name.startswith(OWN):
         return partial(build_own_network, name)
+    if layout := IRLayout.of(name):
+        return partial(IRNet, layout)
     parsed = parse_name(name)
     build = NETWORKS.get(parsed.name) or partial(TimmNetwork, parsed.name.removeprefix(TIMM))
     return partial(build, **parsed.options)

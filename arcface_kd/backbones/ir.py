@@ -26,7 +26,7 @@ _BOTTLENECK_WIDTHS = (256, 512, 1024, 2048)
 _REDUCTION = 16
 _MOST_UNITS = 1000
 # What the name of a layout that has no short one begins with.
-_ANY = "ir:"
+ANY_IR = "ir:"
 
 
 @dataclass(frozen=True)
@@ -78,7 +78,7 @@ class IRLayout:
             for key, value in changed.items()
             if value != getattr(IRLayout, key)
         )
-        return _ANY + ",".join(words)
+        return ANY_IR + ",".join(words)
 
     @classmethod
     def of(cls, name: str) -> "IRLayout | None":
@@ -90,14 +90,14 @@ class IRLayout:
         Raises:
             ConfigError: it begins as one and does not go on so.
         """
-        if not name.startswith(_ANY):
+        if not name.startswith(ANY_IR):
             return IR_NAMES.get(name)
         try:
-            words = (word.partition("=") for word in name[len(_ANY) :].split(","))
+            words = (word.partition("=") for word in name[len(ANY_IR) :].split(","))
             return cls(**{key: _read(text, getattr(cls, key)) for key, _, text in words})
         except (AttributeError, KeyError, TypeError, ValueError):
             raise ConfigError(
-                f"network {name!r}: wanted settings such as {_ANY}units=2-2-2-2,widths=64-128-256-512,squeeze=se_block"
+                f"network {name!r}: wanted settings such as {ANY_IR}units=2-2-2-2,widths=64-128-256-512,affine=true"
             ) from None
 
     @classmethod

@@ -53,8 +53,7 @@ class NetworkCheckpoint:
 
     Attributes:
         network: the backbone with its weights, in evaluation mode, on the CPU.
-        name: as :func:`arcface_kd.backbones.get_backbone` takes it, one of ``arcface_kd.backbones.vit.VITS``, or an
-            `arcface_kd.backbones.ir.IRLayout`'s.
+        name: as :func:`arcface_kd.backbones.get_backbone` takes it, or one of ``arcface_kd.backbones.vit.VITS``.
         num_features: dimension of its embeddings.
         digest: SHA-256 over its name and weights.
         author: who trained it; None where that decides on the channels and cannot be told.
@@ -288,12 +287,10 @@ def load_network(
     magface = name in _MAGFACE
     if name is not None:
         name = {**HOST_NAMES, **_MAGFACE}.get(name, name)
-        if name not in _KNOWN and not is_network(name) and IRLayout.of(name) is None:
-            raise ConfigError(
-                f"teacher.network={name!r}: no such network; there are {KNOWN_NAMES}, {', '.join(VITS)}, ir_50 and its "
-                "like"
-            )
-    found = _the_backbone(read_content(place), place, name)
+        if name not in _KNOWN and not is_network(name):
+            raise ConfigError(f"teacher.network={name!r}: no such network; there are {KNOWN_NAMES}, {', '.join(VITS)}")
+    content = read_content(place)
+    found = _the_backbone(content, place, name)
     state = found.tensors
     for key, tensor in _without_counters(state).items():
         called = found.prefix + key
@@ -303,7 +300,9 @@ def load_network(
             )
         if not torch.isfinite(tensor).all():
             raise TeacherError(f"teacher {place}: tensor {called!r} holds NaN or inf")
-    author = MAGFACE if magface else author_of(place, found.name, found.prefix, found.beside)
+    author: Author | None = MAGFACE if magface else TRAINED_HERE
+    if not magface and found.name not in carried_networks(content):
+        author = author_of(place, found.name, found.prefix, found.beside)
     if author == MAGFACE:
         logger.info("%s: batch norms of MagFace, with epsilon %g", place, _MAGFACE_EPS)
         # x / sqrt(v + 2e-5) is x / sqrt((v + 1e-5) + 1e-5): the network computes what MagFace's does.
@@ -337,7 +336,7 @@ class CheckpointSource:
 
     description: ClassVar[str] = (
         "a PyTorch checkpoint (.pt, .pth), a .safetensors file, a run's or a Hugging Face folder, of "
-        + f"{KNOWN_NAMES}, {', '.join(VITS)}, ir_50 and its like"
+        + f"{KNOWN_NAMES}, {', '.join(VITS)}"
     )
 
     @staticmethod

@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from arcface_kd.backbones import get_backbone, is_network
 from arcface_kd.backbones.feature_taps import find_map, map_shape
 from arcface_kd.backbones.ir import IR_NAMES, IRLayout, IRNet
 from arcface_kd.errors import ConfigError
@@ -90,11 +91,12 @@ def test_layout_is_the_authors(name: str) -> None:
 
 
 def test_a_name_is_refused_where_it_says_nothing() -> None:
+    assert not is_network("ir_51")
     assert IRLayout.of("r50") is None
     wrong = ("ir:", "ir:units=1-2", "ir:depth=50", "ir:widths=a-b-c-d", "ir:affine=maybe", "ir:side=x", "ir:stem=0")
     for name in (*wrong, "ir:units=9-9-9-9999", "ir:widths=8-16-24-32,squeeze=se_block", "ir:squeeze=a b"):
         with pytest.raises(ConfigError, match=name):
-            IRLayout.of(name)
+            get_backbone(name)
 
 
 def test_other_tensors_are_no_ir_network() -> None:

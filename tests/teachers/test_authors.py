@@ -118,6 +118,13 @@ def test_what_a_run_trained_is_shown_what_it_was_shown(tmp_path: Path, inner: di
     assert load_teacher(tmp_path).preprocessing == RGB
 
 
+def test_a_student_of_this_package_says_that_it_is_one(tmp_path: Path) -> None:
+    name = "ir:units=1-1-1-1,widths=16-32-48-64,stem=16,squeeze=se_block"
+    state = get_backbone(name, num_features=SIZE, dropout=0.4).state_dict()
+    teacher = load_teacher(saved(tmp_path, state, "moved.pt"))
+    assert (teacher.preprocessing, teacher.description) == (RGB, f"{name} from {tmp_path / 'moved.pt'}")
+
+
 def test_magface_is_shown_bgr_from_0_to_1(tmp_path: Path) -> None:
     state = get_backbone("r18", num_features=SIZE).state_dict()
     content = {"arch": "iresnet18", "state_dict": prefixed(state, "features.module.")}
