@@ -166,8 +166,9 @@ class Method(nn.Module):
     A subclass names its knobs in ``Config`` (frozen :class:`~arcface_kd.config.options.Options` whose defaults are the
     published ones and whose annotations state the ranges), what it cannot do without in ``requires``, in ``classifies``
     whether its terms take the place of the trainer's learned classifier, in ``projects`` whether they look at
-    ``Batch.projected``, in ``combines`` whether it may stand beside others, and in ``sharded`` which entries of its
-    ``state_dict`` have one row for each class of this rank (the first of a method that classifies: its class centers).
+    ``Batch.projected``, in ``needs_labels`` whether it refuses images without labels, in ``combines`` whether it may
+    stand beside others, and in ``sharded`` which entries of its ``state_dict`` have one row for each class of this rank
+    (the first of a method that classifies: its class centers).
 
     Where the student's images are degraded, ``teacher_views`` names what its teacher may be shown: ``clean``, the
     images as they were, which are other views than the student's; ``same``, the student's.

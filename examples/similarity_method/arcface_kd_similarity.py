@@ -31,6 +31,11 @@ class SimilarityPreserving(Method):
     # It compares the student with itself, so the dimensions of student and teacher may differ.
     projects = False
 
+    @classmethod
+    def needs_labels(cls, config: SimilarityConfig) -> bool:
+        """No."""
+        return False
+
     def forward(self, batch: Batch) -> dict[str, Tensor]:
         """The loss terms of the gathered batch, by name."""
         assert batch.teacher is not None

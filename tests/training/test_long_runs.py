@@ -19,10 +19,10 @@ def test_the_cosine_has_the_line_s_warm_up_middle_and_end() -> None:
     rates: dict[str, list[float]] = {}
     for decay in ("linear", "cosine"):
         optimizer = torch.optim.SGD(nn.Linear(1, 1).parameters(), lr=1.0)
-        schedule = decay_with_warmup(optimizer, 4, 12, decay)  # type: ignore[arg-type]
+        schedule = decay_with_warmup(optimizer, 4, 12, decay)
         rates[decay] = []
         for _ in range(14):
-            rates[decay] += schedule.get_last_lr()
+            rates[decay].append(float(schedule.get_last_lr()[0]))
             optimizer.step()
             schedule.step()
     line, cosine = rates["linear"], rates["cosine"]

@@ -19,6 +19,7 @@ from torch.nn.functional import normalize
 from unidiff import PatchSet
 
 from arcface_kd.config.flags import add_arguments
+from arcface_kd.data.dataset import open_dataset
 from arcface_kd.distributed.class_shard import ClassShard
 from arcface_kd.errors import ConfigError
 from arcface_kd.host.attach import HOST_NAMES, attach
@@ -153,6 +154,18 @@ class TestRuns:
         assert projections[0].shape == (64, 32)
         assert torch.equal(*projections), "the ranks average the projection's gradient"
         assert not [name for name in torch.load(output / "model.pt", weights_only=True) if "projection" in name]
+
+    def test_faces_without_labels(self, flagged: Path, faces: Faces, teacher: Teacher, tmp_path: Path) -> None:
+        records = open_dataset(faces.folder)
+        for index in range(16):
+            (tmp_path / f"{index}.jpg").write_bytes(records.image_bytes(index))
+        keys = settings(faces, tmp_path / "run", rec=str(tmp_path), num_classes=0, num_image=16, num_epoch=1)
+        config, arguments = write_config(flagged, "nobody", keys), ("--kd-teacher", str(teacher.file))
+        train(flagged, config, "--kd", "embedding+rkd", *arguments)
+        assert len(losses(tmp_path / "run")) == 2
+        refused = launch(flagged, config, "--kd", "ekd", *arguments)
+        assert refused.exit_code != 0
+        assert "ekd needs labels" in refused.printed
 
     def test_sampled_classes(self, flagged: Path, faces: Faces, teacher: Teacher, tmp_path: Path) -> None:
         keys = settings(faces, tmp_path / "run", num_epoch=1, sample_rate=0.5, margin_list=(1.0, 0.0, 0.4))
