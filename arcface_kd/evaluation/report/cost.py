@@ -20,7 +20,7 @@ BATCH_SIZE = 32
 _ROUNDS = 5
 _SECONDS = 2.0
 _FEWEST_RUNS = 20
-_MOST_RUNS = 100
+_MOST_RUNS = 50
 _NUMPY_TYPES = {"tensor(float)": np.float32, "tensor(float16)": np.float16, "tensor(uint8)": np.uint8}
 
 
@@ -203,7 +203,7 @@ def latency(
             ``model`` is not.
         size: height and width of the images, in pixels.
         device: of the model.
-        seconds: no further image after so long; 20 are always timed, and 100 at most.
+        seconds: no further image after so long; 20 are always timed, and 50 at most.
 
     Returns:
         The latency; None for an ONNX file that onnxruntime does not run as it is.
