@@ -12,29 +12,41 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
 
 if TYPE_CHECKING:
-    from arcface_kd.backbones import get_backbone
-    from arcface_kd.config.arcface_torch import load_config
-    from arcface_kd.config.flags import add_arguments
-    from arcface_kd.config.kd import KDConfig
-    from arcface_kd.data.dataset import RecordDataset
-    from arcface_kd.data.formats.recordio import RecordReader, RecordWriter
-    from arcface_kd.data.formats.verification_bin import read_bin, write_bin
-    from arcface_kd.data.loader import FaceLoader, get_dataloader
-    from arcface_kd.distillation.distiller import Distiller
-    from arcface_kd.distillation.drop_ins import drop_ins
-    from arcface_kd.distillation.head import DistillationHead
-    from arcface_kd.distributed.class_shard import ClassShard
-    from arcface_kd.distributed.ranks import RankGroup
-    from arcface_kd.errors import ArcfaceKDError, ConfigError, DataError, TeacherError
-    from arcface_kd.evaluation.verification import evaluate, verify
-    from arcface_kd.host.attach import attach
-    from arcface_kd.losses.margin import Margin
-    from arcface_kd.losses.margin_softmax import margin_softmax
-    from arcface_kd.methods.adadistill import AdaDistill, AdaDistillConfig
-    from arcface_kd.methods.base import Batch, Method, Requirement, RunContext
-    from arcface_kd.methods.class_centers import DistilledCenters
-    from arcface_kd.teachers.base import Teacher, load_teacher
-    from arcface_kd.training.trainer import train
+    from arcface_kd.backbones import get_backbone as get_backbone
+    from arcface_kd.config.arcface_torch import load_config as load_config
+    from arcface_kd.config.flags import add_arguments as add_arguments
+    from arcface_kd.config.kd import KDConfig as KDConfig
+    from arcface_kd.data.dataset import RecordDataset as RecordDataset
+    from arcface_kd.data.formats.recordio import RecordReader as RecordReader
+    from arcface_kd.data.formats.recordio import RecordWriter as RecordWriter
+    from arcface_kd.data.formats.verification_bin import read_bin as read_bin
+    from arcface_kd.data.formats.verification_bin import write_bin as write_bin
+    from arcface_kd.data.loader import FaceLoader as FaceLoader
+    from arcface_kd.data.loader import get_dataloader as get_dataloader
+    from arcface_kd.distillation.distiller import Distiller as Distiller
+    from arcface_kd.distillation.drop_ins import drop_ins as drop_ins
+    from arcface_kd.distillation.head import DistillationHead as DistillationHead
+    from arcface_kd.distributed.class_shard import ClassShard as ClassShard
+    from arcface_kd.distributed.ranks import RankGroup as RankGroup
+    from arcface_kd.errors import ArcfaceKDError as ArcfaceKDError
+    from arcface_kd.errors import ConfigError as ConfigError
+    from arcface_kd.errors import DataError as DataError
+    from arcface_kd.errors import TeacherError as TeacherError
+    from arcface_kd.evaluation.verification import evaluate as evaluate
+    from arcface_kd.evaluation.verification import verify as verify
+    from arcface_kd.host.attach import attach as attach
+    from arcface_kd.losses.margin import Margin as Margin
+    from arcface_kd.losses.margin_softmax import margin_softmax as margin_softmax
+    from arcface_kd.methods.adadistill import AdaDistill as AdaDistill
+    from arcface_kd.methods.adadistill import AdaDistillConfig as AdaDistillConfig
+    from arcface_kd.methods.base import Batch as Batch
+    from arcface_kd.methods.base import Method as Method
+    from arcface_kd.methods.base import Requirement as Requirement
+    from arcface_kd.methods.base import RunContext as RunContext
+    from arcface_kd.methods.class_centers import DistilledCenters as DistilledCenters
+    from arcface_kd.teachers.base import Teacher as Teacher
+    from arcface_kd.teachers.base import load_teacher as load_teacher
+    from arcface_kd.training.trainer import train as train
 
 _MODULES = {
     "AdaDistill": "methods.adadistill",
@@ -74,43 +86,7 @@ _MODULES = {
     "write_bin": "data.formats.verification_bin",
 }
 
-__all__ = [
-    "AdaDistill",
-    "AdaDistillConfig",
-    "ArcfaceKDError",
-    "Batch",
-    "ClassShard",
-    "ConfigError",
-    "DataError",
-    "DistillationHead",
-    "DistilledCenters",
-    "Distiller",
-    "FaceLoader",
-    "KDConfig",
-    "Margin",
-    "Method",
-    "RankGroup",
-    "RecordDataset",
-    "RecordReader",
-    "RecordWriter",
-    "Requirement",
-    "RunContext",
-    "Teacher",
-    "TeacherError",
-    "add_arguments",
-    "attach",
-    "drop_ins",
-    "evaluate",
-    "get_backbone",
-    "get_dataloader",
-    "load_config",
-    "load_teacher",
-    "margin_softmax",
-    "read_bin",
-    "train",
-    "verify",
-    "write_bin",
-]
+__all__ = list(_MODULES)
 
 
 def __getattr__(name: str) -> Any:

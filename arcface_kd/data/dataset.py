@@ -269,15 +269,7 @@ class RecordDataset(FaceDataset):
         return len(self._images)
 
     def labels(self) -> NDArray[np.int64]:
-        """The labels of all images, read in one pass over the file.
-
-        Returns:
-            int64 (N,), -1 for no identity and where a bad record is skipped.
-
-        Raises:
-            BadRecordError: a record is damaged.
-            DataError: a label is out of range.
-        """
+        """The labels of all images, read in one pass over the file."""
         labels = np.full(len(self._reader), -1, dtype=np.int32)
         for positions, found in self._records.read_all(self._images, self.on_bad_record):
             labels[positions] = found

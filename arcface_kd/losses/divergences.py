@@ -43,8 +43,18 @@ class DivergenceRows(NamedTuple):
     teacher_target: Tensor
 
 
-class Divergences(NamedTuple):
-    """Means over the rows with a label, scalars: the loss terms, and what is worth a curve."""
+class Distillation(NamedTuple):
+    """The loss terms of a step, scalars, the same on every rank; and what is worth a curve, without gradient.
+
+    Attributes:
+        ce: the student's margin softmax.
+        primary: T^2 times the mean KL inside the primary group; of all classes where no groups are asked for.
+        binary: T^2 times the mean KL of the groups' probabilities; 0 without groups.
+        secondary: T^2 times the mean KL inside the secondary group; 0 without groups, or where it is not wanted.
+        group_size: mean number of primary classes of a row; 0 without groups.
+        student_mass: mean p_s(P) of the student; 1 without groups.
+        teacher_mass: mean p_t(P) of the teacher; 1 without groups.
+    """
 
     ce: Tensor
     primary: Tensor
@@ -85,7 +95,7 @@ def divergences(
     *,
     groups: bool,
     secondary: bool,
-) -> tuple[Divergences, DivergenceRows]:
+) -> tuple[Distillation, DivergenceRows]:
     """The terms of a batch from ``summed`` (8, B), the rows of :class:`LogitSums` over all ranks."""
     sums = LogitSums(*summed)
     target, student_target, teacher_target = targets
@@ -132,7 +142,7 @@ def divergences(
         student_target=student_target.clone(),
         teacher_target=teacher_target.clone(),
     )
-    return Divergences(ce, primary, binary, rest, size, *masses), rows
+    return Distillation(ce, primary, binary, rest, size, *masses), rows
 
 
 @fused(kernels=2)

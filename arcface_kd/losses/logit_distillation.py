@@ -29,7 +29,14 @@ from arcface_kd.distributed.ranks import RankGroup
 from arcface_kd.losses.class_chunks import chunk_size
 from arcface_kd.losses.class_groups import GroupRule, RankedLogits
 from arcface_kd.losses.class_weights import ClassWeights, inverse_norm, visited_classes
-from arcface_kd.losses.divergences import DivergenceRows, TargetLogits, Upstream, derivative_factors, divergences
+from arcface_kd.losses.divergences import (
+    Distillation,
+    DivergenceRows,
+    TargetLogits,
+    Upstream,
+    derivative_factors,
+    divergences,
+)
 from arcface_kd.losses.fused import fused
 from arcface_kd.losses.gradients import finds_center_gradients
 from arcface_kd.losses.logit_passes import GroupSplit, LogitPasses
@@ -42,28 +49,6 @@ Logits = Literal["margin", "plain"]
 
 # exp(64), exp(-64) and the sum of two thousand million of them are normal numbers of fp32.
 _LARGEST_BARE_SCALE = 64.0
-
-
-class Distillation(NamedTuple):
-    """The loss terms of a step, scalars, the same on every rank; and what is worth a curve, without gradient.
-
-    Attributes:
-        ce: the student's margin softmax.
-        primary: T^2 times the mean KL inside the primary group; of all classes where no groups are asked for.
-        binary: T^2 times the mean KL of the groups' probabilities; 0 without groups.
-        secondary: T^2 times the mean KL inside the secondary group; 0 without groups, or where it is not wanted.
-        group_size: mean number of primary classes of a row; 0 without groups.
-        student_mass: mean p_s(P) of the student; 1 without groups.
-        teacher_mass: mean p_t(P) of the teacher; 1 without groups.
-    """
-
-    ce: Tensor
-    primary: Tensor
-    binary: Tensor
-    secondary: Tensor
-    group_size: Tensor
-    student_mass: Tensor
-    teacher_mass: Tensor
 
 
 class Grouping(NamedTuple):

@@ -48,6 +48,15 @@ class Factors(NamedTuple):
     teacher_secondary: Tensor | None
 
 
+class _Chunk(NamedTuple):
+    """The logits of some classes, (k, B) each, and memory for as many."""
+
+    student: Tensor
+    teacher: Tensor
+    ranked: Tensor
+    buffers: Buffers
+
+
 class LogitPasses:
     """The two passes over kept logits, ``size`` classes at a time.
 
@@ -74,24 +83,23 @@ class LogitPasses:
             a, b, c, d = (self.student.new_empty(min(size, visited), batch) for _ in range(4))
             self._buffers = (a, b, c, d)
 
-    def _cut(self, part: slice) -> tuple[Tensor, Tensor, Tensor, Buffers]:
+    def _chunk(self, part: slice) -> _Chunk:
         student = self.student[part]
         a, b, c, d = (None if each is None else each[: len(student)] for each in self._buffers)
-        return student, self.teacher[part], self.ranked[part], (a, b, c, d)
+        return _Chunk(student, self.teacher[part], self.ranked[part], (a, b, c, d))
 
     def sums(self, split: GroupSplit, *, secondary: bool) -> Tensor:
         """What :class:`LogitSums` names, of this shard, as one (8, B) tensor."""
         visited, batch = self.student.shape
         total = self.student.new_zeros(len(LogitSums._fields), batch)
         for part in slices(visited, self._size):
-            total = _with_chunk(
-                total, *self._cut(part), *split, self._temperature, self._filter_threshold, secondary=secondary
-            )
+            chunk = self._chunk(part)
+            total = _with_chunk(total, chunk, split, self._temperature, self._filter_threshold, secondary=secondary)
         return total
 
     def derivatives(self, part: slice, out: Tensor, split: GroupSplit, factors: Factors) -> None:
         """Write the loss's derivatives (k, B) in the cosines of some classes, 0 for targets."""
-        _chunk_derivatives(out, *self._cut(part), *split, *factors, self._temperature, self._filter_threshold)
+        _chunk_derivatives(out, self._chunk(part), split, factors, self._temperature, self._filter_threshold)
 
 
 def _exponentials(values: Tensor, shift: Tensor | None, out: Tensor | None) -> Tensor:
@@ -113,20 +121,10 @@ def _softmax(
 
 @fused()
 def _with_chunk(
-    total: Tensor,
-    student: Tensor,
-    teacher: Tensor,
-    ranked: Tensor,
-    buffers: Buffers,
-    student_shift: Tensor | None,
-    teacher_shift: Tensor | None,
-    threshold: Tensor | None,
-    temperature: float,
-    filter_threshold: float,
-    *,
-    secondary: bool,
+    total: Tensor, chunk: _Chunk, split: GroupSplit, temperature: float, filter_threshold: float, *, secondary: bool
 ) -> Tensor:
-    inside_out, a_out, b_out, c_out = buffers
+    student, teacher, ranked, (inside_out, a_out, b_out, c_out) = chunk
+    student_shift, teacher_shift, threshold = split
     before = LogitSums(*total)
     softmax = before.softmax + _softmax(student, student_shift, temperature, filter_threshold, a_out).sum(0)
     if filter_threshold > 0:
@@ -170,23 +168,11 @@ def _with_chunk(
 
 @fused()
 def _chunk_derivatives(
-    out: Tensor,
-    student: Tensor,
-    teacher: Tensor,
-    ranked: Tensor,
-    buffers: Buffers,
-    student_shift: Tensor | None,
-    teacher_shift: Tensor | None,
-    threshold: Tensor | None,
-    softmax: Tensor | None,
-    student_primary: Tensor | None,
-    student_secondary: Tensor | None,
-    teacher_primary: Tensor | None,
-    teacher_secondary: Tensor | None,
-    temperature: float,
-    filter_threshold: float,
+    out: Tensor, chunk: _Chunk, split: GroupSplit, factors: Factors, temperature: float, filter_threshold: float
 ) -> None:
-    inside_out, a_out, b_out, _ = buffers
+    student, teacher, ranked, (inside_out, a_out, b_out, _) = chunk
+    student_shift, teacher_shift, threshold = split
+    softmax, student_primary, student_secondary, teacher_primary, teacher_secondary = factors
     if softmax is None:
         out.zero_()
     else:

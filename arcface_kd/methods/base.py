@@ -210,13 +210,8 @@ class Method(nn.Module):
     def replaces_classifier(cls, config: Any) -> bool:
         """Whether, with these knobs, its terms take the place of the trainer's learned classifier.
 
-        Methods that do exclude each other, and a run with one has no learned classifier of its own.
-
-        Args:
-            config: the knobs.
-
-        Returns:
-            ``classifies``, unless a subclass decides by a knob.
+        Methods that do exclude each other, and a run with one has no learned classifier of its own. A subclass may
+        decide by a knob.
         """
         return cls.classifies
 
@@ -234,35 +229,19 @@ class Method(nn.Module):
 
     @classmethod
     def requirements(cls, config: Any) -> frozenset[Requirement]:
-        """What it cannot do without, with these knobs.
-
-        Args:
-            config: the knobs.
-
-        Returns:
-            ``requires``, unless a subclass decides by a knob.
-        """
+        """What it cannot do without, with these knobs: ``requires``, unless a subclass decides by a knob."""
         return cls.requires
 
     @classmethod
     def maps_wanted(cls, config: Any) -> MapsWanted | None:
-        """Which feature maps it looks at, for methods that require the teacher's tail and the student's map.
-
-        Args:
-            config: the knobs.
-
-        Returns:
-            None, unless a subclass wants some.
-        """
+        """Which feature maps it looks at, for methods that require the teacher's tail and the student's map."""
         return None
 
     @classmethod
     def prepare_student(cls, config: Any, student: nn.Module) -> None:
-        """Make a student ready for the method, once, before any trainer has wrapped it or collected its parameters.
+        """Make a student ready for the method, once, before any trainer has wrapped it.
 
-        Args:
-            config: the knobs.
-            student: the one that is watched; its ``state_dict`` must keep its keys and shapes.
+        It must keep the keys and shapes of its ``state_dict``.
         """
         return
 

@@ -24,7 +24,8 @@ from torch import Tensor
 
 from arcface_kd.config.options import Count, Options, Range, Share, Temperature, Weight
 from arcface_kd.losses.class_groups import BatchMass, FixedSize, GroupRule, SampleMass
-from arcface_kd.losses.logit_distillation import Distillation, Grouping, Logits, RankedBy
+from arcface_kd.losses.divergences import Distillation
+from arcface_kd.losses.logit_distillation import Grouping, Logits, RankedBy
 from arcface_kd.methods.base import Batch, RunContext
 from arcface_kd.methods.class_sampling import step_classes
 from arcface_kd.methods.logit_method import LogitMethod

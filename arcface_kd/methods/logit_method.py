@@ -5,8 +5,8 @@ from typing import Any, ClassVar
 import torch
 
 from arcface_kd.losses.class_weights import ClassWeights, StepClasses
+from arcface_kd.losses.divergences import Distillation
 from arcface_kd.losses.logit_distillation import (
-    Distillation,
     Grouping,
     Logits,
     TeacherLogits,

@@ -12,28 +12,27 @@ _ARCHIVES = {
 _TAR_MAGIC = slice(257, 262)
 
 
-def is_archive(head: bytes) -> bool:
-    """Whether a file is an archive.
+def is_lfs_pointer(head: bytes) -> bool:
+    """Whether a file that begins like this is a Git LFS pointer."""
+    return head.startswith(b"version https://git-lfs")
 
-    Args:
-        head: its first bytes, 512 of them tell all kinds.
-    """
+
+def is_html(head: bytes) -> bool:
+    """Whether a file that begins like this is a page, as a refused download leaves it."""
+    text = head.removeprefix(b"\xef\xbb\xbf").lstrip().lower()
+    return text.startswith((b"<!doctype html", b"<html", b"<head", b"<?xml"))
+
+
+def is_archive(head: bytes) -> bool:
+    """Whether a file is an archive; 512 bytes tell all kinds."""
     return head.startswith(tuple(_ARCHIVES)) or head[_TAR_MAGIC] == b"ustar"
 
 
 def found_instead(head: bytes) -> str | None:
-    """Recognise a file that was not downloaded or unpacked.
-
-    Args:
-        head: its first bytes, 512 of them tell all kinds.
-
-    Returns:
-        What it is and what to do; None for anything else.
-    """
-    if head.startswith(b"version https://git-lfs"):
+    """What a file that was not downloaded or unpacked is, and what to do; None for anything else."""
+    if is_lfs_pointer(head):
         return "it is a Git LFS pointer, not the file itself: run `git lfs pull`"
-    text = head.removeprefix(b"\xef\xbb\xbf").lstrip().lower()
-    if text.startswith((b"<!doctype html", b"<html", b"<head", b"<?xml")):
+    if is_html(head):
         return "it is an HTML page, as a refused download leaves it: download the file again"
     if head.startswith(b"PK") and b"/data.pkl" in head[:256]:
         return "it is a torch checkpoint"

@@ -3,6 +3,8 @@
 from pathlib import Path
 from typing import Literal
 
+from arcface_kd.system.downloads import is_html, is_lfs_pointer
+
 Signature = Literal["zip", "pickle", "safetensors", "onnx", "mxnet", "json", "git-lfs", "html"]
 
 _MXNET_LIST_MAGIC = (0x112).to_bytes(8, "little")
@@ -38,14 +40,11 @@ def signature(path: Path) -> Signature | None:
         return "mxnet"
     if len(start) > 2 and start[0] == 0x08 and 1 <= start[1] < 0x40 and start[2] in _ONNX_SECOND_TAGS:
         return "onnx"
-    if start.startswith(b"version https://git-lfs"):
+    if is_lfs_pointer(start):
         return "git-lfs"
-    text = start.lstrip().lower()
-    if text.startswith(b"{"):
+    if start.lstrip().startswith(b"{"):
         return "json"
-    if text.startswith((b"<!doctype html", b"<html")):
-        return "html"
-    return None
+    return "html" if is_html(start) else None
 
 
 def describe(path: Path) -> str:

@@ -93,8 +93,11 @@ def test_fused_functions_are_one_graph_each_and_change_nothing(
     request.getfixturevalue("compiled")
     met = _results(name, options, tmp_path, sample_rate)
     assert len(met) == len(wanted)
+    # align_scale takes each channel's mean away, so CrossKD's adapter has a bias whose gradient is 0 but for the rounding
+    # of sums up to 30.
+    bound = 5e-5 if name == "crosskd" else 1e-5
     for a, b in zip(met, wanted, strict=True):
-        torch.testing.assert_close(a, b, rtol=2e-4, atol=5e-5)
+        torch.testing.assert_close(a, b, rtol=2e-4, atol=bound)
 
 
 def _doubled(values: Tensor) -> Tensor:

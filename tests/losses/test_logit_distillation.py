@@ -13,8 +13,8 @@ from torch.nn.functional import normalize
 
 from arcface_kd.losses.class_groups import BatchMass, FixedSize, SampleMass
 from arcface_kd.losses.class_weights import ClassWeights
+from arcface_kd.losses.divergences import Distillation
 from arcface_kd.losses.logit_distillation import (
-    Distillation,
     Grouping,
     Logits,
     TeacherLogits,

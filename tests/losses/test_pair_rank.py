@@ -1,5 +1,6 @@
 """Soft ranks and thresholds of pairs."""
 
+import ctypes
 from collections.abc import Callable
 
 import pytest
@@ -23,6 +24,7 @@ from benchmarks.peak_memory import can_measure, peak_mb
 from tests.reference.problems import ARCFACE
 
 RATES = (10, 100, 1000)
+_M_MMAP_THRESHOLD = -3
 
 
 def test_a_pair_passes_the_thresholds_below_it() -> None:
@@ -122,6 +124,9 @@ def test_losses_and_gradients_are_those_of_all_pairs(rows: int | None, hardest: 
 
 def step_over_many(batch: int) -> Callable[[], object]:
     """A step of EKD over a large batch, for a process of its own."""
+    # As it is, glibc keeps freed blocks of up to 32 MB, in as many holes as chance wants: 240 to 330 MB were met.
+    if mallopt := getattr(ctypes.CDLL(None), "mallopt", None):
+        mallopt(_M_MMAP_THRESHOLD, 1 << 20)
     method = EKD(EKDConfig(), RunContext(100, 512, ARCFACE, RankGroup(alone=True)))
     generator = torch.Generator().manual_seed(0)
     student = torch.randn(batch, 512, generator=generator).requires_grad_()
@@ -139,4 +144,4 @@ def step_over_many(batch: int) -> Callable[[], object]:
 @pytest.mark.skipif(not can_measure(torch.device("cpu")), reason="this system does not tell a process its peak")
 def test_memory_is_linear_in_the_batch() -> None:
     """2,048 rows have two million pairs, of which each took 300 bytes when they were all there at once."""
-    assert peak_mb(step_over_many, torch.device("cpu"), 2048) < 400
+    assert peak_mb(step_over_many, torch.device("cpu"), 2048) < 250
