@@ -2,7 +2,7 @@
 # make test-timm: the tests with the real timm, which `make test` leaves out.
 # make gpu: the checks of one GPU, see docs/gpu.md (ONLY=3,4 for some; DEVICE=cpu tries them without one).
 # make docs: the pages of docs/ as a site, in site/.
-# make campaigns: kills, mutated files and full disks at length, which `make test` leaves out.
+# make campaigns: kills, mutated files, full disks and the checks of `make gpu` at length, which `make test` leaves out.
 # make fuzz: the parsers under a coverage-guided fuzzer, SECONDS each.  make audit: known vulnerabilities of the versions
 # in constraints.txt.  .ci/matrix: the tests over interpreters and versions.
 # Each sets up what it needs in .venv first; PYTHON chooses the interpreter (3.10 or newer).

@@ -60,7 +60,11 @@ def _run(function: Callable[..., Any], arguments: Sequence[Any], environment: Ma
 
 
 def start(
-    function: Callable[..., Any], *arguments: Any, log: Path, environment: Mapping[str, str] | None = None
+    function: Callable[..., Any],
+    *arguments: Any,
+    log: Path,
+    environment: Mapping[str, str] | None = None,
+    may_fork: bool = False,
 ) -> BaseProcess:
     """Start a process.
 
@@ -69,11 +73,13 @@ def start(
         *arguments: for it; they are pickled.
         log: takes what the process prints, after what is there.
         environment: variables to set.
+        may_fork: let it start processes of its own, which end with nobody else.
 
     Returns:
         The process, which runs.
     """
-    process = _CONTEXT.Process(target=_run, args=(function, arguments, dict(environment or {}), str(log)), daemon=True)
+    given = (function, arguments, dict(environment or {}), str(log))
+    process = _CONTEXT.Process(target=_run, args=given, daemon=not may_fork)
     process.start()
     return process
 

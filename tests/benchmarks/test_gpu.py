@@ -1,6 +1,5 @@
 """``make gpu``: all that a CPU can show of it, and that no check takes the others down."""
 
-import json
 import os
 import signal
 import subprocess
@@ -84,21 +83,6 @@ def test_a_check_ends_as_it_ends(tmp_path: Path) -> None:
 def test_limits_leave_time_on_the_lent_machine() -> None:
     assert [check.number for check in CHECKS] == list(range(1, 14))
     assert sum(check.seconds for check in CHECKS) <= 480
-
-
-@pytest.mark.slow
-def test_every_check_runs_on_a_cpu(tmp_path: Path) -> None:
-    command = ["make", "--silent", "gpu", "DEVICE=cpu", f"PYTHON={sys.executable}", f"GPU_OUT={tmp_path / 'out'}"]
-    environment = {name: value for name, value in os.environ.items() if name != "ARCFACE_TORCH"}
-    ended = subprocess.run(
-        command, cwd=ROOT, env={**environment, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True
-    )
-    assert ended.returncode == 0, ended.stdout + ended.stderr
-    checks = json.loads((tmp_path / "out" / "results.json").read_text())["checks"]
-    assert {each["number"]: each["status"] for each in checks} == {
-        number: "skipped" if number == 7 else "passed" for number in range(1, 14)
-    }
-    assert "nothing about a GPU" in (tmp_path / "out" / "results.md").read_text()
 
 
 def test_the_package_is_found_in_its_checkout(tmp_path: Path) -> None:

@@ -193,13 +193,12 @@ def test_wherever_it_fails(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("how", ["kill", "exception"])
-def test_torchrun_ends_the_job(faces: Faces, tmp_path: Path, how: str) -> None:
+def test_torchrun_ends_the_job(faces: Faces, tmp_path: Path) -> None:
     config = write_config(faces, tmp_path)
     script = tmp_path / "rank.py"
     script.write_text(
         "import sys\nfrom tests.distributed.test_rank_failure import train_and_fail\n"
-        f"sys.exit(train_and_fail({str(config)!r}, 1, {how!r}))\n"
+        f"sys.exit(train_and_fail({str(config)!r}, 1, 'exception'))\n"
     )
     done = subprocess.run(
         [*(sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"), str(script)],
@@ -211,7 +210,7 @@ def test_torchrun_ends_the_job(faces: Faces, tmp_path: Path, how: str) -> None:
     assert done.returncode != 0
     # torchrun's own account: which rank was the first, and how it ended.
     assert "rank      : 1 (local_rank: 1)" in done.stderr
-    assert ("Signal 9 (SIGKILL)" if how == "kill" else "ValueError: a fault of this rank") in done.stderr
+    assert "ValueError: a fault of this rank" in done.stderr
 
 
 def test_on_gpus_a_rank_names_its_own_and_aborts_when_it_fails(monkeypatch: pytest.MonkeyPatch) -> None:

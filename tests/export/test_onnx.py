@@ -71,13 +71,12 @@ def test_it_is_a_teacher(file: Path, student: FaceBackbone, faces: np.ndarray) -
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["mbf", "mobilefacenet"])
-def test_other_students(name: str, tmp_path: Path, faces: np.ndarray) -> None:
-    run = run_of(tmp_path / "run", trained(name, faces))
-    report = export(run, tmp_path / f"{name}.onnx")
-    assert (report.network, report.embedding_size, report.precision) == (name, D, "float32")
+def test_another_student(tmp_path: Path, faces: np.ndarray) -> None:
+    run = run_of(tmp_path / "run", trained("mbf", faces))
+    report = export(run, tmp_path / "mbf.onnx")
+    assert (report.network, report.embedding_size, report.precision) == ("mbf", D, "float32")
     assert report.least_cosine > 0.9999
-    assert report.size == (tmp_path / f"{name}.onnx").stat().st_size
+    assert report.size == (tmp_path / "mbf.onnx").stat().st_size
 
 
 def test_a_checkpoint_says_the_same_as_its_run(run: Path, tmp_path: Path, converted: None) -> None:
@@ -304,10 +303,12 @@ def test_a_damaged_checkpoint_is_told_before_anything_else(tmp_path: Path) -> No
 
 @pytest.mark.real
 @pytest.mark.slow
-def test_real_faces(real_data: Path, tmp_path: Path) -> None:
+def test_real_faces(real_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     records = RecordDataset(real_data / "faces_real")
     pixels = np.stack([records.pixels(View(number, False))[1] for number in range(0, 6000, 120)])
     run = run_of(tmp_path / "run", trained("thin_r18", pixels))
+    converted = to_onnx(load_network(run))
+    monkeypatch.setattr(onnx_export, "to_onnx", lambda student: converted)
     whole = export(run, tmp_path / "float32.onnx", calibration=real_data / "faces_real")
     assert (whole.faces, whole.least_cosine > 0.9999) == (64, True)
     small = export(run, tmp_path / "int8.onnx", int8=True, calibration=real_data / "faces_real", images=64)

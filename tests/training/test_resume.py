@@ -13,6 +13,7 @@ import torch
 from easydict import EasyDict
 
 from arcface_kd.checkpoints.shards import merge_head
+from arcface_kd.cli.main import main
 from arcface_kd.config.arcface_torch import BASE
 from arcface_kd.distillation.drop_ins import drop_ins
 from arcface_kd.errors import ArcfaceKDError, CheckpointError
@@ -20,6 +21,7 @@ from arcface_kd.evaluation.report.scalars import read_scalars
 from arcface_kd.training.resume import load_optimizer, resume
 from arcface_kd.training.run import Run
 from arcface_kd.training.trainer import train
+from tests.forked import free_port, ranks_environment, start, wait
 from tests.host.trainer.faces import Faces, draw_faces
 from tests.training.runs import config_for, loss_trace, same_weights, saved
 
@@ -223,12 +225,12 @@ def test_a_run_begun_without_a_loss_scale_goes_on_with_one(
 def test_two_ranks_agree_and_resume(faces: Faces, teacher_file: Path, tmp_path: Path) -> None:
     config = tmp_path / "two_ranks.py"
 
-    def run(ranks: int, output: str, *settings: str) -> None:
+    def run(output: str) -> None:
         subprocess.run(
             [
-                *(sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"),
+                *(sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"),
                 *("-m", "arcface_kd", "train", str(config), "--kd", "adadistill", "--kd-teacher", str(teacher_file)),
-                *("--set", f"output={tmp_path / output}", *settings),
+                *("--set", f"output={tmp_path / output}"),
             ],
             check=True,
             # Of a warning in a rank's own process pytest knows nothing.
@@ -246,8 +248,16 @@ def test_two_ranks_agree_and_resume(faces: Faces, teacher_file: Path, tmp_path: 
     }
     body = "\n".join(f"config[{json.dumps(key)}] = {value!r}" for key, value in keys.items())
     config.write_text(f"from easydict import EasyDict\nconfig = EasyDict()\n{body}\n")
-    run(2, "whole")
-    run(2, "parts", "num_epoch=1")
+    run("whole")
+    # Its ranks as torchrun makes them, without another launcher and their imports.
+    words = ["train", str(config), "--kd", "adadistill", "--kd-teacher", str(teacher_file)]
+    words += ["--set", f"output={tmp_path / 'parts'}", "num_epoch=1"]
+    port = free_port()
+    ranks = [
+        start(main, words, log=tmp_path / f"{rank}.log", environment=ranks_environment(2, port, rank))
+        for rank in range(2)
+    ]
+    assert wait(ranks, 600) == [0, 0]
     first = [saved(tmp_path / "whole", f"checkpoint_gpu_{rank}.pt") for rank in (0, 1)]
     assert same_weights(
         {k: v for k, v in first[0]["state_dict_backbone"].items() if "running" not in k},

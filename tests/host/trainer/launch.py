@@ -2,24 +2,19 @@
 
 import json
 import os
-import socket
+import runpy
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-    return port
+from tests.forked import free_port, ranks_environment, start
 
 
 class Run(NamedTuple):
@@ -58,44 +53,47 @@ def launch_in_turn(folder: Path, turns: Sequence[Turn], ranks: int = 1, torchrun
 
 
 def _start(folder: Path, trainer: list[str], ranks: int, torchrun: bool) -> Run:
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONDONTWRITEBYTECODE": "1"}
-    port = str(_free_port())
+    alone = {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONDONTWRITEBYTECODE": "1"}
     if torchrun:
-        options = [f"--nproc_per_node={ranks}", "--master_addr=127.0.0.1", f"--master_port={port}"]
-        starts = [([sys.executable, "-m", "torch.distributed.run", *options, *trainer], environment)]
-    else:
-        shared = {**environment, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": str(ranks)}
-        starts = [
-            ([sys.executable, *trainer], {**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)})
-            for rank in range(ranks)
-        ]
-    with ExitStack() as stack:
-        logs = [stack.enter_context(tempfile.TemporaryFile()) for _ in starts]
-        processes = [
-            subprocess.Popen(command, cwd=folder, env=variables, stdout=log, stderr=subprocess.STDOUT)
-            for (command, variables), log in zip(starts, logs, strict=True)
-        ]
+        options = [f"--nproc_per_node={ranks}", "--master_addr=127.0.0.1", f"--master_port={free_port()}"]
+        command = [sys.executable, "-m", "torch.distributed.run", *options, *trainer]
+        environment = {**os.environ, **alone}
+        done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=1200)
+        return Run(done.returncode, done.stdout + done.stderr)
+    with tempfile.TemporaryDirectory() as logs:
+        port, processes = free_port(), []
+        for rank in range(ranks):
+            environment = ranks_environment(ranks, port, rank, **alone)
+            log = Path(logs, f"{rank}.log")
+            processes.append(start(_run_script, str(folder), trainer, log=log, environment=environment, may_fork=True))
         exit_code = _wait(processes)
-        for log in logs:
-            log.seek(0)
-        return Run(exit_code, "\n".join(log.read().decode(errors="replace") for log in logs))
+        printed = [Path(logs, f"{rank}.log").read_text(errors="replace") for rank in range(ranks)]
+        return Run(exit_code, "\n".join(printed))
 
 
-def _wait(processes: list[subprocess.Popen[bytes]], seconds: float = 1200) -> int:
+def _run_script(folder: str, words: list[str]) -> None:
+    """What ``python WORDS`` does in a folder."""
+    os.chdir(folder)
+    sys.path.insert(0, folder)
+    sys.argv = words
+    runpy.run_path(words[0], run_name="__main__")
+
+
+def _wait(processes: list[BaseProcess], seconds: float = 1200) -> int:
     """Wait for all, or until one fails or time is up; the others would wait for it."""
     deadline = time.monotonic() + seconds
     try:
-        while any(process.poll() is None for process in processes):
-            failed = [process.returncode for process in processes if process.returncode]
+        while any(process.exitcode is None for process in processes):
+            failed = [process.exitcode for process in processes if process.exitcode]
             if failed:
                 return failed[0]
             assert time.monotonic() < deadline, f"the trainer still ran after {seconds} seconds"
             time.sleep(0.05)
-        return next((process.returncode for process in processes if process.returncode), 0)
+        return next((process.exitcode for process in processes if process.exitcode), 0)
     finally:
         for process in processes:
             process.kill()
-            process.wait()
+            process.join()
 
 
 def train(folder: Path, config: str, *arguments: str, ranks: int = 1, torchrun: bool = False) -> str:

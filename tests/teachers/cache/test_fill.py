@@ -1,8 +1,5 @@
 """Filling a cache beforehand: exact rows, resuming, ranks, errors in one line."""
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +24,7 @@ from arcface_kd.teachers.base import Teacher, load_teacher
 from arcface_kd.teachers.cache.embedding_cache import EmbeddingCache, identity_of
 from arcface_kd.teachers.cache.fill import CacheReport, fill_cache
 from arcface_kd.teachers.options import TeacherOptions
+from tests.forked import free_port, ranks_environment, start, wait
 from tests.host.trainer.faces import Faces, draw_faces
 
 DIMENSION = 12
@@ -228,21 +226,15 @@ def test_the_command_without_a_teacher(config: Path, tmp_path: Path, capsys: pyt
 
 
 @pytest.mark.slow
-def test_torchrun_shares_the_work_out(config: Path, teacher_file: Path, faces: Faces, tmp_path: Path) -> None:
-    words = [str(config), "--kd-teacher", str(teacher_file), "--out", str(tmp_path / "rows")]
-    finished = subprocess.run(
-        [
-            *(sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"),
-            *("-m", "arcface_kd", "cache", *words),
-        ],
-        check=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=240,
-    )
-    assert finished.stdout.count("70 of 70 rows were missing") == 1
-    assert "18/18" in finished.stderr
+def test_ranks_share_the_work_out(config: Path, teacher_file: Path, faces: Faces, tmp_path: Path) -> None:
+    words = ["cache", str(config), "--kd-teacher", str(teacher_file), "--out", str(tmp_path / "rows")]
+    port = free_port()
+    logs = [tmp_path / f"{rank}.log" for rank in range(2)]
+    ranks = [start(main, words, log=log, environment=ranks_environment(2, port, rank)) for rank, log in enumerate(logs)]
+    assert wait(ranks, 240) == [0, 0]
+    said = [log.read_text() for log in logs]
+    assert [text.count("70 of 70 rows were missing") for text in said] == [1, 0]
+    assert "18/18" in said[0]
     teacher = load_teacher(teacher_file)
     wanted = said_of_all(faces, teacher)
     assert (rows_of(opened(tmp_path / "rows", faces, teacher)) - wanted).abs().max() < 1e-3

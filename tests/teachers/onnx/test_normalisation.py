@@ -347,4 +347,4 @@ def test_a_real_teacher_that_normalises_itself(real_data: Path, some_pairs: Veri
     ]
     path = saved(tmp_path, normalising(nodes, arrays, base=base))
     result = evaluate(load_teacher(path, {"channels": "bgr"}), some_pairs, flip=False)
-    assert result.accuracy > 0.99
+    assert result.accuracy >= 0.98
