@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from arcface_kd.backbones import get_backbone
 from arcface_kd.cli.main import main
 from arcface_kd.config.kd import KDConfig
 from arcface_kd.data.dataset import RecordDataset
@@ -175,3 +176,18 @@ def test_several_teachers_in_a_config_and_on_the_command_line() -> None:
     assert kd.teacher == ("a.pt", "b.onnx")
     assert kd.flags()[:4] == ["--kd", "embedding", "--kd-teacher", "a.pt"]
     assert kd.flags()[4:] == ["--kd-teacher", "b.onnx"]
+
+
+def test_check_judges_several_files_as_one(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["check"]
+    for seed in (0, 1):
+        torch.manual_seed(seed)
+        state = get_backbone("ir:units=1-1-1-1,widths=16-32-48-64,stem=16", num_features=4).state_dict()
+        torch.save(state, tmp_path / f"{seed}.pt")
+        words += ["--kd-teacher", str(tmp_path / f"{seed}.pt")]
+    assert main(words) == 0
+    printed = capsys.readouterr().out
+    assert "8 dimensions" in printed
+    assert f"concat of ir:units=1-1-1-1,widths=16-32-48-64,stem=16 from {tmp_path / '0.pt'} and" in printed
+    assert main(["cache", "merge", str(tmp_path / "0.cache"), str(tmp_path / "1.cache"), "--out", "out.cache"]) == 2
+    assert str(tmp_path / "0.cache") in capsys.readouterr().err
