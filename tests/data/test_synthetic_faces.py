@@ -22,25 +22,15 @@ from arcface_kd.data.synthetic_faces.canvas import (
     FIELD_SIZE,
     FIELD_TOP,
     SIDE,
-    blend,
-    curve,
-    disc,
-    fill,
-    hard_mask,
-    loop,
-    ribbon,
     sample,
-    soft_mask,
-    textured,
     to_pixels,
 )
 from arcface_kd.data.synthetic_faces.face_dataset import draw_pairs
 from arcface_kd.data.synthetic_faces.features import Expression, Eyewear, landmarks
 from arcface_kd.data.synthetic_faces.photograph import alignment, visible_points
 from arcface_kd.data.synthetic_faces.portrait import Portrait
-from arcface_kd.data.synthetic_faces.relief import Surface
 from arcface_kd.data.synthetic_faces.shot import Camera, Light, Shot, draw_shot
-from arcface_kd.data.synthetic_faces.traits import Identity, about, draw_identity
+from arcface_kd.data.synthetic_faces.traits import Identity, draw_identity
 from arcface_kd.errors import ConfigError, DataError
 
 AT_REST = Expression(0.0, 0.0, 0.0, 1.0, (0.0, 0.0), Eyewear.NONE, None)
@@ -199,15 +189,6 @@ def test_the_population_has_every_hair_style_beards_glasses_and_none() -> None:
     assert np.std([person.colours.skin.mean() for person in crowd]) > 20
 
 
-def test_about_has_no_tails() -> None:
-    rng = np.random.default_rng(0)
-    drawn = np.array([about(rng, 10, 2) for _ in range(5000)])
-    assert abs(drawn.mean() - 10) < 0.1
-    assert drawn.min() >= 10 - 2.2 * 2
-    assert drawn.max() <= 10 + 2.2 * 2
-    assert 1.8 < drawn.std() < 2
-
-
 # Pose and alignment
 
 
@@ -220,24 +201,6 @@ def test_alignment_undoes_a_similarity(angle: float, scale: float, x: float, y: 
     moved = TEMPLATE @ turn.T + (x, y)
     fit = alignment(moved.astype(np.float32), FRONTAL)
     assert np.allclose(moved @ fit[:, :2].T + fit[:, 2], TEMPLATE, atol=1e-2)
-
-
-def test_alignment_is_the_least_squares_similarity() -> None:
-    rng = np.random.default_rng(0)
-    points = (TEMPLATE + rng.normal(0, 4, TEMPLATE.shape)).astype(np.float32)
-    # The same fit as a linear system in (a, b, x, y) of the map (a u - b v + x, b u + a v + y).
-    rows = [((u, -v, 1, 0), (v, u, 0, 1)) for u, v in points.astype(float)]
-    a, b, x, y = np.linalg.lstsq(np.array(rows).reshape(-1, 4), TEMPLATE.ravel(), rcond=None)[0]
-    assert np.allclose(alignment(points, FRONTAL), [(a, -b, x), (b, a, y)], atol=1e-4)
-
-
-def test_alignment_errors_are_what_the_shot_says() -> None:
-    shot = replace(FRONTAL, roll=0.1, zoom=1.1, shift=(2.0, -3.0))
-    fit = alignment(TEMPLATE.astype(np.float32), shot)
-    assert math.hypot(*fit[:, 0]) == pytest.approx(1.1, abs=1e-4)
-    assert math.atan2(fit[1, 0], fit[0, 0]) == pytest.approx(0.1, abs=1e-4)
-    middle = TEMPLATE.mean(axis=0)
-    assert np.allclose(fit[:, :2] @ middle + fit[:, 2] - middle, (2.0, -3.0), atol=1e-3)
 
 
 @settings(max_examples=30, deadline=None)
@@ -318,17 +281,6 @@ def test_an_expression_moves_only_its_features() -> None:
 # Relief
 
 
-def test_a_surface_knows_its_slopes_and_hollows() -> None:
-    rows, columns = np.mgrid[0:FIELD_SIZE, 0:FIELD_SIZE].astype(np.float32)
-    plane = Surface.of(2 * columns - 0.5 * rows)
-    inner = plane.shape[20:-20, 20:-20]
-    assert np.allclose(inner[..., 0], 2, atol=1e-3)
-    assert np.allclose(inner[..., 1], -0.5, atol=1e-3)
-    assert np.allclose(inner[..., 2], 0, atol=1e-2)
-    pit = Surface.of(-5 * np.exp(-((columns - 80) ** 2 + (rows - 80) ** 2) / 20).astype(np.float32))
-    assert pit.shape[80, 80, 2] > 1, "a pit lies lower than its surroundings"
-
-
 def test_relief_is_a_face() -> None:
     for number in range(10):
         portrait = Portrait(np.random.default_rng(number))
@@ -345,115 +297,6 @@ def test_relief_is_a_face() -> None:
         assert np.allclose(smile.height, height + portrait.relief.smile.height)
         assert portrait.relief.surface(0.0) is portrait.relief.rest
         assert portrait.relief.surface(-0.4) is portrait.relief.rest
-
-
-# Canvas
-
-
-@settings(max_examples=30, deadline=None)
-@given(st.integers(2, 9), st.integers(0, 1000))
-def test_curves_pass_through_their_points(count: int, seed: int) -> None:
-    points = np.random.default_rng(seed).uniform(-50, 50, (count, 2)).astype(np.float32)
-    open_curve, closed = curve(points), loop(points)
-    assert np.allclose(open_curve[::5], points, atol=1e-3)
-    assert np.allclose(closed[::5], points, atol=1e-3)
-    assert len(open_curve) == 5 * (count - 1) + 1
-    assert len(closed) == 5 * count
-
-
-def test_a_curve_through_a_line_is_the_line() -> None:
-    points = np.stack([np.arange(6), 2 * np.arange(6)], 1).astype(np.float32)
-    inner = curve(points)[5:-5]
-    assert np.allclose(inner[:, 1], 2 * inner[:, 0], atol=1e-4)
-    assert np.allclose(np.diff(inner[:, 0]), 0.2, atol=1e-4)
-
-
-def test_a_ribbon_is_as_wide_as_asked() -> None:
-    spine = np.stack([np.linspace(-10, 10, 9), np.full(9, 3)], 1).astype(np.float32)
-    outline = ribbon(spine, np.linspace(1, 3, 9))
-    assert np.allclose(np.abs(outline[:9, 1] - outline[::-1][:9, 1]), np.linspace(1, 3, 9), atol=1e-4)
-    assert np.allclose(outline[:9, 0], spine[:, 0], atol=1e-4)
-
-
-def test_sampling_reads_face_units() -> None:
-    for side in (FIELD_SIZE, SIDE):
-        rows, columns = np.mgrid[0:side, 0:side].astype(np.float32)
-        asked = np.random.default_rng(0).uniform(-60, 50, (2, 30, 1)).astype(np.float32)
-        expected = to_pixels(np.stack([asked[0], asked[1]], -1), side)
-        # OpenCV interpolates in steps of 1/32 pixel.
-        assert np.allclose(sample(columns, *asked), expected[..., 0], atol=1 / 32)
-        assert np.allclose(sample(rows, *asked), expected[..., 1], atol=1 / 32)
-
-
-def test_outside_the_field_a_sample_is_what_was_asked() -> None:
-    ones = np.ones((SIDE, SIDE), np.float32)
-    outside = np.full((1, 1), 500, np.float32)
-    assert sample(ones, outside, outside)[0, 0] == 1
-    assert sample(ones, outside, outside, beyond=0)[0, 0] == 0
-
-
-@pytest.mark.parametrize("side", [FIELD_SIZE, SIDE])
-def test_a_filled_outline_covers_its_area(side: int) -> None:
-    scale = side / FIELD_SIZE
-    # An antialiased edge reaches half a pixel beyond the outline.
-    assert hard_mask([SQUARE], side).sum() / 255 == pytest.approx((40 * scale + 1) ** 2, rel=0.02)
-    canvas = np.zeros((side, side, 4), np.uint8)
-    fill(canvas, SQUARE, (10, 20, 30))
-    x, y = to_pixels(np.zeros(2, np.float32), side).astype(int)
-    assert canvas[y, x].tolist() == [10, 20, 30, 255]
-    assert canvas[0, 0].tolist() == [0, 0, 0, 0]
-
-
-def test_a_disc_is_round_and_in_place() -> None:
-    canvas = np.zeros((SIDE, SIDE, 4), np.uint8)
-    disc(canvas, (10.0, -5.0), 8.0, (255, 0, 0))
-    mask = canvas[..., 3] > 127
-    rows, columns = np.nonzero(mask)
-    assert np.allclose((columns.mean(), rows.mean()), to_pixels(np.array([10, -5], np.float32)), atol=0.3)
-    assert mask.sum() == pytest.approx(math.pi * (8 * SIDE / FIELD_SIZE) ** 2, rel=0.08)
-
-
-@pytest.mark.parametrize("softness", [0.5, 1.0, 2.5, 6.0])
-def test_a_soft_mask_keeps_its_area_and_fades(softness: float) -> None:
-    mask = soft_mask([SQUARE], softness)
-    assert mask.dtype == np.float32
-    assert mask.shape == (SIDE, SIDE)
-    assert mask.min() >= 0
-    assert mask.max() <= 1.001
-    # Drawn coarsely when soft, and an antialiased edge reaches half a pixel beyond the outline.
-    assert mask.sum() * (FIELD_SIZE / SIDE) ** 2 == pytest.approx(41**2, rel=0.16)
-    edge, middle = np.full((1, 1), 20, np.float32), np.zeros((1, 1), np.float32)
-    assert 0.3 < sample(mask, edge, middle)[0, 0] < 0.8
-    assert sample(mask, middle, middle)[0, 0] > 0.99
-    profile = mask[int(to_pixels(np.zeros(2, np.float32))[1])]
-    width = np.count_nonzero((profile > 0.16) & (profile < 0.84)) / 2 * FIELD_SIZE / SIDE
-    assert width == pytest.approx(2 * softness, abs=1.5), "16 % to 84 % is two standard deviations"
-
-
-def test_blend_mixes_by_the_mask_and_keeps_the_rest() -> None:
-    canvas = np.full((8, 8, 4), 255, np.uint8)
-    canvas[..., :3] = (100, 100, 100)
-    mask = np.zeros((8, 8), np.float32)
-    mask[2:5, 3:6] = 0.25
-    blend(canvas, mask, (200, 0, 100))
-    assert np.abs(canvas[3, 4].astype(int) - (125, 75, 100, 255)).max() <= 1
-    assert (canvas[..., :3] == 100).all(axis=2).sum() == 64 - 9
-    before = canvas.copy()
-    blend(canvas, np.zeros((8, 8), np.float32), (0, 0, 0))
-    assert np.array_equal(canvas, before)
-    other = np.full((8, 8, 4), 7, np.uint8)
-    blend(canvas, np.ones((8, 8), np.float32), other)
-    assert np.array_equal(canvas, other)
-
-
-def test_texture_varies_brightness_around_the_colour() -> None:
-    colour = np.array([120, 80, 40], np.float32)
-    noise = np.random.default_rng(0).standard_normal((SIDE, SIDE), dtype=np.float32)
-    canvas = textured(colour, noise, 0.2)
-    assert (canvas[..., 3] == 255).all()
-    assert np.allclose(canvas[..., :3].mean(axis=(0, 1)), colour, atol=1.5)
-    assert canvas[..., 0].std() == pytest.approx(0.2 * 120, rel=0.05)
-    assert np.corrcoef(canvas[..., 0].ravel(), noise.ravel())[0, 1] > 0.99
 
 
 # Data sets

@@ -267,24 +267,6 @@ def test_what_is_observed() -> None:
     assert everything.binary.abs() < 1e-300
 
 
-@pytest.mark.parametrize("grouping", [None, Grouping(SampleMass(0.8), secondary=True)], ids=["kd", "grouped"])
-def test_gradcheck(grouping: Grouping | None) -> None:
-    given = sides(5, batch=5, classes=7, dimension=3)
-    # A logit scale of 64 makes the loss too curved for finite differences.
-    soft = Margin(4.0, 1.0, 0.3, 0.1)
-    teacher = of_teacher(given, soft, 1.5)
-    torch.autograd.gradcheck(
-        lambda e, c: tuple(
-            term
-            for term in logit_distillation(
-                e, given.labels, ClassWeights(c), teacher, soft, grouping=grouping, logits="margin", chunk=3
-            )[:4]
-            if term.requires_grad
-        ),
-        (given.embeddings.requires_grad_(), given.centers.requires_grad_()),
-    )
-
-
 def test_a_second_derivative_is_refused_and_not_silently_wrong() -> None:
     given = sides(1)
     embeddings = given.embeddings.requires_grad_()

@@ -1,6 +1,7 @@
 """The optimiser of a run on a GPU."""
 
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import torch
@@ -27,7 +28,7 @@ def test_a_first_step_that_overflows_leaves_no_momentum() -> None:
             optimizer.zero_grad()
         return weight.detach()
 
-    settings = {"lr": 0.1, "momentum": 0.9, "weight_decay": 0.01}
+    settings: dict[str, Any] = {"lr": 0.1, "momentum": 0.9, "weight_decay": 0.01}
     frozen = torch.nn.Parameter(torch.ones(2), requires_grad=False)
     weights = [torch.nn.Parameter(torch.ones(5)) for _ in range(2)]
     met = after_an_overflow(fused_sgd([{"params": [weights[0], frozen]}], **settings), weights[0])
