@@ -8,10 +8,8 @@ import cv2
 import numpy as np
 import pytest
 import torch
-from easydict import EasyDict
 
 from arcface_kd.backbones import get_backbone
-from arcface_kd.config.arcface_torch import BASE
 from arcface_kd.config.kd import KDConfig
 from arcface_kd.data.dataset import RecordDataset
 from arcface_kd.data.formats.record import RecordHeader, pack
@@ -25,7 +23,9 @@ from arcface_kd.errors import ConfigError, DataError
 from arcface_kd.evaluation.report.scalars import read_scalars
 from arcface_kd.training.trainer import TrainResult, train
 from tests.data.record_sets import encoded, plain_records, write_records
+from tests.host.trainer.faces import Faces
 from tests.reference.problems import ARCFACE
+from tests.training.runs import config_for
 
 BLACK = cv2.imencode(".png", np.zeros((112, 112, 3), np.uint8))[1].tobytes()
 
@@ -39,14 +39,9 @@ def teacher_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def train_on(folder: Path, teacher_file: Path, num_classes: int, num_image: int, **keys: Any) -> TrainResult:
-    config = EasyDict(BASE)
-    config.update(
-        **{"network": "thin_r18", "rec": str(folder), "num_classes": num_classes, "num_image": num_image},
-        **{"num_epoch": 2, "warmup_epoch": 0, "val_targets": [], "embedding_size": 16, "batch_size": 4, "frequent": 1},
-        **{"num_workers": 0, "output": str(folder / "run"), "kd": "adadistill", "kd_teacher": str(teacher_file)},
-    )
-    config.update(keys)
-    result = train(config)
+    own = {"network": "thin_r18", "val_targets": [], "embedding_size": 16, "batch_size": 4, "kd": "adadistill"}
+    faces = Faces(folder, num_classes, num_image)
+    result = train(config_for(faces, folder / "run", **{**own, "kd_teacher": str(teacher_file), **keys}))
     losses = read_scalars(result.output / "tensorboard")["loss"].y
     assert np.isfinite(losses).all()
     assert all(value.isfinite().all() for value in result.student.state_dict().values())

@@ -13,7 +13,6 @@ from torch import Tensor, nn
 
 from arcface_kd.backbones import get_backbone
 from arcface_kd.cli.main import main
-from arcface_kd.config.arcface_torch import BASE
 from arcface_kd.config.flags import add_arguments, merge_arguments
 from arcface_kd.config.kd import KDConfig
 from arcface_kd.data.dataset import open_dataset
@@ -30,6 +29,7 @@ from arcface_kd.teachers.options import TeacherOptions
 from arcface_kd.training.trainer import train
 from tests.data.record_damage import no_image, too_many_labels
 from tests.host.trainer.faces import Faces, draw_faces
+from tests.training import runs
 
 BAD_KEYS = (4, 9)
 
@@ -64,22 +64,7 @@ def teacher() -> Teacher:
 
 
 def config_for(faces: Faces, output: Path, **keys: Any) -> EasyDict:
-    made = {
-        **BASE,
-        "network": "thin_r18",
-        "rec": str(faces.folder),
-        "num_classes": faces.num_classes,
-        "num_image": faces.num_image,
-        "num_epoch": 2,
-        "warmup_epoch": 0,
-        "val_targets": [],
-        "embedding_size": 16,
-        "batch_size": 6,
-        "frequent": 1,
-        "num_workers": 0,
-        "output": str(output),
-    }
-    return EasyDict({**made, **keys})
+    return runs.config_for(faces, output, **{"val_targets": [], "embedding_size": 16, "batch_size": 6, **keys})
 
 
 def test_the_flag_is_the_key_and_the_key_is_checked() -> None:

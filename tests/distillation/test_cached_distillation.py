@@ -11,7 +11,6 @@ from torch import Tensor, nn
 from torch.nn.functional import cosine_similarity, normalize
 from torch.utils.checkpoint import checkpoint
 
-from arcface_kd.config.arcface_torch import BASE
 from arcface_kd.config.kd import KDConfig
 from arcface_kd.data.dataset import RecordDataset
 from arcface_kd.data.loader import BatchViews, FaceLoader
@@ -31,6 +30,7 @@ from arcface_kd.training.trainer import train
 from tests.host.trainer.faces import Faces, draw_faces
 from tests.make_believe_gpu import make_believe_gpu
 from tests.reference.problems import ARCFACE
+from tests.training.runs import config_for
 
 DIMENSION = 16
 
@@ -243,23 +243,8 @@ def test_dali_switches_the_cache_off_loudly(tmp_path: Path, caplog: pytest.LogCa
 @pytest.mark.slow
 def test_the_trainer_reads_it(faces: Faces, tmp_path: Path) -> None:
     """Through the config's key, from the first epoch on and in the next run, with workers and after a resume."""
-    config = EasyDict(BASE)
-    config.update(
-        network="thin_r18",
-        rec=str(faces.folder),
-        num_classes=faces.num_classes,
-        num_image=faces.num_image,
-        num_epoch=3,
-        warmup_epoch=0,
-        val_targets=[],
-        embedding_size=DIMENSION,
-        batch_size=9,
-        lr=0.01,
-        frequent=1,
-        verbose=10**6,
-        num_workers=0,
-        save_all_states=True,
-    )
+    keys = {"val_targets": [], "embedding_size": DIMENSION, "batch_size": 9, "lr": 0.01, "save_all_states": True}
+    config = config_for(faces, tmp_path, num_epoch=3, **keys)
 
     def losses(name: str, network: Network, **keys: Any) -> list[float]:
         kd = KDConfig(methods=("adadistill",), cache=keys.pop("cache", None))

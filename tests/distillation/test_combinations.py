@@ -1,14 +1,11 @@
 """Methods joined by ``+``: their terms add up, each is logged with its share, options reach the one they name."""
 
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
-from easydict import EasyDict
 
 from arcface_kd.backbones import get_backbone
-from arcface_kd.config.arcface_torch import BASE
 from arcface_kd.config.kd import KDConfig
 from arcface_kd.distillation.distiller import Distiller
 from arcface_kd.distillation.head import DistillationHead
@@ -22,6 +19,7 @@ from arcface_kd.training.trainer import train
 from tests.distillation.test_distiller import CLASSES, LABELS, Embedder, images
 from tests.host.trainer.faces import Faces, draw_faces
 from tests.reference.problems import ARCFACE
+from tests.training.runs import config_for
 
 
 def _scalars(folder: Path) -> dict[str, float]:
@@ -130,26 +128,8 @@ def teacher_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_the_compact_trainer_trains_a_student_towards_the_teacher(
     faces: Faces, teacher_file: Path, kd: str, options: list[str], terms: set[str], tmp_path: Path
 ) -> None:
-    config: Any = EasyDict(BASE)
-    config.update(
-        network="thin_r18",
-        rec=str(faces.folder),
-        num_classes=faces.num_classes,
-        num_image=faces.num_image,
-        num_epoch=4,
-        warmup_epoch=0,
-        val_targets=[],
-        embedding_size=24,
-        batch_size=16,
-        lr=0.02,
-        frequent=1,
-        num_workers=0,
-        output=str(tmp_path),
-        kd=kd,
-        kd_teacher=str(teacher_file),
-        kd_option=options,
-    )
-    train(config)
+    keys = {"val_targets": [], "embedding_size": 24, "num_epoch": 4, "lr": 0.02, "network": "thin_r18"}
+    train(config_for(faces, tmp_path, kd=kd, kd_teacher=str(teacher_file), kd_option=options, **keys))
     scalars = read_scalars(tmp_path / "tensorboard")
     assert {name for name in scalars if name.startswith("kd/gradient_share/")} == {
         f"kd/gradient_share/{term}" for term in terms

@@ -33,6 +33,7 @@ from tests.data.record_sets import insightface_records, write_records
 from tests.host.trainer.faces import Faces, draw_faces
 from tests.reference.problems import ARCFACE
 from tests.teachers.checkpoint_files import prefixed
+from tests.training.runs import config_for
 
 CLASSES, DIMENSION = 11, 5
 WHOLE = ClassShard(CLASSES)
@@ -124,9 +125,8 @@ def test_every_source_gives_every_rank_its_classes(matrix: Tensor, tmp_path: Pat
 
 def test_a_run_of_this_package_and_its_merged_head(tmp_path: Path) -> None:
     faces = draw_faces(tmp_path, identities=6, images=4)
-    config = EasyDict(BASE, network="thin_r18", rec=str(faces.folder), num_classes=6, num_image=24, num_epoch=1)
-    config.update(warmup_epoch=0, val_targets=[], embedding_size=8, batch_size=8, num_workers=0)
-    train(EasyDict(config, output=str(tmp_path / "run"), save_all_states=True))
+    keys = {"num_epoch": 1, "val_targets": [], "embedding_size": 8, "batch_size": 8, "save_all_states": True}
+    train(config_for(faces, tmp_path / "run", **keys))
     state = torch.load(tmp_path / "run" / "checkpoint_gpu_0.pt", weights_only=True)["state_dict_softmax_fc"]
     whole = ClassShard(6)
     assert torch.equal(read_classifier(tmp_path / "run", whole), state["methods.classifier.weight"])

@@ -10,7 +10,6 @@ from easydict import EasyDict
 
 from arcface_kd.backbones import get_backbone
 from arcface_kd.checkpoints.shards import merge_head
-from arcface_kd.config.arcface_torch import BASE
 from arcface_kd.config.kd import KDConfig
 from arcface_kd.data.dataset import RecordDataset
 from arcface_kd.data.loader import FaceLoader
@@ -25,6 +24,7 @@ from arcface_kd.training.trainer import TrainResult, train
 from tests.distillation.test_cached_distillation import DIMENSION, Network, teacher_of
 from tests.host.trainer.faces import Faces, draw_faces
 from tests.reference.problems import ARCFACE
+from tests.training import runs
 
 STUDENT_DIMENSION = 24
 
@@ -35,26 +35,8 @@ def faces(tmp_path_factory: pytest.TempPathFactory) -> Faces:
 
 
 def config_for(faces: Faces, output: Path, **keys: Any) -> EasyDict:
-    config = EasyDict(BASE)
-    config.update(
-        network="thin_r18",
-        rec=str(faces.folder),
-        num_classes=faces.num_classes,
-        num_image=faces.num_image,
-        num_epoch=2,
-        warmup_epoch=0,
-        val_targets=[],
-        embedding_size=STUDENT_DIMENSION,
-        batch_size=12,
-        lr=0.02,
-        frequent=1,
-        verbose=10**6,
-        num_workers=0,
-        save_all_states=True,
-        output=str(output),
-    )
-    config.update(keys)
-    return config
+    own = {"network": "thin_r18", "embedding_size": STUDENT_DIMENSION, "batch_size": 12, "lr": 0.02}
+    return runs.config_for(faces, output, **{**own, "val_targets": [], "save_all_states": True, **keys})
 
 
 @pytest.fixture(scope="module")

@@ -8,23 +8,21 @@ import pytest
 import torch
 from easydict import EasyDict
 
-from arcface_kd.config.arcface_torch import BASE
 from arcface_kd.data.formats.verification_bin import read_bin, write_bin
 from arcface_kd.errors import DataError
 from arcface_kd.evaluation import verification
 from arcface_kd.training import run
 from arcface_kd.training.trainer import train
 from tests.host.trainer.faces import Faces, draw_faces
+from tests.training.runs import config_for
 
 
 @pytest.fixture
 def config(tmp_path: Path) -> EasyDict:
     faces: Faces = draw_faces(tmp_path, identities=4, images=4)
     shutil.copy(faces.folder / "pairs.bin", faces.folder / "again.bin")
-    config = EasyDict(BASE, network="thin_r18", rec=str(faces.folder), num_classes=4, num_image=16, num_epoch=1)
-    config.update(warmup_epoch=0, embedding_size=8, batch_size=8, num_workers=0, verbose=1, frequent=1)
-    config.update(val_targets=["pairs", "again"], output=str(tmp_path / "run"), save_all_states=True)
-    return config
+    keys = {"num_epoch": 1, "batch_size": 8, "verbose": 1, "val_targets": ["pairs", "again"]}
+    return config_for(faces, tmp_path / "run", save_all_states=True, **keys)
 
 
 def test_an_image_that_cannot_be_decoded_is_told_before_the_first_step(config: EasyDict) -> None:

@@ -24,6 +24,7 @@ from arcface_kd.training.trainer import train
 from tests.host.trainer.faces import Faces, draw_faces
 from tests.networks import tiny
 from tests.teachers.onnx_models import face_network
+from tests.training import runs
 
 DIMENSION = 16
 
@@ -50,25 +51,8 @@ def graph(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def config_for(faces: Faces, output: Path, **keys: Any) -> EasyDict:
-    config = EasyDict(BASE)
-    config.update(
-        network="thin_r18",
-        rec=str(faces.folder),
-        num_classes=faces.num_classes,
-        num_image=faces.num_image,
-        num_epoch=2,
-        warmup_epoch=0,
-        val_targets=[],
-        embedding_size=DIMENSION,
-        batch_size=8,
-        frequent=1,
-        verbose=10**6,
-        num_workers=0,
-        output=str(output),
-        kd="shkd",
-    )
-    config.update(keys)
-    return config
+    own = {"network": "thin_r18", "embedding_size": DIMENSION, "batch_size": 8, "val_targets": [], "kd": "shkd"}
+    return runs.config_for(faces, output, **{**own, **keys})
 
 
 def options(**own: object) -> dict[str, object]:
