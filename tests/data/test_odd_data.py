@@ -34,12 +34,12 @@ BLACK = cv2.imencode(".png", np.zeros((112, 112, 3), np.uint8))[1].tobytes()
 def teacher_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     torch.manual_seed(7)
     path = tmp_path_factory.mktemp("teacher") / "teacher.pt"
-    torch.save(get_backbone("thin_r18", num_features=16).state_dict(), path)
+    torch.save(get_backbone("thin_r10", num_features=16).state_dict(), path)
     return path
 
 
 def train_on(folder: Path, teacher_file: Path, num_classes: int, num_image: int, **keys: Any) -> TrainResult:
-    own = {"network": "thin_r18", "val_targets": [], "embedding_size": 16, "batch_size": 4, "kd": "adadistill"}
+    own = {"network": "thin_r10", "val_targets": [], "embedding_size": 16, "batch_size": 4, "kd": "adadistill"}
     faces = Faces(folder, num_classes, num_image)
     result = train(config_for(faces, folder / "run", **{**own, "kd_teacher": str(teacher_file), **keys}))
     losses = read_scalars(result.output / "tensorboard")["loss"].y

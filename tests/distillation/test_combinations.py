@@ -114,7 +114,7 @@ def faces(tmp_path_factory: pytest.TempPathFactory) -> Faces:
 def teacher_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     torch.manual_seed(7)
     path = tmp_path_factory.mktemp("teacher") / "teacher.pt"
-    torch.save(get_backbone("thin_r18", num_features=24).state_dict(), path)
+    torch.save(get_backbone("thin_r10", num_features=24).state_dict(), path)
     return path
 
 
@@ -128,7 +128,7 @@ def teacher_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_the_compact_trainer_trains_a_student_towards_the_teacher(
     faces: Faces, teacher_file: Path, kd: str, options: list[str], terms: set[str], tmp_path: Path
 ) -> None:
-    keys = {"val_targets": [], "embedding_size": 24, "num_epoch": 4, "lr": 0.02, "network": "thin_r18"}
+    keys = {"val_targets": [], "embedding_size": 24, "num_epoch": 4, "lr": 0.02, "network": "thin_r10"}
     train(config_for(faces, tmp_path, kd=kd, kd_teacher=str(teacher_file), kd_option=options, **keys))
     scalars = read_scalars(tmp_path / "tensorboard")
     assert {name for name in scalars if name.startswith("kd/gradient_share/")} == {

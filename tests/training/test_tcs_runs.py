@@ -35,7 +35,7 @@ def faces(tmp_path_factory: pytest.TempPathFactory) -> Faces:
 
 
 def config_for(faces: Faces, output: Path, **keys: Any) -> EasyDict:
-    own = {"network": "thin_r18", "embedding_size": STUDENT_DIMENSION, "batch_size": 12, "lr": 0.02}
+    own = {"network": "thin_r10", "embedding_size": STUDENT_DIMENSION, "batch_size": 12, "lr": 0.02}
     return runs.config_for(faces, output, **{**own, "val_targets": [], "save_all_states": True, **keys})
 
 
@@ -71,7 +71,7 @@ def run(faces: Faces, cache: Path, tmp_path_factory: pytest.TempPathFactory) -> 
 
 
 def test_a_run_drops_axes_and_leaves_a_plain_network(faces: Faces, run: TrainResult) -> None:
-    plain = get_backbone("thin_r18", num_features=STUDENT_DIMENSION)
+    plain = get_backbone("thin_r10", num_features=STUDENT_DIMENSION)
     assert list(saved(run.output)) == list(plain.state_dict())
     plain.load_state_dict(saved(run.output), strict=True)
     images = torch.stack([RecordDataset(faces.folder)[at].image for at in range(16)]) / 127.5 - 1
@@ -96,7 +96,7 @@ def test_it_exports_to_onnx(run: TrainResult, tmp_path: Path) -> None:
     pytest.importorskip("onnxscript", reason="torch.onnx.export needs onnxscript")
     import onnxruntime
 
-    plain = get_backbone("thin_r18", num_features=STUDENT_DIMENSION).eval()
+    plain = get_backbone("thin_r10", num_features=STUDENT_DIMENSION).eval()
     plain.load_state_dict(saved(run.output))
     images = torch.rand(2, 3, 112, 112) * 2 - 1
     torch.onnx.export(plain, (images,), str(tmp_path / "model.onnx"), opset_version=17, verbose=False)
@@ -177,7 +177,7 @@ class TestStopsBeforeTheFirstStep:
         config = config_for(faces, tmp_path / "run")
         made = drop_ins(lambda: config, distiller=distiller_for(cache), host_loader=lambda *arguments: None)
         made.get_dataloader(config.rec, 0, 12, True)
-        made.get_model("thin_r18", num_features=STUDENT_DIMENSION)
+        made.get_model("thin_r10", num_features=STUDENT_DIMENSION)
         with pytest.raises(TeacherError, match=r"the loader does not say which these are: set dali=False"):
             made.PartialFC_V2(ARCFACE, STUDENT_DIMENSION, 6)
 
@@ -197,7 +197,7 @@ def test_a_row_that_is_lost_on_the_way_is_named(faces: Faces, cache: Path, tmp_p
     distiller = distiller_for(tmp_path / "rows", drop=0)
     loader = FaceLoader(RecordDataset(faces.folder), batch_size=9, num_workers=0)
     distiller.use_cache(loader)
-    student = distiller.watch(get_backbone("thin_r18", num_features=STUDENT_DIMENSION))
+    student = distiller.watch(get_backbone("thin_r10", num_features=STUDENT_DIMENSION))
     head = DistillationHead(distiller, ARCFACE, STUDENT_DIMENSION, 6, ranks=RankGroup(alone=True))
     with (tmp_path / "rows").open("r+b") as stream:
         stream.seek(2 * 2 * DIMENSION * 3)

@@ -39,7 +39,7 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A teacher that nobody has trained."""
     torch.manual_seed(7)
     path = tmp_path_factory.mktemp("teacher") / "teacher.pt"
-    torch.save(get_backbone("thin_r18", num_features=DIMENSION).state_dict(), path)
+    torch.save(get_backbone("thin_r10", num_features=DIMENSION).state_dict(), path)
     return path
 
 
@@ -51,7 +51,7 @@ def graph(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def config_for(faces: Faces, output: Path, **keys: Any) -> EasyDict:
-    own = {"network": "thin_r18", "embedding_size": DIMENSION, "batch_size": 8, "val_targets": [], "kd": "shkd"}
+    own = {"network": "thin_r10", "embedding_size": DIMENSION, "batch_size": 8, "val_targets": [], "kd": "shkd"}
     return runs.config_for(faces, output, **{**own, **keys})
 
 
@@ -86,9 +86,9 @@ def test_a_whole_run_from_a_checkpoint(faces: Faces, checkpoint: Path, tmp_path:
     result = train_stages(config, lambda stage: said.append(str(stage)))
     first, second, third = (tmp_path / "out" / name for name in ("stage1_student", "stage2_teacher", "."))
     assert said == [
-        "shkd: run 1 of 3: the temporary student, thin_r18",
-        f"shkd: run 2 of 3: the teacher, thin_r18, starting from {checkpoint}, against the classes of {first}",
-        "shkd: run 3 of 3: the final student, thin_r18, distilled by kd from "
+        "shkd: run 1 of 3: the temporary student, thin_r10",
+        f"shkd: run 2 of 3: the teacher, thin_r10, starting from {checkpoint}, against the classes of {first}",
+        "shkd: run 3 of 3: the final student, thin_r10, distilled by kd from "
         f"{tmp_path / 'out' / 'stage2_teacher' / 'checkpoint_gpu_0.pt'}",
     ]
     assert result.output == tmp_path / "out"
@@ -157,13 +157,13 @@ def test_one_command_without_a_host(
 
 
 def test_from_scratch_and_says_so(faces: Faces, tmp_path: Path) -> None:
-    config = config_for(faces, tmp_path, kd_option=options(teacher_network="thin_r18", teacher_batch_size=4))
+    config = config_for(faces, tmp_path, kd_option=options(teacher_network="thin_r10", teacher_batch_size=4))
     stages = stages_of(config)
-    assert "the teacher, thin_r18, from scratch, against the classes of" in stages[1].title
+    assert "the teacher, thin_r10, from scratch, against the classes of" in stages[1].title
     second = stages[1].changes
     assert (second["lr"], second["batch_size"], second["kd"]) == (config.lr, 4, "proxylesskd")
     assert "student.init" not in second["kd_option"]
-    assert stages[2].changes["kd_option"]["teacher.network"] == "thin_r18"
+    assert stages[2].changes["kd_option"]["teacher.network"] == "thin_r10"
 
 
 def test_the_teacher_may_be_a_network_of_the_user_s_own(faces: Faces, tmp_path: Path) -> None:
@@ -181,7 +181,7 @@ def test_the_teacher_may_be_a_network_of_the_user_s_own(faces: Faces, tmp_path: 
 def test_what_each_run_gets_of_the_config(faces: Faces, checkpoint: Path, tmp_path: Path) -> None:
     given = {
         **options(distil="embedding+rkd", student_epochs=1, teacher_epochs=5, teacher_lr=0.3),
-        "teacher.network": "thin_r18",
+        "teacher.network": "thin_r10",
         "embedding.weight": 32,
     }
     keys = {"kd_teacher": str(checkpoint), "kd_option": given, "kd_cache": "cache", "kd_on_bad_record": "skip"}
@@ -190,12 +190,12 @@ def test_what_each_run_gets_of_the_config(faces: Faces, checkpoint: Path, tmp_pa
     assert [first[key] for key in ("kd", "kd_teacher", "kd_option", "kd_cache", "num_epoch")] == [*[None] * 4, 1]
     assert all(stage["save_all_states"] and not stage["resume"] for stage in (first, second, third))
     assert second["kd_classifier"] == third["kd_classifier"] == first["output"]
-    assert second["kd_option"] == {"teacher.network": "thin_r18", "student.init": str(checkpoint)}
+    assert second["kd_option"] == {"teacher.network": "thin_r10", "student.init": str(checkpoint)}
     assert (second["kd_teacher"], second["kd_cache"], second["num_epoch"], second["lr"]) == (None, None, 5, 0.3)
     # The cache that was named may be that of the teacher as it was given.
     cache = f"{second['output']}/teacher.cache"
     assert (third["kd"], third["kd_cache"], third["output"]) == ("embedding+rkd", cache, str(tmp_path))
-    assert third["kd_option"] == {"teacher.network": "thin_r18", "embedding.weight": 32}
+    assert third["kd_option"] == {"teacher.network": "thin_r10", "embedding.weight": 32}
     assert "num_epoch" not in third
 
 
@@ -214,7 +214,7 @@ def test_a_student_s_classes_that_are_there_spare_the_first_run(faces: Faces, ch
 def test_class_means_do_not_spare_it(faces: Faces, checkpoint: Path, tmp_path: Path) -> None:
     keys = {"kd_teacher": str(checkpoint), "kd_classifier": "class-means"}
     first, second, third = stages_of(config_for(faces, tmp_path, **keys))
-    assert str(first).endswith("the temporary student, thin_r18, whose classifier stands in for class-means")
+    assert str(first).endswith("the temporary student, thin_r10, whose classifier stands in for class-means")
     assert [each.changes["kd_classifier"] for each in (second, third)] == [first.changes["output"]] * 2
 
 
@@ -292,7 +292,7 @@ def test_a_teacher_that_does_not_fit_is_said_before_the_first_run(
     with pytest.raises(TeacherError, match=r"has 16 dimensions, the student 32, .* set embedding_size=16"):
         SHKD.next_run(config)
     config = config_for(faces, tmp_path / "out", kd_teacher=str(checkpoint), kd_option=options(teacher_network="mbf"))
-    with pytest.raises(ConfigError, match=r"shkd.teacher_network is 'mbf', and .* is 'thin_r18': leave it out"):
+    with pytest.raises(ConfigError, match=r"shkd.teacher_network is 'mbf', and .* is 'thin_r10': leave it out"):
         SHKD.next_run(config)
     with pytest.raises(TeacherError, match="does not exist"):
         SHKD.next_run(config_for(faces, tmp_path / "out", kd_teacher=str(tmp_path / "none.pt")))
@@ -339,7 +339,7 @@ def test_as_one_run_it_says_how_to_start_it(faces: Faces, checkpoint: Path, tmp_
 @pytest.mark.parametrize(("size", "said"), [(8, "has embeddings of dimension 16 and the run 8: set embedding_size=16")])
 def test_a_start_of_another_dimension_is_refused(checkpoint: Path, size: int, said: str) -> None:
     with pytest.raises(TeacherError, match=said):
-        start_from(checkpoint, None, lambda: get_backbone("thin_r18", num_features=size), size)
+        start_from(checkpoint, None, lambda: get_backbone("thin_r10", num_features=size), size)
 
 
 def test_a_start_of_another_network_is_refused(checkpoint: Path) -> None:
