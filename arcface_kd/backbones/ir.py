@@ -82,14 +82,7 @@ class IRLayout:
 
     @classmethod
     def of(cls, name: str) -> "IRLayout | None":
-        """The layout that a name stands for, None where it is no IR network's.
-
-        Args:
-            name: as :attr:`name` gives it.
-
-        Raises:
-            ConfigError: it begins as one and does not go on so.
-        """
+        """The layout that a name stands for, None where it is no IR network's."""
         if not name.startswith(ANY_IR):
             return IR_NAMES.get(name)
         try:
@@ -102,13 +95,9 @@ class IRLayout:
 
     @classmethod
     def in_shapes(cls, shapes: Mapping[str, tuple[int, ...]]) -> "IRLayout | None":
-        """Read a layout off a network's tensors; whether all of them fit is for the caller to see.
+        """Read a layout off a network's tensors, None where no four stages of IR units are there.
 
-        Args:
-            shapes: by the network's own names.
-
-        Returns:
-            The layout; None where no four stages of IR units are there.
+        Whether all tensors fit is for the caller to see.
         """
         units: dict[int, dict[str, tuple[int, ...]]] = {}
         for key, shape in shapes.items():
@@ -173,11 +162,7 @@ FaceX-Zoo's."""
 
 
 class SqueezeExcite(nn.Module):
-    """Each channel times a gate in (0, 1), made of the means of all channels.
-
-    Args:
-        channels: C.
-    """
+    """Each channel times a gate in (0, 1), made of the means of all channels."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()

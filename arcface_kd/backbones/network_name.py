@@ -39,14 +39,7 @@ class NetworkName:
 
 
 def parse_name(text: str) -> NetworkName:
-    """Read ``NAME`` or ``NAME:OPTION=VALUE,...``; that there is such a network is not checked.
-
-    Args:
-        text: the name.
-
-    Raises:
-        ConfigError: another form, an option that the network does not have, or a value of another kind.
-    """
+    """Read ``NAME`` or ``NAME:OPTION=VALUE,...``; that there is such a network is not checked."""
     found = _NAME.fullmatch(text)
     if found is None:
         raise ConfigError(
@@ -78,12 +71,7 @@ def _convert(text: str, option: str, value: str, kind: type) -> bool | int | flo
 
 
 def name_checkpoints(network: nn.Module, name: str) -> None:
-    """Have a network's ``state_dict`` carry its name; keys and values stay as they are.
-
-    Args:
-        network: of any kind.
-        name: as :func:`arcface_kd.backbones.get_backbone` takes it.
-    """
+    """Have a network's ``state_dict`` carry its name; keys and values stay as they are."""
     network.register_state_dict_post_hook(partial(_note, name))
 
 
@@ -92,11 +80,7 @@ def _note(name: str, _: nn.Module, __: Mapping[str, Any], ___: str, notes: dict[
 
 
 def carried_names(state: object) -> list[str]:
-    """The names that a saved ``state_dict`` carries; a file may hold anything.
-
-    Args:
-        state: an ``OrderedDict`` as ``torch.load`` returns it, or anything else.
-    """
+    """The names that a saved ``state_dict`` carries; a file may hold anything."""
     notes = getattr(state, "_metadata", None)
     entries = notes.values() if isinstance(notes, Mapping) else ()
     names = [entry.get(_ENTRY) for entry in entries if isinstance(entry, Mapping)]

@@ -43,16 +43,7 @@ def find_own_network(name: str) -> Callable[..., nn.Module]:
 
 
 def build_own_network(name: str, *, fp16: bool, num_features: int) -> FaceBackbone:
-    """Build a user's own network.
-
-    Args:
-        name: ``python:MODULE:FUNCTION``.
-        fp16: as the function takes it.
-        num_features: embedding size D.
-
-    Raises:
-        ConfigError: see `find_own_network`; or what is built is no module.
-    """
+    """Build a user's own network, see `find_own_network`."""
     build = find_own_network(name)
     try:
         network = build(fp16=fp16, num_features=num_features)

@@ -76,18 +76,7 @@ class FaceDataset(Dataset[Sample], ABC):
         """Label and encoded image; ``index`` is in range."""
 
     def label(self, index: int) -> int:
-        """The label of an image.
-
-        Args:
-            index: 0 .. ``len(self) - 1``.
-
-        Returns:
-            The identity, 0 .. classes - 1, or -1 for none; -1 as well where a bad record is skipped.
-
-        Raises:
-            BadRecordError: the record is damaged.
-            DataError: its label is out of range.
-        """
+        """The label of an image: 0 .. classes - 1, or -1 for none, or where a bad record is skipped."""
         try:
             return self._load(self._in_range(index))[0]
         except BadRecordError:
@@ -96,15 +85,7 @@ class FaceDataset(Dataset[Sample], ABC):
             return -1
 
     def labels(self) -> NDArray[np.int64]:
-        """The labels of all images; takes a while where every record has to be looked at.
-
-        Returns:
-            int64 (N,), -1 for no identity and where a bad record is skipped.
-
-        Raises:
-            BadRecordError: a record is damaged.
-            DataError: a label is out of range.
-        """
+        """The labels of all images, int64 (N,); takes a while where every record has to be looked at."""
         return np.fromiter((self.label(index) for index in range(len(self))), np.int64, len(self))
 
     @cached_property
@@ -113,17 +94,7 @@ class FaceDataset(Dataset[Sample], ABC):
         return 1 + int(self.labels().max(initial=-1))
 
     def image_bytes(self, index: int) -> bytes:
-        """The encoded image, as it is stored.
-
-        Args:
-            index: 0 .. ``len(self) - 1``.
-
-        Returns:
-            A JPEG or PNG file as a rule.
-
-        Raises:
-            BadRecordError: the record is damaged.
-        """
+        """The encoded image, as it is stored: a JPEG or PNG file as a rule."""
         return bytes(self._load(self._in_range(index))[1])
 
     def _in_range(self, index: int) -> int:
@@ -140,19 +111,9 @@ class FaceDataset(Dataset[Sample], ABC):
             raise BadRecordError(f"{self.where(index)}: {error}") from None
 
     def pixels(self, view: View) -> tuple[int, NDArray[Any]]:
-        """Decode an image without making a tensor of it.
+        """Decode an image: its label, and uint8 pixels (112, 112, 3), RGB.
 
-        Args:
-            view: which image, and whether mirrored.
-
-        Returns:
-            The label, and uint8 pixels (112, 112, 3), RGB.
-
-        Raises:
-            BadRecordError: a damaged record or image, or another size than 112x112; the message names the record and
-                its place.
-            DataError: a label out of range.
-            IndexError: no such index.
+        The message about a bad one names the record and its place.
         """
         label, pixels = self._decode(self._in_range(view.index))
         if view.flipped:
@@ -164,17 +125,8 @@ class FaceDataset(Dataset[Sample], ABC):
     def shown(self, view: View, bad: list[BadRecord]) -> tuple[View, int, NDArray[Any]]:
         """Decode an image or, where bad records are skipped, the next good one in the order of the data set.
 
-        Args:
-            view: which image, and whether mirrored.
-            bad: takes the records that were passed over.
-
-        Returns:
-            The view that is shown, mirrored or not as asked; its label; its pixels, as ``pixels`` gives them.
-
-        Raises:
-            BadRecordError: see ``pixels``; where bad records are skipped, too many in a row.
-            DataError: a label out of range.
-            IndexError: no such index.
+        The view that is shown, mirrored or not as asked, its label and its pixels; ``bad`` takes the records that were
+        passed over.
         """
         if self.on_bad_record == "stop":
             return view, *self.pixels(view)
@@ -188,18 +140,7 @@ class FaceDataset(Dataset[Sample], ABC):
         raise BadRecordError(f"{bad[-most].message}; nor can the {most - 1} images after it be read: mend the data")
 
     def __getitem__(self, item: int | View) -> Sample:
-        """Decode an image.
-
-        Args:
-            item: an index for the plain image, or a ``View``.
-
-        Returns:
-            The image with its label; where bad records are skipped, ``index`` says which image it is.
-
-        Raises:
-            DataError: see ``shown``.
-            IndexError: no such index.
-        """
+        """Decode an image, plain or as the view says; ``index`` says which one is shown."""
         view = item if isinstance(item, View) else View(self._in_range(int(item)), False)
         view, label, pixels = self.shown(view, [])
         return Sample(torch.from_numpy(pixels.transpose(2, 0, 1)), label, view.index, view.flipped)

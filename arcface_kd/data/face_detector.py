@@ -32,17 +32,7 @@ Detector = Callable[[NDArray[np.uint8]], DetectedFaces]
 
 
 def open_detector(path: str | os.PathLike[str]) -> Detector:
-    """Open a detector.
-
-    Args:
-        path: OpenCV's YuNet (2023 and later), or a detection network of InsightFace's packs, such as ``det_10g.onnx``.
-
-    Returns:
-        The detector.
-
-    Raises:
-        DataError: no such file, or no detector of five points.
-    """
+    """Open OpenCV's YuNet (2023 and later), or a detection network of InsightFace's packs."""
     import onnx
 
     if not Path(path).is_file():

@@ -29,17 +29,6 @@ def fingerprint(dataset: FaceDataset) -> str:
     set. Folders: every file's place and length, and the bytes of 256. Reading all of a set would take as long as an
     epoch; an image that was exchanged for another one of exactly its length, none of the 256, is not noticed. Of
     several sets each one's. Labels do not count, since embeddings do not depend on them.
-
-    Args:
-        dataset: records, a folder, or several of them.
-
-    Returns:
-        64 characters.
-
-    Raises:
-        BadRecordError: one of the 256 cannot be read, and bad records are not skipped.
-        DataError: a kind of data set that does not show the same two views of an image every time, or whose files
-            cannot be read.
     """
     if not shows_two_views(dataset):
         raise DataError(

@@ -66,11 +66,7 @@ class JoinedDataset(FaceDataset):
         return self.sets[place].where(own)
 
     def labels(self) -> NDArray[np.int64]:
-        """The labels of all images; see the sets' own ``labels``.
-
-        Returns:
-            int64 (N,), -1 for no identity and where a bad record is skipped.
-        """
+        """The labels of all images; see the sets' own ``labels``."""
         found = np.empty(len(self), dtype=np.int64)
         for (start, stop), faces, labels in zip(pairwise(self._starts), self.sets, self.label_maps, strict=True):
             found[start:stop] = labels[faces.labels()]
@@ -151,11 +147,7 @@ def read_identities(path: str | os.PathLike[str], sets: Sequence[FaceDataset]) -
 
 
 def folders_of(rec: Rec) -> list[str]:
-    """The data sets that ``rec`` names.
-
-    Args:
-        rec: one, or several.
-    """
+    """The data sets that ``rec`` names."""
     return [os.fspath(rec)] if isinstance(rec, str | os.PathLike) else [os.fspath(folder) for folder in rec]
 
 
@@ -165,21 +157,7 @@ def open_rec(
     on_bad_record: OnBadRecord = "stop",
     identities: str | os.PathLike[str] | None = None,
 ) -> FaceDataset:
-    """Open what a config's ``rec`` names, one data set or several.
-
-    Args:
-        rec: what :func:`~arcface_kd.data.dataset.open_dataset` takes, or several folders.
-        num_classes: labels must be below it; None for no limit.
-        on_bad_record: what becomes of a record or image that cannot be read.
-        identities: a table of the people who occur more than once, see :func:`read_identities`; None for nobody.
-
-    Returns:
-        The data set; several as a :class:`JoinedDataset`.
-
-    Raises:
-        ConfigError: no folder, or one that is named twice.
-        DataError: what cannot be read; more classes than ``num_classes``.
-    """
+    """Open what a config's ``rec`` names, one data set or several, which make a :class:`JoinedDataset`."""
     if isinstance(rec, str | os.PathLike) and identities is None:
         return open_dataset(rec, num_classes, on_bad_record)
     folders = folders_of(rec)

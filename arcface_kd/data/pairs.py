@@ -20,13 +20,7 @@ FOLDS = 10
 
 
 class PairCounts(NamedTuple):
-    """What came of drawing pairs.
-
-    Attributes:
-        pairs: number of pairs, half of them of one person.
-        people: people who are on them.
-        images: different images among them.
-    """
+    """What came of drawing pairs, half of them of one person."""
 
     pairs: int
     people: int
@@ -59,23 +53,12 @@ def _in_turn(rows: Iterable[Iterable[T]]) -> Iterator[T]:
 
 
 def choose_pairs(labels: NDArray[np.int64], most: int, seed: int = 0) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
-    """Choose pairs of images, no pair twice.
+    """Choose pairs of images, no pair twice: indices (P, 2), and whether they are of one person, (P,).
 
     People are dealt to ten folds, those with many images first, so that no one is in two folds: a threshold that nine
     folds choose is judged on people it has not seen, as in LFW's protocol. Within a fold people take turns, so that
-    those with many images do not outweigh the others.
-
-    Args:
-        labels: int64 (N,), the person on each image; images of negative ones are not chosen.
-        most: pairs wanted; fewer come where the people do not give as many.
-        seed: 0 .. 2**32 - 1.
-
-    Returns:
-        int64 (P, 2), indices of images, and bool (P,), whether they are of one person: kinds in turn, fold by fold.
-
-    Raises:
-        ConfigError: fewer pairs than two a fold.
-        DataError: fewer than 20 people, or fewer than 10 with two images.
+    those with many images do not outweigh the others. Kinds come in turn, fold by fold; fewer than ``most`` where the
+    people do not give as many.
     """
     if most < 2 * FOLDS:
         raise ConfigError(f"{most} pairs are fewer than two for each of {FOLDS} folds; ask for {2 * FOLDS} or more")
@@ -122,23 +105,9 @@ def _of_two(people: list[list[int]], labels: NDArray[np.int64], wanted: int) -> 
 def write_pairs(
     folder: str | os.PathLike[str], out: str | os.PathLike[str], *, pairs: int = 6000, seed: int = 0
 ) -> PairCounts:
-    """Write a verification set and, beside it, who is on its images.
+    """Write a verification set of people that no network is trained on and, beside it, who is on its images.
 
     Images are stored as :func:`~arcface_kd.data.pack.pack_folder` stores them.
-
-    Args:
-        folder: records, or a folder of identities, that no network is trained on.
-        out: the ``.bin`` file.
-        pairs: so many at most, see :func:`choose_pairs`.
-        seed: decides which.
-
-    Returns:
-        How much was written.
-
-    Raises:
-        ConfigError: a number that cannot be.
-        DataError: an image that cannot be read, or too few people.
-        OSError: the file cannot be written.
     """
     if not 0 <= seed < 1 << 32:
         raise ConfigError(f"seed is {seed}; it must be in 0 .. {(1 << 32) - 1}")

@@ -17,25 +17,15 @@ logger = logging.getLogger(__name__)
 
 
 def find_images(reader: RecordReader, on_bad_record: OnBadRecord) -> NDArray[np.int64] | slice:
-    """Find the images among the records.
+    """Find the images among the records: positions in the index, a slice where they stand in a row.
 
-    Two layouts. InsightFace's: record 0 is a header, two labels [n + 1, last + 1] and no image; images are records
-    1 .. n; identity records follow, each with the range of its images' keys and no image. The plain one, of ``im2rec``
-    and ``insightface.data.rec_builder``: every record is an image. What a record is decides, since the header's counts
-    are float32 and exact up to 2**24 only.
+    Two layouts. InsightFace's: record 0 is a header, two labels [n + 1, last + 1] and no image; images are records 1 ..
+    n; identity records follow, each with the range of its images' keys and no image. The plain one, of ``im2rec`` and
+    ``insightface.data.rec_builder``: every record is an image. What a record is decides, since the header's counts are
+    float32 and exact up to 2**24 only.
 
     Where the index goes on behind the header's last record, all records are looked at: several sets that stand behind
-    each other are read whole if no label occurs in two of them.
-
-    Args:
-        reader: the records.
-        on_bad_record: whether bad records are skipped; the first and the last must be good in any case.
-
-    Returns:
-        Positions in the index, in the order of the keys; a slice where they stand in a row.
-
-    Raises:
-        DataError: the header does not fit the index, or several sets number different people alike.
+    each other are read whole if no label occurs in two of them. The first and the last record must be good in any case.
     """
     zero = int(reader.find(np.zeros(1, dtype=np.int64))[0])
     header = None if zero < 0 else _imageless(reader, zero)

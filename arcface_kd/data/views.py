@@ -51,16 +51,9 @@ def are_degraded(draws: NDArray[Any], augmentation: Augmentation) -> NDArray[Any
 def view_of(
     image: NDArray[Any], draws: NDArray[Any], augmentation: Augmentation, other: Callable[[float], NDArray[Any]]
 ) -> tuple[NDArray[Any], bool]:
-    """Degrade an image.
+    """Degrade an image (H, W, 3) by the view's random numbers (K,), and say whether it is a mixture.
 
-    Args:
-        image: uint8 (H, W, 3), RGB; it is not changed.
-        draws: (K,) the view's random numbers.
-        augmentation: how often each change.
-        other: gives the image at a place of the data set, from 0 (the first) to 1, for a mixture.
-
-    Returns:
-        uint8 (H, W, 3), and whether it is a mixture.
+    ``other`` gives the image at a place of the data set, from 0 (the first) to 1, for a mixture.
     """
     numbers = iter(draws.tolist())
     mix, *changes = [next(numbers) < getattr(augmentation, name) for name in _CHANGES]

@@ -39,11 +39,7 @@ class FaceFiles(Protocol):
 def normalize(embeddings: NDArray[Any]) -> NDArray[Any]:
     """Scale every row to length 1, in float64, with the same bits as scikit-learn's ``normalize``.
 
-    Args:
-        embeddings: (N, D).
-
-    Returns:
-        (N, D) float64. Rows shorter than 10 machine epsilons (zero vectors) stay as they are.
+    Rows shorter than 10 machine epsilons (zero vectors) stay as they are.
     """
     rows = np.asarray(embeddings, dtype=np.float64)
     norms = np.sqrt(np.einsum("ij,ij->i", rows, rows))

@@ -55,20 +55,7 @@ class Search:
 def search(
     probes: NDArray[Any], probe_subjects: NDArray[np.int64], gallery: NDArray[Any], gallery_subjects: NDArray[np.int64]
 ) -> Search:
-    """Compare each probe with each entry of a gallery.
-
-    Args:
-        probes: (Q, D), L2-normalised.
-        probe_subjects: int64 (Q,).
-        gallery: (G, D), L2-normalised, G >= 1.
-        gallery_subjects: int64 (G,); a person may have several entries.
-
-    Returns:
-        Ranks and scores.
-
-    Raises:
-        DataError: shapes that do not fit, or an empty gallery.
-    """
+    """Compare each probe with each entry of a gallery; rows are L2-normalised, each person is enrolled once."""
     if len(probes) != len(probe_subjects) or len(gallery) != len(gallery_subjects) or not len(gallery):
         raise DataError(
             f"{len(probes)} probes of {len(probe_subjects)} persons against {len(gallery)} entries of "
@@ -108,19 +95,7 @@ class IdentificationResult:
 def identification(
     searches: Sequence[Search], *, ranks: Sequence[int] = RANKS, levels: Sequence[float] = FPIR_LEVELS
 ) -> IdentificationResult:
-    """Sum up searches as IJB does: ranks over all of them, rates as a mean over the galleries.
-
-    Args:
-        searches: one for each gallery, at least one.
-        ranks: how deep to look.
-        levels: FPIR levels, in (0, 1].
-
-    Returns:
-        The rates.
-
-    Raises:
-        ConfigError: a level out of range.
-    """
+    """Sum up searches as IJB does: ranks over all of them, rates as a mean over the galleries."""
     found = np.concatenate([one.mate_ranks for one in searches])
     rates = [one.tpir(levels) for one in searches]
     tpir: dict[float, float | None] = {}

@@ -18,16 +18,9 @@ Sizes = Mapping[int | None, NDArray[Any]]
 
 
 def downscaled(images: Tensor, side: int) -> Tensor:
-    """Scale images down and back to their size, bilinear both ways without smoothing.
+    """Scale uint8 images down to a side and back to their size, bilinear both ways without smoothing.
 
     That is how F-SKD (Shin et al., arXiv 2303.04681) makes the low-resolution twin of a verification set.
-
-    Args:
-        images: (N, 3, H, W) uint8.
-        side: height and width to go down to, in pixels.
-
-    Returns:
-        (N, 3, H, W) uint8.
     """
     import cv2
 
@@ -48,22 +41,7 @@ def embed_sizes(
     device: torch.device | str | None = None,
     progress: bool = False,
 ) -> Sizes:
-    """Embed images as they are and downscaled.
-
-    Args:
-        model: (B, 3, H, W) float32 RGB images in [-1, 1] to (B, D) embeddings.
-        images: (2P, 3, H, W) uint8 RGB.
-        sides: heights and widths to go down to, in pixels.
-        batch_size: images a forward pass, at least 1.
-        device: where the batches go, ``None`` for where the model's parameters are.
-        progress: show a bar, on a terminal only.
-
-    Returns:
-        Float64, L2-normalised.
-
-    Raises:
-        DataError: see :func:`~arcface_kd.evaluation.embedding.embed`.
-    """
+    """Embed images (2P, 3, H, W), uint8 RGB, as they are and downscaled to each side: float64, L2-normalised."""
     return {
         side: embed(
             model,
@@ -78,14 +56,9 @@ def embed_sizes(
 
 
 def pair_views(probes: Sizes, templates: Sizes) -> Iterator[tuple[str, NDArray[Any]]]:
-    """All ways to show the pairs.
+    """All ways to show the pairs: what is of low resolution (empty for nothing) and the (2P, D) embeddings.
 
-    Args:
-        probes: of the model that embeds the second image of each pair.
-        templates: of the model that embeds the first; the same or another.
-
-    Yields:
-        What is of low resolution (empty for nothing) and the (2P, D) embeddings.
+    Probes are the second image of each pair, templates the first.
     """
     for side, rows in probes.items():
         if side is not None:

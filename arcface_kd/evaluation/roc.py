@@ -22,18 +22,7 @@ def _require_both(genuine: NDArray[Any], impostor: NDArray[Any]) -> None:
 
 
 def roc_curve(genuine: NDArray[Any], impostor: NDArray[Any]) -> tuple[NDArray[Any], NDArray[Any]]:
-    """One point for each distinct score, from the strictest threshold to the loosest.
-
-    Args:
-        genuine: (G,) finite scores of pairs of one identity, G >= 1.
-        impostor: (I,) finite scores of pairs of two identities, I >= 1.
-
-    Returns:
-        FAR and TAR, both (K,) float64, rising from 0 to 1.
-
-    Raises:
-        DataError: no genuine or no impostor score.
-    """
+    """FAR and TAR (K,), rising from 0 to 1: a point for each distinct score, the strictest threshold first."""
     _require_both(genuine, impostor)
     scores = np.concatenate([genuine, impostor])
     order = np.argsort(-scores, kind="stable")
@@ -47,18 +36,7 @@ def roc_curve(genuine: NDArray[Any], impostor: NDArray[Any]) -> tuple[NDArray[An
 
 
 def area_under_curve(genuine: NDArray[Any], impostor: NDArray[Any]) -> float:
-    """Probability that a genuine score exceeds an impostor score, ties counting half (Mann-Whitney).
-
-    Args:
-        genuine: (G,) finite scores, G >= 1.
-        impostor: (I,) finite scores, I >= 1.
-
-    Returns:
-        The area, in [0, 1].
-
-    Raises:
-        DataError: no genuine or no impostor score.
-    """
+    """Probability that a genuine score exceeds an impostor score, ties counting half (Mann-Whitney)."""
     _require_both(genuine, impostor)
     ascending = np.sort(impostor)
     below = np.searchsorted(ascending, genuine, side="left").sum(dtype=np.int64)
@@ -67,18 +45,7 @@ def area_under_curve(genuine: NDArray[Any], impostor: NDArray[Any]) -> float:
 
 
 def equal_error_rate(genuine: NDArray[Any], impostor: NDArray[Any]) -> float:
-    """Where the curve, joined by straight lines, has FAR = 1 - TAR.
-
-    Args:
-        genuine: (G,) finite scores, G >= 1.
-        impostor: (I,) finite scores, I >= 1.
-
-    Returns:
-        The common error rate, in [0, 1].
-
-    Raises:
-        DataError: no genuine or no impostor score.
-    """
+    """The common error rate where the curve, joined by straight lines, has FAR = 1 - TAR."""
     far, tar = roc_curve(genuine, impostor)
     excess = far - (1 - tar)
     after = int(np.argmax(excess >= 0))
@@ -88,22 +55,11 @@ def equal_error_rate(genuine: NDArray[Any], impostor: NDArray[Any]) -> float:
 
 
 def tar_at_far(genuine: NDArray[Any], impostor: NDArray[Any], levels: Sequence[float]) -> dict[float, float | None]:
-    """TAR at the loosest threshold whose FAR does not exceed each level.
+    """TAR at the loosest threshold whose FAR does not exceed each level, which is in (0, 1].
 
-    A level needs at least 1 / level impostor pairs: with fewer, a single false acceptance already exceeds it, and the
-    number would only say where the hardest impostor pair is.
-
-    Args:
-        genuine: (G,) scores, G >= 1; minus infinity for one that is never accepted.
-        impostor: (I,) finite scores, I >= 1.
-        levels: FAR levels, in (0, 1].
-
-    Returns:
-        TAR for each level, ``None`` where there are too few impostor pairs.
-
-    Raises:
-        ConfigError: a level out of range.
-        DataError: no genuine or no impostor score.
+    A level needs at least 1 / level impostor pairs, or it gets None: with fewer, a single false acceptance already
+    exceeds it, and the number would only say where the hardest impostor pair is. A genuine score of minus infinity is
+    never accepted.
     """
     _require_both(genuine, impostor)
     descending = -np.sort(-impostor)

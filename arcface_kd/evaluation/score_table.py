@@ -18,13 +18,7 @@ _PLAIN = ("p50_ms", "p95_ms", "worst_over_best_error")
 
 
 class ScoreTable(NamedTuple):
-    """The scores of one protocol.
-
-    Attributes:
-        title: what they are.
-        heads: of the columns.
-        rows: as many cells each.
-    """
+    """The scores of one protocol."""
 
     title: str
     heads: list[str]
@@ -32,11 +26,7 @@ class ScoreTable(NamedTuple):
 
 
 def heading(name: str) -> str:
-    """A number's name on top of its column: ``TAR@FAR=1e-3``, ``EER``, ``genuine pairs``.
-
-    Args:
-        name: as JSON has it: ``tar@far=1e-3``.
-    """
+    """A number's name on top of its column: ``TAR@FAR=1e-3`` of JSON's ``tar@far=1e-3``."""
     rate, at, point = name.partition("@")
     if at:
         kind, _, level = point.partition("=")
@@ -57,14 +47,7 @@ def _cell(name: str, numbers: Mapping[str, int | float | None]) -> str:
 
 
 def aligned(lines: Sequence[Sequence[str]]) -> str:
-    """Lines of a table in columns, for a terminal.
-
-    Args:
-        lines: as many cells each.
-
-    Returns:
-        The text, without a final newline.
-    """
+    """Lines of a table in columns, for a terminal."""
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     rows = ["  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)) for line in lines]
     return "\n".join(map(str.rstrip, rows))
@@ -73,12 +56,8 @@ def aligned(lines: Sequence[Sequence[str]]) -> str:
 def score_tables(scores: "Sequence[Score]") -> list[ScoreTable]:
     """Scores as tables, one for each protocol.
 
-    Args:
-        scores: of :func:`~arcface_kd.evaluation.scoring.score`.
-
-    Returns:
-        The tables. A column that no set is large enough for is left out, as are those of low resolution and of
-        galleries where there are none, and that of the inputs where all are the same.
+    A column that no set is large enough for is left out, as are those of low resolution and of galleries where there
+    are none, and that of the inputs where all are the same.
     """
     several_inputs = len({one.input for one in scores}) > 1
     tables = []
@@ -105,12 +84,5 @@ def score_tables(scores: "Sequence[Score]") -> list[ScoreTable]:
 
 
 def table(scores: "Sequence[Score]") -> str:
-    """Scores for a terminal, a block of aligned lines for each protocol.
-
-    Args:
-        scores: of :func:`~arcface_kd.evaluation.scoring.score`.
-
-    Returns:
-        Lines without a final newline; see :func:`score_tables`.
-    """
+    """Scores for a terminal, a block of aligned lines for each protocol."""
     return "\n\n".join(f"{found.title}\n{aligned([found.heads, *found.rows])}" for found in score_tables(scores))

@@ -72,21 +72,10 @@ class Score:
 def load_models(
     sources: Sequence[str], options: Mapping[str, object] | None = None, *, device: torch.device | None = None
 ) -> dict[str, Teacher]:
-    """Load models to judge, all of them before the first is asked.
+    """Load models to judge by the names that were given, all of them before the first is asked.
 
-    Args:
-        sources: run folders, or anything that :func:`arcface_kd.teachers.base.load_teacher` takes.
-        options: ``teacher.*`` options for those that are no run folders; what a run trains sees RGB as
-            (x - 127.5) / 127.5 and nothing else. A ``network`` of the user's own is also that of the run folders whose
-            log names it or that have no log.
-        device: where they compute.
-
-    Returns:
-        The models by the names that were given.
-
-    Raises:
-        TeacherError: one that cannot be loaded.
-        ConfigError: a name given twice, an option that is unknown or that no model is there for.
+    Options are for those that are no run folders; what a run trains sees RGB as (x - 127.5) / 127.5 and nothing else. A
+    ``network`` of the user's own is also that of the run folders whose log names it or that have no log.
     """
     twice = next((source for place, source in enumerate(sources) if source in sources[:place]), None)
     if twice is not None:
@@ -116,17 +105,10 @@ def _may_be(own: str, source: str) -> bool:
 
 
 def find_files(folders: Sequence[str | os.PathLike[str]]) -> tuple[list[Path], list[TemplateSet]]:
-    """Find all sets of some folders.
+    """Find all sets of some folders: the verification sets' files by name, and the lists of the others.
 
-    Args:
-        folders: with ``.bin`` files, or as InsightFace lays IJB out (``meta``, ``loose_crop``), or TinyFace's
-            (``Probe``, ``Gallery_Match``, ``Gallery_Distractor``); a ``.bin`` file stands for itself.
-
-    Returns:
-        The verification sets' files, those of a folder by name, and the lists of the others.
-
-    Raises:
-        DataError: a folder without any, or lists that cannot be read.
+    Folders hold ``.bin`` files, or are laid out as InsightFace's IJB (``meta``, ``loose_crop``) or TinyFace (``Probe``,
+    ``Gallery_Match``, ``Gallery_Distractor``); a ``.bin`` file stands for itself.
     """
     files: list[Path] = []
     others: list[TemplateSet] = []
@@ -148,18 +130,7 @@ def find_files(folders: Sequence[str | os.PathLike[str]]) -> tuple[list[Path], l
 def find_sets(
     folders: Sequence[str | os.PathLike[str]], groups: Mapping[str, Sequence[Path]] | None = None
 ) -> list[VerificationSet | TemplateSet]:
-    """Read all sets of some folders; of IJB and TinyFace only the lists.
-
-    Args:
-        folders: see :func:`find_files`.
-        groups: files to read besides, by a group's name.
-
-    Returns:
-        The verification sets, and the others.
-
-    Raises:
-        DataError: a folder without any, a set that cannot be read, or one without ten pairs of both kinds.
-    """
+    """Read all sets of some folders, and the groups' files besides; of IJB and TinyFace only the lists."""
     files, others = find_files(folders)
     return [*read_sets([*files, *(file for group in (groups or {}).values() for file in group)]), *others]
 
@@ -193,24 +164,10 @@ def score(
     device: torch.device | None = None,
     progress: bool = False,
 ) -> Iterator[Score]:
-    """Judge models, set by set.
+    """Judge models, set by set; scores come as they are found.
 
-    Args:
-        models: by name.
-        sets: what to judge them on.
-        low_res: sides in pixels; each verification set is judged with one image of its pairs downscaled, and with both,
-            besides.
-        gallery: name and model; each of the others is judged with its probes against this one's gallery besides.
-        batch_size: images a forward pass, at least 1.
-        device: where the batches go; None for where a model's weights are.
-        progress: show bars, on a terminal only.
-
-    Yields:
-        Scores as they come.
-
-    Raises:
-        DataError: an image that cannot be read, a model that embeds NaN; the message names the model.
-        ConfigError: a gallery's model of another dimension.
+    Each verification set is judged, besides, with one image of its pairs downscaled to each of ``low_res`` sides, and
+    with both; each model, besides, with its probes against the gallery's model.
     """
     if gallery is not None:
         require_one_dimension(models, gallery)
@@ -241,15 +198,7 @@ def _input_of(model: nn.Module) -> str:
 
 
 def require_one_dimension(models: Mapping[str, nn.Module], gallery: tuple[str, nn.Module]) -> None:
-    """Insist on models whose embeddings can be compared with a gallery's.
-
-    Args:
-        models: by name.
-        gallery: name and model.
-
-    Raises:
-        ConfigError: one of another dimension.
-    """
+    """Insist on models whose embeddings can be compared with a gallery's."""
     sizes = {}
     for name, model in (gallery, *models.items()):
         with evaluating(model):
@@ -267,14 +216,8 @@ def group_scores(
 ) -> Iterator[Score]:
     """Sum up verification sets as RFW's papers do: mean accuracy, spread, and how much worse the worst one is.
 
-    Args:
-        groups: files by a group's name.
-        sets: what was judged, these files among it.
-        scores: of :func:`score`.
-
-    Yields:
-        For each group, model, gallery and resolution: ``accuracy`` (mean), ``accuracy_std`` (over the sets, N - 1) and
-        ``worst_over_best_error`` (RFW's skewed error ratio; ``None`` where the best set has no error).
+    For each group, model, gallery and resolution: ``accuracy`` (mean), ``accuracy_std`` (over the sets, N - 1) and
+    ``worst_over_best_error`` (RFW's skewed error ratio; ``None`` where the best set has no error).
     """
     for group, files in groups.items():
         members = {file.resolve() for file in files}
@@ -293,11 +236,7 @@ def group_scores(
 
 
 def group_numbers(accuracies: Sequence[float]) -> dict[str, int | float | None]:
-    """The numbers of :func:`group_scores`.
-
-    Args:
-        accuracies: of two sets at least, in [0, 1].
-    """
+    """The numbers of :func:`group_scores`, from the accuracies of two sets at least."""
     errors = 1 - np.array(accuracies)
     return {
         "sets": len(accuracies),
@@ -322,15 +261,7 @@ def _costs(models: Mapping[str, Teacher], device: torch.device) -> Iterator[Scor
 
 
 def write_json(path: str | os.PathLike[str], scores: Sequence[Score]) -> None:
-    """Write scores as a JSON list with one object for each model, set and protocol.
-
-    Args:
-        path: the file; its folder must exist.
-        scores: of :func:`score`.
-
-    Raises:
-        OSError: it cannot be written.
-    """
+    """Write scores as a JSON list with one object for each model, set and protocol."""
     with atomic_write(path) as stream:
         stream.write((json.dumps([one.as_row() for one in scores], indent=2, allow_nan=False) + "\n").encode())
 
@@ -346,26 +277,7 @@ def run_eval(
     groups: Mapping[str, Sequence[Path]] | None = None,
     gallery: str | None = None,
 ) -> list[Score]:
-    """Judge models, print the table, write the JSON file; after an error, the table of what was judged before it.
-
-    Args:
-        sources: the models, see :func:`load_models`.
-        folders: the sets, see :func:`find_sets`.
-        options: ``teacher.*`` options.
-        out: JSON file; None writes none.
-        batch_size: images a forward pass, at least 1.
-        low_res: see :func:`score`.
-        groups: see :func:`group_scores`.
-        gallery: a model, see :func:`score`.
-
-    Returns:
-        The scores.
-
-    Raises:
-        ConfigError: an option that cannot be, or a folder that ``out`` cannot be written to.
-        TeacherError: a model that cannot be loaded.
-        DataError: a set that cannot be read, or a model that embeds NaN.
-    """
+    """Judge models, print the table, write the JSON file; after an error, the table of what was judged before it."""
     # Hours of IJB-C must not end in a missing folder.
     if out is not None:
         require_folder_of(out)

@@ -44,23 +44,10 @@ AS_INSIGHTFACE = Weighting()
 
 
 class TemplatePooling:
-    """Templates as sums over their faces, taken in as they come.
-
-    Attributes:
-        numbers: int64 (T,), the templates, rising.
-    """
+    """Templates as sums over their faces, taken in as they come; ``numbers`` are theirs, rising."""
 
     def __init__(self, templates: NDArray[Any], media: NDArray[np.int64], weights: NDArray[Any] | None = None) -> None:
-        """Say which face belongs where.
-
-        Args:
-            templates: int64 (N,), the template of each face.
-            media: int64 (N,), the medium of each face.
-            weights: float64 (N,), 1 when None.
-
-        Raises:
-            DataError: arrays of different lengths, or empty ones.
-        """
+        """Say which face belongs where: its template, its medium and its weight, 1 when None."""
         if not len(templates) or len({len(templates), len(media), len(templates if weights is None else weights)}) > 1:
             raise DataError(
                 f"{len(templates)} templates, {len(media)} media and "
@@ -74,14 +61,7 @@ class TemplatePooling:
         self._taken = 0
 
     def add(self, embeddings: NDArray[Any]) -> None:
-        """Take in the next faces, in the order of ``templates``.
-
-        Args:
-            embeddings: (B, D) float64.
-
-        Raises:
-            DataError: more faces than there are.
-        """
+        """Take in the embeddings (B, D) of the next faces, in the order of ``templates``."""
         faces = slice(self._taken, self._taken + len(embeddings))
         if faces.stop > len(self._rows):
             raise DataError(f"{faces.stop} embeddings for {len(self._rows)} faces")
@@ -91,26 +71,14 @@ class TemplatePooling:
         self._taken = faces.stop
 
     def templates(self) -> NDArray[Any]:
-        """The pooled templates.
-
-        Returns:
-            (T, D) float64, L2-normalised, in the order of ``numbers``.
-
-        Raises:
-            DataError: faces are missing.
-        """
+        """The pooled templates (T, D), L2-normalised, in the order of ``numbers``; all faces must be in."""
         if self._sums is None or self._taken < len(self._rows):
             raise DataError(f"{self._taken} embeddings for {len(self._rows)} faces")
         return normalize(self._sums)
 
 
 class Templates(NamedTuple):
-    """All templates of a set, as one model embeds them.
-
-    Attributes:
-        rows: (T, D) float64, L2-normalised.
-        numbers: int64 (T,), the number of each, rising.
-    """
+    """All templates of a set, as one model embeds them: (T, D), L2-normalised, and their numbers, rising."""
 
     rows: NDArray[Any]
     numbers: NDArray[Any]
@@ -121,16 +89,7 @@ class Templates(NamedTuple):
 
 
 def pair_scores(templates: Templates, pairs: NDArray[Any], enrolled: Templates | None = None) -> NDArray[Any]:
-    """Cosines of pairs of templates.
-
-    Args:
-        templates: of both sides.
-        pairs: int64 (P, 2), numbers.
-        enrolled: of the first side, where another model has embedded it.
-
-    Returns:
-        (P,) float64.
-    """
+    """Cosines of pairs of templates; ``enrolled`` are of the first side, where another model has embedded it."""
     scores = np.empty(len(pairs))
     for start in range(0, len(pairs), _PAIRS_IN_CACHE):
         block = slice(start, start + _PAIRS_IN_CACHE)
@@ -166,14 +125,7 @@ class TemplateVerification:
 
 @dataclass(frozen=True)
 class IJBResult:
-    """A model on an IJB set.
-
-    Attributes:
-        templates: how many.
-        faces: how many.
-        verification: 1:1, ``None`` where the set lists no pairs.
-        identification: 1:N, ``None`` where the set has no galleries.
-    """
+    """A model on an IJB set; None where the set lists no pairs, or no galleries."""
 
     templates: int
     faces: int
@@ -212,22 +164,7 @@ def embed_templates(
     device: torch.device | str | None = None,
     progress: bool = False,
 ) -> Templates:
-    """Embed all faces of a set and pool them.
-
-    Args:
-        model: (B, 3, 112, 112) float32 RGB images in [-1, 1] to (B, D) embeddings.
-        faces: the set.
-        weighting: of the faces; InsightFace's by default.
-        batch_size: faces a forward pass, at least 1.
-        device: where the batches go, ``None`` for where the model's parameters are.
-        progress: show a bar, on a terminal only.
-
-    Returns:
-        The templates.
-
-    Raises:
-        DataError: a face that cannot be read, an embedding that is not finite, a batch size below 1.
-    """
+    """Embed all faces of a set and pool them."""
     pooling = TemplatePooling(faces.templates, faces.media, faces.detector_scores if weighting.detector_score else None)
     for embeddings in embed_files(
         model, faces, flip=weighting.flip, batch_size=batch_size, device=device, progress=progress
@@ -246,18 +183,7 @@ def judge_templates(
 ) -> IJBResult:
     """Score what an IJB set lists.
 
-    Args:
-        faces: the set.
-        templates: of a model.
-        enrolled: the first of each pair and the galleries, where another model has embedded them.
-        far_levels: FAR levels of 1:1, in (0, 1].
-        fpir_levels: FPIR levels of 1:N, in (0, 1].
-
-    Returns:
-        The scores.
-
-    Raises:
-        ConfigError: a level out of range.
+    ``enrolled`` are the first of each pair and the galleries, where another model has embedded them.
     """
     verification = None
     if len(faces.pairs):
@@ -295,25 +221,7 @@ def evaluate_ijb(
     fpir_levels: Sequence[float] = FPIR_LEVELS,
     progress: bool = False,
 ) -> IJBResult:
-    """Embed an IJB set and score what it lists: :func:`embed_templates`, :func:`judge_templates`.
-
-    Args:
-        model: (B, 3, 112, 112) float32 RGB images in [-1, 1] to (B, D) embeddings.
-        faces: the set.
-        weighting: of the faces in their templates.
-        batch_size: faces a forward pass, at least 1.
-        device: where the batches go, ``None`` for where the model's parameters are.
-        far_levels: FAR levels of 1:1, in (0, 1].
-        fpir_levels: FPIR levels of 1:N, in (0, 1].
-        progress: show a bar, on a terminal only.
-
-    Returns:
-        The scores.
-
-    Raises:
-        DataError: see :func:`embed_templates`.
-        ConfigError: a level out of range.
-    """
+    """Embed an IJB set and score what it lists: :func:`embed_templates`, :func:`judge_templates`."""
     templates = embed_templates(
         model, faces, weighting=weighting, batch_size=batch_size, device=device, progress=progress
     )

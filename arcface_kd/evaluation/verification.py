@@ -105,14 +105,7 @@ class VerificationResult:
 
 
 def pair_distances(embeddings: NDArray[Any]) -> NDArray[Any]:
-    """Squared L2 distances of rows 2i and 2i + 1.
-
-    Args:
-        embeddings: (2P, D) float64, L2-normalised.
-
-    Returns:
-        (P,) float64, in [0, 4].
-    """
+    """Squared L2 distances (P,), in [0, 4], of rows 2i and 2i + 1 of normalised embeddings."""
     distances = np.empty(len(embeddings) // 2)
     # A row's sum does not depend on its neighbours, so blocks that fit the cache change no bit.
     for start in range(0, len(distances), _ROWS_IN_CACHE):
@@ -123,14 +116,7 @@ def pair_distances(embeddings: NDArray[Any]) -> NDArray[Any]:
 
 
 def fold_numbers(pairs: int) -> NDArray[np.int64]:
-    """The fold of each pair: contiguous, the first ``pairs % 10`` folds one longer (``KFold(10, shuffle=False)``).
-
-    Args:
-        pairs: number of pairs P.
-
-    Returns:
-        (P,) int64, in [0, 10).
-    """
+    """The fold of each pair: contiguous, the first ``pairs % 10`` folds one longer, as scikit-learn's KFold."""
     sizes = np.full(FOLDS, pairs // FOLDS)
     sizes[: pairs % FOLDS] += 1
     return np.repeat(np.arange(FOLDS), sizes)
@@ -145,15 +131,7 @@ def _accepted(distances: NDArray[Any], folds: NDArray[Any], thresholds: NDArray[
 
 
 def ten_fold_accuracy(distances: NDArray[Any], is_same: NDArray[np.bool_]) -> tuple[NDArray[Any], NDArray[Any]]:
-    """Accuracy of each fold at the first of the thresholds that are best on the other nine.
-
-    Args:
-        distances: (P,) float64 squared L2 distances, P >= 10.
-        is_same: (P,) bool.
-
-    Returns:
-        Accuracies (10,) and thresholds (10,), float64.
-    """
+    """Accuracy of each fold at the first of the thresholds that are best on the other nine; both (10,)."""
     folds = fold_numbers(len(distances))
     sizes = np.bincount(folds, minlength=FOLDS)
     accepted_genuine = _accepted(distances[is_same], folds[is_same], _ACCURACY_THRESHOLDS)

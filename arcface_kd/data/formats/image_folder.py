@@ -34,9 +34,7 @@ class Identity(NamedTuple):
 class _Listing:
     """Goes through the folders of one data set, and counts what it passes over.
 
-    Args:
-        follow_links: whether symbolic links are followed; refused otherwise, since an unpacked archive may hold links
-            to anywhere on this machine.
+    Links are refused unless they are to be followed: an unpacked archive may hold links to anywhere on this machine.
     """
 
     def __init__(self, follow_links: bool) -> None:
@@ -101,19 +99,9 @@ def list_identities(root: str | os.PathLike[str], *, follow_links: bool = False)
     """List a folder of identities as torchvision's ``ImageFolder`` orders it, so that labels are the host's.
 
     The label of an identity is its place in the list. Images may lie in sub-folders of an identity's folder. Hidden
-    files and folders, those of systems (``@eaDir``, ``__MACOSX``, ...) and files that are no images are passed over;
-    a warning counts them. Another one tells of identities whose images lie in sub-folders only, as those of a folder
-    one level too high do.
-
-    Args:
-        root: a folder with one sub-folder per identity.
-        follow_links: whether symbolic links are followed; they are refused otherwise.
-
-    Returns:
-        The identities sorted by name; the images of each sorted by folder, then by name.
-
-    Raises:
-        DataError: not a folder, no identity in it, an identity without an image, or a symbolic link.
+    files and folders, those of systems (``@eaDir``, ``__MACOSX``, ...) and files that are no images are passed over; a
+    warning counts them. Another one tells of identities whose images lie in sub-folders only, as those of a folder one
+    level too high do. Symbolic links are refused unless they are to be followed.
     """
     listing = _Listing(follow_links)
     identities, nested, empty, outside = [], [], [], 0

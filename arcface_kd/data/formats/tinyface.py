@@ -45,17 +45,7 @@ class TinyFaceSet:
     persons: NDArray[Any]
 
     def face(self, number: int) -> NDArray[Any]:
-        """Read and decode a face.
-
-        Args:
-            number: 0 .. N - 1.
-
-        Returns:
-            uint8 (3, 112, 112), RGB, contiguous.
-
-        Raises:
-            DataError: the file cannot be read or decoded, or has another size.
-        """
+        """Read and decode a face: uint8 (3, 112, 112), RGB, contiguous."""
         path = self.folder / self.files[number]
         try:
             pixels = decode_rgb(read_image_file(path), (_SIZE, _SIZE))
@@ -70,17 +60,7 @@ def is_tinyface(folder: str | os.PathLike[str]) -> bool:
 
 
 def read_tinyface(folder: str | os.PathLike[str]) -> TinyFaceSet:
-    """List a TinyFace folder; images are read as they are asked for.
-
-    Args:
-        folder: with ``Probe``, ``Gallery_Match`` and ``Gallery_Distractor``.
-
-    Returns:
-        The set.
-
-    Raises:
-        DataError: a folder that is missing or has no image, or probes of persons who are not enrolled.
-    """
+    """List a TinyFace folder; images are read as they are asked for."""
     root = Path(folder)
     probes, match, distractors = (_images(root, part) for part in (_PROBE, _MATCH, _DISTRACTOR))
     people = [Path(file).name.partition("_")[0] for file in [*probes, *match]]

@@ -282,33 +282,11 @@ class EmbeddingCache:
         return cast("NDArray[Any]", positions)
 
     def look_up(self, index: Tensor, flipped: Tensor) -> tuple[Tensor, Tensor]:
-        """Rows of some views.
-
-        Args:
-            index: (B,) int64 positions in the data set.
-            flipped: (B,) bool.
-
-        Returns:
-            ``(embeddings, known)``: (B, D) fp32 unit vectors on the CPU, NaN where the row is missing, and (B,) bool.
-
-        Raises:
-            IndexError: a position that the data set does not have.
-        """
+        """Unit vectors (B, D) fp32 on the CPU of some views, NaN where missing, and which are known, (B,)."""
         return _decoded(self._rows[self._positions(index, flipped)])
 
     def store(self, index: Tensor, flipped: Tensor, embeddings: Tensor) -> None:
-        """Keep the teacher's embeddings of some views.
-
-        Args:
-            index: (B,) int64 positions in the data set.
-            flipped: (B,) bool.
-            embeddings: (B, D), any norm.
-
-        Raises:
-            TeacherError: an embedding is zero, NaN or inf; or the file is read-only.
-            OSError: the disk is full or broken; rows that were stored stay.
-            IndexError: a position that the data set does not have.
-        """
+        """Keep the teacher's embeddings (B, D), of any norm, of some views; NaN, inf and 0 are refused."""
         positions = self._positions(index, flipped)
         rows = ~normalize(embeddings.detach().float()).to("cpu", torch.float16).numpy().view(np.uint16)
         _, sound = _decoded(rows)

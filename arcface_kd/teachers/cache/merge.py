@@ -24,14 +24,7 @@ _IMAGES_AT_ONCE = 4096
 
 @dataclass(frozen=True)
 class MergeReport:
-    """What a merge came to.
-
-    Attributes:
-        cache: the new one.
-        how: it was merged.
-        missing: rows that one of the caches lacks, and so the new one.
-        kept: of the squared norms of the embeddings side by side, by the axes of ``pca``; 1 elsewhere.
-    """
+    """What a merge came to; ``kept`` is the share of the squared norms that the axes of ``pca`` hold."""
 
     cache: EmbeddingCache
     how: How
