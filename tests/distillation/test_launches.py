@@ -36,7 +36,7 @@ BUDGETS = {
     "classifier": 200,
     "adadistill": 60,
     "arcdistill": 60,
-    "bank": 60,
+    "bank": 70,
     "cosdistill": 60,
     "proxylesskd": 60,
     "margindistillation": 200,
