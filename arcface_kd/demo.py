@@ -63,25 +63,17 @@ _NEXT = """Next, on your own faces (112x112, a folder for each person; the first
 
 @dataclass(frozen=True)
 class DemoSettings:
-    """Settings of the demo.
+    """Settings of the demo."""
 
-    Attributes:
-        out: folder for everything it writes.
-        data: folder with ``train.rec`` and ``.bin`` sets; None draws synthetic faces.
-        keys: ``kd*`` keys as in a config. Without ``kd`` it is AdaDistill, ``adadistill.alpha`` is ``plain`` unless the
-            options say otherwise, without ``kd_teacher`` one is trained on the same data, without ``kd_cache`` the
-            teacher's embeddings are kept in ``out`` and made anew.
-        seeds: how often each student is trained.
-        epochs: of the students; None chooses for the data.
-        network: the students', as a config names it.
-    """
-
-    out: Path
-    data: Path | None = None
+    out: Path  # folder for everything it writes
+    data: Path | None = None  # folder with ``train.rec`` and ``.bin`` sets; None draws synthetic faces
+    # ``kd*`` keys as in a config. Without ``kd`` it is AdaDistill, ``adadistill.alpha`` is ``plain`` unless the options
+    # say otherwise, without ``kd_teacher`` one is trained on the same data, without ``kd_cache`` the teacher's
+    # embeddings are kept in ``out`` and made anew.
     keys: Mapping[str, Any] = field(default_factory=dict)
-    seeds: int = 1
-    epochs: int | None = None
-    network: str = NETWORK
+    seeds: int = 1  # how often each student is trained
+    epochs: int | None = None  # of the students; None chooses for the data
+    network: str = NETWORK  # the students', as a config names it
 
     def __post_init__(self) -> None:
         if self.seeds < 1:
@@ -110,27 +102,17 @@ class DemoSettings:
 
 @dataclass
 class Row:
-    """One line of the table: a model on one verification set, means over seeds.
+    """One line of the table: a model on one verification set, means over seeds."""
 
-    Attributes:
-        score: as ``arcface-kd eval`` gives it; the model is ``teacher``, ``alone`` or the method's name.
-        accuracy_by_seed: ten-fold verification accuracy for each seed, in [0, 1].
-        parameters: number of weights; None where the teacher does not tell.
-        multiply_adds: of one image; None where they run outside torch.
-        ms_per_image: milliseconds, in batches of 32, on this machine.
-        images_per_second: of training; None for a teacher that was given.
-        kd_overhead: extra training time per image relative to the student alone; 0.1 is 10 % more.
-        gain: of the distilled student over the student alone: difference and its 95 % interval by statistic; empty for
-            the others.
-    """
-
-    score: Score
-    accuracy_by_seed: list[float]
-    parameters: int | None
-    multiply_adds: int | None
-    ms_per_image: float
-    images_per_second: float | None = None
-    kd_overhead: float | None = None
+    score: Score  # as ``arcface-kd eval`` gives it; the model is ``teacher``, ``alone`` or the method's name
+    accuracy_by_seed: list[float]  # ten-fold verification accuracy for each seed, in [0, 1]
+    parameters: int | None  # number of weights; None where the teacher does not tell
+    multiply_adds: int | None  # of one image; None where they run outside torch
+    ms_per_image: float  # milliseconds, in batches of 32, on this machine
+    images_per_second: float | None = None  # of training; None for a teacher that was given
+    kd_overhead: float | None = None  # extra training time per image relative to the student alone; 0.1 is 10 % more
+    # Of the distilled student over the student alone: difference and its 95 % interval by statistic; empty for the
+    # others.
     gain: dict[str, tuple[float, Interval]] = field(default_factory=dict)
 
     def as_row(self) -> dict[str, Any]:

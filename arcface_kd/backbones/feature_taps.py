@@ -33,17 +33,11 @@ _IR = ("input_layer", "body", "output_layer")
 
 @dataclass(frozen=True)
 class MapPlace:
-    """A place in a network where its feature map can be taken.
+    """A place in a network where its feature map can be taken."""
 
-    Attributes:
-        module: path of a module.
-        is_input: the map is what the module takes, not what it returns.
-        channels: of the map, where the network has it as a row of tokens' channels.
-    """
-
-    module: str
-    is_input: bool = False
-    channels: int | None = None
+    module: str  # path of a module
+    is_input: bool = False  # the map is what the module takes, not what it returns
+    channels: int | None = None  # of the map, where the network has it as a row of tokens' channels
 
     def __str__(self) -> str:
         return f"the input of {self.module!r}" if self.is_input else f"the output of {self.module!r}"

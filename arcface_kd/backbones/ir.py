@@ -31,27 +31,17 @@ ANY_IR = "ir:"
 
 @dataclass(frozen=True)
 class IRLayout:
-    """Where IR networks differ. The defaults are those of AdaFace, CVLface and TFace below 152 layers.
+    """Where IR networks differ. The defaults are those of AdaFace, CVLface and TFace below 152 layers."""
 
-    Attributes:
-        units: residual units of the four stages.
-        widths: channels of the four stages.
-        stem: channels of the first convolution.
-        bottleneck: units of 1x1, 3x3 and 1x1 convolutions instead of two of 3x3.
-        squeeze: name of the squeeze-and-excitation block in a unit; empty for none.
-        inner_norm: batch norm between a unit's first convolution and its PReLU; face.evoLVe and FaceX-Zoo have none.
-        affine: the embedding's batch norm has scale and offset, as theirs has.
-        side: height and width of the last map; images are 16 times as large.
-    """
-
-    units: tuple[int, ...] = (3, 4, 14, 3)
-    widths: tuple[int, ...] = (64, 128, 256, 512)
-    stem: int = 64
-    bottleneck: bool = False
-    squeeze: str = ""
+    units: tuple[int, ...] = (3, 4, 14, 3)  # residual units of the four stages
+    widths: tuple[int, ...] = (64, 128, 256, 512)  # channels of the four stages
+    stem: int = 64  # channels of the first convolution
+    bottleneck: bool = False  # units of 1x1, 3x3 and 1x1 convolutions instead of two of 3x3
+    squeeze: str = ""  # name of the squeeze-and-excitation block in a unit; empty for none
+    # Batch norm between a unit's first convolution and its PReLU; face.evoLVe and FaceX-Zoo have none.
     inner_norm: bool = True
-    affine: bool = False
-    side: int = 7
+    affine: bool = False  # the embedding's batch norm has scale and offset, as theirs has
+    side: int = 7  # height and width of the last map; images are 16 times as large
 
     def __post_init__(self) -> None:
         narrowest = _REDUCTION if self.squeeze else 4 if self.bottleneck else 1

@@ -27,15 +27,10 @@ _ENTRY = "arcface_kd.network"
 
 @dataclass(frozen=True)
 class NetworkName:
-    """What a name says.
+    """What a name says."""
 
-    Attributes:
-        name: the network, such as ``mbf`` or ``timm:edgenext_small``.
-        options: by name, converted.
-    """
-
-    name: str
-    options: Mapping[str, bool | int | float] = field(default_factory=dict)
+    name: str  # the network, such as ``mbf`` or ``timm:edgenext_small``
+    options: Mapping[str, bool | int | float] = field(default_factory=dict)  # by name, converted
 
 
 def parse_name(text: str) -> NetworkName:

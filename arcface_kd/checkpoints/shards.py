@@ -30,17 +30,11 @@ _HOST_WEIGHT = "weight"
 
 @dataclass(frozen=True)
 class RunShards:
-    """The checkpoints of a run's ranks, whose shards follow one another.
+    """The checkpoints of a run's ranks, whose shards follow one another."""
 
-    Attributes:
-        folder: the run's output folder.
-        checkpoints: one of each rank, in order.
-        edges: the first class of each rank, and the number of classes at the end.
-    """
-
-    folder: Path
-    checkpoints: tuple[Mapping[str, Any], ...]
-    edges: tuple[int, ...]
+    folder: Path  # the run's output folder
+    checkpoints: tuple[Mapping[str, Any], ...]  # one of each rank, in order
+    edges: tuple[int, ...]  # the first class of each rank, and the number of classes at the end
 
     @property
     def world_size(self) -> int:

@@ -118,35 +118,22 @@ def _write_options(options: Mapping[str, Mapping[str, object]]) -> list[str]:
 
 @dataclasses.dataclass(frozen=True)
 class Key:
-    """How users write a field of :class:`KDConfig`, and what its value means for a run; stands in its annotation.
+    """How users write a field of :class:`KDConfig`, and what its value means for a run; stands in its annotation."""
 
-    Attributes:
-        help: one line for the command line.
-        name: the config's key; empty makes it ``kd_FIELD``.
-        flag: of the command line; empty makes it ``--kd-FIELD``.
-        metavar: what stands behind the flag in the help; None leaves it to argparse.
-        choices: the words that it may be, which follow from a ``Literal``; None for anything.
-        many: whether the flag takes several words, and those of the command line join the config's.
-        repeats: whether the flag may be given several times, which makes a list of it.
-        file: whether it names a file, which may lie elsewhere on another machine of the same run.
-        distils: whether it means nothing without a method.
-        decides: whether another value makes another run, which cannot go on from the first one's checkpoints.
-        read: from the config's or the flag's value to the field's; None reads it by the field's annotation.
-        write: the field's value as the words behind the flag.
-    """
-
-    help: str
-    name: str = ""
-    flag: str = ""
-    metavar: str | None = None
+    help: str  # one line for the command line
+    name: str = ""  # the config's key; empty makes it ``kd_FIELD``
+    flag: str = ""  # of the command line; empty makes it ``--kd-FIELD``
+    metavar: str | None = None  # what stands behind the flag in the help; None leaves it to argparse
+    # The words that it may be, which follow from a ``Literal``; None for anything.
     choices: tuple[str, ...] | None = None
-    many: bool = False
-    repeats: bool = False
-    file: bool = False
-    distils: bool = True
-    decides: bool = True
+    many: bool = False  # whether the flag takes several words, and those of the command line join the config's
+    repeats: bool = False  # whether the flag may be given several times, which makes a list of it
+    file: bool = False  # whether it names a file, which may lie elsewhere on another machine of the same run
+    distils: bool = True  # whether it means nothing without a method
+    decides: bool = True  # whether another value makes another run, which cannot go on from the first one's checkpoints
+    # From the config's or the flag's value to the field's; None reads it by the field's annotation.
     read: Callable[[object], Any] | None = None
-    write: Callable[[Any], Sequence[str]] = lambda value: [str(value)]
+    write: Callable[[Any], Sequence[str]] = lambda value: [str(value)]  # the field's value as the words behind the flag
 
 
 @dataclasses.dataclass(frozen=True)

@@ -20,15 +20,11 @@ class Range:
     """Where a number may lie, stated beside its field: ``Annotated[float, Range(0, 1)]``.
 
     Of a tuple, each number is meant.
-
-    Attributes:
-        low: lower bound.
-        high: upper bound; infinite where there is none, which no value is.
-        ends: which bounds belong to it, as in mathematics: ``[]``, ``[)``, ``(]`` or ``()``.
     """
 
-    low: float
-    high: float = math.inf
+    low: float  # lower bound
+    high: float = math.inf  # upper bound; infinite where there is none, which no value is
+    # Which bounds belong to it, as in mathematics: ``[]``, ``[)``, ``(]`` or ``()``.
     ends: Literal["[]", "[)", "(]", "()"] = "[]"
 
     def __contains__(self, number: float) -> bool:

@@ -21,21 +21,13 @@ _JPEG_QUALITY = 95
 
 
 class AlignCounts(NamedTuple):
-    """What came of a folder.
+    """What came of a folder."""
 
-    Attributes:
-        written: faces that were cut out now.
-        there: faces that an earlier run had cut out.
-        several: photographs among ``written`` with more than one face.
-        without: photographs without a face, or that cannot be read.
-        missing: the file that lists those.
-    """
-
-    written: int
-    there: int
-    several: int
-    without: int
-    missing: Path
+    written: int  # faces that were cut out now
+    there: int  # faces that an earlier run had cut out
+    several: int  # photographs among ``written`` with more than one face
+    without: int  # photographs without a face, or that cannot be read
+    missing: Path  # the file that lists those
 
     def __str__(self) -> str:
         words = f"{self.written} faces"

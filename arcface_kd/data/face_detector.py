@@ -16,14 +16,10 @@ _LEAST_SCORE = 0.5
 
 
 class DetectedFaces(NamedTuple):
-    """Faces on a picture.
+    """Faces on a picture."""
 
-    Attributes:
-        boxes: float (N, 4), left, top, right and bottom in pixels.
-        landmarks: float (N, 5, 2), x and y: left and right eye as the camera sees them, nose, corners of the mouth.
-    """
-
-    boxes: NDArray[np.floating[Any]]
+    boxes: NDArray[np.floating[Any]]  # float (N, 4), left, top, right and bottom in pixels
+    # Float (N, 5, 2), x and y: left and right eye as the camera sees them, nose, corners of the mouth.
     landmarks: NDArray[np.floating[Any]]
 
 

@@ -25,21 +25,13 @@ _JPEG_QUALITY = 95
 
 
 class PackCounts(NamedTuple):
-    """What was packed.
+    """What was packed."""
 
-    Attributes:
-        identities: number of identities, the classes of the data set.
-        images: number of images.
-        resized: how many of them were not 112x112 and have been scaled.
-        skipped: images that could not be read and were left out.
-        emptied: identities of which no image is left; they keep their labels.
-    """
-
-    identities: int
-    images: int
-    resized: int
-    skipped: int = 0
-    emptied: int = 0
+    identities: int  # number of identities, the classes of the data set
+    images: int  # number of images
+    resized: int  # how many of them were not 112x112 and have been scaled
+    skipped: int = 0  # images that could not be read and were left out
+    emptied: int = 0  # identities of which no image is left; they keep their labels
 
     def __str__(self) -> str:
         words = f"num_classes={self.identities} num_image={self.images}"

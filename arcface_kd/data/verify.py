@@ -30,33 +30,19 @@ class _Seen(NamedTuple):
 
 @dataclass(frozen=True)
 class DataReport:
-    """What a data set holds.
+    """What a data set holds."""
 
-    Attributes:
-        title: the folders.
-        images: number of images.
-        people: identities with an image.
-        per_person: fewest, median and most images of one of them.
-        single: identities with one image.
-        empty: labels below the largest that no image has.
-        nobody: images with the label -1.
-        sizes: images by height and width; of those that can be decoded.
-        repeated: images whose file occurred before.
-        shared: of these, pairs of images under different labels, each with its place.
-        faults: what a run would stop at: images that cannot be read or are not 112x112, labels that cannot be.
-    """
-
-    title: str
-    images: int
-    people: int
-    per_person: tuple[int, float, int]
-    single: int
-    empty: list[int]
-    nobody: int
-    sizes: Counter[tuple[int, int]]
-    repeated: int
-    shared: list[tuple[str, str]]
-    faults: list[str]
+    title: str  # the folders
+    images: int  # number of images
+    people: int  # identities with an image
+    per_person: tuple[int, float, int]  # fewest, median and most images of one of them
+    single: int  # identities with one image
+    empty: list[int]  # labels below the largest that no image has
+    nobody: int  # images with the label -1
+    sizes: Counter[tuple[int, int]]  # images by height and width; of those that can be decoded
+    repeated: int  # images whose file occurred before
+    shared: list[tuple[str, str]]  # of these, pairs of images under different labels, each with its place
+    faults: list[str]  # what a run would stop at: images that cannot be read or are not 112x112, labels that cannot be
 
     def __str__(self) -> str:
         least, median, most = self.per_person

@@ -24,21 +24,13 @@ _LEAST_NORM = 0.5
 
 
 class BatchRows(NamedTuple):
-    """Whose rows a gathered batch holds, for messages.
+    """Whose rows a gathered batch holds, for messages."""
 
-    Attributes:
-        step: the micro-step, counted from 1.
-        sizes: rows of each rank.
-        rank: this rank.
-        views: which records this rank's rows show; None where nobody says.
-        faces: their data set; None where nobody says.
-    """
-
-    step: int
-    sizes: Sequence[int]
-    rank: int
-    views: BatchViews | None = None
-    faces: FaceDataset | None = None
+    step: int  # the micro-step, counted from 1
+    sizes: Sequence[int]  # rows of each rank
+    rank: int  # this rank
+    views: BatchViews | None = None  # which records this rank's rows show; None where nobody says
+    faces: FaceDataset | None = None  # their data set; None where nobody says
 
     @property
     def place(self) -> str:

@@ -8,15 +8,10 @@ from torch import Tensor
 
 
 class ShardPositions(NamedTuple):
-    """Where a batch's labels are in a range of classes.
+    """Where a batch's labels are in a range of classes."""
 
-    Attributes:
-        position: (B,) int64 in [0, size); of no meaning where the label is not in the range.
-        owned: (B,) bool, whether it is.
-    """
-
-    position: Tensor
-    owned: Tensor
+    position: Tensor  # (B,) int64 in [0, size); of no meaning where the label is not in the range
+    owned: Tensor  # (B,) bool, whether it is
 
 
 def positions_in_shard(labels: Tensor, start: int, size: int) -> ShardPositions:

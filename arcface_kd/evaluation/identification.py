@@ -17,18 +17,13 @@ _COSINES_IN_MEMORY = 1 << 23
 
 @dataclass(frozen=True, eq=False)
 class Search:
-    """What all probes found in one gallery.
+    """What all probes found in one gallery."""
 
-    Attributes:
-        mate_ranks: int64 (M,), for each probe whose person is enrolled: 1, and 1 for each entry of another person that
-            is as like the probe as the person's best or more so. 1 is a hit; ties count against the model.
-        mate_scores: float64 (M,), the cosine with that best entry.
-        stranger_scores: float64 (S,), for each probe whose person is not enrolled: its largest cosine.
-    """
-
+    # Int64 (M,), for each probe whose person is enrolled: 1, and 1 for each entry of another person that is as like the
+    # probe as the person's best or more so. 1 is a hit; ties count against the model.
     mate_ranks: NDArray[np.int64]
-    mate_scores: NDArray[Any]
-    stranger_scores: NDArray[Any]
+    mate_scores: NDArray[Any]  # float64 (M,), the cosine with that best entry
+    stranger_scores: NDArray[Any]  # float64 (S,), for each probe whose person is not enrolled: its largest cosine
 
     def tpir(self, levels: Sequence[float] = FPIR_LEVELS) -> dict[float, float | None]:
         """True positive identification rate at false positive identification rates.
@@ -77,18 +72,13 @@ def search(
 
 @dataclass(frozen=True)
 class IdentificationResult:
-    """Searches of the same probes in one gallery or several.
+    """Searches of the same probes in one gallery or several."""
 
-    Attributes:
-        mated: searches for a person who is enrolled, over all galleries.
-        strangers: searches for a person who is not.
-        rank: share of the mated searches whose mate is among the first 1, 5, 10; ``None`` without mated searches.
-        tpir: mean over the galleries of TPIR at each FPIR, ``None`` where a gallery cannot tell.
-    """
-
-    mated: int
-    strangers: int
+    mated: int  # searches for a person who is enrolled, over all galleries
+    strangers: int  # searches for a person who is not
+    # Share of the mated searches whose mate is among the first 1, 5, 10; ``None`` without mated searches.
     rank: dict[int, float | None]
+    # Mean over the galleries of TPIR at each FPIR, ``None`` where a gallery cannot tell.
     tpir: dict[float, float | None]
 
 

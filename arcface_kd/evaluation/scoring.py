@@ -35,26 +35,17 @@ TemplateSet = IJBSet | TinyFaceSet
 
 @dataclass(frozen=True)
 class Score:
-    """One model on one set by one protocol.
+    """One model on one set by one protocol."""
 
-    Attributes:
-        model: as it was named.
-        set: the set's name, the group's, or ``one image`` for the cost.
-        protocol: ``pairs`` for verification sets, ``groups`` for several of them, ``1:1`` and ``1:N`` for IJB's,
-            ``tinyface``, and ``cost``.
-        input: how the model's input was prepared.
-        numbers: by name; shares in [0, 1], ``None`` where the set is too small to tell.
-        low_res: which side of the pairs was downscaled to what; empty for none.
-        gallery: the model that embedded the gallery; empty for the model itself.
-    """
-
-    model: str
-    set: str
+    model: str  # as it was named
+    set: str  # the set's name, the group's, or ``one image`` for the cost
+    # ``pairs`` for verification sets, ``groups`` for several of them, ``1:1`` and ``1:N`` for IJB's, ``tinyface``, and
+    # ``cost``.
     protocol: str
-    input: str
-    numbers: Numbers
-    low_res: str = ""
-    gallery: str = ""
+    input: str  # how the model's input was prepared
+    numbers: Numbers  # by name; shares in [0, 1], ``None`` where the set is too small to tell
+    low_res: str = ""  # which side of the pairs was downscaled to what; empty for none
+    gallery: str = ""  # the model that embedded the gallery; empty for the model itself
 
     def as_row(self) -> dict[str, str | int | float | None]:
         """For ``json.dumps``."""

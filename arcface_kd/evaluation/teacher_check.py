@@ -33,51 +33,31 @@ _CONFIDENCE = 0.99
 
 @dataclass(frozen=True)
 class Trial:
-    """One preprocessing on verification pairs.
+    """One preprocessing on verification pairs."""
 
-    Attributes:
-        preprocessing: what was tried.
-        separation: distance of the mean cosine of same and of different pairs, in standard deviations (d'). It tells
-            preprocessings apart where accuracy has saturated.
-        accuracy: ten-fold accuracy in 0..1; None where the trial went no further than the screening.
-    """
-
-    preprocessing: Preprocessing
+    preprocessing: Preprocessing  # what was tried
+    # Distance of the mean cosine of same and of different pairs, in standard deviations (d'). It tells preprocessings
+    # apart where accuracy has saturated.
     separation: float
-    accuracy: float | None = None
+    accuracy: float | None = None  # ten-fold accuracy in 0..1; None where the trial went no further than the screening
 
 
 @dataclass(frozen=True)
 class TeacherReport:
-    """What ``arcface-kd check`` found.
+    """What ``arcface-kd check`` found."""
 
-    Attributes:
-        description: what the teacher is and where it came from.
-        embedding_size: dimension of its embeddings.
-        parameter_count: number of weights, or None where a callable does not tell.
-        preprocessing: how its input is prepared now.
-        precision: ``fp32``, or the type of autocast.
-        fingerprint: what a cache of its embeddings is bound to.
-        trials: the usual preprocessings, best first; empty without a verification set.
-        in_use: the trial of the preprocessing in use; None without a verification set.
-        screened: number of pairs behind the separations.
-        pairs: number of pairs behind the accuracies.
-        warning: set when another preprocessing is better by a clear margin.
-        doubt: set when the pairs are too few to tell.
-    """
-
-    description: str
-    embedding_size: int
-    parameter_count: int | None
-    preprocessing: Preprocessing
-    precision: str
-    fingerprint: str
-    trials: tuple[Trial, ...] = ()
-    in_use: Trial | None = None
-    screened: int = 0
-    pairs: int = 0
-    warning: str | None = None
-    doubt: str | None = None
+    description: str  # what the teacher is and where it came from
+    embedding_size: int  # dimension of its embeddings
+    parameter_count: int | None  # number of weights, or None where a callable does not tell
+    preprocessing: Preprocessing  # how its input is prepared now
+    precision: str  # ``fp32``, or the type of autocast
+    fingerprint: str  # what a cache of its embeddings is bound to
+    trials: tuple[Trial, ...] = ()  # the usual preprocessings, best first; empty without a verification set
+    in_use: Trial | None = None  # the trial of the preprocessing in use; None without a verification set
+    screened: int = 0  # number of pairs behind the separations
+    pairs: int = 0  # number of pairs behind the accuracies
+    warning: str | None = None  # set when another preprocessing is better by a clear margin
+    doubt: str | None = None  # set when the pairs are too few to tell
 
     @property
     def best(self) -> Trial | None:

@@ -27,17 +27,11 @@ _PAIRS_IN_CACHE = 4096
 
 @dataclass(frozen=True)
 class Weighting:
-    """How much a face has to say in its template.
+    """How much a face has to say in its template."""
 
-    Attributes:
-        flip: add the embedding of the mirrored face.
-        norm: let the embedding's own length weigh; else it is L2-normalised first.
-        detector_score: weigh with the detector's score.
-    """
-
-    flip: bool = True
-    norm: bool = True
-    detector_score: bool = True
+    flip: bool = True  # add the embedding of the mirrored face
+    norm: bool = True  # let the embedding's own length weigh; else it is L2-normalised first
+    detector_score: bool = True  # weigh with the detector's score
 
 
 AS_INSIGHTFACE = Weighting()
@@ -100,27 +94,17 @@ def pair_scores(templates: Templates, pairs: NDArray[Any], enrolled: Templates |
 
 @dataclass(frozen=True)
 class TemplateVerification:
-    """1:1 verification of templates.
+    """1:1 verification of templates."""
 
-    Attributes:
-        genuine_pairs: pairs of one person.
-        impostor_pairs: pairs of two persons.
-        tar: TAR at the loosest threshold whose FAR does not exceed the level; ``None`` with fewer than 1 / level
-            impostor pairs. InsightFace takes the point of the curve whose FAR is nearest to the level, above it or
-            below.
-        auc: area under the ROC curve, in [0, 1].
-        eer: equal error rate, in [0, 1].
-        fpr: (K,) float64, FAR of the ROC curve, rising.
-        tpr: (K,) float64, its TAR.
-    """
-
-    genuine_pairs: int
-    impostor_pairs: int
+    genuine_pairs: int  # pairs of one person
+    impostor_pairs: int  # pairs of two persons
+    # TAR at the loosest threshold whose FAR does not exceed the level; ``None`` with fewer than 1 / level impostor
+    # pairs. InsightFace takes the point of the curve whose FAR is nearest to the level, above it or below.
     tar: dict[float, float | None]
-    auc: float
-    eer: float
-    fpr: NDArray[Any]
-    tpr: NDArray[Any]
+    auc: float  # area under the ROC curve, in [0, 1]
+    eer: float  # equal error rate, in [0, 1]
+    fpr: NDArray[Any]  # (K,) float64, FAR of the ROC curve, rising
+    tpr: NDArray[Any]  # (K,) float64, its TAR
 
 
 @dataclass(frozen=True)

@@ -44,29 +44,17 @@ _BATCH = 16
 
 @dataclass(frozen=True)
 class ExportReport:
-    """Result of an export.
+    """Result of an export."""
 
-    Attributes:
-        out: the file.
-        network: the student's name among ``arcface_kd.backbones.NETWORKS``.
-        embedding_size: D.
-        precision: ``float32`` or ``int8``.
-        leading: share of the convolutions, from the input on, that stayed in float32 in an int8 file.
-        size: of the file in bytes.
-        faces: how many were embedded by both.
-        mean_cosine: of the file's embedding and the student's, over the faces.
-        least_cosine: the smallest of them.
-    """
-
-    out: Path
-    network: str
-    embedding_size: int
-    precision: Precision
-    leading: float
-    size: int
-    faces: int
-    mean_cosine: float
-    least_cosine: float
+    out: Path  # the file
+    network: str  # the student's name among ``arcface_kd.backbones.NETWORKS``
+    embedding_size: int  # D
+    precision: Precision  # ``float32`` or ``int8``
+    leading: float  # share of the convolutions, from the input on, that stayed in float32 in an int8 file
+    size: int  # of the file in bytes
+    faces: int  # how many were embedded by both
+    mean_cosine: float  # of the file's embedding and the student's, over the faces
+    least_cosine: float  # the smallest of them
 
     def __str__(self) -> str:
         behind = f" behind the first {self.leading:.0%} of its convolutions" if self.leading else ""

@@ -49,23 +49,14 @@ _MOVED = {
 
 @dataclass(frozen=True)
 class PatchOutcome:
-    """What became, or with ``check`` would become, of one patch.
+    """What became, or with ``check`` would become, of one patch."""
 
-    Attributes:
-        name: the patch, as ``patches/NAME.patch``.
-        files: the files that changed, relative to arcface_torch; empty when there was nothing to do.
-        added: number of lines that came into those files.
-        removed: number of lines that left them.
-        check: nothing was written.
-        revert: the patch was to be taken out.
-    """
-
-    name: str
-    files: tuple[str, ...]
-    added: int
-    removed: int
-    check: bool
-    revert: bool
+    name: str  # the patch, as ``patches/NAME.patch``
+    files: tuple[str, ...]  # the files that changed, relative to arcface_torch; empty when there was nothing to do
+    added: int  # number of lines that came into those files
+    removed: int  # number of lines that left them
+    check: bool  # nothing was written
+    revert: bool  # the patch was to be taken out
 
     def __str__(self) -> str:
         if not self.files:

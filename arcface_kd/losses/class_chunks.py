@@ -29,19 +29,12 @@ def chunk_size(batch: int, device: torch.device) -> int:
 
 
 class ClassSums(NamedTuple):
-    """Sums over the classes of this shard but the rows' targets.
+    """Sums over the classes of this shard but the rows' targets."""
 
-    Attributes:
-        shift: (B,) what exponentials are relative to: the largest logit or the log-sum-exp; -inf for no classes.
-        total: (B,) sum of ``exp(z - shift)``.
-        pull: (B, D) sum of ``exp(z - shift) w`` with unit centers w, times ``scale``.
-        scale: see ``pull``.
-    """
-
-    shift: Tensor
-    total: Tensor
-    pull: Tensor
-    scale: float
+    shift: Tensor  # (B,) what exponentials are relative to: the largest logit or the log-sum-exp; -inf for no classes
+    total: Tensor  # (B,) sum of ``exp(z - shift)``
+    pull: Tensor  # (B, D) sum of ``exp(z - shift) w`` with unit centers w, times ``scale``
+    scale: float  # see ``pull``
 
 
 class _Chunk(NamedTuple):

@@ -13,31 +13,24 @@ from arcface_kd.losses.fused import fused
 
 @dataclass(frozen=True, eq=False)
 class ClassWeights:
-    """This rank's shard of a classifier, learned or frozen, in one step.
+    """This rank's shard of a classifier, learned or frozen, in one step."""
 
-    Attributes:
-        centers: (C, D) class centers of this shard, any norm.
-        inverse_norms: (C,) one over each center's norm, where the caller keeps it; None finds it in every pass.
-        start: the first class of this shard.
-        index: (K,) int64, sorted positions in the shard of the classes that take part (PartialFC's sample), or None for
-            all. Targets take part always.
-        ranks: the ranks that share the classes.
-        product_dtype: number format of the matrix products' factors (``torch.bfloat16``, ``torch.float16``); results,
-            sums and exponentials stay in fp32. None means the format of the sums.
-        targets: where the labels of the step's batch are, if the caller has found it for several losses.
-        units: (C, D) the normalised centers in ``product_dtype``, where the caller keeps them; None makes them in every
-            pass.
-        num_classes: of the whole data set; None where the caller does not say, and ranks ask each other if they must.
-    """
-
-    centers: Tensor
+    centers: Tensor  # (C, D) class centers of this shard, any norm
+    # (C,) one over each center's norm, where the caller keeps it; None finds it in every pass.
     inverse_norms: Tensor | None = None
-    start: int = 0
+    start: int = 0  # the first class of this shard
+    # (K,) int64, sorted positions in the shard of the classes that take part (PartialFC's sample), or None for all.
+    # Targets take part always.
     index: Tensor | None = None
-    ranks: RankGroup = field(default_factory=lambda: RankGroup(alone=True))
+    ranks: RankGroup = field(default_factory=lambda: RankGroup(alone=True))  # the ranks that share the classes
+    # Number format of the matrix products' factors (``torch.bfloat16``, ``torch.float16``); results, sums and
+    # exponentials stay in fp32. None means the format of the sums.
     product_dtype: torch.dtype | None = None
+    # Where the labels of the step's batch are, if the caller has found it for several losses.
     targets: "Targets | None" = None
+    # (C, D) the normalised centers in ``product_dtype``, where the caller keeps them; None makes them in every pass.
     units: Tensor | None = None
+    # Of the whole data set; None where the caller does not say, and ranks ask each other if they must.
     num_classes: int | None = None
 
     @property
@@ -62,17 +55,11 @@ class ClassWeights:
 
 
 class Targets(NamedTuple):
-    """Where the targets of a batch's rows stand among a shard's classes.
+    """Where the targets of a batch's rows stand among a shard's classes."""
 
-    Attributes:
-        position: (B,) among the classes that take part in the step; -1 where it is none of this shard's.
-        target: (B,) in the shard; any place where the target is another shard's.
-        owned: (B,) bool, whether the target is this shard's.
-    """
-
-    position: Tensor
-    target: Tensor
-    owned: Tensor
+    position: Tensor  # (B,) among the classes that take part in the step; -1 where it is none of this shard's
+    target: Tensor  # (B,) in the shard; any place where the target is another shard's
+    owned: Tensor  # (B,) bool, whether the target is this shard's
 
 
 @dataclass(frozen=True, eq=False)

@@ -44,25 +44,15 @@ class DivergenceRows(NamedTuple):
 
 
 class Distillation(NamedTuple):
-    """The loss terms of a step, scalars, the same on every rank; and what is worth a curve, without gradient.
+    """The loss terms of a step, scalars, the same on every rank; and what is worth a curve, without gradient."""
 
-    Attributes:
-        ce: the student's margin softmax.
-        primary: T^2 times the mean KL inside the primary group; of all classes where no groups are asked for.
-        binary: T^2 times the mean KL of the groups' probabilities; 0 without groups.
-        secondary: T^2 times the mean KL inside the secondary group; 0 without groups, or where it is not wanted.
-        group_size: mean number of primary classes of a row; 0 without groups.
-        student_mass: mean p_s(P) of the student; 1 without groups.
-        teacher_mass: mean p_t(P) of the teacher; 1 without groups.
-    """
-
-    ce: Tensor
-    primary: Tensor
-    binary: Tensor
-    secondary: Tensor
-    group_size: Tensor
-    student_mass: Tensor
-    teacher_mass: Tensor
+    ce: Tensor  # the student's margin softmax
+    primary: Tensor  # T^2 times the mean KL inside the primary group; of all classes where no groups are asked for
+    binary: Tensor  # T^2 times the mean KL of the groups' probabilities; 0 without groups
+    secondary: Tensor  # T^2 times the mean KL inside the secondary group; 0 without groups, or where it is not wanted
+    group_size: Tensor  # mean number of primary classes of a row; 0 without groups
+    student_mass: Tensor  # mean p_s(P) of the student; 1 without groups
+    teacher_mass: Tensor  # mean p_t(P) of the teacher; 1 without groups
 
 
 class Upstream(NamedTuple):

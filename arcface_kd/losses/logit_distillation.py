@@ -52,17 +52,11 @@ _LARGEST_BARE_SCALE = 64.0
 
 
 class Grouping(NamedTuple):
-    """How Grouped KD splits the classes of a row in two; the target is always in the primary group.
+    """How Grouped KD splits the classes of a row in two; the target is always in the primary group."""
 
-    Attributes:
-        rule: how large the primary group is.
-        ranked_by: whose logits say which classes are in it.
-        secondary: whether the KL inside the secondary group is wanted too.
-    """
-
-    rule: GroupRule
-    ranked_by: RankedBy = "student"
-    secondary: bool = False
+    rule: GroupRule  # how large the primary group is
+    ranked_by: RankedBy = "student"  # whose logits say which classes are in it
+    secondary: bool = False  # whether the KL inside the secondary group is wanted too
 
 
 class TeacherLogits(NamedTuple):

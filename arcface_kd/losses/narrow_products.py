@@ -30,17 +30,11 @@ def product(a: Tensor, b: Tensor) -> Tensor:
 
 
 class RunningSoftmax(NamedTuple):
-    """What a pass over chunks of classes keeps of each row, (B,) each; it starts as :meth:`none` and is written to.
+    """What a pass over chunks of classes keeps of each row, (B,) each; it starts as :meth:`none` and is written to."""
 
-    Attributes:
-        shift: the largest logit so far but for the target's; -inf before the first.
-        total: sum of ``exp(z - shift)``.
-        fade: what sums of the chunks before the last are multiplied by, now that the shift has risen.
-    """
-
-    shift: Tensor
-    total: Tensor
-    fade: Tensor
+    shift: Tensor  # the largest logit so far but for the target's; -inf before the first
+    total: Tensor  # sum of ``exp(z - shift)``
+    fade: Tensor  # what sums of the chunks before the last are multiplied by, now that the shift has risen
 
     @classmethod
     def none(cls, like: Tensor) -> "RunningSoftmax":

@@ -36,19 +36,12 @@ def slices(length: int, size: int) -> Iterator[slice]:
 
 
 class ShardedLogits(NamedTuple):
-    """Scaled cosines of a batch and the classes that a pass over this shard visits.
+    """Scaled cosines of a batch and the classes that a pass over this shard visits."""
 
-    Attributes:
-        values: (K, B) ``factor * cos``, :data:`HIDDEN` where the class is the row's target.
-        own: (B,) the cosine of row and target, on the rank that holds it; finite, but of no meaning elsewhere.
-        inverse: (K, 1) one over the norms of the class centers.
-        factor: what cosines are multiplied by.
-    """
-
-    values: Tensor
-    own: Tensor
-    inverse: Tensor
-    factor: float
+    values: Tensor  # (K, B) ``factor * cos``, :data:`HIDDEN` where the class is the row's target
+    own: Tensor  # (B,) the cosine of row and target, on the rank that holds it; finite, but of no meaning elsewhere
+    inverse: Tensor  # (K, 1) one over the norms of the class centers
+    factor: float  # what cosines are multiplied by
 
 
 def sharded_logits(

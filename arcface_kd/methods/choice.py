@@ -12,17 +12,11 @@ FEW_IMAGES = 5
 
 
 class Records(NamedTuple):
-    """What decides.
+    """What decides."""
 
-    Attributes:
-        images: number of images.
-        labelled: images with a label.
-        identities: of these.
-    """
-
-    images: int
-    labelled: int
-    identities: int
+    images: int  # number of images
+    labelled: int  # images with a label
+    identities: int  # of these
 
     @classmethod
     def of(cls, labels: NDArray[np.int64]) -> "Records":
@@ -48,19 +42,12 @@ class Records(NamedTuple):
 
 
 class Choice(NamedTuple):
-    """One line of the table.
+    """One line of the table."""
 
-    Attributes:
-        have: what one has.
-        take: the method, as flags.
-        why: the row that says so, measured here or published.
-        fits: whether some records are such.
-    """
-
-    have: str
-    take: str
-    why: str
-    fits: Callable[[Records], bool]
+    have: str  # what one has
+    take: str  # the method, as flags
+    why: str  # the row that says so, measured here or published
+    fits: Callable[[Records], bool]  # whether some records are such
 
 
 CHOICES = (

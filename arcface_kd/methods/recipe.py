@@ -13,38 +13,24 @@ from arcface_kd.methods.base import Requirement
 
 @dataclass(frozen=True)
 class Stage:
-    """One run of a recipe.
+    """One run of a recipe."""
 
-    Attributes:
-        recipe: its name, as in ``kd``.
-        number: from 1.
-        runs: how many there are at most.
-        title: what is trained, from where, in one line.
-        changes: the run's own keys, over those of the config.
-    """
-
-    recipe: str
-    number: int
-    runs: int
-    title: str
-    changes: Mapping[str, Any] = field(repr=False)
+    recipe: str  # its name, as in ``kd``
+    number: int  # from 1
+    runs: int  # how many there are at most
+    title: str  # what is trained, from where, in one line
+    changes: Mapping[str, Any] = field(repr=False)  # the run's own keys, over those of the config
 
     def __str__(self) -> str:
         return f"{self.recipe}: run {self.number} of {self.runs}: {self.title}"
 
 
 class Recipe(ABC):
-    """A method of several runs, registered as methods are; each run is one of another method or of none.
+    """A method of several runs, registered as methods are; each run is one of another method or of none."""
 
-    Attributes:
-        Config: its options, as a method's.
-        requires: what it cannot do without, for ``arcface-kd methods``.
-        runs: how many there are at most.
-    """
-
-    Config: ClassVar[type[Any]]
-    requires: ClassVar[frozenset[Requirement]] = frozenset()
-    runs: ClassVar[int]
+    Config: ClassVar[type[Any]]  # its options, as a method's
+    requires: ClassVar[frozenset[Requirement]] = frozenset()  # what it cannot do without, for ``arcface-kd methods``
+    runs: ClassVar[int]  # how many there are at most
 
     @classmethod
     @abstractmethod

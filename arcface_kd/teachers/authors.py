@@ -20,15 +20,10 @@ _IRESNETS = ("r18", "r34", "r50", "r100")
 
 
 class Author(NamedTuple):
-    """Who trained some weights.
+    """Who trained some weights."""
 
-    Attributes:
-        name: the project; empty for arcface_torch and this package.
-        shown: how its networks want their images.
-    """
-
-    name: str
-    shown: Preprocessing
+    name: str  # the project; empty for arcface_torch and this package
+    shown: Preprocessing  # how its networks want their images
 
 
 TRAINED_HERE = Author("", Preprocessing())

@@ -49,41 +49,24 @@ _IR_FIRST = "input_layer.0.weight"
 
 @dataclass(frozen=True)
 class NetworkCheckpoint:
-    """A backbone rebuilt from a checkpoint.
+    """A backbone rebuilt from a checkpoint."""
 
-    Attributes:
-        network: the backbone with its weights, in evaluation mode, on the CPU.
-        name: as :func:`arcface_kd.backbones.get_backbone` takes it, or one of ``arcface_kd.backbones.vit.VITS``.
-        num_features: dimension of its embeddings.
-        digest: SHA-256 over its name and weights.
-        author: who trained it; None where that decides on the channels and cannot be told.
-    """
-
-    network: nn.Module
-    name: str
-    num_features: int
-    digest: str
-    author: Author | None = TRAINED_HERE
+    network: nn.Module  # the backbone with its weights, in evaluation mode, on the CPU
+    name: str  # as :func:`arcface_kd.backbones.get_backbone` takes it, or one of ``arcface_kd.backbones.vit.VITS``
+    num_features: int  # dimension of its embeddings
+    digest: str  # SHA-256 over its name and weights
+    author: Author | None = TRAINED_HERE  # who trained it; None where that decides on the channels and cannot be told
 
 
 class Backbone(NamedTuple):
-    """Where a known network's tensors are in a file.
+    """Where a known network's tensors are in a file."""
 
-    Attributes:
-        place: keys that lead to the state dict, as `state_dicts` gives them.
-        prefix: what all of the network's names begin with.
-        name: the network.
-        num_features: dimension of its embeddings.
-        tensors: by the network's own names.
-        beside: names of the state dict's other tensors, a head's as a rule.
-    """
-
-    place: str
-    prefix: str
-    name: str
-    num_features: int
-    tensors: dict[str, Tensor]
-    beside: tuple[str, ...]
+    place: str  # keys that lead to the state dict, as `state_dicts` gives them
+    prefix: str  # what all of the network's names begin with
+    name: str  # the network
+    num_features: int  # dimension of its embeddings
+    tensors: dict[str, Tensor]  # by the network's own names
+    beside: tuple[str, ...]  # names of the state dict's other tensors, a head's as a rule
 
     def __str__(self) -> str:
         where = "/".join(part for part in (self.place, self.prefix) if part)

@@ -30,14 +30,10 @@ class Merge:
 
     Of unit vectors u_1 .. u_n, ``concat`` is [u_1 .. u_n] / sqrt(n), whose cosine is the mean of the teachers' cosines;
     ``mean`` is their mean, of equal dimensions; ``pca`` is the first along ``axes`` about the origin.
-
-    Attributes:
-        how: which.
-        axes: (k, D) of ``pca``, D being the sum of the dimensions.
     """
 
-    how: How
-    axes: Tensor | None = None
+    how: How  # which
+    axes: Tensor | None = None  # (k, D) of ``pca``, D being the sum of the dimensions
 
     def __call__(self, parts: Sequence[Tensor]) -> Tensor:
         """Merge unit vectors (B, D_i) into (B, D)."""

@@ -14,19 +14,12 @@ Triple = tuple[float, float, float]
 
 @dataclass(frozen=True)
 class Preprocessing:
-    """How a teacher wants its input: ``(x - mean) / std`` of pixel values 0..255, per channel.
+    """How a teacher wants its input: ``(x - mean) / std`` of pixel values 0..255, per channel."""
 
-    Attributes:
-        channels: order of the input's channels.
-        mean: subtracted, in 0..255, in the order of ``channels``.
-        std: divided by, in 0..255, in the order of ``channels``.
-        size: height and width of the input in pixels.
-    """
-
-    channels: Channels = "rgb"
-    mean: Triple = (127.5, 127.5, 127.5)
-    std: Triple = (127.5, 127.5, 127.5)
-    size: int = 112
+    channels: Channels = "rgb"  # order of the input's channels
+    mean: Triple = (127.5, 127.5, 127.5)  # subtracted, in 0..255, in the order of ``channels``
+    std: Triple = (127.5, 127.5, 127.5)  # divided by, in 0..255, in the order of ``channels``
+    size: int = 112  # height and width of the input in pixels
 
     def __str__(self) -> str:
         return f"{self.channels}, (x - {in_words(self.mean)}) / {in_words(self.std)}, {self.size}x{self.size}"

@@ -43,33 +43,20 @@ class Enrolment:
 
 @dataclass(frozen=True, eq=False)
 class IJBSet:
-    """Faces, their grouping into templates, and what is to be told apart.
+    """Faces, their grouping into templates, and what is to be told apart."""
 
-    Attributes:
-        name: ``ijbb``, ``ijbc`` or what else the files' names begin with.
-        folder: where the images are.
-        files: N names of images.
-        similarities: float64 (N, 2, 3), what aligns each face.
-        detector_scores: float64 (N,), how sure the detector was of a face; a weight in the template.
-        templates: int64 (N,), the template of each face.
-        media: int64 (N,), the medium of each face.
-        pairs: int64 (P, 2), templates to compare 1:1; P is 0 where the set has no such list.
-        is_same: bool (P,).
-        galleries: by name (``G1``, ``G2``), the persons to search among; empty where the set has no 1:N lists.
-        probes: the searches, in each of the galleries; None without galleries.
-    """
-
-    name: str
-    folder: Path
-    files: list[str]
-    similarities: NDArray[Any]
-    detector_scores: NDArray[Any]
-    templates: NDArray[Any]
-    media: NDArray[np.int64]
-    pairs: NDArray[Any]
-    is_same: NDArray[np.bool_]
+    name: str  # ``ijbb``, ``ijbc`` or what else the files' names begin with
+    folder: Path  # where the images are
+    files: list[str]  # N names of images
+    similarities: NDArray[Any]  # float64 (N, 2, 3), what aligns each face
+    detector_scores: NDArray[Any]  # float64 (N,), how sure the detector was of a face; a weight in the template
+    templates: NDArray[Any]  # int64 (N,), the template of each face
+    media: NDArray[np.int64]  # int64 (N,), the medium of each face
+    pairs: NDArray[Any]  # int64 (P, 2), templates to compare 1:1; P is 0 where the set has no such list
+    is_same: NDArray[np.bool_]  # bool (P,)
+    # By name (``G1``, ``G2``), the persons to search among; empty where the set has no 1:N lists.
     galleries: Mapping[str, Enrolment] = field(default_factory=dict)
-    probes: Enrolment | None = None
+    probes: Enrolment | None = None  # the searches, in each of the galleries; None without galleries
 
     def face(self, number: int) -> NDArray[np.uint8]:
         """Read, decode and align a face: uint8 (3, 112, 112), RGB, contiguous."""

@@ -21,16 +21,13 @@ Source = Literal["stated", "shared images", "unknown"]
 
 
 class PairIdentities(NamedTuple):
-    """The persons of a verification set.
+    """The persons of a verification set."""
 
-    Attributes:
-        numbers: (P, 2) int64, a number for each person; equal within a genuine pair. Without a file that states them
-            one person may have several numbers, never two persons one.
-        source: ``stated`` in a file; from ``shared images``; ``unknown`` where no image occurs twice, so that no two
-            pairs can be told to have a person in common.
-    """
-
+    # (P, 2) int64, a number for each person; equal within a genuine pair. Without a file that states them one person
+    # may have several numbers, never two persons one.
     numbers: NDArray[np.int64]
+    # ``stated`` in a file; from ``shared images``; ``unknown`` where no image occurs twice, so that no two pairs can be
+    # told to have a person in common.
     source: Source
 
 

@@ -19,19 +19,13 @@ _LABEL = struct.Struct("<If")
 
 @dataclass(frozen=True, eq=False)
 class RecordHeader:
-    """What stands before the image in a record.
+    """What stands before the image in a record."""
 
-    Attributes:
-        flag: number of labels in the vector; 0 when ``label`` is a single number.
-        label: a number, or a float32 vector (flag,) when ``flag`` > 0. Stored as float32, exact up to 2**24.
-        id: the record's number, 0 .. 2**64 - 1; usually its key.
-        id2: upper part of the number; 0 in face data sets.
-    """
-
-    flag: int
+    flag: int  # number of labels in the vector; 0 when ``label`` is a single number
+    # A number, or a float32 vector (flag,) when ``flag`` > 0. Stored as float32, exact up to 2**24.
     label: float | NDArray[Any]
-    id: int
-    id2: int
+    id: int  # the record's number, 0 .. 2**64 - 1; usually its key.
+    id2: int  # upper part of the number; 0 in face data sets
 
 
 def pack(header: RecordHeader, payload: bytes) -> bytes:

@@ -24,18 +24,12 @@ _LARGEST_KEY = 10**18 - 1
 
 
 class Headers(NamedTuple):
-    """The headers of some records.
+    """The headers of some records."""
 
-    Attributes:
-        positions: int64 (N,), their positions in the index.
-        labels: float32 (N,), the first label of each.
-        images: bool (N,), False for header and identity records, which have labels and nothing behind them.
-        odd: bool (N,), damaged or empty records and those of several parts: of these the rest says nothing.
-    """
-
-    positions: NDArray[np.int64]
-    labels: NDArray[np.float32]
-    images: NDArray[Any]
+    positions: NDArray[np.int64]  # int64 (N,), their positions in the index
+    labels: NDArray[np.float32]  # float32 (N,), the first label of each
+    images: NDArray[Any]  # bool (N,), False for header and identity records, which have labels and nothing behind them
+    # Bool (N,), damaged or empty records and those of several parts: of these the rest says nothing.
     odd: NDArray[np.bool_]
 
 
@@ -92,19 +86,12 @@ def _headers(
 
 
 class BuiltIndex(NamedTuple):
-    """What came of building an index.
+    """What came of building an index."""
 
-    Attributes:
-        path: the index.
-        records: number of records.
-        fault: what was wrong with the one that was there; None for nothing.
-        built: whether it was built now.
-    """
-
-    path: Path
-    records: int
-    fault: str | None
-    built: bool
+    path: Path  # the index
+    records: int  # number of records
+    fault: str | None  # what was wrong with the one that was there; None for nothing
+    built: bool  # whether it was built now
 
     def __str__(self) -> str:
         if not self.built:

@@ -28,21 +28,13 @@ _SIZE = 112
 
 @dataclass(frozen=True, eq=False)
 class TinyFaceSet:
-    """Faces to search for, and those to search among.
+    """Faces to search for, and those to search among."""
 
-    Attributes:
-        name: the folder's.
-        folder: where the images are.
-        files: N names of images: the probes, then the gallery.
-        probes: the number of probes Q.
-        persons: int64 (N,), a number for each person; -1 for distractors.
-    """
-
-    name: str
-    folder: Path
-    files: list[str]
-    probes: int
-    persons: NDArray[Any]
+    name: str  # the folder's
+    folder: Path  # where the images are
+    files: list[str]  # N names of images: the probes, then the gallery
+    probes: int  # the number of probes Q
+    persons: NDArray[Any]  # int64 (N,), a number for each person; -1 for distractors
 
     def face(self, number: int) -> NDArray[Any]:
         """Read and decode a face: uint8 (3, 112, 112), RGB, contiguous."""

@@ -30,19 +30,12 @@ _BEGINNING = re.compile(rb"(\x80[\x02-\x05](\x95.{8})?)?[(\]c\x8c]", re.DOTALL)
 
 @dataclass(frozen=True, eq=False)
 class VerificationSet:
-    """Pairs of face images and whether each shows one person.
+    """Pairs of face images and whether each shows one person."""
 
-    Attributes:
-        name: the file's name without its ending, such as ``lfw``.
-        images: encoded images, 2P of them; ``images[2i]`` and ``images[2i + 1]`` are pair i.
-        is_same: bool (P,).
-        path: the file that it was read from.
-    """
-
-    name: str
-    images: list[bytes]
-    is_same: NDArray[Any]
-    path: Path | None = None
+    name: str  # the file's name without its ending, such as ``lfw``
+    images: list[bytes]  # encoded images, 2P of them; ``images[2i]`` and ``images[2i + 1]`` are pair i
+    is_same: NDArray[Any]  # bool (P,)
+    path: Path | None = None  # the file that it was read from
 
 
 def _refuse_repetition(images: Sequence[bytes], size: int, name: Path) -> None:

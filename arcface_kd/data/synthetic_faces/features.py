@@ -51,25 +51,15 @@ class Eyewear(Enum):
 
 @dataclass(frozen=True)
 class Expression:
-    """What a face does and wears in one image.
+    """What a face does and wears in one image."""
 
-    Attributes:
-        smile: -0.5 (downturned) to 1 (full).
-        mouth_open: 0 to 1.
-        brow_raise: -1 (frown) to 1.
-        eyes_open: 0.1 (nearly shut) to 1.25 (wide).
-        gaze: shift of the irises (x, y), face units.
-        eyewear: what is worn on the nose.
-        cap: colour of a cap, None without one.
-    """
-
-    smile: float
-    mouth_open: float
-    brow_raise: float
-    eyes_open: float
-    gaze: tuple[float, float]
-    eyewear: Eyewear
-    cap: Colour | None
+    smile: float  # -0.5 (downturned) to 1 (full)
+    mouth_open: float  # 0 to 1
+    brow_raise: float  # -1 (frown) to 1
+    eyes_open: float  # 0.1 (nearly shut) to 1.25 (wide)
+    gaze: tuple[float, float]  # shift of the irises (x, y), face units
+    eyewear: Eyewear  # what is worn on the nose
+    cap: Colour | None  # colour of a cap, None without one
 
 
 def paint_features(canvas: Bytes, identity: Identity, expression: Expression, brow_hairs: Floats) -> None:

@@ -28,15 +28,11 @@ _Y = (FIELD_TOP + 0.5 + np.arange(FIELD_SIZE, dtype=np.float32))[:, None]
 
 @dataclass(frozen=True)
 class Surface:
-    """A height map and what light needs to know of it; all of it is linear in the heights.
+    """A height map and what light needs to know of it; all of it is linear in the heights."""
 
-    Attributes:
-        height: (FIELD_SIZE, FIELD_SIZE), face units.
-        shape: (FIELD_SIZE, FIELD_SIZE, 3): slope in x, slope in y, and how much lower than its surroundings a
-            point lies, which shades it from the sky.
-    """
-
-    height: Floats
+    height: Floats  # (FIELD_SIZE, FIELD_SIZE), face units
+    # (FIELD_SIZE, FIELD_SIZE, 3): slope in x, slope in y, and how much lower than its surroundings a point lies, which
+    # shades it from the sky.
     shape: Floats
 
     @classmethod
@@ -50,15 +46,10 @@ class Surface:
 
 @dataclass(frozen=True)
 class Relief:
-    """The head of one identity.
+    """The head of one identity."""
 
-    Attributes:
-        rest: the face at rest.
-        smile: what a full smile adds: raised cheeks, deeper folds beside the mouth.
-    """
-
-    rest: Surface
-    smile: Surface
+    rest: Surface  # the face at rest
+    smile: Surface  # what a full smile adds: raised cheeks, deeper folds beside the mouth
 
     def surface(self, smile: float) -> Surface:
         """The face with a smile between 0 (or less: that is painted) and 1."""

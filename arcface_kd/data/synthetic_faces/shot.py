@@ -22,52 +22,30 @@ class Light:
 
 @dataclass(frozen=True)
 class Camera:
-    """What the camera does to the picture.
+    """What the camera does to the picture."""
 
-    Attributes:
-        exposure: gain on linear light.
-        contrast: gain around mid grey.
-        saturation: 0 is grey, 1 as is.
-        shrink: side of the picture before it was enlarged to the crop, as a share of it; 1 is none.
-        blur: standard deviation in pixels.
-        motion: path of the camera during exposure, (pixels, radians), or None.
-        noise: standard deviation in grey levels.
-        quality: JPEG quality.
-    """
-
-    exposure: float
-    contrast: float
-    saturation: float
-    shrink: float
-    blur: float
-    motion: tuple[float, float] | None
-    noise: float
-    quality: int
+    exposure: float  # gain on linear light
+    contrast: float  # gain around mid grey
+    saturation: float  # 0 is grey, 1 as is
+    shrink: float  # side of the picture before it was enlarged to the crop, as a share of it; 1 is none
+    blur: float  # standard deviation in pixels
+    motion: tuple[float, float] | None  # path of the camera during exposure, (pixels, radians), or None
+    noise: float  # standard deviation in grey levels
+    quality: int  # JPEG quality
 
 
 @dataclass(frozen=True)
 class Shot:
-    """What differs between two images of one identity.
+    """What differs between two images of one identity."""
 
-    Attributes:
-        yaw: turn of the head, radians; positive shows the face looking to the viewer's right.
-        pitch: nod of the head, radians; positive looks down.
-        roll: error of the aligned crop, radians.
-        shift: error of the aligned crop (x, y), pixels.
-        zoom: error of the aligned crop, 1 is none.
-        expression: what the face does and wears.
-        light: what falls on it.
-        camera: what it is taken with.
-    """
-
-    yaw: float
-    pitch: float
-    roll: float
-    shift: tuple[float, float]
-    zoom: float
-    expression: Expression
-    light: Light
-    camera: Camera
+    yaw: float  # turn of the head, radians; positive shows the face looking to the viewer's right
+    pitch: float  # nod of the head, radians; positive looks down
+    roll: float  # error of the aligned crop, radians
+    shift: tuple[float, float]  # error of the aligned crop (x, y), pixels
+    zoom: float  # error of the aligned crop, 1 is none
+    expression: Expression  # what the face does and wears
+    light: Light  # what falls on it
+    camera: Camera  # what it is taken with
 
     @cached_property
     def rotation(self) -> Floats:

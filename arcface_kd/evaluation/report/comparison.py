@@ -38,27 +38,17 @@ _ERRORS = ("eer",)
 
 @dataclass(frozen=True)
 class Contestant:
-    """A model to compare.
+    """A model to compare."""
 
-    Attributes:
-        name: what to call it.
-        load: gives (B, 3, 112, 112) images in [-1, 1] to (B, D) embeddings, in evaluation mode, on the device.
-        method: the ``kd`` key of its run; what it is elsewhere.
-        network: its architecture, as far as known.
-        run: its run; None for a teacher's file.
-        parameters: number of weights where torch does not see them; None counts them.
-        is_teacher: whether it is judged beside the students and not among them.
-        file: what it is read from, as far as that is one file.
-    """
-
-    name: str
+    name: str  # what to call it
+    # Gives (B, 3, 112, 112) images in [-1, 1] to (B, D) embeddings, in evaluation mode, on the device.
     load: Callable[[], nn.Module]
-    method: str
-    network: str
-    run: RunFolder | None = None
-    parameters: int | None = None
-    is_teacher: bool = False
-    file: Path | None = None
+    method: str  # the ``kd`` key of its run; what it is elsewhere
+    network: str  # its architecture, as far as known
+    run: RunFolder | None = None  # its run; None for a teacher's file
+    parameters: int | None = None  # number of weights where torch does not see them; None counts them
+    is_teacher: bool = False  # whether it is judged beside the students and not among them
+    file: Path | None = None  # what it is read from, as far as that is one file
 
 
 @dataclass(frozen=True)
@@ -77,18 +67,12 @@ class Score:
 
 @dataclass(frozen=True, eq=False)
 class Judgement:
-    """One model on one verification set.
+    """One model on one verification set."""
 
-    Attributes:
-        result: the verification scores.
-        similarities: (P,) cosines of the pairs.
-        scores: ``accuracy``, ``tar@far=...``, ``auc`` and ``eer``, each with its interval.
-        draws: (R,) the same in each bootstrap replicate, as far as the set has pairs for them.
-    """
-
-    result: VerificationResult
-    similarities: NDArray[np.float64]
-    scores: Mapping[str, Score]
+    result: VerificationResult  # the verification scores
+    similarities: NDArray[np.float64]  # (P,) cosines of the pairs
+    scores: Mapping[str, Score]  # ``accuracy``, ``tar@far=...``, ``auc`` and ``eer``, each with its interval
+    # (R,) the same in each bootstrap replicate, as far as the set has pairs for them.
     draws: Mapping[str, NDArray[np.float64]]
 
     def hardest(self, is_same: NDArray[np.bool_], genuine: bool, count: int = HARDEST) -> list[int]:

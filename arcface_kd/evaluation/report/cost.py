@@ -25,35 +25,23 @@ _NUMPY_TYPES = {"tensor(float)": np.float32, "tensor(float16)": np.float16, "ten
 
 
 class Latency(NamedTuple):
-    """How long one image takes, alone, in milliseconds.
+    """How long one image takes, alone, in milliseconds."""
 
-    Attributes:
-        p50: the median.
-        p95: 95 of 100 images take no longer.
-    """
-
-    p50: float
-    p95: float
+    p50: float  # the median
+    p95: float  # 95 of 100 images take no longer
 
 
 @dataclass(frozen=True)
 class Cost:
-    """A model's cost in use, for one view of an image (no mirrored one).
+    """A model's cost in use, for one view of an image (no mirrored one)."""
 
-    Attributes:
-        parameters: number of weights; None where the model does not tell.
-        multiply_adds: of the convolutions and matrix products for one image; None where they run outside torch.
-        images_per_second: in batches of ``BATCH_SIZE`` and in the model's own number format, on the machine that
-            :func:`machine` describes.
-        latency: of one image alone; None for a file that onnxruntime does not run as it is.
-        file_bytes: size of the file that it was read from; None where it is none.
-    """
-
-    parameters: int | None
+    parameters: int | None  # number of weights; None where the model does not tell
+    # Of the convolutions and matrix products for one image; None where they run outside torch.
     multiply_adds: int | None
+    # In batches of ``BATCH_SIZE`` and in the model's own number format, on the machine that :func:`machine` describes.
     images_per_second: float
-    latency: Latency | None
-    file_bytes: int | None
+    latency: Latency | None  # of one image alone; None for a file that onnxruntime does not run as it is
+    file_bytes: int | None  # size of the file that it was read from; None where it is none
 
 
 def machine(device: torch.device) -> str:

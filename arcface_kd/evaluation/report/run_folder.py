@@ -25,21 +25,13 @@ _TERM = "kd/gradient_norm/"
 
 @dataclass(frozen=True)
 class RunFolder:
-    """What a run left.
+    """What a run left."""
 
-    Attributes:
-        folder: its output folder.
-        name: what to call it.
-        settings: its config's keys, as text; empty where there is no ``training.log``.
-        curves: TensorBoard scalars by tag; empty where it wrote none.
-        training_speed: images a second while training, as last logged; None where the log says nothing.
-    """
-
-    folder: Path
-    name: str
-    settings: Mapping[str, str]
-    curves: Mapping[str, Curve]
-    training_speed: float | None
+    folder: Path  # its output folder
+    name: str  # what to call it
+    settings: Mapping[str, str]  # its config's keys, as text; empty where there is no ``training.log``
+    curves: Mapping[str, Curve]  # TensorBoard scalars by tag; empty where it wrote none
+    training_speed: float | None  # images a second while training, as last logged; None where the log says nothing
 
     @property
     def method(self) -> str:

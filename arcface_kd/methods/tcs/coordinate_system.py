@@ -26,19 +26,12 @@ _IMAGE_SIZE = 112
 
 
 class CoordinateSystem(NamedTuple):
-    """Axes in a teacher's space.
+    """Axes in a teacher's space."""
 
-    Attributes:
-        mean: (Dt,) fp32, the origin.
-        axes: (k, Dt) fp32, orthonormal: the columns of V as rows.
-        deviations: (k,) fp32, standard deviations of the teacher's embeddings along the axes, above 0.
-        explained: share of the teacher's variance that the axes hold, in (0, 1].
-    """
-
-    mean: Tensor
-    axes: Tensor
-    deviations: Tensor
-    explained: float
+    mean: Tensor  # (Dt,) fp32, the origin
+    axes: Tensor  # (k, Dt) fp32, orthonormal: the columns of V as rows
+    deviations: Tensor  # (k,) fp32, standard deviations of the teacher's embeddings along the axes, above 0
+    explained: float  # share of the teacher's variance that the axes hold, in (0, 1]
 
 
 def choose_axes(

@@ -34,19 +34,12 @@ _NO_VARIANCE = 1e-6
 
 @dataclass(frozen=True)
 class PrincipalComponents:
-    """The axes of some data, by falling variance.
+    """The axes of some data, by falling variance."""
 
-    Attributes:
-        mean: (D,) fp64.
-        axes: (D, D) fp64, one unit vector a row; its largest entry by magnitude is positive.
-        variances: (D,) fp64, not negative, of the data along the axes.
-        count: rows of the data.
-    """
-
-    mean: Tensor
-    axes: Tensor
-    variances: Tensor
-    count: int
+    mean: Tensor  # (D,) fp64
+    axes: Tensor  # (D, D) fp64, one unit vector a row; its largest entry by magnitude is positive
+    variances: Tensor  # (D,) fp64, not negative, of the data along the axes
+    count: int  # rows of the data
 
     @property
     def rank(self) -> int:

@@ -43,29 +43,18 @@ _DEEPEST_CALL = 64
 
 @dataclass(frozen=True)
 class OnnxGraph:
-    """One network, ready for onnxruntime.
+    """One network, ready for onnxruntime."""
 
-    Attributes:
-        model: the serialised ModelProto in the form of :mod:`arcface_kd.teachers.onnx.form`, external data taken in.
-        input_name: its image input, channels first.
-        output_name: its embedding output.
-        size: height and width of the input, or None where the graph leaves them open.
-        fixed_batch: the batch size the graph declares, or None where it takes any.
-        parameter_count: number of weights.
-        digest: SHA-256 over the file and its external data, and the output where one was chosen.
-        width: numbers in an embedding, or None where the graph does not tell.
-        choice: the output in words, where the file has several.
-    """
-
+    # The serialised ModelProto in the form of :mod:`arcface_kd.teachers.onnx.form`, external data taken in.
     model: bytes
-    input_name: str
-    output_name: str
-    size: int | None
-    fixed_batch: int | None
-    parameter_count: int
-    digest: str
-    width: int | None = None
-    choice: str | None = None
+    input_name: str  # its image input, channels first
+    output_name: str  # its embedding output
+    size: int | None  # height and width of the input, or None where the graph leaves them open
+    fixed_batch: int | None  # the batch size the graph declares, or None where it takes any
+    parameter_count: int  # number of weights
+    digest: str  # SHA-256 over the file and its external data, and the output where one was chosen
+    width: int | None = None  # numbers in an embedding, or None where the graph does not tell
+    choice: str | None = None  # the output in words, where the file has several
 
 
 def _holds_bytes_for_text(message: Any) -> bool:

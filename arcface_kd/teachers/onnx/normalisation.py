@@ -51,19 +51,12 @@ _TOLERANCE = 0.02
 
 @dataclass(frozen=True)
 class InputNormalisation:
-    """What a graph does to its image: channel c becomes ``scale[c] x + shift[c]``, x being channel ``order[c]``.
+    """What a graph does to its image: channel c becomes ``scale[c] x + shift[c]``, x being channel ``order[c]``."""
 
-    Attributes:
-        scale: per channel, not 0.
-        shift: per channel.
-        order: which channel of the input each one is made of.
-        takes_bytes: the input is whole numbers 0..255.
-    """
-
-    scale: Triple
-    shift: Triple
-    order: tuple[int, int, int] = (0, 1, 2)
-    takes_bytes: bool = False
+    scale: Triple  # per channel, not 0
+    shift: Triple  # per channel
+    order: tuple[int, int, int] = (0, 1, 2)  # which channel of the input each one is made of
+    takes_bytes: bool = False  # the input is whole numbers 0..255
 
     @property
     def input_range(self) -> str | None:

@@ -16,20 +16,13 @@ class UnsupportedError(ValueError):
 
 @dataclass(frozen=True)
 class Call:
-    """A node as its operator sees it.
+    """A node as its operator sees it."""
 
-    Attributes:
-        attributes: by name; text as ``str``, tensors as ``Tensor``.
-        opset: version of the operator set.
-        outputs: how many outputs the graph names.
-        training: whether batch norms take the batch's statistics and move their running ones.
-        floats: an empty tensor in the number format and on the device of the weights.
-    """
-
-    attributes: Mapping[str, Any]
-    opset: int
-    outputs: int = 1
-    training: bool = False
+    attributes: Mapping[str, Any]  # by name; text as ``str``, tensors as ``Tensor``
+    opset: int  # version of the operator set
+    outputs: int = 1  # how many outputs the graph names
+    training: bool = False  # whether batch norms take the batch's statistics and move their running ones
+    # An empty tensor in the number format and on the device of the weights.
     floats: Tensor = field(default_factory=lambda: torch.empty(0))
 
     def get(self, name: str, default: Any) -> Any:
