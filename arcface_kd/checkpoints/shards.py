@@ -108,8 +108,10 @@ def _own_shards(folder: Path, files: Mapping[int, Path], first: Mapping[str, Any
     checkpoints, edges = [first], [0]
     num_classes = class_range(first[HEAD], checkpoint_file(folder, 0))[2]
     if not num_classes:
-        # Every rank has saved the same.
-        return RunShards(folder, (first,) * len(files), (0,) * (len(files) + 1))
+        # Every rank has saved the same; a file of another step is of an earlier run on more ranks.
+        saved = [read_checkpoint(files[rank]) for rank in sorted(files)]
+        own = tuple(each for each in saved if each.get("global_step") == first.get("global_step"))
+        return RunShards(folder, own, (0,) * (len(own) + 1))
     while True:
         rank = len(checkpoints) - 1
         path, checkpoint = checkpoint_file(folder, rank), checkpoints[-1]

@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 from easydict import EasyDict
 
+from arcface_kd.checkpoints.shards import open_shards
 from arcface_kd.data.dataset import RecordDataset
 from arcface_kd.errors import ConfigError
 from arcface_kd.evaluation.report.scalars import read_scalars
@@ -52,7 +53,11 @@ def test_a_run_without_labels(
     assert train(config).steps == PHOTOS // 16
     terms = {name for name in read_scalars(tmp_path / "run" / "tensorboard") if name.startswith("kd/gradient_share")}
     assert {name.rpartition("/")[2].partition("_")[0] for name in terms} == set(kd.split("+"))
+    # As a second rank would have left it; the resumed run has one.
+    (tmp_path / "run" / "checkpoint_gpu_1.pt").write_bytes((tmp_path / "run" / "checkpoint_gpu_0.pt").read_bytes())
+    assert open_shards(tmp_path / "run").world_size == 2
     assert train(EasyDict({**config, "resume": True, "num_epoch": 2})).steps == 2 * PHOTOS // 16
+    assert open_shards(tmp_path / "run").world_size == 1
 
 
 @pytest.mark.parametrize("kd", [None, "adadistill", "ekd", "gkd+embedding", "tcs"])
@@ -80,9 +85,13 @@ def test_labelled_and_unlabelled_sets_together(
     """The classifier moves for the labelled rows, the distance is that of all rows."""
     rec = [str(faces.folder), unlabelled["flat"], f"{unlabelled['tree']}/**", unlabelled["records"]]
     keys = {"num_classes": faces.num_classes, "num_image": faces.num_image + 3 * PHOTOS, "save_all_states": True}
-    config = _config(faces, teacher_file, tmp_path / "run", rec, "adadistill+embedding", batch_size=8, **keys)
+    options = ["bank.labels=classify", "bank.of=classes", "bank.mined=1"]
+    kd = "adadistill+embedding+bank"
+    config = _config(faces, teacher_file, tmp_path / "run", rec, kd, batch_size=8, kd_option=options, **keys)
+    fill_cache(config)
     assert train(config).steps == config.num_image // 8
     met = read_scalars(tmp_path / "run" / "tensorboard")
-    assert (met["kd/gradient_share/embedding"].y > 0).all()
+    for term in ("embedding", "bank", "mined"):
+        assert (met[f"kd/gradient_share/{term}"].y > 0).all()
     assert (met["kd/ce"].y >= 0).all()
     assert saved(tmp_path / "run", "checkpoint_gpu_0.pt")["epoch"] == 1
