@@ -104,10 +104,7 @@ class DistillationHead(nn.Module):
         self.num_classes, self.embedding_size, self.run_folder = num_classes, embedding_size, run_folder
         self.shard = ranks.shard(num_classes)
         self._distiller = distiller
-        self.quality = None
-        if distiller.kd.head.margin == "adaface":
-            margin = AdaFaceMargin(margin.scale, filter_threshold=margin.filter_threshold)
-            self.quality = ImageQuality(margin)
+        margin, self.quality = _with_quality(margin, distiller)
         own = {**asdict(margin), "margin": distiller.kd.head.margin, "sample_rate": sample_rate, "seed": seed}
         self._settings = {**distiller.sources, **own, **distiller.methods.settings, **distiller.student_options.views}
         sizes = {"num_classes": num_classes, "embedding_size": embedding_size, "steps_per_epoch": steps_per_epoch}
@@ -187,13 +184,15 @@ class DistillationHead(nn.Module):
             projected = self._gather(self.projection(local_embeddings.to(self.projection.weight.dtype)), sizes)
         labels = self.ranks.gather(labels, sizes)
         quality, row_m2 = (None, None) if self.quality is None else self.quality(embeddings, labels)
+        done, self._steps_done = self._steps_done, self._steps_done + 1
+        self.step.fill_(self._steps_done)
         return Batch(
             embeddings=embeddings,
             projected=projected,
             labels=labels,
             teacher=None if teacher is None else self.ranks.gather(teacher, sizes),
             sizes=sizes,
-            step=self._count_step() + self.schedule_offset,
+            step=done + self.schedule_offset,
             student_map=maps[0],
             teacher_map=maps[1],
             observed=self.monitor.observes(self._steps_done),
@@ -230,12 +229,6 @@ class DistillationHead(nn.Module):
 
     def _gather(self, rows: Tensor, sizes: list[int]) -> Tensor:
         return self.ranks.gather_with_gradient(for_ddp(rows, self.ranks.world_size), sizes)
-
-    def _count_step(self) -> int:
-        """Steps done before this one."""
-        done, self._steps_done = self._steps_done, self._steps_done + 1
-        self.step.fill_(self._steps_done)
-        return done
 
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
         """Load a state of this run, saved on this rank or, on another number of ranks, on any.
@@ -299,6 +292,14 @@ class DistillationHead(nn.Module):
             "a head cannot be saved as a whole, with the run's teacher, cache and ranks: save head.state_dict(), and "
             "load that into a head that was made the same way"
         )
+
+
+def _with_quality(margin: Margin, distiller: Distiller) -> tuple[Margin, ImageQuality | None]:
+    """The run's margin, and what it is adapted to where it is AdaFace's."""
+    if distiller.kd.head.margin != "adaface":
+        return margin, None
+    adaptive = AdaFaceMargin(margin.scale, filter_threshold=margin.filter_threshold)
+    return adaptive, ImageQuality(adaptive)
 
 
 def _check_sizes(num_classes: int, sample_rate: float, ranks: RankGroup) -> None:
