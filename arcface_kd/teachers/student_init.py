@@ -75,6 +75,12 @@ def start_from(
         raise TeacherError(
             f"{source}: a run can start from a checkpoint or an ONNX file, not from {teacher.description}"
         )
+    stated = options.channels, options.mean, options.std
+    if teacher.preprocessing != Preprocessing() and stated == (None, None, None):
+        raise TeacherError(
+            f"{source} wants {teacher.preprocessing}, and a run's student is judged on RGB, (x - 127.5) / 127.5: to have "
+            "it learn that, give --kd-option teacher.channels=rgb teacher.mean=127.5 teacher.std=127.5"
+        )
     built = build()
     try:
         built.load_state_dict(network.state_dict())

@@ -36,6 +36,7 @@ from arcface_kd.teachers.base import Teacher, load_teacher
 from arcface_kd.teachers.checkpoint import load_network
 from arcface_kd.teachers.onnx.session import OnnxNetwork
 from arcface_kd.teachers.onnx.torch_module import TorchGraph
+from arcface_kd.teachers.options import Preprocessing
 from arcface_kd.teachers.student_init import trained_graph_file
 
 NAME = "shkd"
@@ -156,7 +157,7 @@ class _Stages:
         options: dict[str, object] = {}
         rate, beginning = config["lr"], "from scratch"
         if self.source is not None:
-            options = {**self.teacher_options, "student.init": self.source}
+            options = {**self._preprocessing(), **self.teacher_options, "student.init": self.source}
             rate, beginning = config["lr"] / 10, f"starting from {self.source}"
         return self._stage(
             2,
@@ -174,12 +175,11 @@ class _Stages:
     def third(self) -> Stage:
         """The final student. Asked for when the teacher is there."""
         folder = self.output / "stage2_teacher"
-        file, options = checkpoint_file(folder, 0), dict(self.distil_options)
+        file, options = checkpoint_file(folder, 0), {**self._preprocessing(), **self.distil_options}
         # The cache that the config names may hold the embeddings of the teacher as it was given.
         cache = str(folder / "teacher.cache") if self.config.get("kd_cache") else None
         if self.network == "onnx":
             file = on_first_rank_first(lambda: self._exported(folder))
-            options |= self._preprocessing()
         else:
             options["teacher.network"] = self.network
         return self._stage(
@@ -204,8 +204,9 @@ class _Stages:
         return file
 
     def _preprocessing(self) -> dict[str, object]:
-        """What the exported graph wants of its images, in full: it need not be guessed from the file again."""
-        assert self.teacher is not None
+        """What a given teacher wants of its images, in full: what training leaves of it does not say so again."""
+        if self.teacher is None or (self.network != "onnx" and self.teacher.preprocessing == Preprocessing()):
+            return {}
         return {f"teacher.{name}": value for name, value in vars(self.teacher.preprocessing).items()}
 
     def _stage(self, number: int, title: str, folder: Path, **changes: object) -> Stage:

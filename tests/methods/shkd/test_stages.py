@@ -178,6 +178,25 @@ def test_the_teacher_may_be_a_network_of_the_user_s_own(faces: Faces, tmp_path: 
     assert third["kd_option"]["teacher.network"] == own
 
 
+def test_a_teacher_s_own_order_of_channels_goes_along(faces: Faces, tmp_path: Path) -> None:
+    """AdaFace's, for one: the trained file does not say what the given one says."""
+    name = "ir:units=1-1-1-1,widths=16-32-48-64,stem=16"
+    state = get_backbone(name, num_features=DIMENSION).state_dict()
+    torch.save({"state_dict": {f"model.{key}": value for key, value in state.items()}}, tmp_path / "adaface.ckpt")
+    config = config_for(faces, tmp_path / "out", kd_teacher=str(tmp_path / "adaface.ckpt"), kd_option=options())
+    second, third = (stage.changes for stage in stages_of(config)[1:])
+    assert second["network"] == third["kd_option"]["teacher.network"] == name
+    assert second["kd_option"]["teacher.channels"] == third["kd_option"]["teacher.channels"] == "bgr"
+    given = {key.partition(".")[2]: value for key, value in second["kd_option"].items() if key.startswith("teacher.")}
+    network, shown = start_from(
+        tmp_path / "adaface.ckpt", given, lambda: get_backbone(name, num_features=DIMENSION), DIMENSION, name=name
+    )
+    assert shown.channels == "bgr"
+    assert torch.equal(network.state_dict()["input_layer.0.weight"], state["input_layer.0.weight"])
+    with pytest.raises(TeacherError, match=r"adaface\.ckpt wants bgr"):
+        start_from(tmp_path / "adaface.ckpt", None, lambda: network, DIMENSION, name=name)
+
+
 def test_what_each_run_gets_of_the_config(faces: Faces, checkpoint: Path, tmp_path: Path) -> None:
     given = {
         **options(distil="embedding+rkd", student_epochs=1, teacher_epochs=5, teacher_lr=0.3),
