@@ -10,6 +10,8 @@ import pytest
 import torch
 from hypothesis import settings
 
+from tests.host.trainer.faces import Faces, draw_faces
+
 # No test depends on the clock.
 settings.register_profile("any machine", deadline=None)
 settings.load_profile("any machine")
@@ -53,6 +55,12 @@ def _folder_from(variable: str, what: str) -> Path:
 def real_data() -> Path:
     """The folder with ``faces_real`` and ``teachers``."""
     return _folder_from("ARCFACE_KD_REAL_DATA", "a folder with faces_real/ and teachers/")
+
+
+@pytest.fixture(scope="session")
+def faces(tmp_path_factory: pytest.TempPathFactory) -> Faces:
+    """Six people with eight images each, and pairs; nobody writes to the folder."""
+    return draw_faces(tmp_path_factory.mktemp("faces"), identities=6, images=8)
 
 
 @pytest.fixture(scope="session")

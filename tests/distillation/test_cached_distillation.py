@@ -27,7 +27,7 @@ from arcface_kd.teachers.cache.embedding_cache import EmbeddingCache
 from arcface_kd.teachers.cache.fill import fill_cache
 from arcface_kd.teachers.options import TeacherOptions
 from arcface_kd.training.trainer import train
-from tests.host.trainer.faces import Faces, draw_faces
+from tests.host.trainer.faces import Faces
 from tests.make_believe_gpu import make_believe_gpu
 from tests.reference.problems import ARCFACE
 from tests.training.runs import config_for
@@ -66,11 +66,6 @@ def teacher_of(network: Network) -> Teacher:
     made = load_teacher(network, TeacherOptions())
     network.shown = 0
     return made
-
-
-@pytest.fixture(scope="module")
-def faces(tmp_path_factory: pytest.TempPathFactory) -> Faces:
-    return draw_faces(tmp_path_factory.mktemp("faces"), identities=6, images=8)
 
 
 def distil(

@@ -17,7 +17,7 @@ from arcface_kd.teachers.base import load_teacher
 from arcface_kd.teachers.options import TeacherOptions
 from arcface_kd.training.trainer import train
 from tests.distillation.test_distiller import CLASSES, LABELS, Embedder, images
-from tests.host.trainer.faces import Faces, draw_faces
+from tests.host.trainer.faces import Faces
 from tests.reference.problems import ARCFACE
 from tests.training.runs import config_for
 
@@ -103,11 +103,6 @@ def test_adafaces_margin_where_it_would_have_no_effect(
 ) -> None:
     with pytest.raises(ConfigError, match=r"head\.margin=adaface"):
         _step(kd, tmp_path / "run", **options)
-
-
-@pytest.fixture(scope="module")
-def faces(tmp_path_factory: pytest.TempPathFactory) -> Faces:
-    return draw_faces(tmp_path_factory.mktemp("faces"), identities=6, images=8)
 
 
 @pytest.fixture(scope="module")

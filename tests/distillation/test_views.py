@@ -21,7 +21,7 @@ from arcface_kd.errors import CheckpointError, ConfigError
 from arcface_kd.methods.base import Batch
 from arcface_kd.methods.shkd.method import SHKD
 from tests.distillation.test_cached_distillation import DIMENSION, Network, distil, teacher_of
-from tests.host.trainer.faces import Faces, draw_faces
+from tests.host.trainer.faces import Faces
 from tests.reference.problems import ARCFACE
 from tests.test_docs import PAGES, own_methods, rows, section
 from tests.training.runs import config_for
@@ -30,11 +30,6 @@ Options = dict[str, dict[str, object]]
 QUALITY: Options = {"student": {"augment": "quality"}}
 MIXED: Options = {"student": {"augment": "strong", "augment.teacher": "same"}}
 WITHOUT_LABELS: Options = {"embedding": {"labels": "none"}}
-
-
-@pytest.fixture(scope="module")
-def faces(tmp_path_factory: pytest.TempPathFactory) -> Faces:
-    return draw_faces(tmp_path_factory.mktemp("faces"), identities=6, images=8)
 
 
 @pytest.mark.parametrize("workers", [0, 2])

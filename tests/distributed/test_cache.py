@@ -21,7 +21,7 @@ from arcface_kd.teachers.cache.embedding_cache import EmbeddingCache, identity_o
 from arcface_kd.teachers.cache.fill import fill_cache
 from tests.distillation.test_cached_distillation import DIMENSION, Network, teacher_of
 from tests.distributed.pool import LARGEST_WORLD, RankPool
-from tests.host.trainer.faces import Faces, draw_faces
+from tests.host.trainer.faces import Faces
 from tests.reference.problems import ARCFACE
 
 
@@ -31,11 +31,6 @@ class Trace(NamedTuple):
     losses: list[float]
     shown: int
     weight: Tensor
-
-
-@pytest.fixture(scope="module")
-def faces(tmp_path_factory: pytest.TempPathFactory) -> Faces:
-    return draw_faces(tmp_path_factory.mktemp("faces"), identities=6, images=8)
 
 
 def _distil(

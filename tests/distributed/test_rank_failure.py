@@ -23,15 +23,10 @@ from arcface_kd.distributed.process_group import TIMEOUT, job_timeout, process_g
 from arcface_kd.errors import ConfigError, ResourceError
 from arcface_kd.training.trainer import _shortages
 from tests.forked import free_port, ranks_environment, start, wait
-from tests.host.trainer.faces import Faces, draw_faces
+from tests.host.trainer.faces import Faces
 
 # A rank that ends is noticed at once, one that hangs after the time-out; the rest is a busy machine's.
 PATIENCE = 300.0
-
-
-@pytest.fixture(scope="module")
-def faces(tmp_path_factory: pytest.TempPathFactory) -> Faces:
-    return draw_faces(tmp_path_factory.mktemp("faces"), identities=6, images=8)
 
 
 def write_config(faces: Faces, folder: Path, **more: Any) -> Path:

@@ -25,7 +25,7 @@ from arcface_kd.errors import ConfigError
 from arcface_kd.host.attach import HOST_NAMES, attach
 from arcface_kd.host.patching import patches_folder
 from arcface_kd.methods.class_centers import initial_centers
-from tests.host.trainer.faces import Faces, draw_faces
+from tests.host.trainer.faces import Faces
 from tests.host.trainer.launch import head_state, launch, train, write_config
 from tests.host.trainer.teacher import Teacher, untrained_teacher
 
@@ -52,11 +52,6 @@ def flagged(plain: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         source = source.replace(before, before + "".join(line.value for line in hunk if line.is_added))
     (folder / "train_v2.py").write_text(source, encoding="utf-8")
     return folder
-
-
-@pytest.fixture(scope="module")
-def faces(tmp_path_factory: pytest.TempPathFactory) -> Faces:
-    return draw_faces(tmp_path_factory.mktemp("faces"), identities=6, images=8)
 
 
 @pytest.fixture(scope="module")

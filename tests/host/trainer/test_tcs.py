@@ -10,7 +10,7 @@ from easydict import EasyDict
 
 from arcface_kd.backbones import get_backbone
 from arcface_kd.teachers.cache.fill import fill_cache
-from tests.host.trainer.faces import Faces, draw_faces
+from tests.host.trainer.faces import Faces
 from tests.host.trainer.host import checkout
 from tests.host.trainer.host import settings as host_settings
 from tests.host.trainer.launch import head_state, launch, train, write_config
@@ -21,11 +21,6 @@ pytestmark = pytest.mark.slow
 STAND_IN = Path(__file__).parent / "stand_in"
 ATTACH = "\nimport arcface_kd\n\narcface_kd.attach(config)"
 OPTIONS = {"tcs.dimension": 12, "tcs.drop": 0.5, "tcs.rounds": 2, "tcs.drop_end": 0.75}
-
-
-@pytest.fixture(scope="module")
-def faces(tmp_path_factory: pytest.TempPathFactory) -> Faces:
-    return draw_faces(tmp_path_factory.mktemp("faces"), identities=6, images=8)
 
 
 @pytest.fixture(scope="module")
