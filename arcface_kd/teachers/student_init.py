@@ -78,7 +78,7 @@ def start_from(
     stated = options.channels, options.mean, options.std
     if teacher.preprocessing != Preprocessing() and stated == (None, None, None):
         raise TeacherError(
-            f"{source} wants {teacher.preprocessing}, and a run's student is judged on RGB, (x - 127.5) / 127.5: to have "
+            f"{source} wants {teacher.preprocessing}, and a student is judged on RGB, (x - 127.5) / 127.5: to have "
             "it learn that, give --kd-option teacher.channels=rgb teacher.mean=127.5 teacher.std=127.5"
         )
     built = build()
