@@ -1,4 +1,4 @@
-"""The errors that a user can mend: each names what was met, what was wanted and what to do.
+"""Errors for users: each names what was found, what was wanted and what to do.
 
 The command line prints them as one line and ends with exit code 2; anything else that escapes is a fault of ours.
 """

@@ -1,4 +1,4 @@
-"""What every backbone here is: convolutions up to a feature map, then a tail that turns the map into an embedding."""
+"""Base of all backbones: convolutions up to a feature map, then a tail that turns the map into an embedding."""
 
 from contextlib import AbstractContextManager, nullcontext
 

@@ -1,1 +1,1 @@
-"""Checkpoints: whole files, shards of a head, and what a run was started with."""
+"""Checkpoints: whole files, shards of a head, and a run's settings."""

@@ -1,4 +1,4 @@
-"""The checkpoints of a run's ranks: one file each, all of one step, whatever kills the run while it saves them.
+"""Checkpoints of all ranks, of one step even if the run is killed while it saves them.
 
 Every rank of a run writes ``checkpoint_gpu_RANK.pt``. Ranks that each replaced their own file could be killed between
 two of them and leave a run that nobody can go on with. So each first writes its new one beside the old, as

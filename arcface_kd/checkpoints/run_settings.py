@@ -1,4 +1,4 @@
-"""What decides how a run comes out: the same on every rank, and the same when it goes on.
+"""Settings that must match on all ranks and on resume.
 
 Ranks of different settings wait for each other in collectives of different sizes and end with a time-out or a crash in
 the middle of a library. A run that goes on with another teacher, other images or another seed ends with numbers that no
@@ -32,11 +32,10 @@ def require_agreement(settings: Mapping[str, Any], ranks: RankGroup) -> None:
 
 
 def require_same_run(before: Mapping[str, Any], settings: Mapping[str, Any]) -> None:
-    """Refuse to go on with a run under settings that would make another one of it."""
+    """Refuse to resume a run with changed settings."""
     if told := changes(before, settings):
         raise CheckpointError(
-            f"resume would make another run of the one that was begun: {'; '.join(told)}; set it back, or give another "
-            "output"
+            f"cannot resume with changed settings: {'; '.join(told)}; set them back, or give another output"
         )
 
 
@@ -64,7 +63,7 @@ def from_tensor(state: object) -> dict[str, Any]:
     # The JSON reader answers deep nesting with a RecursionError.
     except (TypeError, ValueError, RecursionError, RuntimeError) as error:
         raise CheckpointError(
-            f"the checkpoint's head does not say what the run was begun with ({type(error).__name__}): it is damaged"
+            f"the checkpoint's head does not hold the run's settings ({type(error).__name__}): it is damaged"
         ) from None
     return found
 

@@ -1,4 +1,4 @@
-"""What a data set is, in one number: whether a cache of its images' embeddings still belongs to it."""
+"""Fingerprints of data sets, which tell whether a cache of embeddings still belongs to the images."""
 
 import hashlib
 import os

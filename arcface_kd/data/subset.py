@@ -18,7 +18,7 @@ from arcface_kd.system.files import atomic_write, open_regular
 
 
 class SubsetCounts(NamedTuple):
-    """What a subset came to; ``fewer`` identities had not as many images as asked for, and kept all."""
+    """Result of a subset; ``fewer`` identities had not as many images as asked for, and kept all."""
 
     identities: int
     images: int

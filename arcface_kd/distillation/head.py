@@ -263,7 +263,7 @@ class DistillationHead(nn.Module):
         return result
 
     def get_extra_state(self) -> Tensor:
-        """What the run was begun with, so that it goes on as the same run, and which entry holds its class centers."""
+        """The run's settings, which must match on resume, and which entry holds its class centers."""
         return as_tensor({**self._settings, CLASS_CENTERS: _class_centers(self.methods)})
 
     def set_extra_state(self, state: Any) -> None:

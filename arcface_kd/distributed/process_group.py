@@ -1,4 +1,4 @@
-"""The ranks of a job: joining them, and ending them all, with the cause by name, when one of them fails.
+"""Process groups: join the ranks and, when one fails, end all of them and name the cause.
 
 A rank that fails leaves its cause in the store through which the ranks have found each other. The others notice when a
 collective breaks or runs into its time-out; they look for that cause, or for a rank whose process is gone, and end with

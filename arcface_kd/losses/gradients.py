@@ -1,4 +1,4 @@
-"""Which gradients a backward pass finds."""
+"""Leave the class centers' gradient out of a backward pass."""
 
 import contextlib
 from collections.abc import Iterator

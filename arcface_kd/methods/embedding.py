@@ -1,4 +1,4 @@
-r"""Embedding distillation: the student's embedding is to be the teacher's.
+r"""Embedding distillation: match the teacher's embedding.
 
     l2      weight * mean_i || f_s - f_t ||^2           summed over the dimension, averaged over the batch
     cosine  weight * mean_i ( 1 - cos(f_s, f_t) )
@@ -46,7 +46,7 @@ class EmbeddingConfig(Options):
 
 
 class EmbeddingDistillation(Method):
-    """The student's embedding is to be the teacher's: L2 or cosine, beside a classification loss or without labels.
+    """Match the teacher's embedding: L2 or cosine, beside a classification loss or without labels.
 
     Terms: ``embedding``, the weighted distance.
     """

@@ -1,4 +1,4 @@
-"""What methods over logits have in common: the student's learned classifier beside the teacher's frozen one."""
+"""Base of methods over logits: the student's learned classifier beside the teacher's frozen one."""
 
 from typing import Any, ClassVar
 

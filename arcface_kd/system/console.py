@@ -1,4 +1,4 @@
-"""What is printed: messages of one line, an output that nobody reads, libraries that say too much."""
+"""Console output: messages on one line, closed pipes, and libraries that log too much."""
 
 import contextlib
 import logging

@@ -1,4 +1,4 @@
-"""Where a rank computes, and in which narrow number format."""
+"""The device of a rank, and its 16-bit format."""
 
 import torch
 

@@ -1,4 +1,4 @@
-"""Files that are either old or new, never torn."""
+"""Atomic writes, file locks, and opening regular files only."""
 
 import contextlib
 import errno

@@ -1,4 +1,4 @@
-"""A teacher whose embeddings of different faces are all alike is warned of before the first step."""
+"""Warn before the first step if a teacher's embeddings of different faces are all alike."""
 
 import logging
 

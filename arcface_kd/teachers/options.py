@@ -1,4 +1,4 @@
-"""What a user may say about a teacher: how its input is prepared, and what it is."""
+"""The ``teacher.*`` options: how a teacher's input is prepared, and what it is."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass

@@ -1,4 +1,4 @@
-"""What a network is shown and computes in: prepared images, images to try it with, precision."""
+"""Prepare images for a network, test images, and the precision it computes in."""
 
 from functools import lru_cache
 

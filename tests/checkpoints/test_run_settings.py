@@ -26,8 +26,8 @@ def test_all_that_differs_is_named_in_one_line() -> None:
     with pytest.raises(CheckpointError) as caught:
         require_same_run(BEGUN, {**BEGUN, "seed": 2, "teacher": "c" * 64, "kd": "k" * 100})
     assert str(caught.value) == (
-        "resume would make another run of the one that was begun: seed was 1 and is now 2; teacher was aaaaaaaa... and "
-        f"is now cccccccc...; kd was adadistill and is now {'k' * 77}...; set it back, or give another output"
+        "cannot resume with changed settings: seed was 1 and is now 2; teacher was aaaaaaaa... and "
+        f"is now cccccccc...; kd was adadistill and is now {'k' * 77}...; set them back, or give another output"
     )
 
 
@@ -47,7 +47,7 @@ def test_a_state_of_tensors_keeps_them() -> None:
     ids=["nothing", "a list", "no text", "deep", "a mapping", "None"],
 )
 def test_a_damaged_state_is_refused(state: object) -> None:
-    with pytest.raises(CheckpointError, match=r"does not say what the run was begun with .*: it is damaged"):
+    with pytest.raises(CheckpointError, match=r"does not hold the run's settings .*: it is damaged"):
         from_tensor(state)
 
 

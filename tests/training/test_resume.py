@@ -160,9 +160,9 @@ def test_only_a_run_of_the_same_settings_is_gone_on_with(faces: Faces, tmp_path:
         # What the optimiser's state brings along, so that the config's would have no effect.
         (
             {"lr": 0.5, "weight_decay": 0.1},
-            r"was begun: lr was \S+ and is now 0.5; weight_decay was 0.0005 and is now 0.1",
+            r"changed settings: lr was \S+ and is now 0.5; weight_decay was 0.0005 and is now 0.1",
         ),
-        ({"seed": 7}, "was begun: seed was 2048 and is now 7; set it back, or give another output"),
+        ({"seed": 7}, "changed settings: seed was 2048 and is now 7; set them back, or give another output"),
         ({"margin_list": (1.0, 0.25, 0.0)}, "m2 was 0.5 and is now 0.25"),
         ({"rec": str(others.folder)}, r"data was \w{8}... and is now \w{8}..."),
     ):

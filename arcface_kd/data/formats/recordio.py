@@ -241,7 +241,7 @@ class RecordReader:
 
     def __getstate__(self) -> dict[str, Any]:
         if get_spawning_popen() is not None and self._shared is None:
-            # Without room in /dev/shm every worker gets a copy of its own, which is dear but right.
+            # Without room in /dev/shm every worker gets a copy of its own, which costs memory but is right.
             with suppress(RuntimeError):
                 self._shared = torch.from_numpy(self._index).clone().share_memory_()
                 self._hold(self._shared.numpy())

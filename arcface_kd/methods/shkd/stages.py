@@ -43,7 +43,7 @@ NAME = "shkd"
 RECORD = "shkd.json"
 RUNS = 3
 
-# What decides how a run comes out; the rest of a config may change between a run and its end.
+# Settings that must match on resume; the rest of a config may change.
 _DECIDING = (
     *("rec", "rec_identities", "num_classes", "num_image", "num_epoch", "warmup_epoch", "network", "embedding_size"),
     "margin_list",

@@ -24,7 +24,7 @@ _IMAGES_AT_ONCE = 4096
 
 @dataclass(frozen=True)
 class MergeReport:
-    """What a merge came to; ``kept`` is the share of the squared norms that the axes of ``pca`` hold."""
+    """Result of a merge; ``kept`` is the share of the squared norms that the axes of ``pca`` hold."""
 
     cache: EmbeddingCache
     how: How
