@@ -68,8 +68,8 @@ def test_a_check_ends_as_it_ends(tmp_path: Path) -> None:
     assert "no such thing" in str(met["raising"]["faults"])
     assert met["absent"]["faults"] == ["no checkout"]
     began = time.monotonic()
-    hung = outcome_of("hanging", tmp_path, 10)
-    assert time.monotonic() - began < 60
+    hung = outcome_of("hanging", tmp_path, 20)
+    assert time.monotonic() - began < 120
     assert (hung["status"], hung["numbers"]) == ("timed out", {"before": 1})
     # What the check has started has ended with it.
     status = Path("/proc") / (tmp_path / "child").read_text() / "status"
@@ -82,7 +82,8 @@ def test_a_check_ends_as_it_ends(tmp_path: Path) -> None:
 
 def test_limits_leave_time_on_the_lent_machine() -> None:
     assert [check.number for check in CHECKS] == list(range(1, 14))
-    assert sum(check.seconds for check in CHECKS) <= 480
+    alone = sum(check.seconds for check in CHECKS if check.alone)
+    assert alone + max(check.seconds for check in CHECKS if not check.alone) <= 470
 
 
 def test_the_package_is_found_in_its_checkout(tmp_path: Path) -> None:

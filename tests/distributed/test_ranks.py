@@ -47,7 +47,7 @@ def test_positions_in_an_empty_range_belong_to_nobody() -> None:
 
 @pytest.mark.parametrize(
     ("arguments", "said"),
-    [((0,), "num_classes is 0"), ((5, 2, 2), r"rank is 2; it must be in \[0, 2\)"), ((5, -1, 2), "rank is -1")],
+    [((-1,), "num_classes is -1"), ((5, 2, 2), r"rank is 2; it must be in \[0, 2\)"), ((5, -1, 2), "rank is -1")],
 )
 def test_an_impossible_shard_is_refused(arguments: tuple[int, ...], said: str) -> None:
     with pytest.raises(ValueError, match=said):

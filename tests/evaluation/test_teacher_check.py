@@ -167,15 +167,14 @@ def test_too_few_pairs_are_refused() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.slow
 @pytest.mark.real
 def test_the_real_onnx_teacher_s_preprocessing_is_found(real_data: Path) -> None:
     faces = read_bin(real_data / "faces_real" / "lfw_dev.bin")
     path = real_data / "teachers" / "mobilefacenet_512.onnx"
-    wrong = check_teacher(load_teacher(path), faces, pairs=20)
+    wrong = check_teacher(load_teacher(path), faces, pairs=40)
     assert wrong.warning is not None
     assert "teacher.channels=bgr" in wrong.warning
-    right = check_teacher(load_teacher(path, {"channels": "bgr", "mean": 127, "std": 128}), faces, pairs=20)
+    right = check_teacher(load_teacher(path, {"channels": "bgr", "mean": 127, "std": 128}), faces, pairs=40)
     assert right.warning is None
 
 
@@ -183,7 +182,7 @@ def test_the_real_onnx_teacher_s_preprocessing_is_found(real_data: Path) -> None
 @pytest.mark.real
 def test_the_real_mxnet_teacher_s_preprocessing_is_right(real_data: Path) -> None:
     faces = read_bin(real_data / "faces_real" / "lfw_dev.bin")
-    y1 = check_teacher(load_teacher(real_data / "teachers" / "y1"), faces, pairs=20)
+    y1 = check_teacher(load_teacher(real_data / "teachers" / "y1"), faces, pairs=40)
     assert y1.warning is None
     assert y1.best is not None
     assert y1.best.preprocessing == Preprocessing("rgb", (0.0,) * 3, (1.0,) * 3)
