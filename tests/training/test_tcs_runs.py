@@ -29,6 +29,11 @@ from tests.training import runs
 STUDENT_DIMENSION = 24
 
 
+@pytest.fixture(scope="module")
+def faces(tmp_path_factory: pytest.TempPathFactory) -> Faces:
+    return draw_faces(tmp_path_factory.mktemp("faces"), identities=6, images=8)
+
+
 def config_for(faces: Faces, output: Path, **keys: Any) -> EasyDict:
     own = {"network": "thin_r10", "embedding_size": STUDENT_DIMENSION, "batch_size": 12, "lr": 0.02}
     return runs.config_for(faces, output, **{**own, "val_targets": [], "save_all_states": True, **keys})
