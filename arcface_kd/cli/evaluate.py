@@ -156,6 +156,13 @@ def _add_export(commands: Commands) -> None:
     export.add_argument(
         "--images", metavar="N", type=int, default=256, help="quantise with so many faces at most (default: 256)"
     )
+    export.add_argument(
+        "--tune",
+        metavar="STEPS",
+        type=int,
+        default=0,
+        help="fine-tune for int8 before, on the faces of --calibration and without their labels, such as 500 steps",
+    )
 
 
 def _check(arguments: argparse.Namespace) -> None:
@@ -252,5 +259,6 @@ def _export(arguments: argparse.Namespace) -> None:
             int8=arguments.int8,
             calibration=arguments.calibration,
             images=arguments.images,
+            tune=arguments.tune,
         )
     )

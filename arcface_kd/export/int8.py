@@ -1,18 +1,20 @@
 """8-bit weights and activations for an ONNX file, scaled to what faces make of it."""
 
 import tempfile
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from numpy.typing import NDArray
 
 from arcface_kd.system.console import errors_only
 
 _BATCH = 16
-_QUANTIZED = ("Conv", "Gemm", "MatMul")
+QUANTIZED = ("Conv", "Gemm", "MatMul")
 
 
-def _kept_in_float(model: Any, leading: float) -> list[str]:
+def kept_in_float(model: Any, leading: float) -> list[str]:
     """Names of the convolutions that stay as they are: the first ones, and the depthwise ones, which lose most.
 
     A depthwise convolution sees one channel, and one scale for all channels leaves a quiet one few steps. On a
@@ -27,7 +29,13 @@ def _kept_in_float(model: Any, leading: float) -> list[str]:
     return [node.name for node in (*first, *depthwise)]
 
 
-def quantize(model: bytes, faces: NDArray[Any], *, leading: float = 0.0) -> bytes:
+def quantize(
+    model: bytes,
+    faces: NDArray[Any],
+    *,
+    leading: float = 0.0,
+    ranges: Mapping[str, tuple[float, float]] | None = None,
+) -> bytes:
     """Quantise a network statically: int8 weights with a scale a channel, uint8 activations with one a tensor.
 
     Dense convolutions but the first, and matrix products, are computed in 8 bits; depthwise convolutions, sums,
@@ -35,8 +43,9 @@ def quantize(model: bytes, faces: NDArray[Any], *, leading: float = 0.0) -> byte
     mean of the ranges that batches have, since that of the most extreme face would coarsen the scale for all others.
 
     The model is serialised, of opset 13 or later, its nodes named, with one input (B, 3, S, S); some hundred prepared
-    faces are enough. ``leading`` is the share of the convolutions, from the input on, that stay in float32 too: the
-    error of an early one runs through all that follow, and most weights are in the late ones.
+    faces are enough. ``ranges`` are those of activations where they are known, by name. ``leading`` is the share of the
+    convolutions, from the input on, that stay in float32 too: the error of an early one runs through all that follow,
+    and most weights are in the late ones.
     """
     import onnx
     from onnxruntime.quantization import (
@@ -47,6 +56,9 @@ def quantize(model: bytes, faces: NDArray[Any], *, leading: float = 0.0) -> byte
         quantize_static,
     )
 
+    overrides = {
+        name: [{"rmin": np.float32(low), "rmax": np.float32(high)}] for name, (low, high) in (ranges or {}).items()
+    }
     loaded = onnx.load_model_from_string(model)
     name = loaded.graph.input[0].name
 
@@ -65,12 +77,12 @@ def quantize(model: bytes, faces: NDArray[Any], *, leading: float = 0.0) -> byte
             str(result),
             Batches(),
             quant_format=QuantFormat.QDQ,
-            op_types_to_quantize=list(_QUANTIZED),
-            nodes_to_exclude=_kept_in_float(loaded, leading),
+            op_types_to_quantize=list(QUANTIZED),
+            nodes_to_exclude=kept_in_float(loaded, leading),
             per_channel=True,
             activation_type=QuantType.QUInt8,
             weight_type=QuantType.QInt8,
             calibrate_method=CalibrationMethod.MinMax,
-            extra_options={"CalibMovingAverage": True},
+            extra_options={"CalibMovingAverage": True, "TensorQuantOverrides": overrides},
         )
         return result.read_bytes()

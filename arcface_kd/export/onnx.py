@@ -9,6 +9,7 @@ insightface itself has loaded it and embedded faces with it as the student does.
 import os
 import tempfile
 import warnings
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, cast
@@ -22,6 +23,7 @@ from arcface_kd.data.dataset import View, open_dataset
 from arcface_kd.errors import ArcfaceKDError, ConfigError, DataError, first_line
 from arcface_kd.evaluation.embedding import embed, normalize
 from arcface_kd.system.console import errors_only
+from arcface_kd.system.device import default_device
 from arcface_kd.system.files import atomic_write, require_folder_of
 from arcface_kd.teachers.checkpoint import NetworkCheckpoint, load_network
 from arcface_kd.teachers.options import Preprocessing
@@ -40,6 +42,7 @@ _LEADING_SHARES = (0.0, 0.25, 0.5, 0.75)
 _COMFORTABLE = 0.992
 _CHECKED = 64
 _BATCH = 16
+_TUNED_BATCH = 32
 
 
 @dataclass(frozen=True)
@@ -51,6 +54,7 @@ class ExportReport:
     embedding_size: int  # D
     precision: Precision  # ``float32`` or ``int8``
     leading: float  # share of the convolutions, from the input on, that stayed in float32 in an int8 file
+    tuned: int  # steps that it was fine-tuned for 8 bits
     size: int  # of the file in bytes
     faces: int  # how many were embedded by both
     mean_cosine: float  # of the file's embedding and the student's, over the faces
@@ -58,6 +62,7 @@ class ExportReport:
 
     def __str__(self) -> str:
         behind = f" behind the first {self.leading:.0%} of its convolutions" if self.leading else ""
+        behind += f" after {self.tuned} steps of tuning" if self.tuned else ""
         return (
             f"{self.out}: {self.network}, {self.embedding_size} dimensions, {self.precision}{behind}, "
             f"{self.size / 1e6:.1f} MB; on {self.faces} faces a cosine of {self.mean_cosine:.6f} with the student, "
@@ -73,6 +78,7 @@ def export(
     int8: bool = False,
     calibration: str | os.PathLike[str] | None = None,
     images: int = 256,
+    tune: int = 0,
 ) -> ExportReport:
     """Write a student as an ONNX file, and prove that insightface embeds faces with it as the student does.
 
@@ -84,6 +90,8 @@ def export(
         calibration: records or a folder of identities; the check takes its faces too, others than those of the
             quantisation where there are enough. Drawn faces check a file in float32 when None.
         images: how many faces the quantisation takes at most, at least 1.
+        tune: steps of 32 faces of ``calibration`` that an int8 network is fine-tuned for, towards the student's own
+            embeddings; 0 rounds it as it is.
 
     Returns:
         What was written.
@@ -102,6 +110,8 @@ def export(
         raise ConfigError(f"images is {images}; it must be at least 1")
     if int8 and calibration is None:
         raise ConfigError("int8 takes its scales from faces; give records with --calibration DIR")
+    if tune < 0 or (tune and not int8):
+        raise ConfigError(f"tune is {tune}; wanted a number of steps, for a file in int8")
     student = load_network(run, network)
     if student.author is None or student.author.shown != Preprocessing():
         raise ConfigError(
@@ -112,7 +122,8 @@ def export(
     content = to_onnx(student)
     leading = 0.0
     if int8:
-        content, leading = _quantized(content, student.network, shown)
+        tuning = _Tuning(student.network, Path(str(calibration)), checked, tune) if tune else None
+        content, leading = _quantized(content, student.network, shown, tuning)
     cosines = _cosines(content, student.network, checked)
     report = ExportReport(
         out=target,
@@ -120,6 +131,7 @@ def export(
         embedding_size=student.num_features,
         precision="int8" if int8 else "float32",
         leading=leading,
+        tuned=tune,
         size=len(content),
         faces=len(checked),
         mean_cosine=float(cosines.mean()),
@@ -214,13 +226,44 @@ def _faces(folder: str | os.PathLike[str] | None, shown: int) -> tuple[NDArray[A
     return pixels(others), pixels(checked)
 
 
-def _quantized(content: bytes, student: nn.Module, faces: NDArray[Any]) -> tuple[bytes, float]:
+class _Tuning:
+    """Fine-tuning on the faces of a data set but those that the file is checked with."""
+
+    def __init__(self, student: nn.Module, folder: Path, checked: NDArray[Any], steps: int) -> None:
+        self.student, self.steps = student, steps
+        self._dataset = open_dataset(folder)
+        self._checked = {face.tobytes() for face in checked}
+
+    def __call__(
+        self, content: bytes, shown: NDArray[Any], leading: float
+    ) -> tuple[bytes, Mapping[str, tuple[float, float]]]:
+        from arcface_kd.export.fake_quantization import tune
+
+        teacher = self.student.to(default_device())
+        try:
+            return tune(content, shown, self._batch, teacher, leading=leading, steps=self.steps)
+        finally:
+            self.student.cpu()
+
+    def _batch(self, step: int) -> NDArray[Any]:
+        random = np.random.default_rng(step)
+        faces: list[NDArray[Any]] = []
+        while len(faces) < _TUNED_BATCH:
+            face = self._dataset.pixels(View(int(random.integers(len(self._dataset))), False))[1]
+            if face.tobytes() not in self._checked:
+                faces.append(face[:, ::-1] if random.integers(2) else face)
+        return _prepared(np.stack(faces))
+
+
+def _quantized(content: bytes, student: nn.Module, faces: NDArray[Any], tuning: _Tuning | None) -> tuple[bytes, float]:
     """The file in 8 bits, as many of its convolutions as the faces allow, and the share that stayed in float32."""
     from arcface_kd.export.int8 import quantize
 
+    shown = _prepared(faces)
     quantized, leading = content, 0.0
     for leading in _LEADING_SHARES:
-        quantized = quantize(content, _prepared(faces), leading=leading)
+        network, ranges = (content, None) if tuning is None else tuning(content, shown, leading)
+        quantized = quantize(network, shown, leading=leading, ranges=ranges)
         if _cosines(quantized, student, faces[:_CHECKED]).mean() > _COMFORTABLE:
             break
     return quantized, leading

@@ -314,3 +314,21 @@ def test_real_faces(real_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyP
     small = export(run, tmp_path / "int8.onnx", int8=True, calibration=real_data / "faces_real", images=64)
     assert small.mean_cosine > 0.99
     assert small.size < 0.35 * whole.size
+
+
+def test_int8_after_tuning_is_nearer_to_the_student(
+    run: Path, records: Path, content: bytes, converted: None, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["export", str(run), str(run.parent / "tuned.onnx"), "--int8", "--calibration", str(records)]
+    assert main([*words, "--images", "24", "--tune", "6"]) == 0
+    assert "int8 after 6 steps of tuning" in capsys.readouterr().out
+    report = export(run, run.parent / "int8.onnx", int8=True, calibration=records, images=24)
+    assert report.tuned == 0
+    tuned = onnx.load(run.parent / "tuned.onnx")
+    assert [node.op_type for node in tuned.graph.node] == [
+        node.op_type for node in onnx.load(run.parent / "int8.onnx").graph.node
+    ]
+    assert {entry.key for entry in tuned.metadata_props} == {"network", "weights", "input"}
+    for steps, int8 in ((3, False), (-1, True)):
+        with pytest.raises(ConfigError, match="tune"):
+            export(run, run.parent / "none.onnx", int8=int8, calibration=records, tune=steps)

@@ -119,7 +119,7 @@ class TorchGraph(nn.Module):
     def run(self, given: Mapping[str, Tensor], wanted: Sequence[str]) -> list[Tensor]:
         """Compute some of the graph's values from others: the input's, or those of activations."""
         nodes, last = self._plan(frozenset(given), tuple(wanted))
-        weights = {name: getattr(self.weights, place) for name, place in self._places.items()}
+        weights = {name: self.weight(name) for name in self._places}
         first = next(iter(given.values()))
         size = self.graph.size or 1
         # Where the input is not given, its shape may be asked for all the same, to reshape by its batch size.
@@ -132,12 +132,22 @@ class TorchGraph(nn.Module):
             if node.operator in _ON_DEVICE:
                 inputs = self._on_device(node, inputs)
             results = _run_node(node, call, inputs)
-            values.update(zip(node.outputs, results, strict=False))
+            for name, result in zip(node.outputs, results, strict=False):
+                values[name] = self.activation(name, result)
             # Activations go as soon as nobody wants them.
             for name in node.inputs:
                 if last[name] == number and name not in wanted:
                     values.pop(name, None)
         return [values[name] for name in wanted]
+
+    def weight(self, name: str) -> Tensor:
+        """What the graph computes with for a constant of floating-point numbers; a subclass may change it."""
+        weight: Tensor = getattr(self.weights, self._places[name])
+        return weight
+
+    def activation(self, name: str, value: Tensor) -> Tensor:
+        """What follows from a value that a node has returned; a subclass may change it."""
+        return value
 
     def _plan(self, given: frozenset[str], wanted: tuple[str, ...]) -> tuple[list[_Node], dict[str, int]]:
         """The nodes to run, and the last one that takes each value."""
