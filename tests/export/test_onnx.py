@@ -179,7 +179,7 @@ def damaged(content: bytes) -> bytes:
 def test_int8_that_lost_too_much_is_not_written(
     run: Path, records: Path, tmp_path: Path, converted: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("arcface_kd.export.int8.quantize", lambda content, faces, leading: damaged(content))
+    monkeypatch.setattr("arcface_kd.export.int8.quantize", lambda content, faces, leading, ranges: damaged(content))
     with pytest.raises(ArcfaceKDError, match=r"in int8 .* mean cosine .* wanted more than 0.99; calibrate with more"):
         export(run, tmp_path / "out.onnx", int8=True, calibration=records)
     assert not any(tmp_path.iterdir())
@@ -196,7 +196,7 @@ def test_first_convolutions_stay_in_float_where_int8_loses_too_much(
 ) -> None:
     asked: list[float] = []
 
-    def quantize(given: bytes, faces: np.ndarray, *, leading: float) -> bytes:
+    def quantize(given: bytes, faces: np.ndarray, *, leading: float, ranges: object) -> bytes:
         asked.append(leading)
         return given if leading >= 0.5 else damaged(given)
 
