@@ -316,7 +316,7 @@ def test_real_faces(real_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert small.size < 0.35 * whole.size
 
 
-def test_int8_after_tuning_is_nearer_to_the_student(
+def test_int8_after_tuning_is_the_same_graph(
     run: Path, records: Path, content: bytes, converted: None, capsys: pytest.CaptureFixture[str]
 ) -> None:
     words = ["export", str(run), str(run.parent / "tuned.onnx"), "--int8", "--calibration", str(records)]
@@ -328,7 +328,7 @@ def test_int8_after_tuning_is_nearer_to_the_student(
     assert [node.op_type for node in tuned.graph.node] == [
         node.op_type for node in onnx.load(run.parent / "int8.onnx").graph.node
     ]
-    assert {entry.key for entry in tuned.metadata_props} == {"network", "weights", "input"}
+    assert {entry.key for entry in tuned.metadata_props} >= {"network", "weights", "input"}
     for steps, int8 in ((3, False), (-1, True)):
         with pytest.raises(ConfigError, match="tune"):
             export(run, run.parent / "none.onnx", int8=int8, calibration=records, tune=steps)
