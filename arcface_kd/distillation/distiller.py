@@ -73,7 +73,10 @@ class Distiller:
         methods.require(Requirement.TEACHER_CLASSIFIER, kd.classifier is not None)
         methods.require(Requirement.CACHED_EMBEDDINGS, kd.cache is not None, fill_hint("CACHE", flags_to_fill(kd)))
         if teacher is None and kd.teacher is not None and methods:
-            teacher = load_teacher(kd.teacher, in_cached_precision(kd.options.get("teacher"), kd.cache))
+            several = isinstance(kd.teacher, tuple)
+            teacher = load_teacher(
+                kd.teacher, in_cached_precision(kd.options.get("teacher"), kd.cache, several=several)
+            )
         elif teacher is not None and not isinstance(teacher, Teacher):
             teacher = load_teacher(teacher, kd.options.get("teacher"))
         methods.require(Requirement.TEACHER_TAIL, teacher is not None)

@@ -12,6 +12,7 @@ from arcface_kd.cli.main import main
 from arcface_kd.config.kd import KDConfig
 from arcface_kd.data.dataset import RecordDataset
 from arcface_kd.data.fingerprint import fingerprint
+from arcface_kd.distillation.distiller import Distiller
 from arcface_kd.errors import ConfigError, TeacherError
 from arcface_kd.teachers import Preprocessing, Teacher, load_teacher
 from arcface_kd.teachers.cache.embedding_cache import EmbeddingCache, header_of, identity_of
@@ -189,5 +190,10 @@ def test_check_judges_several_files_as_one(tmp_path: Path, capsys: pytest.Captur
     printed = capsys.readouterr().out
     assert "8 dimensions" in printed
     assert f"concat of ir:units=1-1-1-1,widths=16-32-48-64,stem=16 from {tmp_path / '0.pt'} and" in printed
+    files = [str(tmp_path / f"{seed}.pt") for seed in (0, 1)]
+    keys = {"kd": "embedding", "kd_teacher": files, "kd_option": ["teacher.1.channels=bgr"], "kd_cache": "rows"}
+    teacher = Distiller(KDConfig.from_config(keys)).teacher
+    assert teacher is not None
+    assert teacher.fingerprint == load_teacher(files, {"1.channels": "bgr"}).fingerprint
     assert main(["cache", "merge", str(tmp_path / "0.cache"), str(tmp_path / "1.cache"), "--out", "out.cache"]) == 2
     assert str(tmp_path / "0.cache") in capsys.readouterr().err

@@ -103,8 +103,11 @@ def header_of(path: str | os.PathLike[str], flags: Sequence[str] = ()) -> dict[s
 
 
 def in_cached_precision(
-    options: TeacherOptions | Mapping[str, object] | None, path: str | os.PathLike[str] | None
-) -> TeacherOptions:
+    options: TeacherOptions | Mapping[str, object] | None,
+    path: str | os.PathLike[str] | None,
+    *,
+    several: bool = False,
+) -> TeacherOptions | Mapping[str, object] | None:
     """Options of a teacher that name a precision: where they do not, that of the cache, if there is one.
 
     The default differs between a CPU and a GPU, and a cache is often filled on the one and read beside the other.
@@ -112,7 +115,10 @@ def in_cached_precision(
     Args:
         options: the ``teacher.*`` options.
         path: of the cache, which need not exist.
+        several: teachers are loaded as one, each in a precision of its own, which the header does not name.
     """
+    if several:
+        return options
     chosen = TeacherOptions.of(options)
     if chosen.precision is not None or path is None:
         return chosen

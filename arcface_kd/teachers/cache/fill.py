@@ -142,7 +142,8 @@ def fill_cache(config: Mapping[str, Any], *, teacher: Teacher | None = None) -> 
 def _teacher_of(kd: KDConfig) -> Teacher:
     if kd.teacher is None:
         raise TeacherError("a cache keeps a teacher's embeddings: give a teacher with --kd-teacher FILE")
-    return load_teacher(kd.teacher, in_cached_precision(kd.options.get("teacher"), kd.cache))
+    several = isinstance(kd.teacher, tuple)
+    return load_teacher(kd.teacher, in_cached_precision(kd.options.get("teacher"), kd.cache, several=several))
 
 
 def _share(records: NDArray[np.int64], ranks: RankGroup) -> NDArray[np.int64]:
