@@ -102,7 +102,12 @@ def _small_and_back(image: NDArray[Any], draws: Iterator[float]) -> NDArray[Any]
 
 
 def _resized(image: NDArray[Any], size: tuple[int, int], draws: Iterator[float]) -> NDArray[Any]:
-    return cv2.resize(image, size, interpolation=_INTERPOLATIONS[int(next(draws) * len(_INTERPOLATIONS))])
+    interpolation = _INTERPOLATIONS[int(next(draws) * len(_INTERPOLATIONS))]
+    if interpolation == cv2.INTER_AREA and size[0] < image.shape[1]:
+        # By area, OpenCV takes a third of the time where the side is a whole multiple of what it becomes.
+        times = max(2, min(4, image.shape[1] // size[0]))
+        image = cv2.resize(image, (times * size[0], times * size[1]), interpolation=cv2.INTER_LINEAR)
+    return cv2.resize(image, size, interpolation=interpolation)
 
 
 def _relit(image: NDArray[Any], draws: Iterator[float]) -> NDArray[Any]:
