@@ -18,6 +18,7 @@ from arcface_kd.methods.recipe import Stage, recipe_of
 from arcface_kd.methods.shkd.method import SHKD
 from arcface_kd.system.device import autocast_dtype
 from arcface_kd.teachers.base import load_teacher
+from arcface_kd.teachers.options import TeacherOptions
 from arcface_kd.teachers.student_init import start_from
 from arcface_kd.training.stages import train_stages
 from arcface_kd.training.trainer import train
@@ -122,7 +123,9 @@ def test_a_whole_run_from_an_onnx_teacher(faces: Faces, graph: Path, tmp_path: P
     assert cache.read_bytes() == b"of another teacher"
     assert f"the teacher, onnx, starting from {graph}" in stages[1].title
     kept = stages[2].changes["kd_option"]
-    assert (kept["teacher.channels"], tuple(kept["teacher.mean"]), kept["teacher.size"]) == ("bgr", (120.0,) * 3, 112)
+    own = {name.partition(".")[2]: value for name, value in kept.items() if name.startswith("teacher.")}
+    input_of = TeacherOptions.of(own)
+    assert (input_of.channels, input_of.mean, input_of.size) == ("bgr", (120.0,) * 3, 112)
     trained = load_teacher(second / "teacher.onnx", {"channels": "bgr", "mean": 120, "std": 100})
     network, preprocessing = start_from(
         graph, {"channels": "bgr", "mean": 120, "std": 100}, torch.nn.Identity, DIMENSION
