@@ -29,6 +29,8 @@ from arcface_kd.config.augmentation import Augmentation
 from arcface_kd.data.sampler import uniforms
 
 _INTERPOLATIONS = (cv2.INTER_NEAREST, cv2.INTER_LINEAR, cv2.INTER_AREA, cv2.INTER_CUBIC)
+# Of red, green and blue, as OpenCV weighs them.
+_GREY = (0.299, 0.587, 0.114)
 _CROP_TRIES = 10
 # In this order: faces, alignment, picture.
 _CHANGES = ("mix", "affine", "crop", "lowres", "photometric")
@@ -112,8 +114,9 @@ def _resized(image: NDArray[Any], size: tuple[int, int], draws: Iterator[float])
 
 def _relit(image: NDArray[Any], draws: Iterator[float]) -> NDArray[Any]:
     brightness, contrast, saturation = (_between(draws, 0.5, 1.5) for _ in range(3))
-    grey = cv2.cvtColor(image, cv2.COLOR_RGB2GRAY)
-    both, offset = brightness * contrast, brightness * (1 - contrast) * cv2.mean(grey)[0]
-    return cv2.addWeighted(
-        image, both * saturation, cv2.cvtColor(grey, cv2.COLOR_GRAY2RGB), both * (1 - saturation), offset
-    )
+    both, mean = brightness * contrast, cv2.mean(cv2.cvtColor(image, cv2.COLOR_RGB2GRAY))[0]
+    own, offset = both * saturation, brightness * (1 - contrast) * mean
+    red, green, blue = (both * (1 - saturation) * share for share in _GREY)
+    # numpy's ways to build so small a matrix take longer than the map.
+    rows = (own + red, green, blue, offset), (red, own + green, blue, offset), (red, green, own + blue, offset)
+    return cv2.transform(image, np.array(rows))
