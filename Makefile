@@ -31,7 +31,7 @@ demo: $(VENV)/ready
 # A file's tests stay on one worker, and a worker on one core. Four, also on two cores: most tests wait for processes that
 # they have started.
 test: $(VENV)/ready-test
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 4 --dist loadfile --no-loadscope-reorder $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 4 --dist loadfile $(ARGS)
 
 # Without their dependencies: another torch must not come with them.
 test-timm: $(VENV)/ready-test

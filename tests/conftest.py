@@ -2,7 +2,6 @@
 
 import importlib.util
 import os
-from collections import Counter
 from importlib import metadata
 from pathlib import Path
 from types import ModuleType
@@ -40,12 +39,6 @@ def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool 
     if collection_path.name == "campaigns" and not any("campaigns" in argument for argument in config.args):
         return True
     return None
-
-
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Files with slow tests first: no worker is to begin one when the others have nothing left to do."""
-    slow = Counter(item.path for item in items if item.get_closest_marker("slow"))
-    items.sort(key=lambda item: -slow[item.path])
 
 
 def _folder_from(variable: str, what: str) -> Path:
