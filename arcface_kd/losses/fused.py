@@ -22,6 +22,9 @@ R = TypeVar("R")
 
 logger = logging.getLogger(__name__)
 
+# Starting others takes longer than to compile the few small kernels.
+_IN_THIS_PROCESS: dict[str, Any] = {"compile_threads": 1}
+
 
 def fused(kernels: int = 1) -> Callable[[Callable[P, R]], Callable[P, R]]:
     """Mark a function of tensors and constants, which changes nothing but its arguments, for few kernels on a GPU.
@@ -54,8 +57,8 @@ def on_gpu(function: Callable[P, R], kernels: int, kernel: Callable[P, R] | None
 @functools.cache
 def _compiled(function: Callable[P, R]) -> Callable[P, R]:
     # A run's shapes stay as they are, and kernels for one shape compile faster than those for any; torch finds by
-    # itself which sizes change. In this process: starting others takes longer than the few small kernels.
-    chosen: Callable[P, R] = torch.compile(function, fullgraph=True, options={"compile_threads": 1})
+    # itself which sizes change.
+    chosen: Callable[P, R] = torch.compile(function, fullgraph=True, options=_IN_THIS_PROCESS)
 
     def run(*arguments: P.args, **keywords: P.kwargs) -> R:
         nonlocal chosen
@@ -79,7 +82,7 @@ def _compiles() -> bool:
         with warnings.catch_warnings():
             # Told once a process, and about what the head does not do: TF32, the defaults of Triton's next release.
             warnings.simplefilter("ignore")
-            values = torch.compile(_probe, options={"compile_threads": 1})(torch.ones(2, device="cuda"))
+            values = torch.compile(_probe, options=_IN_THIS_PROCESS)(torch.ones(2, device="cuda"))
             _probe_by_kernel(importlib.import_module("triton"))[(1,)](values)
     except Exception as error:
         # Whatever a compiler that is missing or broken raises: nothing but time depends on it.

@@ -4,16 +4,17 @@ import itertools
 import statistics
 import time
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 from unittest import mock
 
 import torch
+from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
 from arcface_kd.data.dataset import open_dataset
 from arcface_kd.data.loader import FaceLoader
 from arcface_kd.losses import fused
-from arcface_kd.training.run import Run
 from benchmarks import head as head_benchmark
 from benchmarks import learned
 from benchmarks.gpu.checks import Findings, Place
@@ -65,30 +66,34 @@ def training(place: Place, found: Findings) -> None:
         found.add(f"{student}, cached: of the student alone", share)
         if not place.tiny:
             found.goal(f"{student}, cached: at least 0.98 of the student alone ({share:.3f})", share >= 0.98)
-        _profile(place, student, made["cached"], found)
+        profiled = training_steps(made["cached"])
+        next(profiled)
+        step = partial(next, profiled)
+        _where_time_goes(place, f"{student}, cached", step, 1 if place.tiny else 5, 12, found)
 
 
-def _profile(place: Place, student: str, run: Run, found: Findings) -> None:
-    """Where five steps spend their time, and how many kernels they launch."""
+def _where_time_goes(
+    place: Place, name: str, step: Callable[[], object], count: int, shown: int, found: Findings
+) -> None:
+    """Where some steps spend their time, and how many kernels they launch."""
     cuda = place.device.type == "cuda"
-    steps = training_steps(run)
-    next(steps)
-    count = 1 if place.tiny else 5
     with profile(activities=[ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if cuda else [])]) as profiled:
-        for _ in itertools.islice(steps, count):
-            pass
+        for _ in range(count):
+            step()
         _wait(place)
     rows: Any = profiled.key_averages()
 
     def spent(row: Any) -> float:
         return float(row.self_device_time_total if cuda else row.self_cpu_time_total)
 
-    launches = sum(row.count for row in rows if "LaunchKernel" in row.key)
     if cuda:
-        found.add(f"{student}, cached: kernel launches a step", launches / count)
-    found.add(f"{student}, cached: {'GPU' if cuda else 'CPU'} ms a step", sum(map(spent, rows)) / 1000 / count)
-    for row in sorted(rows, key=spent, reverse=True)[:12]:
-        found.add(f"{student}, cached: ms a step in {row.key[:60]}", spent(row) / 1000 / count)
+        launches = sum(row.count for row in rows if "LaunchKernel" in row.key)
+        found.add(f"{name}: kernel launches a step", launches / count)
+        # An operation's row has its kernels' time too.
+        rows = [row for row in rows if row.device_type == DeviceType.CUDA]
+    found.add(f"{name}: {'GPU' if cuda else 'CPU'} ms a step", sum(map(spent, rows)) / 1000 / count)
+    for row in sorted(rows, key=spent, reverse=True)[:shown]:
+        found.add(f"{name}: ms a step in {row.key[:60]}", spent(row) / 1000 / count)
 
 
 def head(place: Place, found: Findings) -> None:
@@ -122,27 +127,12 @@ def _heads(place: Place, found: Findings, narrow: torch.dtype | None, batch: int
                 found.goal(f"C = {classes:,}: at most 1/5 of PartialFC_V2 (1/{1 / share:.1f})", share <= 0.2)
         with mock.patch.object(fused, "_compiles", return_value=False):
             found.add(f"C = {classes:,}, ours with torch's own kernels: ms", _milliseconds(place, ours, repeats))
-        _where_time_goes(place, f"C = {classes:,}", ours, found)
+        _where_time_goes(place, f"C = {classes:,}, ours", ours, 1 if place.tiny else 5, 6, found)
         kept[classes] = ours
         del providers, centers
     # A step that cannot be captured may leave the device unable to go on.
     for classes, step in kept.items():
         _as_graph(place, f"C = {classes:,}", step, repeats, found)
-
-
-def _where_time_goes(place: Place, name: str, step: Callable[[], object], found: Findings) -> None:
-    """The slowest kernels of five of the head's steps, and the number of its launches."""
-    if place.device.type != "cuda":
-        return
-    with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as profiled:
-        for _ in range(5):
-            step()
-        _wait(place)
-    rows: Any = profiled.key_averages()
-    found.add(f"{name}, ours: launches a step", sum(row.count for row in rows if "LaunchKernel" in row.key) / 5)
-    found.add(f"{name}, ours: GPU ms a step", sum(row.self_device_time_total for row in rows) / 5000)
-    for row in sorted(rows, key=lambda row: -row.self_device_time_total)[:6]:
-        found.add(f"{name}, ours: ms a step in {row.key[:60]}", row.self_device_time_total / 5000)
 
 
 def _as_graph(place: Place, name: str, step: Callable[[], object], repeats: int, found: Findings) -> None:
