@@ -26,7 +26,8 @@ from arcface_kd.errors import ConfigError, TeacherError
 from arcface_kd.methods.base import Requirement
 from arcface_kd.methods.views import refuse_views
 from arcface_kd.teachers.base import Teacher, load_teacher
-from arcface_kd.teachers.cache.embedding_cache import EmbeddingCache, fill_hint, in_cached_precision
+from arcface_kd.teachers.cache.embedding_cache import EmbeddingCache, fill_hint
+from arcface_kd.teachers.cache.fill import load_run_teacher
 from arcface_kd.teachers.collapse import warn_if_alike, warn_of_collapse
 
 logger = logging.getLogger(__name__)
@@ -73,10 +74,7 @@ class Distiller:
         methods.require(Requirement.TEACHER_CLASSIFIER, kd.classifier is not None)
         methods.require(Requirement.CACHED_EMBEDDINGS, kd.cache is not None, fill_hint("CACHE", flags_to_fill(kd)))
         if teacher is None and kd.teacher is not None and methods:
-            several = isinstance(kd.teacher, tuple)
-            teacher = load_teacher(
-                kd.teacher, in_cached_precision(kd.options.get("teacher"), kd.cache, several=several)
-            )
+            teacher = load_run_teacher(kd)
         elif teacher is not None and not isinstance(teacher, Teacher):
             teacher = load_teacher(teacher, kd.options.get("teacher"))
         methods.require(Requirement.TEACHER_TAIL, teacher is not None)

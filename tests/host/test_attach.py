@@ -75,7 +75,7 @@ def loaded(monkeypatch: pytest.MonkeyPatch) -> list[object]:
         asked.append(source)
         return load_teacher(Network(4), TeacherOptions(size=8))
 
-    monkeypatch.setattr("arcface_kd.distillation.distiller.load_teacher", load)
+    monkeypatch.setattr("arcface_kd.teachers.cache.fill.load_teacher", load)
     return asked
 
 

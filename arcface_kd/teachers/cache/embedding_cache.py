@@ -103,11 +103,8 @@ def header_of(path: str | os.PathLike[str], flags: Sequence[str] = ()) -> dict[s
 
 
 def in_cached_precision(
-    options: TeacherOptions | Mapping[str, object] | None,
-    path: str | os.PathLike[str] | None,
-    *,
-    several: bool = False,
-) -> TeacherOptions | Mapping[str, object] | None:
+    options: TeacherOptions | Mapping[str, object] | None, path: str | os.PathLike[str]
+) -> TeacherOptions:
     """Options of a teacher that name a precision: where they do not, that of the cache, if there is one.
 
     The default differs between a CPU and a GPU, and a cache is often filled on the one and read beside the other.
@@ -115,18 +112,13 @@ def in_cached_precision(
     Args:
         options: the ``teacher.*`` options.
         path: of the cache, which need not exist.
-        several: teachers are loaded as one, each in a precision of its own, which the header does not name.
     """
-    if several:
-        return options
     chosen = TeacherOptions.of(options)
-    if chosen.precision is not None or path is None:
+    if chosen.precision is not None:
         return chosen
-    path = Path(path).expanduser()
     try:
-        _refuse_special_files(path, _header_of(path))
-        found = _read_header(path, _header_of(path)).get("precision")
-    except (OSError, TeacherError):
+        found = header_of(path).get("precision")
+    except TeacherError:
         # Whoever opens the cache says what is wrong with it.
         return chosen
     return dataclasses.replace(chosen, precision=found) if found in get_args(Precision) else chosen

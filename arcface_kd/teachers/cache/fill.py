@@ -94,7 +94,7 @@ def fill_cache(config: Mapping[str, Any], *, teacher: Teacher | None = None) -> 
     with process_group() as (rank, local_rank, _), named_shortages(lambda: place, "lower batch_size"):
         if torch.cuda.is_available():
             torch.cuda.set_device(local_rank)
-        teacher = teacher if teacher is not None else _teacher_of(kd)
+        teacher = teacher if teacher is not None else load_run_teacher(kd)
         faces = open_rec(config["rec"], config.get("num_classes"), kd.on_bad_record, config.get("rec_identities"))
         identity = identity_of(teacher, fingerprint(faces), len(faces))
         cache = on_first_rank_first(lambda: EmbeddingCache(str(kd.cache), identity))
@@ -139,11 +139,19 @@ def fill_cache(config: Mapping[str, Any], *, teacher: Teacher | None = None) -> 
         )
 
 
-def _teacher_of(kd: KDConfig) -> Teacher:
+def load_run_teacher(kd: KDConfig) -> Teacher:
+    """Load the teacher that a run's keys name, in its cache's precision where they name none.
+
+    Raises:
+        TeacherError: the keys name none, or see :func:`arcface_kd.teachers.base.load_teacher`.
+    """
     if kd.teacher is None:
         raise TeacherError("a cache keeps a teacher's embeddings: give a teacher with --kd-teacher FILE")
-    several = isinstance(kd.teacher, tuple)
-    return load_teacher(kd.teacher, in_cached_precision(kd.options.get("teacher"), kd.cache, several=several))
+    options = kd.options.get("teacher")
+    # Of several teachers as one, each has a precision of its own, which the cache's header does not name.
+    if kd.cache is not None and not isinstance(kd.teacher, tuple):
+        return load_teacher(kd.teacher, in_cached_precision(options, kd.cache))
+    return load_teacher(kd.teacher, options)
 
 
 def _share(records: NDArray[np.int64], ranks: RankGroup) -> NDArray[np.int64]:
