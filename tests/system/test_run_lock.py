@@ -17,11 +17,14 @@ from pathlib import Path
 from arcface_kd.system.files import run_lock
 
 with run_lock(Path(sys.argv[1])):
-    # As loaders do, its child outlives it.
+    # As loaders do, its child outlives it; from its first line on, it holds nothing of its parent's.
+    begun, begins = os.pipe()
     if os.fork() == 0:
+        os.write(begins, b".")
         os.close(1)
         time.sleep(5)
         os._exit(0)
+    os.read(begun, 1)
     print("held", flush=True)
     time.sleep(60)
 """
