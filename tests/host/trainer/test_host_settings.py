@@ -53,6 +53,7 @@ SETTINGS = {
     "projected": Setting({"embedding_size": 512}, (*ADADISTILL, *PROJECTION)),
     "cached": Setting({}, (*ADADISTILL, "--kd-cache", "CACHE")),
     "degraded": Setting({}, (*ADADISTILL, "--kd-cache", "DEGRADED", "--kd-option", "student.augment=crop:1")),
+    "adaface": Setting({}, (*ADADISTILL, "--kd-option", "head.margin=adaface")),
     "dali": Setting({"dali": True}, stand_ins=("dali",)),
     "one_image": Setting({"batch_size": 1}, stand_ins=("no_batch_norm",)),
     "one_image_dali": Setting({"batch_size": 1, "dali": True}, stand_ins=("no_batch_norm", "dali_squeezed")),
@@ -235,6 +236,14 @@ def test_a_cache_changes_no_more_than_its_rounding(host: Host, words: dict[str, 
 def test_a_degraded_student_s_teacher_sees_clean_images(host: Host, words: dict[str, str]) -> None:
     assert Path(words["DEGRADED"]).read_bytes() == Path(words["CACHE"]).read_bytes()
     assert not set(host.losses("degraded").values()) & set(host.losses("cached").values())
+
+
+def test_adaface_s_statistics_are_those_of_all_ranks(host: Host) -> None:
+    assert not set(host.losses("adaface").values()) & set(host.losses("records").values())
+    states = [head_state(host.output("adaface"), rank) for rank in range(RANKS)]
+    mean, std = (torch.stack([state[f"quality.{name}"] for state in states]) for name in ("mean", "std"))
+    assert mean[0] == mean[1] != 20
+    assert std[0] == std[1] != 100
 
 
 def test_a_frozen_classifier_is_not_saved_with_the_run(host: Host) -> None:
