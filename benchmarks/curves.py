@@ -17,7 +17,9 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
 from itertools import product
 from pathlib import Path
+from statistics import fmean
 
+from benchmarks.plots import PICTURES, draw_curves
 from benchmarks.record import ROOT, commit
 
 CURVES = ROOT / "benchmarks" / "curves.csv"
@@ -169,8 +171,22 @@ def measure(student: Student, data: Path, work: Path) -> list[Row]:
     ]
 
 
+def curves(rows: Sequence[Row], network: str) -> dict[str, dict[int, float]]:
+    """Accuracy on the pairs as they are by epochs, the mean of the seeds; methods with more than one length alone."""
+    found: dict[str, dict[int, list[float]]] = {}
+    for row in rows:
+        if row.network == network and row.pairs == "as they are":
+            name = " ".join(filter(None, (row.kd or "alone", row.options, row.augment, row.schedule)))
+            found.setdefault(name, {}).setdefault(row.epochs, []).append(row.accuracy)
+    return {
+        name: {epochs: fmean(accuracies) for epochs, accuracies in lengths.items()}
+        for name, lengths in found.items()
+        if len(lengths) > 1
+    }
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Measure every student asked for that has no rows yet."""
+    """Measure every student asked for that has no rows yet, and draw accuracy over epochs."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.curves", description=main.__doc__)
     parser.add_argument("--network", default="thin_r18", help="the student (default: thin_r18)")
     parser.add_argument("--kd", nargs="+", default=[""], help="methods; '' is the student alone")
@@ -182,6 +198,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--seeds", nargs="+", type=int, default=[1], help="seeds")
     parser.add_argument("--work", type=Path, default=Path("work_dirs/curves"), help="where the runs are kept")
     parser.add_argument("--out", type=Path, default=CURVES, help="the CSV file")
+    parser.add_argument("--pictures", type=Path, default=PICTURES, help="the folder of the picture")
     options = parser.parse_args(arguments)
     data = Path(os.environ["ARCFACE_KD_REAL_DATA"]).resolve()
     for seed, epochs, kd, augment in product(options.seeds, options.epochs, options.kd, options.augment):
@@ -193,6 +210,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         rows = measure(student, data, options.work)
         _append(options.out, rows)
         print(f"{student.name}: {rows[0].accuracy} / {rows[0].tar}, {rows[0].hours:.2f} h", flush=True)
+    if points := curves(read(options.out), options.network):
+        print(f"drawn: {draw_curves(points, options.pictures)}")
 
 
 if __name__ == "__main__":

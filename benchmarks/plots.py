@@ -1,6 +1,6 @@
 """The README's pictures, drawn from the newest rows of the CSV file."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -106,6 +106,23 @@ def draw_head_memory(rows: Sequence[Row], folder: Path) -> Path | None:
         axes.set_xlabel("classes")
         axes.set_ylabel("MB")
         axes.grid(alpha=0.3, which="both")
+        axes.legend()
+    return path
+
+
+def draw_curves(points: Mapping[str, Mapping[int, float]], folder: Path) -> Path:
+    """Lines: the accuracy of each student, percent, over the epochs of its run."""
+    path = folder / "curves.png"
+    with _picture(path, "Students of one teacher: accuracy over the length of the run", 4.2) as axes:
+        for name, accuracies in points.items():
+            axes.plot(*zip(*sorted(accuracies.items()), strict=True), "o-", label=name)
+        epochs = sorted({length for accuracies in points.values() for length in accuracies})
+        axes.set_xscale("log")
+        axes.set_xticks(epochs, [str(length) for length in epochs])
+        axes.minorticks_off()
+        axes.set_xlabel("epochs")
+        axes.set_ylabel("accuracy, percent")
+        axes.grid(alpha=0.3)
         axes.legend()
     return path
 

@@ -27,7 +27,7 @@ def commands(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[tuple[str,
 
 def _measure(folder: Path, *arguments: str) -> list[curves.Row]:
     out = folder / "curves.csv"
-    curves.main([*arguments, "--work", str(folder / "work"), "--out", str(out)])
+    curves.main([*arguments, "--work", str(folder / "work"), "--out", str(out), "--pictures", str(folder)])
     return curves.read(out)
 
 
@@ -59,3 +59,11 @@ def test_what_the_teacher_sees(commands: list[tuple[str, ...]], tmp_path: Path) 
     _measure(tmp_path, "--kd", "embedding", "--augment", "strong", "--sees", "same")
     assert "student.augment.teacher=same" in commands[0]
     assert "--kd-cache" not in commands[0]
+
+
+def test_a_curve_is_of_two_lengths_and_the_mean_of_its_seeds(commands: list[tuple[str, ...]], tmp_path: Path) -> None:
+    rows = _measure(tmp_path, "--kd", "bank", "--seeds", "1", "2")
+    assert not (tmp_path / "curves.png").exists()
+    rows = _measure(tmp_path, "--kd", "bank", "--epochs", "30")
+    assert curves.curves(rows, "thin_r18") == {"bank flip": {12: pytest.approx(90.25), 30: 90.25}}
+    assert (tmp_path / "curves.png").read_bytes()[1:4] == b"PNG"
