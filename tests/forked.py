@@ -14,8 +14,9 @@ from typing import Any
 import torch
 
 _SECONDS_TO_A_TRACE = 150
-_CONTEXT = multiprocessing.get_context("forkserver")
-_CONTEXT.set_forkserver_preload(
+# The one server of a process that runs tests; what it has imported costs those that are forked from it nothing.
+CONTEXT = multiprocessing.get_context("forkserver")
+CONTEXT.set_forkserver_preload(
     [
         "tests.forked",
         "torch.utils.tensorboard",
@@ -23,6 +24,8 @@ _CONTEXT.set_forkserver_preload(
         "arcface_kd.cli.main",
         "arcface_kd.training.trainer",
         "arcface_kd.teachers.cache.fill",
+        # Every optimizer loads it, and so does DistributedDataParallel.
+        "torch._dynamo",
     ]
 )
 
@@ -66,33 +69,42 @@ def start(
     environment: Mapping[str, str] | None = None,
     may_fork: bool = False,
 ) -> BaseProcess:
-    """Start a process.
+    """Start a process that runs a module's function; a whole number that it returns is the exit code.
 
-    Args:
-        function: of a module; what it returns, if it is a whole number, is the exit code.
-        *arguments: for it; they are pickled.
-        log: takes what the process prints, after what is there.
-        environment: variables to set.
-        may_fork: let it start processes of its own, which end with nobody else.
-
-    Returns:
-        The process, which runs.
+    ``log`` takes what it prints, after what is there. ``may_fork`` lets it start processes of its own, which end with
+    nobody else.
     """
     given = (function, arguments, dict(environment or {}), str(log))
-    process = _CONTEXT.Process(target=_run, args=given, daemon=not may_fork)
+    process = CONTEXT.Process(target=_run, args=given, daemon=not may_fork)
     process.start()
     return process
 
 
+def start_ranks(
+    ranks: int,
+    function: Callable[..., Any],
+    *arguments: Any,
+    logs: Path,
+    environment: Mapping[str, str] | None = None,
+    may_fork: bool = False,
+) -> list[BaseProcess]:
+    """Start the ranks of a job, as ``torchrun`` does; they print to ``rank0.log`` and so on in a folder."""
+    port = free_port()
+    return [
+        start(
+            *(function, *arguments),
+            log=logs / f"rank{rank}.log",
+            environment={**ranks_environment(ranks, port, rank), **(environment or {})},
+            may_fork=may_fork,
+        )
+        for rank in range(ranks)
+    ]
+
+
 def wait(processes: Sequence[BaseProcess], seconds: float) -> list[int | None]:
-    """Wait for all to end.
+    """Wait for all to end, and kill what still runs then.
 
-    Args:
-        processes: what :func:`start` returned.
-        seconds: how long; what still runs then is killed.
-
-    Returns:
-        The exit codes, None for what had to be killed; a signal's number is negative.
+    Returns the exit codes: None for what had to be killed, and a signal's number is negative.
     """
     deadline = time.monotonic() + seconds
     codes: list[int | None] = []

@@ -33,10 +33,11 @@ from arcface_kd.teachers.base import load_teacher
 from arcface_kd.teachers.cache.embedding_cache import EmbeddingCache, identity_of
 from arcface_kd.teachers.cache.fill import fill_cache
 from arcface_kd.training.trainer import train
+from tests.compatibility.same_losses import losses_of
 from tests.forked import free_port, ranks_environment, start, wait
 from tests.host.trainer.faces import Faces
 from tests.host.trainer.host import settings
-from tests.host.trainer.launch import loss_trace, write_config
+from tests.host.trainer.launch import write_config
 
 _PATIENCE = 400.0
 _CHANGES = ("open", "os.rename", "os.remove", "os.truncate", "os.chmod", "os.mkdir")
@@ -314,7 +315,7 @@ class TrainingInTheHost(Job):
 
     def outcome(self) -> Any:
         output = self.folder / "run"
-        traces = {tag: loss_trace(output, tag) for tag in ("kd/ce", "kd/alpha_mean", "kd/adadistill")}
+        traces = {tag: losses_of(output, tag) for tag in ("kd/ce", "kd/alpha_mean", "kd/adadistill")}
         # What the first process of all has written may have died with it; from the last checkpoint on all is there.
         assert set(range(self.resumed_at + 1, self.steps + 1)) <= set(traces["kd/ce"]) <= set(range(1, self.steps + 1))
         states = [torch.load(output / f"checkpoint_gpu_{rank}.pt", weights_only=True) for rank in range(self.ranks)]

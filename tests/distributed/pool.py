@@ -1,6 +1,5 @@
 """A few gloo processes that stay for the whole test session and run one function after the other."""
 
-import multiprocessing
 import os
 import pickle
 import sys
@@ -11,6 +10,7 @@ import warnings
 from collections.abc import Callable
 from datetime import timedelta
 from multiprocessing.connection import Connection, wait
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any, Concatenate, ParamSpec, TypeVar
 
@@ -18,6 +18,7 @@ import torch
 from torch import distributed
 
 from arcface_kd.distributed.ranks import RankGroup
+from tests.forked import CONTEXT
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -55,27 +56,19 @@ def _serve(rank: int, store: str, pipe: Connection) -> None:
 class RankPool:
     """Up to four processes with a gloo group for every world size.
 
-    Args:
-        patience: seconds that a function may take before its ranks count as hanging.
+    Ranks that take more than ``patience`` seconds for a function count as hanging.
     """
 
     def __init__(self, patience: float = 120.0) -> None:
         self.patience = patience
-        self._workers: list[tuple[multiprocessing.process.BaseProcess, Connection]] = []
+        self._workers: list[tuple[BaseProcess, Connection]] = []
 
     def run(
         self, world_size: int, function: Callable[Concatenate[RankGroup, P], T], *args: P.args, **kwargs: P.kwargs
     ) -> list[T]:
-        """Run a function of a module on ranks 0 to world_size - 1.
+        """Run a function of a module on ranks 0 to world_size - 1; returns every rank's result, in order.
 
-        Args:
-            world_size: number of ranks, 1 to 4.
-            function: called with the rank's :class:`RankGroup` and the arguments; its result must be picklable.
-            *args: passed on.
-            **kwargs: passed on.
-
-        Returns:
-            Every rank's result, in order.
+        It is called with the rank's :class:`RankGroup` and the arguments, and its result must be picklable.
 
         Raises:
             RankError: a rank raised, died or did not answer in time. The processes are replaced.
@@ -89,16 +82,10 @@ class RankPool:
     def _start(self) -> None:
         if sys.platform == "linux":
             os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
-        # One process imports torch, the ranks are its forks; where there is no fork, each imports it.
-        method = "forkserver" if "forkserver" in multiprocessing.get_all_start_methods() else "spawn"
-        context: Any = multiprocessing.get_context(method)
-        if method == "forkserver":
-            # The last is what DistributedDataParallel loads when it is first used.
-            context.set_forkserver_preload(["tests.distributed.pool", "arcface_kd.distillation.head", "torch._dynamo"])
         with tempfile.TemporaryDirectory() as folder:
             for rank in range(LARGEST_WORLD):
-                ours, theirs = context.Pipe()
-                process = context.Process(target=_serve, args=(rank, f"{folder}/store", theirs), daemon=True)
+                ours, theirs = CONTEXT.Pipe()
+                process = CONTEXT.Process(target=_serve, args=(rank, f"{folder}/store", theirs), daemon=True)
                 process.start()
                 theirs.close()
                 self._workers.append((process, ours))

@@ -17,27 +17,18 @@ import pytest
 import torch
 from torch import distributed
 
-from arcface_kd.backbones import get_backbone
 from arcface_kd.cli import main as cli
 from arcface_kd.distributed.process_group import TIMEOUT, job_timeout, process_group
 from arcface_kd.errors import ConfigError, ResourceError
 from arcface_kd.training.trainer import _shortages
-from tests.forked import free_port, ranks_environment, start, wait
+from tests.forked import ranks_environment, start_ranks, wait
 from tests.host.trainer.faces import Faces
+from tests.networks import tiny
+from tests.training.runs import NETWORK, config_file
 
 # A rank that ends is noticed at once, one that hangs after the time-out; the rest is a busy machine's.
 PATIENCE = 300.0
-
-
-def write_config(faces: Faces, folder: Path, **more: Any) -> Path:
-    keys: dict[str, Any] = {
-        **{"network": "thin_r18", "rec": str(faces.folder), "num_classes": 6, "num_image": 48, "num_epoch": 50},
-        **{"warmup_epoch": 0, "val_targets": [], "embedding_size": 16, "batch_size": 4, "num_workers": 0},
-        **{"output": str(folder / "run"), **more},
-    }
-    file = folder / "small.py"
-    file.write_text(f"from easydict import EasyDict\nconfig = EasyDict({keys!r})\n")
-    return file
+LONG: dict[str, Any] = {"num_epoch": 50, "val_targets": [], "batch_size": 4, "save_all_states": True}
 
 
 def fail(how: str) -> None:
@@ -62,17 +53,9 @@ def train_and_fail(config: str, bad_rank: int, how: str) -> int:
 
 
 def run_and_fail(words: Sequence[str], bad_rank: int, how: str, place: str, call: int) -> int:
-    """Run a command, but for one rank, which fails when it calls a function or method for the so-maniest time.
+    """Run a command, but for one rank, which fails when it calls what stands at a place for the so-maniest time.
 
-    Args:
-        words: of the command.
-        bad_rank: the rank that fails.
-        how: see :func:`fail`.
-        place: ``module:name`` or ``module:class.name`` of what it calls.
-        call: 1 for the first time.
-
-    Returns:
-        The command's exit code.
+    The place is ``module:name`` or ``module:class.name``; for the way that it fails see :func:`fail`.
     """
     module, _, name = place.partition(":")
     owner: Any = importlib.import_module(module)
@@ -116,16 +99,8 @@ def last_lines(log: Path) -> str:
     ],
 )
 def test_the_others_end_and_say_why(faces: Faces, tmp_path: Path, how: str, bad_rank: int, cause: str) -> None:
-    config, port = write_config(faces, tmp_path), free_port()
-    timeout = {TIMEOUT: "20"}
-    ranks = [
-        start(
-            *(train_and_fail, str(config), bad_rank, how),
-            log=tmp_path / f"rank{rank}.log",
-            environment=ranks_environment(2, port, rank, **timeout),
-        )
-        for rank in (0, 1)
-    ]
+    words = (str(config_file(faces, tmp_path / "run", **LONG)), bad_rank, how)
+    ranks = start_ranks(2, train_and_fail, *words, logs=tmp_path, environment={TIMEOUT: "20"})
     good = ranks[1 - bad_rank]
     code = wait([good], PATIENCE)[0]
     wait(ranks, 0.0 if how in ("hang", "stop") else PATIENCE)
@@ -161,20 +136,15 @@ FILLING = ("arcface_kd.teachers.cache.embedding_cache:EmbeddingCache.store", 2)
 def test_wherever_it_fails(
     faces: Faces, tmp_path: Path, command: str, place: tuple[str, int], how: str, bad_rank: int, cause: str
 ) -> None:
-    keys: dict[str, Any] = {"val_targets": ["pairs"], "verbose": 1000}
+    keys: dict[str, Any] = {"val_targets": ["pairs"]}
     if command == "cache":
         teacher = tmp_path / "teacher.pt"
-        torch.save(get_backbone("thin_r18", num_features=16).state_dict(), teacher)
+        torch.save(tiny(32).state_dict(), teacher)
         keys = {"kd": "adadistill", "kd_teacher": str(teacher), "kd_cache": str(tmp_path / "rows")}
-    config, port = write_config(faces, tmp_path, **keys, save_all_states=True), free_port()
-    ranks = [
-        start(
-            *(run_and_fail, [command, str(config)], bad_rank, how, *place),
-            log=tmp_path / f"rank{rank}.log",
-            environment=ranks_environment(2, port, rank, **{TIMEOUT: "60"}),
-        )
-        for rank in (0, 1)
-    ]
+        keys["kd_option"] = f"teacher.network={NETWORK}"
+    config = config_file(faces, tmp_path / "run", **LONG | keys)
+    words = ([command, str(config)], bad_rank, how, *place)
+    ranks = start_ranks(2, run_and_fail, *words, logs=tmp_path, environment={TIMEOUT: "60"})
     code = wait(ranks, PATIENCE)[1 - bad_rank]
     log = tmp_path / f"rank{1 - bad_rank}.log"
     assert code == 2, last_lines(log)
@@ -187,14 +157,22 @@ def test_wherever_it_fails(
         assert cause in (tmp_path / "rank0.log").read_text()
 
 
+_TORCHRUN = """
+import os
+from torch import distributed
+from arcface_kd.distributed.process_group import process_group
+
+with process_group():
+    if os.environ["RANK"] == "1":
+        raise ValueError("a fault of this rank")
+    distributed.barrier()
+"""
+
+
 @pytest.mark.slow
-def test_torchrun_ends_the_job(faces: Faces, tmp_path: Path) -> None:
-    config = write_config(faces, tmp_path)
+def test_torchrun_ends_the_job(tmp_path: Path) -> None:
     script = tmp_path / "rank.py"
-    script.write_text(
-        "import sys\nfrom tests.distributed.test_rank_failure import train_and_fail\n"
-        f"sys.exit(train_and_fail({str(config)!r}, 1, 'exception'))\n"
-    )
+    script.write_text(_TORCHRUN)
     done = subprocess.run(
         [*(sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"), str(script)],
         env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[2]), TIMEOUT: "60"},

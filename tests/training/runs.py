@@ -4,11 +4,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from easydict import EasyDict
 
 from arcface_kd.config.arcface_torch import BASE
 from arcface_kd.evaluation.report.scalars import read_scalars
+from arcface_kd.training.trainer import train
 from tests.host.trainer.faces import Faces
 
 NETWORK = "python:tests.networks:tiny"
@@ -33,6 +35,28 @@ def config_for(faces: Faces, output: Path, **keys: Any) -> EasyDict:
     )
     config.update(keys)
     return config
+
+
+def config_file(faces: Faces, output: Path, **keys: Any) -> Path:
+    """The same as a file beside the output folder."""
+    path = output.with_name(f"{output.name}_config.py")
+    config = dict(config_for(faces, output, **keys))
+    path.write_text(f"from easydict import EasyDict\n\nconfig = EasyDict({config!r})\n")
+    return path
+
+
+def train_until(epoch: int, config: EasyDict, **keywords: Any) -> None:
+    """Train, and be interrupted behind an epoch, counted from 1."""
+
+    class Interruption(Exception):
+        pass
+
+    def interrupt(done: int) -> None:
+        if done == epoch:
+            raise Interruption
+
+    with pytest.raises(Interruption):
+        train(config, on_epoch=interrupt, **keywords)
 
 
 def loss_trace(output: Path) -> list[float]:

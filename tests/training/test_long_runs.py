@@ -4,7 +4,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from easydict import EasyDict
 from torch import Tensor, nn
 
 from arcface_kd.distillation.drop_ins import drop_ins
@@ -12,7 +11,7 @@ from arcface_kd.training.run import Run
 from arcface_kd.training.schedule import decay_with_warmup
 from arcface_kd.training.trainer import train
 from tests.host.trainer.faces import Faces
-from tests.training.runs import config_for, same_weights, saved
+from tests.training.runs import config_for, same_weights, saved, train_until
 
 
 def test_the_cosine_has_the_line_s_warm_up_middle_and_end() -> None:
@@ -57,11 +56,6 @@ def test_the_average_is_what_is_judged_and_written_and_goes_on_when_resumed(face
     assert not same_weights(
         saved(tmp_path / "whole"), saved(tmp_path / "whole", "checkpoint_gpu_0.pt")["state_dict_backbone"]
     )
-
-    def stop(epoch: int) -> None:
-        raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        train(config_for(faces, tmp_path / "half", **keys), on_epoch=stop)
-    train(EasyDict(config_for(faces, tmp_path / "half", **keys, resume=True)))
+    train_until(1, config_for(faces, tmp_path / "half", **keys))
+    train(config_for(faces, tmp_path / "half", **keys, resume=True))
     assert same_weights(saved(tmp_path / "half"), saved(tmp_path / "whole"))

@@ -1,10 +1,7 @@
 """Resuming: to the same bits, with other settings, with another product of ranks and batch size."""
 
-import json
-import os
 import shutil
-import subprocess
-import sys
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -14,34 +11,22 @@ from easydict import EasyDict
 
 from arcface_kd.checkpoints.shards import merge_head
 from arcface_kd.cli.main import main
-from arcface_kd.config.arcface_torch import BASE
 from arcface_kd.distillation.drop_ins import drop_ins
 from arcface_kd.errors import ArcfaceKDError, CheckpointError
 from arcface_kd.evaluation.report.scalars import read_scalars
 from arcface_kd.training.resume import load_optimizer, resume
 from arcface_kd.training.run import Run
 from arcface_kd.training.trainer import train
-from tests.forked import free_port, ranks_environment, start, wait
+from tests.forked import start_ranks, wait
 from tests.host.trainer.faces import Faces, draw_faces
-from tests.training.runs import config_for, loss_trace, same_weights, saved
-
-CHECKOUT = Path(__file__).parents[2]
+from tests.training.runs import config_file, config_for, loss_trace, same_weights, saved, train_until
 
 
 @pytest.fixture(scope="module")
 def begun(faces: Faces, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Two of four epochs, batch 16: ten of twenty steps."""
     folder = tmp_path_factory.mktemp("begun")
-
-    class Stop(Exception):
-        pass
-
-    def stop(epoch: int) -> None:
-        if epoch == 2:
-            raise Stop
-
-    with pytest.raises(Stop):
-        train(config_for(faces, folder, **KEYS), on_epoch=stop)
+    train_until(2, config_for(faces, folder, **KEYS))
     return folder
 
 
@@ -74,15 +59,7 @@ def test_the_schedule_goes_on_at_the_same_image(
 
 def test_the_log_says_so_and_a_further_part_goes_on_from_there(faces: Faces, begun: Path, tmp_path: Path) -> None:
     config = going_on(faces, begun, tmp_path / "run", batch_size=8)
-
-    class Stop(Exception):
-        pass
-
-    def stop(epoch: int) -> None:
-        raise Stop
-
-    with pytest.raises(Stop):
-        train(config, on_epoch=stop)
+    train_until(3, config)
     said = "batch_size x ranks was 16 and is now 8: the schedule goes on after 160 images, at step 20 of 40"
     log = (tmp_path / "run" / "training.log").read_text()
     assert said in log
@@ -128,16 +105,7 @@ def test_a_resumed_run_gives_the_same_bits(faces: Faces, teacher_file: Path, tmp
         "save_all_states": True,
     }
     train(config_for(faces, tmp_path / "whole", **keys))
-
-    class Stop(Exception):
-        pass
-
-    def stop(epoch: int) -> None:
-        if epoch == 2:
-            raise Stop
-
-    with pytest.raises(Stop):
-        train(config_for(faces, tmp_path / "parts", **keys), on_epoch=stop)
+    train_until(2, config_for(faces, tmp_path / "parts", **keys))
     train(config_for(faces, tmp_path / "parts", resume=True, **keys))
     assert loss_trace(tmp_path / "parts") == loss_trace(tmp_path / "whole")
     assert same_weights(saved(tmp_path / "parts"), saved(tmp_path / "whole"))
@@ -145,12 +113,17 @@ def test_a_resumed_run_gives_the_same_bits(faces: Faces, teacher_file: Path, tmp
     assert same_weights(*heads)
 
 
-def test_only_a_run_of_the_same_settings_is_gone_on_with(faces: Faces, tmp_path: Path) -> None:
+@pytest.fixture
+def ended(faces: Faces, tmp_path: Path) -> dict[str, Any]:
+    """A run of one epoch; the keys that take it up for another."""
+    keys = {"num_epoch": 1, "save_all_states": True, "val_targets": []}
+    train(config_for(faces, tmp_path, **keys))
+    return {**keys, "resume": True, "num_epoch": 2}
+
+
+def test_only_a_run_of_the_same_settings_is_gone_on_with(faces: Faces, ended: dict[str, Any], tmp_path: Path) -> None:
     (tmp_path / "others").mkdir()
     others = draw_faces(tmp_path / "others", identities=faces.num_classes, images=8, seed=9)
-    keys: dict[str, Any] = {"num_epoch": 1, "save_all_states": True, "val_targets": []}
-    train(config_for(faces, tmp_path, **keys))
-    keys |= {"resume": True, "num_epoch": 2}
     for change, said in (
         ({"batch_size": 1, "network": "thin_r10"}, "batch_size is 1, and thin_r10 normalises"),
         ({"network": "mbf"}, "of another student than mbf of 32 dimensions"),
@@ -167,31 +140,28 @@ def test_only_a_run_of_the_same_settings_is_gone_on_with(faces: Faces, tmp_path:
         ({"rec": str(others.folder)}, r"data was \w{8}... and is now \w{8}..."),
     ):
         with pytest.raises(ArcfaceKDError, match=said) as error:
-            train(config_for(faces, tmp_path, **keys, **change))
+            train(config_for(faces, tmp_path, **ended, **change))
         assert "\n" not in str(error.value)
     state = saved(tmp_path, "checkpoint_gpu_0.pt")
     torch.save({name: value for name, value in state.items() if name != "epoch"}, tmp_path / "checkpoint_gpu_0.pt")
     with pytest.raises(CheckpointError, match="holds no epoch"):
-        train(config_for(faces, tmp_path, **keys))
+        train(config_for(faces, tmp_path, **ended))
 
 
-def test_a_first_saving_that_was_cut_short_is_gone_on_with(faces: Faces, tmp_path: Path) -> None:
+def test_a_first_saving_that_was_cut_short_is_gone_on_with(faces: Faces, ended: dict[str, Any], tmp_path: Path) -> None:
     """Killed between two ranks' renames: rank 1's file is in place, rank 0's own waits."""
-    keys: dict[str, Any] = {"num_epoch": 1, "save_all_states": True, "val_targets": []}
-    train(config_for(faces, tmp_path, **keys))
     own = tmp_path / "checkpoint_gpu_0.pt"
     shutil.copy(own, tmp_path / "checkpoint_gpu_1.pt")
     own.rename(own.with_suffix(".pt.next"))
-    keys |= {"resume": True, "num_epoch": 2}
-    assert train(config_for(faces, tmp_path, **keys, gradient_acc=2)).steps == 2 * (faces.num_image // 16)
+    assert train(config_for(faces, tmp_path, **ended, gradient_acc=2)).steps == 2 * (faces.num_image // 16)
     told = (tmp_path / "training.log").read_text()
     assert "-gradient_acc was 1 and is now 2\n" in told
     assert "-num_epoch was 1 and is now 2\n" in told
 
 
-def test_a_checkpoint_whose_entries_are_something_else_is_named(faces: Faces, tmp_path: Path) -> None:
-    keys: dict[str, Any] = {"num_epoch": 1, "save_all_states": True, "val_targets": []}
-    train(config_for(faces, tmp_path, **keys))
+def test_a_checkpoint_whose_entries_are_something_else_is_named(
+    faces: Faces, ended: dict[str, Any], tmp_path: Path
+) -> None:
     good = saved(tmp_path, "checkpoint_gpu_0.pt")
     optimizer = good["state_optimizer"]
     damages: list[dict[str, Any]] = [
@@ -202,82 +172,47 @@ def test_a_checkpoint_whose_entries_are_something_else_is_named(faces: Faces, tm
     for entries in damages:
         torch.save({**good, **entries}, tmp_path / "checkpoint_gpu_0.pt")
         with pytest.raises(CheckpointError, match=r"checkpoint_gpu_0\.pt cannot be resumed from: ") as caught:
-            train(config_for(faces, tmp_path, **keys | {"resume": True, "num_epoch": 2}))
+            train(config_for(faces, tmp_path, **ended))
         assert "\n" not in str(caught.value)
 
 
 def test_a_run_begun_without_a_loss_scale_goes_on_with_one(
-    faces: Faces, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    faces: Faces, ended: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Rehearsed on a CPU, resumed on a GPU in fp16."""
-    keys: dict[str, Any] = {"num_epoch": 1, "save_all_states": True, "val_targets": []}
-    train(config_for(faces, tmp_path, **keys))
     assert saved(tmp_path, "checkpoint_gpu_0.pt")["state_scaler"] == {}
     scaler = torch.amp.GradScaler("cpu", init_scale=64.0)
     monkeypatch.setattr("torch.amp.GradScaler", lambda *_, **__: scaler)
-    assert train(config_for(faces, tmp_path, **keys | {"resume": True, "num_epoch": 2})).steps == 2 * (
-        faces.num_image // 16
-    )
+    assert train(config_for(faces, tmp_path, **ended)).steps == 2 * (faces.num_image // 16)
     assert scaler.get_scale() == 64.0
 
 
+def _train_strictly(words: list[str]) -> int:
+    """Of a warning in a rank's own process pytest knows nothing."""
+    warnings.simplefilter("error", FutureWarning)
+    return main(words)
+
+
 @pytest.mark.slow
-def test_two_ranks_agree_and_resume(faces: Faces, teacher_file: Path, tmp_path: Path) -> None:
-    config = tmp_path / "two_ranks.py"
-
-    def run(output: str) -> None:
-        subprocess.run(
-            [
-                *(sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"),
-                *("-m", "arcface_kd", "train", str(config), "--kd", "adadistill", "--kd-teacher", str(teacher_file)),
-                *("--set", f"output={tmp_path / output}"),
-            ],
-            check=True,
-            # Of a warning in a rank's own process pytest knows nothing.
-            env={
-                **os.environ,
-                **{"OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "error::FutureWarning", "PYTHONPATH": str(CHECKOUT)},
-            },
-            timeout=1200,
-        )
-
-    keys = {
-        key: value
-        for key, value in config_for(faces, tmp_path, batch_size=8, num_epoch=2, save_all_states=True).items()
-        if BASE.get(key, "unset") != value
-    }
-    body = "\n".join(f"config[{json.dumps(key)}] = {value!r}" for key, value in keys.items())
-    config.write_text(f"from easydict import EasyDict\nconfig = EasyDict()\n{body}\n")
-    run("whole")
-    # Its ranks as torchrun makes them, without another launcher and their imports.
-    words = ["train", str(config), "--kd", "adadistill", "--kd-teacher", str(teacher_file)]
-    words += ["--set", f"output={tmp_path / 'parts'}", "num_epoch=1"]
-    port = free_port()
-    ranks = [
-        start(main, words, log=tmp_path / f"{rank}.log", environment=ranks_environment(2, port, rank))
-        for rank in range(2)
-    ]
-    assert wait(ranks, 600) == [0, 0]
-    first = [saved(tmp_path / "whole", f"checkpoint_gpu_{rank}.pt") for rank in (0, 1)]
+def test_two_ranks_agree_and_one_goes_on(faces: Faces, teacher_file: Path, tmp_path: Path) -> None:
+    keys = {"kd": "adadistill", "kd_teacher": str(teacher_file), "save_all_states": True, "batch_size": 8}
+    config = config_file(faces, tmp_path / "run", **keys, num_epoch=1)
+    assert wait(start_ranks(2, _train_strictly, ["train", str(config)], logs=tmp_path), 600) == [0, 0]
+    both = [saved(tmp_path / "run", f"checkpoint_gpu_{rank}.pt") for rank in (0, 1)]
     assert same_weights(
-        {k: v for k, v in first[0]["state_dict_backbone"].items() if "running" not in k},
-        {k: v for k, v in first[1]["state_dict_backbone"].items() if "running" not in k},
+        *({key: value for key, value in state["state_dict_backbone"].items() if "running" not in key} for state in both)
     )
-    ranges = [state["state_dict_softmax_fc"]["class_range"].tolist() for state in first]
+    ranges = [state["state_dict_softmax_fc"]["class_range"].tolist() for state in both]
     assert ranges == [[0, 5, 10], [5, 10, 10]]
-    trace = loss_trace(tmp_path / "whole")
-    assert len(trace) == 2 * (40 // 8)
+    assert len(loss_trace(tmp_path / "run")) == 40 // 8
     # One rank takes up what two have left, and their shards make its centers.
-    assert merge_head(tmp_path / "parts", tmp_path / "head.pt") == (10, 32)
-    keys = {"kd": "adadistill", "kd_teacher": str(teacher_file), "save_all_states": True, "resume": True}
-    shutil.copytree(tmp_path / "parts", tmp_path / "smaller")
-    assert train(config_for(faces, tmp_path / "smaller", num_epoch=2, batch_size=8, **keys)).steps == 5 + 80 // 8
-    log = (tmp_path / "smaller" / "training.log").read_text()
+    assert merge_head(tmp_path / "run", tmp_path / "head.pt") == (10, 32)
+    assert train(config_for(faces, tmp_path / "run", **keys, num_epoch=2, resume=True)).steps == 5 + 80 // 8
+    log = (tmp_path / "run" / "training.log").read_text()
     assert "x ranks was 16 and is now 8: the schedule goes on after 80 images, at step 10 of 20" in log
-    train(config_for(faces, tmp_path / "parts", num_epoch=2, **keys))
-    alone = saved(tmp_path / "parts", "checkpoint_gpu_0.pt")
-    assert alone["state_dict_softmax_fc"]["class_range"].tolist() == [0, 10, 10]
-    assert alone["state_dict_softmax_fc"]["step"] == 40 // 8 + 80 // 16
+    alone = saved(tmp_path / "run", "checkpoint_gpu_0.pt")["state_dict_softmax_fc"]
+    assert alone["class_range"].tolist() == [0, 10, 10]
+    assert alone["step"] == 5 + 80 // 8
     before = torch.load(tmp_path / "head.pt", weights_only=True)["weight"]
-    after = alone["state_dict_softmax_fc"]["methods.adadistill.centers.weight"]
+    after = alone["methods.adadistill.centers.weight"]
     assert (torch.nn.functional.cosine_similarity(before, after) > 0.8).all()

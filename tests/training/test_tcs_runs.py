@@ -3,7 +3,6 @@
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from easydict import EasyDict
@@ -25,6 +24,7 @@ from tests.distillation.test_cached_distillation import DIMENSION, Network, teac
 from tests.host.trainer.faces import Faces, draw_faces
 from tests.reference.problems import ARCFACE
 from tests.training import runs
+from tests.training.runs import saved
 
 STUDENT_DIMENSION = 24
 
@@ -54,10 +54,6 @@ def options(**values: object) -> dict[str, dict[str, object]]:
 def distiller_for(cache: Path, network: Network | None = None, **values: object) -> Distiller:
     kd = KDConfig(methods=("tcs",), cache=str(cache), options=options(**values))
     return Distiller(kd, None if network is None else teacher_of(network))
-
-
-def saved(folder: Path, name: str = "model.pt") -> Any:
-    return torch.load(folder / name, weights_only=True)
 
 
 @pytest.fixture(scope="module")
@@ -90,22 +86,6 @@ def test_a_run_drops_axes_and_leaves_a_plain_network(faces: Faces, run: TrainRes
     assert scalars["kd/axes"].y[[0, -1]].tolist() == [axes, int(mask.sum())]
 
 
-# The exporter's own, of other parts of torch.
-@pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning")
-def test_it_exports_to_onnx(run: TrainResult, tmp_path: Path) -> None:
-    pytest.importorskip("onnxscript", reason="torch.onnx.export needs onnxscript")
-    import onnxruntime
-
-    plain = get_backbone("thin_r10", num_features=STUDENT_DIMENSION).eval()
-    plain.load_state_dict(saved(run.output))
-    images = torch.rand(2, 3, 112, 112) * 2 - 1
-    torch.onnx.export(plain, (images,), str(tmp_path / "model.onnx"), opset_version=17, verbose=False)
-    session = onnxruntime.InferenceSession(tmp_path / "model.onnx", providers=["CPUExecutionProvider"])
-    (embeddings,) = session.run(None, {session.get_inputs()[0].name: images.numpy()})
-    with torch.no_grad():
-        np.testing.assert_allclose(embeddings, plain(images).numpy(), rtol=1e-4, atol=1e-5)
-
-
 def test_its_class_centers_belong_to_its_embeddings(run: TrainResult, tmp_path: Path) -> None:
     assert merge_head(run.output, tmp_path / "head.pt") == (6, STUDENT_DIMENSION)
     mask = saved(run.output, "checkpoint_gpu_0.pt")["state_dict_softmax_fc"]["methods.tcs.mask"]
@@ -115,15 +95,8 @@ def test_its_class_centers_belong_to_its_embeddings(run: TrainResult, tmp_path: 
 
 
 def test_a_resumed_run_gives_the_same_bits(faces: Faces, cache: Path, run: TrainResult, tmp_path: Path) -> None:
-    class Stop(Exception):
-        pass
-
-    def stop(epoch: int) -> None:
-        raise Stop
-
     config = config_for(faces, tmp_path / "parts")
-    with pytest.raises(Stop):
-        train(config, distiller=distiller_for(cache), on_epoch=stop)
+    runs.train_until(1, config, distiller=distiller_for(cache))
     half = saved(tmp_path / "parts", "checkpoint_gpu_0.pt")["state_dict_softmax_fc"]["methods.tcs.mask"]
     train(EasyDict(config, resume=True), distiller=distiller_for(cache))
     for name in ("model.pt", "checkpoint_gpu_0.pt"):

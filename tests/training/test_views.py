@@ -7,7 +7,7 @@ import pytest
 from arcface_kd.errors import CheckpointError
 from arcface_kd.training.trainer import train
 from tests.host.trainer.faces import Faces
-from tests.training.runs import config_for, same_weights, saved
+from tests.training.runs import config_for, same_weights, saved, train_until
 
 
 def test_the_compact_trainer_resumes_to_the_same_bits(faces: Faces, teacher_file: Path, tmp_path: Path) -> None:
@@ -18,16 +18,8 @@ def test_the_compact_trainer_resumes_to_the_same_bits(faces: Faces, teacher_file
         "save_all_states": True,
         "val_targets": [],
     }
-
-    class Stop(Exception):
-        pass
-
-    def stop(epoch: int) -> None:
-        raise Stop
-
     train(config_for(faces, tmp_path / "whole", num_workers=1, **keys))
-    with pytest.raises(Stop):
-        train(config_for(faces, tmp_path / "parts", **keys), on_epoch=stop)
+    train_until(1, config_for(faces, tmp_path / "parts", **keys))
     train(config_for(faces, tmp_path / "parts", resume=True, **keys))
     assert same_weights(saved(tmp_path / "whole"), saved(tmp_path / "parts"))
     with pytest.raises(CheckpointError, match=r"student\.augment"):

@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 import torch
 
-from tests.forked import free_port, ranks_environment, start
+from tests.forked import free_port, start_ranks
 
 
 class Run(NamedTuple):
@@ -61,13 +61,9 @@ def _start(folder: Path, trainer: list[str], ranks: int, torchrun: bool) -> Run:
         done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=1200)
         return Run(done.returncode, done.stdout + done.stderr)
     with tempfile.TemporaryDirectory() as logs:
-        port, processes = free_port(), []
-        for rank in range(ranks):
-            environment = ranks_environment(ranks, port, rank, **alone)
-            log = Path(logs, f"{rank}.log")
-            processes.append(start(_run_script, str(folder), trainer, log=log, environment=environment, may_fork=True))
-        exit_code = _wait(processes)
-        printed = [Path(logs, f"{rank}.log").read_text(errors="replace") for rank in range(ranks)]
+        words = (_run_script, str(folder), trainer)
+        exit_code = _wait(start_ranks(ranks, *words, logs=Path(logs), environment=alone, may_fork=True))
+        printed = [Path(logs, f"rank{rank}.log").read_text(errors="replace") for rank in range(ranks)]
         return Run(exit_code, "\n".join(printed))
 
 
@@ -109,24 +105,6 @@ def write_config(folder: Path, name: str, keys: Mapping[str, object], last_line:
     lines += [f"config.{key} = {value!r}" for key, value in keys.items()]
     (folder / "configs" / f"{name}.py").write_text("\n".join([*lines, last_line, ""]), encoding="utf-8")
     return name
-
-
-def loss_trace(output: Path, tag: str = "loss") -> dict[int, float]:
-    """The float32 losses that arcface_torch itself wrote to TensorBoard, by step; a later run's count.
-
-    Another tag, ``kd/NAME``, gives what our head wrote beside it.
-    """
-    from tensorboard.backend.event_processing.event_file_loader import EventFileLoader
-    from tensorboard.util.tensor_util import make_ndarray
-
-    losses: dict[int, float] = {}
-    files = (output / "tensorboard").glob("events.out.tfevents.*")
-    for path in sorted(files, key=lambda path: path.stat().st_mtime_ns):
-        for event in EventFileLoader(str(path)).Load():
-            for value in event.summary.value:
-                if value.tag == tag:
-                    losses[event.step] = float(make_ndarray(value.tensor))
-    return losses
 
 
 def head_state(output: Path, rank: int = 0) -> dict[str, torch.Tensor]:

@@ -20,9 +20,10 @@ from arcface_kd.data.formats.record import unpack
 from arcface_kd.data.formats.recordio import RecordReader
 from arcface_kd.distributed.class_shard import ClassShard
 from arcface_kd.methods.class_centers import initial_centers
+from tests.compatibility.same_losses import losses_of
 from tests.host.trainer.faces import Faces, cut_faces, draw_faces
 from tests.host.trainer.host import checkout, settings
-from tests.host.trainer.launch import head_state, launch, loss_trace, train, write_config
+from tests.host.trainer.launch import head_state, launch, train, write_config
 from tests.host.trainer.teacher import Teacher, untrained_teacher
 
 pytestmark = [pytest.mark.trainer, pytest.mark.slow]
@@ -71,7 +72,7 @@ class TestOffIsOff:
         runs = {"plain": plain, "flagged": flagged}
         for name, folder in runs.items():
             train(folder, write_config(folder, "off", settings(faces, tmp_path / name)), ranks=ranks)
-        traces = [loss_trace(tmp_path / name) for name in runs]
+        traces = [losses_of(tmp_path / name) for name in runs]
         # The host's log starts with the second step.
         assert sorted(traces[0]) == list(range(2, 1 + faces.num_image // (8 * ranks)))
         assert traces[0] == traces[1]
@@ -93,7 +94,7 @@ class TestAdaDistill:
             ranks=2,
             torchrun=True,
         )
-        assert falls(loss_trace(output)), loss_trace(output)
+        assert falls(losses_of(output)), losses_of(output)
         get_backbone("mbf", num_features=512).load_state_dict(torch.load(output / "model.pt", weights_only=True))
         for rank in range(2):
             shard = ClassShard(8, rank, 2)
@@ -113,7 +114,7 @@ class TestAdaDistill:
         train(flagged, write_config(flagged, "first", first), *arguments)
         second = settings(faces, halves, num_epoch=2, resume=True)
         train(flagged, write_config(flagged, "second", second), *arguments)
-        kept, straight = loss_trace(halves), loss_trace(whole)
+        kept, straight = losses_of(halves), losses_of(whole)
         steps = faces.num_image // 8
         assert max(straight) == max(kept) == 2 * steps
         # The host's log leaves out the first step of each run, and averages it into the second.
@@ -143,7 +144,7 @@ class TestAdaDistill:
             *("--kd", "adadistill", "--kd-teacher", str(onnx)),
             *("--kd-option", "teacher.channels=bgr", "teacher.mean=127", "teacher.std=128"),
         )
-        assert falls(loss_trace(output)), loss_trace(output)
+        assert falls(losses_of(output)), losses_of(output)
         assert "[pairs][24]Accuracy-Flip: " in printed
         centers = normalize(head_state(output)["methods.adadistill.centers.weight"])
         # A trained teacher keeps people apart, and so do centers that follow it.
@@ -174,7 +175,7 @@ class TestTodaysStack:
         output = tmp_path / "run"
         keys = settings(faces, output, sample_rate=0.5, fp16=True, optimizer="adamw", lr=1e-3, gradient_acc=2)
         train(plain, write_config(plain, "sampled", keys), ranks=2)
-        assert np.isfinite(list(loss_trace(output).values())).all()
+        assert np.isfinite(list(losses_of(output).values())).all()
 
     def test_records_and_folders_come_as_the_host_showed_them(self, stack: Path, faces: Faces, tmp_path: Path) -> None:
         records = open_dataset(faces.folder)

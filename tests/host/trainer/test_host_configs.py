@@ -12,9 +12,10 @@ from torch.nn.functional import normalize
 
 from arcface_kd.backbones import get_backbone
 from arcface_kd.cli.main import main
+from tests.compatibility.same_losses import losses_of
 from tests.host.trainer.faces import Faces, draw_faces
 from tests.host.trainer.host import checkout
-from tests.host.trainer.launch import Run, Turn, launch_in_turn, loss_trace
+from tests.host.trainer.launch import Run, Turn, launch_in_turn
 from tests.host.trainer.teacher import Teacher, untrained_teacher
 
 pytestmark = [pytest.mark.trainer, pytest.mark.slow]
@@ -72,7 +73,7 @@ def test_it_runs_where_it_is_copied_to(runs: tuple[Path, Run], name: str) -> Non
     host, run = runs
     assert f"finished {name} on rank 0" in run.printed, run.printed[-6000:]
     output = host / "work_dirs" / name
-    losses = loss_trace(output)
+    losses = losses_of(output)
     assert sorted(losses) == [2, 3]
     assert np.isfinite(list(losses.values())).all()
     network = get_backbone(name.split("_")[1], num_features=512)

@@ -17,9 +17,10 @@ from arcface_kd.data.dataset import open_dataset
 from arcface_kd.data.pack import pack_folder
 from arcface_kd.distributed.class_shard import ClassShard
 from arcface_kd.methods.class_centers import initial_centers
+from tests.compatibility.same_losses import losses_of
 from tests.host.trainer.faces import Faces, draw_faces
 from tests.host.trainer.host import checkout, settings
-from tests.host.trainer.launch import Run, Turn, head_state, launch_in_turn, loss_trace, write_config
+from tests.host.trainer.launch import Run, Turn, head_state, launch_in_turn, write_config
 from tests.host.trainer.teacher import Teacher, untrained_teacher
 
 pytestmark = [pytest.mark.trainer, pytest.mark.slow]
@@ -80,7 +81,7 @@ class Host(NamedTuple):
         return self.outputs / name
 
     def losses(self, name: str) -> dict[int, float]:
-        losses = loss_trace(self.output(name))
+        losses = losses_of(self.output(name))
         assert np.isfinite(list(losses.values())).all(), losses
         return losses
 
@@ -204,7 +205,7 @@ def test_fewer_classes_in_the_sum_make_a_smaller_loss(host: Host) -> None:
 
 
 def test_fp16_is_near_fp32_and_its_scale_is_used(host: Host) -> None:
-    narrow, exact = (loss_trace(host.output(name), "kd/ce")[1] for name in ("fp16", "records"))
+    narrow, exact = (losses_of(host.output(name), "kd/ce")[1] for name in ("fp16", "records"))
     assert narrow != exact
     assert narrow == pytest.approx(exact, rel=0.02)
     log = (host.output("fp16") / "training.log").read_text(encoding="utf-8")
@@ -248,7 +249,7 @@ def test_adaface_s_statistics_are_those_of_all_ranks(host: Host) -> None:
 
 def test_a_frozen_classifier_is_not_saved_with_the_run(host: Host) -> None:
     assert not [entry for entry in head_state(host.output("frozen")) if entry.startswith("methods.")]
-    first, distilled = (loss_trace(host.output(name), "kd/ce")[1] for name in ("frozen", "records"))
+    first, distilled = (losses_of(host.output(name), "kd/ce")[1] for name in ("frozen", "records"))
     assert first != pytest.approx(distilled, rel=1e-3)
 
 
@@ -258,7 +259,7 @@ def test_one_rank_takes_up_what_two_have_left(host: Host, resumed: Host, method:
     straight = host.losses(f"{method}_whole")
     resumed.output(f"{method}_resumed", ranks=1)
     output = host.outputs / f"{method}_half"
-    kept = loss_trace(output)
+    kept = losses_of(output)
     # The host's log leaves out the first step of each run, and averages it into the second.
     seen = sorted(set(kept) - {6})
     assert seen == [2, 3, 4, 7, 8]

@@ -1,7 +1,6 @@
 """The cache of the teacher's embeddings on full disks and in processes that are killed."""
 
 import errno
-import multiprocessing
 import os
 import random
 import resource
@@ -19,6 +18,7 @@ import torch
 from arcface_kd.errors import TeacherError
 from arcface_kd.teachers.cache import embedding_cache
 from arcface_kd.teachers.cache.embedding_cache import EmbeddingCache
+from tests.forked import CONTEXT
 from tests.teachers.cache.test_embedding_cache import (
     DIMENSION,
     IMAGES,
@@ -112,13 +112,6 @@ def test_a_disk_that_fills_up_on_the_way_leaves_whole_rows(tmp_path: Path, room:
 LARGE = {"images": 120, "embedding_size": 1500}  # rows of 3000 bytes: most lie on two pages
 
 
-def _processes() -> Any:
-    context: Any = multiprocessing.get_context("forkserver")
-    # The list of tests/distributed/pool.py: there is one server a session.
-    context.set_forkserver_preload(["tests.distributed.pool", "arcface_kd.distillation.head"])
-    return context
-
-
 def _fill(path: str, ready: Connection, order: int) -> None:
     """Open or make the cache, then write what is missing, row by row."""
     torch.set_num_threads(1)
@@ -133,9 +126,8 @@ def _fill(path: str, ready: Connection, order: int) -> None:
 
 
 def _start(path: Path, order: int) -> Any:
-    context = _processes()
-    ours, theirs = context.Pipe()
-    process = context.Process(target=_fill, args=(str(path), theirs, order), daemon=True)
+    ours, theirs = CONTEXT.Pipe()
+    process = CONTEXT.Process(target=_fill, args=(str(path), theirs, order), daemon=True)
     process.start()
     assert ours.poll(60)
     return process
@@ -217,7 +209,7 @@ def _make(path: str, module: str, name: str, wrap: Callable[..., Any]) -> None:
 def test_killed_while_it_is_made_it_is_made_by_the_next(
     tmp_path: Path, module: str, name: str, wrap: Callable[..., Any]
 ) -> None:
-    process = _processes().Process(target=_make, args=(str(tmp_path / "rows"), module, name, wrap))
+    process = CONTEXT.Process(target=_make, args=(str(tmp_path / "rows"), module, name, wrap))
     process.start()
     process.join()
     assert process.exitcode == -signal.SIGKILL

@@ -24,7 +24,7 @@ from arcface_kd.teachers.base import Teacher, load_teacher
 from arcface_kd.teachers.cache.embedding_cache import EmbeddingCache, identity_of
 from arcface_kd.teachers.cache.fill import CacheReport, fill_cache
 from arcface_kd.teachers.options import TeacherOptions
-from tests.forked import free_port, ranks_environment, start, wait
+from tests.forked import start_ranks, wait
 from tests.host.trainer.faces import Faces, draw_faces
 
 DIMENSION = 12
@@ -182,7 +182,7 @@ config.batch_size = 8
 config.num_workers = 0
 config.val_targets = []
 config.embedding_size = 16
-config.network = "thin_r18"
+config.network = "thin_r10"
 config.kd = "adadistill"
 """
 
@@ -197,7 +197,7 @@ def config(faces: Faces, tmp_path: Path) -> Path:
 @pytest.fixture
 def teacher_file(tmp_path: Path) -> Path:
     torch.manual_seed(0)
-    torch.save(get_backbone("thin_r18", num_features=16).state_dict(), tmp_path / "teacher.pt")
+    torch.save(get_backbone("thin_r10", num_features=16).state_dict(), tmp_path / "teacher.pt")
     return tmp_path / "teacher.pt"
 
 
@@ -228,11 +228,8 @@ def test_the_command_without_a_teacher(config: Path, tmp_path: Path, capsys: pyt
 @pytest.mark.slow
 def test_ranks_share_the_work_out(config: Path, teacher_file: Path, faces: Faces, tmp_path: Path) -> None:
     words = ["cache", str(config), "--kd-teacher", str(teacher_file), "--out", str(tmp_path / "rows")]
-    port = free_port()
-    logs = [tmp_path / f"{rank}.log" for rank in range(2)]
-    ranks = [start(main, words, log=log, environment=ranks_environment(2, port, rank)) for rank, log in enumerate(logs)]
-    assert wait(ranks, 240) == [0, 0]
-    said = [log.read_text() for log in logs]
+    assert wait(start_ranks(2, main, words, logs=tmp_path), 240) == [0, 0]
+    said = [(tmp_path / f"rank{rank}.log").read_text() for rank in range(2)]
     assert [text.count("70 of 70 rows were missing") for text in said] == [1, 0]
     assert "18/18" in said[0]
     teacher = load_teacher(teacher_file)
@@ -245,7 +242,7 @@ def test_a_cache_filled_without_a_gpu_is_taken_beside_one(
 ) -> None:
     path, cache = tmp_path / "teacher.pt", tmp_path / "rows"
     torch.manual_seed(0)
-    torch.save(get_backbone("thin_r18", num_features=DIMENSION).eval().state_dict(), path)
+    torch.save(get_backbone("thin_r10", num_features=DIMENSION).eval().state_dict(), path)
     config = config_for(faces, cache, kd="adadistill", kd_teacher=str(path))
     assert fill_cache(config).missing == 70
     # The default beside a GPU.
