@@ -1,6 +1,5 @@
 """Packages that are not there: one line says which, and how to get it; everything else goes on without."""
 
-import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -13,21 +12,19 @@ from arcface_kd.errors import ConfigError
 from arcface_kd.evaluation.report import page as report
 from arcface_kd.evaluation.report import pictures as report_pictures
 from tests.data.record_sets import encoded
-
-# Each command in an interpreter of its own that cannot import these.
-_WITHOUT = """
-import sys
-for name in sys.argv[1].split(","):
-    sys.modules[name] = None
-from arcface_kd.cli.main import main
-sys.exit(main(sys.argv[2:]))
-"""
+from tests.forked import start, wait
 
 
-def run_without(missing: str, *words: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-c", _WITHOUT, missing, *words], capture_output=True, text=True, check=False, timeout=300
-    )
+def _without(missing: str, commands: list[list[str]]) -> int:
+    for name in missing.split(","):
+        sys.modules[name] = None  # type: ignore[assignment]
+    return next((code for code in map(main, commands) if code), 0)
+
+
+def run_without(folder: Path, missing: str, *commands: list[str]) -> tuple[int | None, str]:
+    """The exit code and the output of commands in a process that has not imported these packages, and cannot."""
+    (code,) = wait([start(_without, missing, commands, log=folder / "log")], 300)
+    return code, (folder / "log").read_text()
 
 
 @pytest.mark.parametrize(
@@ -43,11 +40,11 @@ def test_what_is_missing_is_named_with_how_to_get_it(missing: str, words: tuple[
     from tests.teachers.onnx_models import face_network
 
     (tmp_path / "model.onnx").write_bytes(face_network().SerializeToString())
-    done = run_without(missing, *(word.format(onnx=tmp_path / "model.onnx") for word in words))
-    assert done.returncode == 2, done.stderr
-    assert done.stderr.count("\n") == 1
-    assert "pip install" in done.stderr
-    assert missing in done.stderr
+    code, said = run_without(tmp_path, missing, [word.format(onnx=tmp_path / "model.onnx") for word in words])
+    assert code == 2, said
+    assert said.count("\n") == 1
+    assert "pip install" in said
+    assert missing in said
 
 
 @pytest.mark.parametrize(
@@ -71,15 +68,14 @@ def test_training_and_packing_want_none_of_the_extras(tmp_path: Path) -> None:
     for number in range(4):
         (faces / f"{number}.jpg").write_bytes(encoded(number))
     extras = "mxnet,timm,matplotlib,onnxscript,sklearn,onnx,onnxruntime,insightface,wandb"
-    packed = run_without(extras, "data", "pack", str(faces.parent), str(tmp_path / "packed"))
-    assert packed.returncode == 0, packed.stderr
     (tmp_path / "small.py").write_text(
-        f"from easydict import EasyDict\nconfig = EasyDict(rec={str(tmp_path / 'packed')!r}, network='thin_r18', "
+        f"from easydict import EasyDict\nconfig = EasyDict(rec={str(tmp_path / 'packed')!r}, network='thin_r10', "
         "num_classes=1, num_image=4, num_epoch=1, warmup_epoch=0, val_targets=[], embedding_size=8, batch_size=2, "
         f"num_workers=0, output={str(tmp_path / 'run')!r})\n"
     )
-    trained = run_without(extras, "train", str(tmp_path / "small.py"))
-    assert trained.returncode == 0, trained.stderr[-2000:]
+    pack = ["data", "pack", str(faces.parent), str(tmp_path / "packed")]
+    code, said = run_without(tmp_path, extras, pack, ["train", str(tmp_path / "small.py")])
+    assert code == 0, said[-2000:]
 
 
 def test_a_package_of_somebody_else_is_no_matter_of_ours(

@@ -1,13 +1,16 @@
-"""What importing the package costs: nothing but torch, no process group, no optional package."""
+"""What importing the package costs: nothing but torch; no process group, no connection, no optional package."""
 
 import json
 import subprocess
 import sys
+from pathlib import Path
 from typing import NamedTuple
 
 import pytest
 
 import arcface_kd
+
+ROOT = Path(__file__).parents[1]
 
 # Packages that only some runs need, and parts of torch that are slow to load.
 LATE = {
@@ -18,6 +21,7 @@ LATE = {
     "mxnet",
     "onnx",
     "onnxruntime",
+    "onnxscript",
     "PIL",
     "safetensors",
     "scipy",
@@ -30,6 +34,7 @@ LATE = {
     "torch.utils.tensorboard",
     "tqdm",
     "unidiff",
+    "wandb",
 }
 
 
@@ -47,13 +52,22 @@ MODULES = [
 ]
 
 WATCH = """
-import importlib, json, sys
+import importlib, json, pkgutil, sys
+from tests.no_network import refuse_connections
+
+refuse_connections()
 import torch
 added = {}
 for name in sys.argv[1:]:
     before = set(sys.modules)
     importlib.import_module(name)
     added[name] = sorted(set(sys.modules) - before)
+import arcface_kd
+for module in pkgutil.walk_packages(arcface_kd.__path__, "arcface_kd."):
+    if not module.name.endswith("__main__"):
+        importlib.import_module(module.name)
+for name in ("insightface", "onnxruntime", "onnx", "tensorboard", "cv2"):
+    importlib.import_module(name)
 state = [torch.distributed.is_initialized(), torch.cuda.is_initialized()]
 print(json.dumps([added, state]))
 """
@@ -69,7 +83,9 @@ class Imports(NamedTuple):
 
 @pytest.fixture(scope="module")
 def imports() -> Imports:
-    done = subprocess.run([sys.executable, "-c", WATCH, *MODULES], capture_output=True, text=True, check=True)
+    """Of a process that would have ended at a connection to another machine."""
+    done = subprocess.run([sys.executable, "-c", WATCH, *MODULES], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
     added, (process_group, gpu) = json.loads(done.stdout.splitlines()[-1])
     return Imports(added, process_group, gpu)
 
