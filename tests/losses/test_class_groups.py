@@ -106,10 +106,7 @@ def test_in_fp32_the_batch_s_size_is_the_published_one(mass: float) -> None:
 def test_level_classes_are_in_or_out_together() -> None:
     logits = torch.tensor([[3.0, 1.0, 1.0, 1.0, 0.0, -2.0]], dtype=torch.float64)
     labels = torch.tensor([0])
-    assert found_groups(logits, labels, FixedSize(1)).sum() == 1
-    assert found_groups(logits, labels, FixedSize(2)).sum() == 4
-    assert found_groups(logits, labels, FixedSize(4)).sum() == 4
-    assert found_groups(logits, labels, FixedSize(5)).sum() == 5
+    assert [int(found_groups(logits, labels, FixedSize(size)).sum()) for size in (1, 2, 4, 5)] == [1, 4, 4, 5]
     assert found_groups(torch.zeros(1, 6, dtype=torch.float64), labels, FixedSize(2)).all()
 
 
@@ -139,10 +136,10 @@ def test_a_batch_without_rows(rule: GroupRule) -> None:
 @pytest.mark.parametrize(
     ("kind", "values", "said"),
     [
-        (FixedSize, (0,), "a group of 0 classes is asked for; it must be at least 1"),
-        (BatchMass, (0.0,), r"the cumulative probability of a group is 0\.0; it must be in \(0, 1\]"),
-        (BatchMass, (0.9, 0), "the step of a group's size is 0; it must be at least 1"),
-        (SampleMass, (1.1,), r"the cumulative probability of a group is 1\.1; it must be in \(0, 1\]"),
+        (FixedSize, (0,), "0 classes"),
+        (BatchMass, (0.0,), r"0\.0"),
+        (BatchMass, (0.9, 0), "step of a group's size is 0"),
+        (SampleMass, (1.1,), r"1\.1"),
     ],
 )
 def test_what_no_group_can_have_is_refused(kind: Any, values: tuple[float, ...], said: str) -> None:

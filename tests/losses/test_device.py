@@ -5,6 +5,7 @@ What needs a GPU is marked ``gpu``; what does not is proved on tensors without s
 
 import warnings
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -21,6 +22,7 @@ from arcface_kd.methods.embedding import EmbeddingConfig, EmbeddingDistillation
 from arcface_kd.methods.learned_classifier import LearnedClassifier
 from arcface_kd.methods.margindistillation import MarginDistillation, MarginDistillationConfig
 from arcface_kd.methods.rkd import RKD, RKDConfig
+from tests.reference.compare import assert_equal, differentiated
 from tests.reference.problems import ARCFACE, MARGINS, random_problem
 
 METHODS: dict[str, Callable[[RunContext], Method]] = {
@@ -66,19 +68,15 @@ def test_loss_and_gradients_compile_into_one_graph(
             embeddings, problem.labels, centers, MARGINS[name], index=index, chunk=4, product_dtype=product_dtype
         )
 
-    def run(function: Callable[[Tensor, Tensor], Tensor]) -> list[Tensor]:
-        inputs = [problem.embeddings.clone().requires_grad_(), problem.centers.clone().requires_grad_()]
-        loss = function(*inputs)
-        return [loss.detach(), *torch.autograd.grad(loss, inputs)]
-
     torch.compiler.reset()
     with warnings.catch_warnings():
         # The compiler's own warnings are not ours.
         warnings.simplefilter("ignore")
-        met = run(torch.compile(loss_of, fullgraph=True, backend=backend))
+        met = differentiated(
+            torch.compile(loss_of, fullgraph=True, backend=backend), problem.embeddings, problem.centers
+        )
     torch.compiler.reset()
-    for a, b in zip(met, run(loss_of), strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
+    assert_equal(met, differentiated(loss_of, problem.embeddings, problem.centers), 1e-5)
 
 
 # ---- no wait for the device
@@ -121,11 +119,6 @@ def test_no_step_asks_for_a_value(method: str, sample_rate: float, product_dtype
             loss.item()
 
 
-def test_torchs_word_about_the_mode_that_finds_waits_is_no_error() -> None:
-    word = "Synchronization debug mode is a prototype feature and does not yet detect all synchronizing operations"
-    warnings.warn(word, UserWarning, stacklevel=1)
-
-
 @pytest.mark.gpu
 @pytest.mark.parametrize("product_dtype", FORMATS.values(), ids=FORMATS.keys())
 @pytest.mark.parametrize("sample_rate", [1.0, 0.3])
@@ -157,16 +150,13 @@ def test_the_gpu_finds_the_numbers_of_the_cpu(
     problem = random_problem(3, batch=32, classes=700, dimension=64, dtype=torch.float32)
 
     def run(device: torch.device) -> list[Tensor]:
-        embeddings = problem.embeddings.to(device).requires_grad_()
-        centers = problem.centers.to(device).requires_grad_()
+        embeddings, labels, centers = (each.to(device) for each in problem)
+        keys: dict[str, Any] = {"product_dtype": product_dtype, "chunk": 256}
         with torch.autocast(device.type, enabled=autocast and device.type == "cuda", dtype=torch.float16):
-            loss = margin_softmax(
-                embeddings, problem.labels.to(device), centers, MARGINS[name], product_dtype=product_dtype, chunk=256
+            found = differentiated(
+                lambda e, c: margin_softmax(e, labels, c, MARGINS[name], **keys), embeddings, centers
             )
-            loss.backward()
-        assert embeddings.grad is not None
-        assert centers.grad is not None
-        return [loss.detach().cpu(), embeddings.grad.cpu(), centers.grad.cpu()]
+        return [each.cpu() for each in found]
 
     tolerance = 1e-4 if product_dtype is None else 5e-2
     for a, b in zip(run(cuda), run(torch.device("cpu")), strict=True):

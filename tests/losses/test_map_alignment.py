@@ -5,6 +5,7 @@ import torch
 from torch import Tensor
 
 from arcface_kd.losses.map_alignment import align_scale
+from tests.reference.compare import assert_equal, differentiated
 from tests.reference.crosskd import align_scale as align_scale_twin
 
 
@@ -19,23 +20,15 @@ def maps(seed: int, *shape: int) -> Tensor:
 @pytest.mark.parametrize(("batch", "other"), [(4, 4), (1, 1), (3, 5)])
 def test_values_and_gradients_are_the_twin_s(batch: int, other: int) -> None:
     """Through the student's mean and deviation; the teacher gets none."""
-    goal = maps(9, batch, 5, 3, 2)
-    answers = []
-    for function in (align_scale, align_scale_twin):
-        student = maps(0, batch, 5, 3, 2).requires_grad_()
-        teacher = maps(1, other, 5, 4, 3).requires_grad_(function is align_scale)
-        met = function(student, teacher)
-        (met * goal).sum().backward()
-        assert student.grad is not None
-        assert teacher.grad is None
-        answers.append((met.detach(), student.grad))
-    torch.testing.assert_close(answers[0], answers[1], rtol=1e-10, atol=1e-10)
-    assert answers[0][1].abs().max() > 1e-3
-
-
-def test_gradients_by_finite_differences() -> None:
-    teacher = maps(1, 2, 3, 2, 2)
-    assert torch.autograd.gradcheck(lambda student: align_scale(student, teacher), maps(0, 2, 3, 2, 2).requires_grad_())
+    goal, teacher = maps(9, batch, 5, 3, 2), maps(1, other, 5, 4, 3)
+    assert not align_scale(goal, teacher.clone().requires_grad_()).requires_grad
+    met, wanted = (
+        differentiated(lambda student, align=align: (align(student, teacher) * goal).sum(), maps(0, batch, 5, 3, 2))
+        for align in (align_scale, align_scale_twin)
+    )
+    assert_equal(met, wanted)
+    torch.testing.assert_close(align_scale(goal, teacher), align_scale_twin(goal, teacher), rtol=1e-10, atol=1e-10)
+    assert wanted[1].abs().max() > 1e-3
 
 
 def test_the_student_gets_the_teacher_s_statistics_whatever_its_own() -> None:
@@ -53,35 +46,26 @@ def test_half_precision_maps_are_aligned_in_float32(dtype: torch.dtype) -> None:
     student, teacher = maps(0, 4, 5, 3, 3).to(dtype), maps(1, 4, 5, 3, 3).to(dtype)
     met = align_scale(student, teacher)
     assert met.dtype == torch.float32
-    wanted = align_scale_twin(student.double(), teacher.double())
-    torch.testing.assert_close(met.double(), wanted, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(met.double(), align_scale_twin(student.double(), teacher.double()), rtol=1e-4, atol=1e-4)
 
 
-def test_a_channel_with_one_value_everywhere_has_finite_values_and_gradients() -> None:
+def test_a_channel_with_one_value_everywhere_and_an_empty_batch_are_finite() -> None:
     """A dead channel of a student at its beginning."""
-    student = maps(0, 2, 3, 2, 2)
-    student[:, 1] = 0.5
-    student.requires_grad_()
-    met = align_scale(student, maps(1, 2, 3, 2, 2))
-    met.square().sum().backward()
-    assert met.isfinite().all()
-    assert student.grad is not None
-    assert student.grad.isfinite().all()
-
-
-def test_an_empty_batch_stays_empty() -> None:
-    student = maps(0, 0, 3, 2, 2).requires_grad_()
-    met = align_scale(student, maps(1, 0, 3, 2, 2))
-    assert met.shape == student.shape
-    met.sum().backward()
+    dead = maps(0, 2, 3, 2, 2)
+    dead[:, 1] = 0.5
+    for student in (dead, maps(0, 0, 3, 2, 2)):
+        teacher = maps(1, len(student), 3, 2, 2)
+        assert align_scale(student, teacher).shape == student.shape
+        found = differentiated(lambda s, t=teacher: align_scale(s, t).square().sum(), student)
+        assert all(each.isfinite().all() for each in found)
 
 
 @pytest.mark.parametrize(
     ("student", "teacher", "said"),
     [
         ((2, 3, 4), (2, 3, 4, 4), "wanted"),
-        ((2, 3, 4, 4), (2, 5, 4, 4), r"maps are \(2, 3, 4, 4\) and \(2, 5, 4, 4\); wanted .* as many channels"),
-        ((1, 3, 1, 1), (1, 3, 1, 1), "one value in a channel, which has no deviation"),
+        ((2, 3, 4, 4), (2, 5, 4, 4), r"\(2, 3, 4, 4\) and \(2, 5, 4, 4\)"),
+        ((1, 3, 1, 1), (1, 3, 1, 1), "one value in a channel"),
     ],
 )
 def test_maps_that_cannot_be_aligned_are_refused(student: list[int], teacher: list[int], said: str) -> None:

@@ -7,22 +7,14 @@ from torch.nn.functional import normalize
 
 from arcface_kd.losses.margin import Margin
 from arcface_kd.losses.margin_softmax import margin_softmax
-from tests.losses.test_margin_softmax import differentiate, ours, twin
-from tests.reference.margin_softmax import dense_margin_softmax
-from tests.reference.problems import ARCFACE, MARGINS, Problem, random_problem
+from tests.losses.test_margin_softmax import ours, truth, twin
+from tests.reference.compare import differentiated
+from tests.reference.problems import ARCFACE, MARGINS, random_problem
 
 
-def _distances(problem: Problem, margin: Margin, product_dtype: torch.dtype | None) -> tuple[list[float], list[float]]:
-    """How far (loss, embedding gradient, center gradient) are from the truth: ours and the naive computation's."""
-    truth = twin(Problem(problem.embeddings.double(), problem.labels, problem.centers.double()), margin)
-    met = ours(problem, margin, product_dtype=product_dtype, chunk=300)
-    naive = differentiate(
-        lambda e, c: dense_margin_softmax(e, problem.labels, c, margin, product_dtype=product_dtype), problem
-    )
-    return (
-        [float((a.double() - b).norm() / b.norm()) for a, b in zip(met, truth, strict=True)],
-        [float((a.double() - b).norm() / b.norm()) for a, b in zip(naive, truth, strict=True)],
-    )
+def _distances(met: tuple[Tensor, ...], wanted: tuple[Tensor, ...]) -> Tensor:
+    """How far (loss, embedding gradient, center gradient) are from the truth."""
+    return torch.stack([(a.double() - b).norm() / b.norm() for a, b in zip(met, wanted, strict=True)])
 
 
 @pytest.mark.parametrize("product_dtype", [None, torch.bfloat16, torch.float16], ids=["fp32", "bf16", "fp16"])
@@ -33,17 +25,17 @@ def test_precision_is_no_worse_than_the_naive_computation(
 ) -> None:
     """Rounding is a lottery, so means over eight batches are compared: a tenth of leeway, two units of the result."""
     bound = {None: 1e-5, torch.bfloat16: 3e-2, torch.float16: 5e-3}[product_dtype]
+    lean = {"first steps": 0.0, "half way": 5.0, "converged": 40.0}[phase]
     met, naive = torch.zeros(3), torch.zeros(3)
     for seed in range(8):
         problem = random_problem(seed, batch=48, classes=1000, dimension=64, dtype=torch.float32)
         own = normalize(problem.centers[problem.labels.clamp_min(0)])
-        lean = {"first steps": 0.0, "half way": 5.0, "converged": 40.0}[phase]
         problem = problem._replace(embeddings=problem.embeddings + lean * own)
-        a, b = _distances(problem, MARGINS[name], product_dtype)
-        met, naive = met + torch.tensor(a), naive + torch.tensor(b)
+        wanted = truth(problem, MARGINS[name])
+        met += _distances(ours(problem, MARGINS[name], product_dtype=product_dtype, chunk=300), wanted) / 8
+        naive += _distances(twin(problem, MARGINS[name], None, product_dtype), wanted) / 8
     # In bf16 the naive cosine of a converged row rounds to 1, where acos has no finite gradient.
-    naive = naive.nan_to_num(nan=torch.inf) / 8
-    met /= 8
+    naive = naive.nan_to_num(nan=torch.inf)
     assert (met <= 1.1 * naive + 2 * torch.finfo(torch.float32).eps).all(), f"ours {met}, naive {naive}"
     assert (met < bound).all(), f"ours {met}"
 
@@ -53,25 +45,24 @@ def test_fp32_keeps_the_small_loss_of_a_confident_row() -> None:
     problem = random_problem(3, batch=1, classes=40, dimension=32, dtype=torch.float32)
     problem = problem._replace(embeddings=normalize(problem.centers[problem.labels]) + 0.02)
     plain = Margin(32.0, 1.0, 0.0, 0.0)
-    truth = twin(Problem(problem.embeddings.double(), problem.labels, problem.centers.double()), plain)
-    assert 1e-10 < truth[0] < 3e-8
-    for a, b in zip(ours(problem, plain), truth, strict=True):
-        assert (a.double() - b).norm() <= 1e-4 * b.norm()
+    wanted = truth(problem, plain)
+    assert 1e-10 < wanted[0] < 3e-8
+    assert (_distances(ours(problem, plain), wanted) <= 1e-4).all()
 
 
 @pytest.mark.parametrize("batch", [2, 64])
 def test_fp16_products_survive_a_loss_scaled_for_fp16(batch: int) -> None:
     """GradScaler begins at 65536, which times the logit scale is beyond fp16."""
     problem = random_problem(2, batch=batch, classes=200, dimension=16, dtype=torch.float32)
-
-    def with_loss_scale(factor: float) -> tuple[Tensor, Tensor, Tensor]:
-        def loss_of(embeddings: Tensor, centers: Tensor) -> Tensor:
-            half = torch.float16
-            return factor * margin_softmax(embeddings, problem.labels, centers, ARCFACE, product_dtype=half, chunk=64)
-
-        return differentiate(loss_of, problem)
-
-    plain, scaled = with_loss_scale(1.0), with_loss_scale(65536.0)
+    plain, scaled = (
+        differentiated(
+            lambda e, c, f=factor: (
+                f * margin_softmax(e, problem.labels, c, ARCFACE, product_dtype=torch.float16, chunk=64)
+            ),
+            *(problem.embeddings, problem.centers),
+        )
+        for factor in (1.0, 65536.0)
+    )
     for a, b in zip(plain, scaled, strict=True):
         torch.testing.assert_close(a * 65536.0, b, rtol=1e-6, atol=0)
 
@@ -79,15 +70,12 @@ def test_fp16_products_survive_a_loss_scaled_for_fp16(batch: int) -> None:
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_embeddings_get_a_fp32_loss_and_a_gradient_of_their_own_format(dtype: torch.dtype) -> None:
     problem = random_problem(4, batch=16, classes=50, dimension=16, dtype=torch.float32)
-    embeddings = problem.embeddings.to(dtype).requires_grad_()
-    loss = margin_softmax(embeddings, problem.labels, problem.centers, ARCFACE)
-    loss.backward()
-    assert loss.dtype == torch.float32
-    assert embeddings.grad is not None
-    assert embeddings.grad.dtype == dtype
-    exact = twin(problem._replace(embeddings=embeddings.detach().float()), ARCFACE)
-    torch.testing.assert_close(loss.detach(), exact[0], rtol=1e-5, atol=1e-5)
-    torch.testing.assert_close(embeddings.grad.float(), exact[1], rtol=2e-2, atol=1e-4)
+    half = problem._replace(embeddings=problem.embeddings.to(dtype))
+    loss, gradient, _ = ours(half, ARCFACE)
+    assert (loss.dtype, gradient.dtype) == (torch.float32, dtype)
+    exact = twin(problem._replace(embeddings=half.embeddings.float()), ARCFACE)
+    torch.testing.assert_close(loss, exact[0], rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(gradient.float(), exact[1], rtol=2e-2, atol=1e-4)
 
 
 @pytest.mark.parametrize("learned", [False, True], ids=["frozen", "learned"])
@@ -95,16 +83,11 @@ def test_an_enclosing_autocast_changes_nothing(learned: bool) -> None:
     """Neither around the forward nor around the backward pass."""
     problem = random_problem(6, batch=16, classes=50, dimension=16, dtype=torch.float32)
 
-    def run() -> list[Tensor]:
-        embeddings = problem.embeddings.clone().requires_grad_()
-        centers = problem.centers.clone().requires_grad_(learned)
-        loss = margin_softmax(embeddings, problem.labels, centers, ARCFACE)
-        loss.backward()
-        return [loss.detach(), *[t.grad for t in (embeddings, centers) if t.grad is not None]]
+    def run() -> tuple[Tensor, ...]:
+        if learned:
+            return ours(problem, ARCFACE)
+        return differentiated(lambda e: margin_softmax(e, *problem[1:], ARCFACE), problem.embeddings)
 
     wanted = run()
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        met = run()
-    assert len(met) == 2 + learned
-    for a, b in zip(met, wanted, strict=True):
-        assert torch.equal(a, b)
+        assert all(torch.equal(a, b) for a, b in zip(run(), wanted, strict=True))

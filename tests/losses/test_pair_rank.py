@@ -90,16 +90,12 @@ def test_the_order_of_cosines_is_that_of_their_keys() -> None:
         assert torch.equal(_cosines_of(key.unsqueeze(0), dtype, torch.tensor(1))[0], cosine.flip(0))
 
 
-def test_rates_beyond_the_number_of_pairs_have_the_largest_cosine() -> None:
+def test_rates_beyond_the_number_of_pairs_have_the_largest_cosine_and_no_pairs_none() -> None:
     student, teacher, _ = problem(3)
     pairs = Pairs(student, teacher, torch.tensor([0, 0, 1]))
     for embeddings, thresholds in zip((student, teacher), impostor_thresholds(pairs, RATES), strict=True):
         unit = normalize(embeddings)
         torch.testing.assert_close(thresholds, (unit[:2] @ unit[2]).max().expand(3))
-
-
-def test_without_an_impostor_there_is_no_threshold() -> None:
-    student, teacher, _ = problem(3)
     for labels in ([0, 0, 0], [-1, 0, -1]):
         for thresholds in impostor_thresholds(Pairs(student, teacher, torch.tensor(labels)), RATES):
             assert thresholds.tolist() == [-torch.inf] * 3

@@ -16,6 +16,7 @@ from arcface_kd.methods.bank import Bank, BankConfig
 from arcface_kd.methods.base import Batch, RunContext
 from arcface_kd.teachers.cache.embedding_cache import EmbeddingCache
 from tests.reference.bank import bank_divergence, nearest_difference
+from tests.reference.compare import assert_same_terms
 from tests.reference.problems import ARCFACE
 from tests.teachers.cache.test_principal_components import filled_cache, identity
 
@@ -45,11 +46,7 @@ def test_terms_and_gradients_equal_the_twin(of: Any, tmp_path: Path) -> None:
         "bank": 2 * bank_divergence(given.projected, given.teacher, method.bank, 0.2),
         "mined": 3 * nearest_difference(given.projected, given.teacher, method.bank, 4),
     }
-    assert met.keys() == wanted.keys()
-    for name in wanted:
-        torch.testing.assert_close(met[name], wanted[name], rtol=1e-10, atol=1e-12)
-        gradients = [torch.autograd.grad(each[name], given.projected, retain_graph=True)[0] for each in (met, wanted)]
-        torch.testing.assert_close(*gradients, rtol=1e-10, atol=1e-12)
+    assert_same_terms(met, wanted, given.projected)
 
 
 def _members(bank: Tensor, of: Tensor) -> list[int]:

@@ -67,11 +67,6 @@ def batch(student: tuple[int, int, int] = STUDENT) -> Batch:
     return Batch(embeddings, embeddings, LABELS, teacher, [len(LABELS)], 0, maps, teacher_maps)
 
 
-def convolution(method: CrossKD) -> nn.Conv2d:
-    assert method.adapter.conv is not None
-    return method.adapter.conv
-
-
 @pytest.mark.parametrize("mimic", ["embedding", "logits", "both"])
 @pytest.mark.parametrize("align", [True, False])
 def test_a_step_equals_the_twin(mimic: Any, align: bool) -> None:
@@ -107,15 +102,6 @@ def test_a_step_equals_the_twin(mimic: Any, align: bool) -> None:
     met = [each.grad for each in convolution(method).parameters()]
     torch.testing.assert_close(met[0], weight.grad, rtol=1e-7, atol=1e-9)
     torch.testing.assert_close(met[1], bias.grad, rtol=1e-7, atol=1e-9)
-
-
-def test_the_student_s_own_embedding_gets_nothing_of_it() -> None:
-    method = CrossKD(CrossKDConfig("both"), context()).double()
-    given = batch()
-    torch.stack(list(method(given).values())).sum().backward()
-    assert given.embeddings.grad is None
-    assert given.student_map is not None
-    assert given.student_map.grad is not None
 
 
 def test_the_mean_cosine_is_observed() -> None:
@@ -161,22 +147,6 @@ def test_any_map_gets_the_teacher_s_shape(student: tuple[int, int, int], teacher
     given = torch.randn(2, *student)
     pooled = nn.functional.adaptive_avg_pool2d(given if adapter.conv is None else adapter.conv(given), teacher[1:])
     torch.testing.assert_close(adapter(given), pooled, rtol=1e-5, atol=1e-5)
-
-
-def test_equal_maps_need_no_adapter_unless_it_is_asked_for() -> None:
-    assert list(Adapter(TEACHER, TEACHER, "auto", 0).parameters()) == []
-    given = torch.randn(2, *TEACHER)
-    assert Adapter(TEACHER, TEACHER, "auto", 0)(given) is given
-    conv = Adapter(TEACHER, TEACHER, "conv", 0).conv
-    assert conv is not None
-    weight = conv.weight[:, :, 0, 0]
-    torch.testing.assert_close(weight @ weight.T, torch.eye(6), rtol=1e-5, atol=1e-5)
-
-
-def test_the_adapter_begins_alike_for_a_seed() -> None:
-    first, again, other = (convolution(CrossKD(CrossKDConfig(), context(seed=seed))).weight for seed in (1, 1, 2))
-    assert torch.equal(first, again)
-    assert not torch.equal(first, other)
 
 
 # ---- knobs
@@ -273,22 +243,6 @@ def test_nothing_of_the_teacher_reaches_student_head_or_optimiser() -> None:
     assert not any(parameter.requires_grad for parameter in teacher.parameters())
 
 
-def test_the_adapter_goes_on_where_it_was() -> None:
-    first = Run(plain(2, channels=4), plain(1), 16, **NAMED)
-    nn.init.normal_(convolution(first.method).weight)
-    other = Run(plain(2, channels=4), plain(1), 16, **NAMED)
-    other.head.load_state_dict(first.head.state_dict())
-    losses = [run.head(run.student(images(16)), GIVEN) for run in (first, other)]
-    assert torch.equal(*losses)
-
-
-def test_the_teacher_runs_once_a_step() -> None:
-    run = Run(plain(2, channels=4), plain(1), 16, **NAMED)
-    run.runs = 0
-    run.head(run.student(images(16)), GIVEN)
-    assert run.runs == 1
-
-
 def test_evaluation_keeps_no_map_and_does_not_disturb_the_step() -> None:
     run, other = (Run(plain(2, channels=4), plain(1), 16, **NAMED) for _ in range(2))
     embeddings = run.student(images(16))
@@ -330,36 +284,7 @@ def test_our_networks_by_themselves_and_at_another_tap(tmp_path: Path) -> None:
         assert all(parameter.grad is not None for parameter in run.student.parameters() if parameter.requires_grad)
 
 
-def test_it_stands_beside_other_methods(tmp_path: Path) -> None:
-    run = Run(plain(2, channels=4), plain(1), 16, kd="adadistill+crosskd", **NAMED)
-    run.head(run.student(images(16)), GIVEN).backward()
-    assert list(run.head.methods) == ["adadistill", "crosskd"]
-    torch.save(random(5, CLASSES, DIMENSION).float(), tmp_path / "head.pt")
-    both = Run(plain(2, channels=4), plain(1), 16, file=tmp_path / "head.pt", mimic="both", **NAMED)
-    both.head(both.student(images(16)), GIVEN).backward()
-    assert set(both.head.last_terms) == {"ce", "cross_embedding", "cross_logits"}
-
-
 # ---- what stops a run
-
-
-def one_line(error: pytest.ExceptionInfo[Exception], *words: str) -> None:
-    assert "\n" not in str(error.value)
-    for word in words:
-        assert word in str(error.value)
-
-
-def test_without_a_teacher_the_run_stops() -> None:
-    with pytest.raises(
-        TeacherError, match=r"crosskd needs the teacher's tail, .* give a teacher with --kd-teacher FILE"
-    ):
-        Distiller(KDConfig(("crosskd",)))
-
-
-def test_logits_need_the_teacher_s_classifier() -> None:
-    kd = KDConfig(("crosskd",), options={"crosskd": {"mimic": "logits"}})
-    with pytest.raises(TeacherError, match=r"crosskd needs the teacher's classifier: .* --kd-classifier"):
-        Distiller(kd, load_teacher(seeded(Iresnet(), 1), {"size": 32}))
 
 
 def test_a_teacher_or_a_student_without_a_known_map_stops_before_the_first_step() -> None:

@@ -38,17 +38,10 @@ class TwoSides(NamedTuple):
             **keys,
         )
 
-    def batch(self, step: int = 0, projected: Tensor | None = None) -> Batch:
+    def batch(self, step: int = 0) -> Batch:
         """The batch of a single process."""
         student = self.student.clone().requires_grad_()
-        return Batch(
-            student,
-            student if projected is None else projected,
-            self.labels,
-            self.teacher,
-            [len(self.labels)],
-            step,
-        )
+        return Batch(student, student, self.labels, self.teacher, [len(self.labels)], step)
 
 
 def two_sides(
