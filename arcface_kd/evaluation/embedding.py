@@ -173,17 +173,15 @@ def embed_files(
     model: nn.Module,
     faces: FaceFiles,
     *,
-    flip: bool = True,
     batch_size: int = 128,
     device: torch.device | str | None = None,
     progress: bool = False,
 ) -> Iterator[NDArray[Any]]:
-    """Read and embed faces batch by batch.
+    """Read and embed faces batch by batch, each as the sum of both views.
 
     Args:
         model: (B, 3, 112, 112) float32 RGB images in [-1, 1] to (B, D) embeddings.
         faces: what to read.
-        flip: add the embedding of the mirrored image.
         batch_size: faces a forward pass, at least 1.
         device: where the batches go, ``None`` for where the model's parameters are.
         progress: show a bar, on a terminal only.
@@ -204,7 +202,7 @@ def embed_files(
         ) as bar,
     ):
         for batch in _batches(faces, batch_size):
-            embeddings = sum_of_views(model, batch, flip=flip, device=where).numpy()
+            embeddings = sum_of_views(model, batch, device=where).numpy()
             bad = np.flatnonzero(~np.isfinite(embeddings).all(axis=1))
             if len(bad):
                 raise DataError(

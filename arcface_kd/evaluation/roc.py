@@ -47,11 +47,16 @@ def area_under_curve(genuine: NDArray[Any], impostor: NDArray[Any]) -> float:
 def equal_error_rate(genuine: NDArray[Any], impostor: NDArray[Any]) -> float:
     """The common error rate where the curve, joined by straight lines, has FAR = 1 - TAR."""
     far, tar = roc_curve(genuine, impostor)
+    return float(equal_error_rates(far[None], tar[None])[0])
+
+
+def equal_error_rates(far: NDArray[Any], tar: NDArray[Any]) -> NDArray[Any]:
+    """The same of each of R curves (R, K) that rise from 0 to 1."""
     excess = far - (1 - tar)
-    after = int(np.argmax(excess >= 0))
-    before = after - 1
-    share = excess[before] / (excess[before] - excess[after])
-    return float(far[before] + share * (far[after] - far[before]))
+    after = np.maximum(np.argmax(excess >= 0, axis=1), 1)
+    rows, before = np.arange(len(far)), after - 1
+    share = excess[rows, before] / (excess[rows, before] - excess[rows, after])
+    return np.asarray(far[rows, before] + share * (far[rows, after] - far[rows, before]))
 
 
 def tar_at_far(genuine: NDArray[Any], impostor: NDArray[Any], levels: Sequence[float]) -> dict[float, float | None]:

@@ -46,12 +46,7 @@ class Trial:
 class TeacherReport:
     """What ``arcface-kd check`` found."""
 
-    description: str  # what the teacher is and where it came from
-    embedding_size: int  # dimension of its embeddings
-    parameter_count: int | None  # number of weights, or None where a callable does not tell
-    preprocessing: Preprocessing  # how its input is prepared now
-    precision: str  # ``fp32``, or the type of autocast
-    fingerprint: str  # what a cache of its embeddings is bound to
+    teacher: Teacher  # as the run would use it
     trials: tuple[Trial, ...] = ()  # the usual preprocessings, best first; empty without a verification set
     in_use: Trial | None = None  # the trial of the preprocessing in use; None without a verification set
     screened: int = 0  # number of pairs behind the separations
@@ -66,14 +61,14 @@ class TeacherReport:
 
     def lines(self) -> list[str]:
         """The report for a terminal."""
-        count = "unknown" if self.parameter_count is None else f"{self.parameter_count:,}"
+        teacher, count = self.teacher, self.teacher.parameter_count
         lines = [
-            f"teacher      {self.description}",
-            f"embedding    {self.embedding_size} dimensions",
-            f"parameters   {count}",
-            f"input        {self.preprocessing}",
-            f"precision    {self.precision}",
-            f"fingerprint  {self.fingerprint}",
+            f"teacher      {teacher.description}",
+            f"embedding    {teacher.embedding_size} dimensions",
+            f"parameters   {'unknown' if count is None else f'{count:,}'}",
+            f"input        {teacher.preprocessing}",
+            f"precision    {teacher.precision}",
+            f"fingerprint  {teacher.fingerprint}",
         ]
         if self.best is None or self.in_use is None:
             return lines
@@ -183,16 +178,8 @@ def check_teacher(
     Raises:
         DataError: too few pairs, one kind of pair only, or an image that cannot be decoded.
     """
-    report = TeacherReport(
-        description=teacher.description,
-        embedding_size=teacher.embedding_size,
-        parameter_count=teacher.parameter_count,
-        preprocessing=teacher.preprocessing,
-        precision=teacher.precision,
-        fingerprint=teacher.fingerprint,
-    )
     if verification_set is None:
-        return report
+        return TeacherReport(teacher)
     same = np.asarray(verification_set.is_same, dtype=bool)
     if min(same.sum(), (~same).sum()) < 5:
         raise DataError(
@@ -213,14 +200,14 @@ def check_teacher(
         else:
             trials.append(Trial(candidate, _separation(cosines, screening.is_same)))
     trials.sort(key=lambda trial: -trial.separation)
-    report = replace(report, screened=len(screening.is_same))
-    return _with_accuracies(report, teacher, trials, _subset(verification_set, pairs), batch_size)
+    report = TeacherReport(teacher, screened=len(screening.is_same))
+    return _with_accuracies(report, trials, _subset(verification_set, pairs), batch_size)
 
 
 def _with_accuracies(
-    report: TeacherReport, teacher: Teacher, trials: list[Trial], chosen: VerificationSet, batch_size: int
+    report: TeacherReport, trials: list[Trial], chosen: VerificationSet, batch_size: int
 ) -> TeacherReport:
-    images = decode(chosen)
+    teacher, images = report.teacher, decode(chosen)
     measured: dict[Preprocessing, tuple[Trial, NDArray[Any]]] = {}
     wanted = dict.fromkeys((trials[0].preprocessing, teacher.preprocessing))
     for preprocessing in tqdm(wanted, desc="accuracy", disable=None, leave=False, dynamic_ncols=True):

@@ -6,7 +6,6 @@ video counts as much as a picture; the media of a template are added, and the su
 pass by once, in batches; nothing is kept that grows with their number.
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -18,23 +17,11 @@ from torch import nn
 from arcface_kd.data.formats.ijb import IJBSet
 from arcface_kd.errors import DataError
 from arcface_kd.evaluation.embedding import embed_files, normalize
-from arcface_kd.evaluation.identification import FPIR_LEVELS, IdentificationResult, identification, search
+from arcface_kd.evaluation.identification import IdentificationResult, identification, search
 from arcface_kd.evaluation.roc import area_under_curve, equal_error_rate, roc_curve, tar_at_far
 from arcface_kd.evaluation.verification import FAR_LEVELS, far_name
 
 _PAIRS_IN_CACHE = 4096
-
-
-@dataclass(frozen=True)
-class Weighting:
-    """How much a face has to say in its template."""
-
-    flip: bool = True  # add the embedding of the mirrored face
-    norm: bool = True  # let the embedding's own length weigh; else it is L2-normalised first
-    detector_score: bool = True  # weigh with the detector's score
-
-
-AS_INSIGHTFACE = Weighting()
 
 
 class TemplatePooling:
@@ -143,28 +130,18 @@ def embed_templates(
     model: nn.Module,
     faces: IJBSet,
     *,
-    weighting: Weighting = AS_INSIGHTFACE,
     batch_size: int = 128,
     device: torch.device | str | None = None,
     progress: bool = False,
 ) -> Templates:
     """Embed all faces of a set and pool them."""
-    pooling = TemplatePooling(faces.templates, faces.media, faces.detector_scores if weighting.detector_score else None)
-    for embeddings in embed_files(
-        model, faces, flip=weighting.flip, batch_size=batch_size, device=device, progress=progress
-    ):
-        pooling.add(embeddings if weighting.norm else normalize(embeddings))
+    pooling = TemplatePooling(faces.templates, faces.media, faces.detector_scores)
+    for embeddings in embed_files(model, faces, batch_size=batch_size, device=device, progress=progress):
+        pooling.add(embeddings)
     return Templates(pooling.templates(), pooling.numbers)
 
 
-def judge_templates(
-    faces: IJBSet,
-    templates: Templates,
-    enrolled: Templates | None = None,
-    *,
-    far_levels: Sequence[float] = FAR_LEVELS,
-    fpir_levels: Sequence[float] = FPIR_LEVELS,
-) -> IJBResult:
+def judge_templates(faces: IJBSet, templates: Templates, enrolled: Templates | None = None) -> IJBResult:
     """Score what an IJB set lists.
 
     ``enrolled`` are the first of each pair and the galleries, where another model has embedded them.
@@ -177,7 +154,7 @@ def judge_templates(
         verification = TemplateVerification(
             genuine_pairs=len(genuine),
             impostor_pairs=len(impostor),
-            tar=tar_at_far(genuine, impostor, far_levels),
+            tar=tar_at_far(genuine, impostor, FAR_LEVELS),
             auc=area_under_curve(genuine, impostor),
             eer=equal_error_rate(genuine, impostor),
             fpr=fpr,
@@ -190,23 +167,5 @@ def judge_templates(
             search(probes, faces.probes.subjects, (enrolled or templates).of(gallery.templates), gallery.subjects)
             for gallery in faces.galleries.values()
         ]
-        identified = identification(searches, levels=fpir_levels)
+        identified = identification(searches)
     return IJBResult(len(templates.numbers), len(faces.files), verification, identified)
-
-
-def evaluate_ijb(
-    model: nn.Module,
-    faces: IJBSet,
-    *,
-    weighting: Weighting = AS_INSIGHTFACE,
-    batch_size: int = 128,
-    device: torch.device | str | None = None,
-    far_levels: Sequence[float] = FAR_LEVELS,
-    fpir_levels: Sequence[float] = FPIR_LEVELS,
-    progress: bool = False,
-) -> IJBResult:
-    """Embed an IJB set and score what it lists: :func:`embed_templates`, :func:`judge_templates`."""
-    templates = embed_templates(
-        model, faces, weighting=weighting, batch_size=batch_size, device=device, progress=progress
-    )
-    return judge_templates(faces, templates, far_levels=far_levels, fpir_levels=fpir_levels)

@@ -20,23 +20,8 @@ from torch import nn
 
 from arcface_kd.data.formats.verification_bin import VerificationSet, decode, read_bin
 from arcface_kd.errors import DataError
-from arcface_kd.evaluation.embedding import embed, normalize
+from arcface_kd.evaluation.embedding import embed
 from arcface_kd.evaluation.roc import area_under_curve, equal_error_rate, roc_curve, tar_at_far
-
-__all__ = [
-    "FAR_LEVELS",
-    "FOLDS",
-    "VerificationResult",
-    "embed",
-    "evaluate",
-    "normalize",
-    "pair_distances",
-    "read_pairs",
-    "read_sets",
-    "ten_fold_accuracy",
-    "ten_fold_val",
-    "verify",
-]
 
 FOLDS = 10
 FAR_LEVELS = (1e-1, 1e-2, 1e-3, 1e-4, 1e-5, 1e-6)
@@ -191,13 +176,7 @@ def _require_both_kinds(is_same: NDArray[np.bool_]) -> None:
 
 
 def read_pairs(path: str | os.PathLike[str]) -> VerificationSet:
-    """Read a verification set whole, and see whether it can be scored before any of its images is embedded.
-
-    Args:
-        path: the ``.bin`` file.
-
-    Returns:
-        The set.
+    """Read a verification set whole, and check that it can be scored before any of its images is embedded.
 
     Raises:
         DataError: not a verification set, fewer than ten pairs, one kind of pair only, or an image that cannot be
@@ -213,20 +192,11 @@ def read_pairs(path: str | os.PathLike[str]) -> VerificationSet:
 
 
 def read_sets(files: Sequence[Path]) -> list[VerificationSet]:
-    """Read several verification sets; those of one name get their folder's before it.
-
-    Args:
-        files: the ``.bin`` files; a file that is named again counts once.
-
-    Raises:
-        DataError: see :func:`read_pairs`.
-    """
+    """Read several verification sets, each once; those of one name get their folder's before it."""
     sets = [read_pairs(file) for file in {file.resolve(): file for file in files}.values()]
     names = Counter(one.name for one in sets)
     return [
-        one
-        if names[one.name] == 1 or one.path is None
-        else replace(one, name=f"{one.path.resolve().parent.name}/{one.name}")
+        replace(one, name=f"{one.path.resolve().parent.name}/{one.name}") if one.path and names[one.name] > 1 else one
         for one in sets
     ]
 
@@ -332,8 +302,6 @@ def evaluate(
         ConfigError: a FAR level out of range.
     """
     pairs = verification_set if isinstance(verification_set, VerificationSet) else read_pairs(verification_set)
-    images = decode(pairs)
-    embeddings = embed(
-        model, images, batch_size=batch_size, flip=flip, device=device, dtype=np.float64, progress=progress
-    )
-    return verify(embeddings, pairs.is_same, far_levels=far_levels)
+    settings: dict[str, Any] = {"batch_size": batch_size, "flip": flip, "device": device, "progress": progress}
+    rows = embed(model, decode(pairs), dtype=np.float64, **settings)
+    return verify(rows, pairs.is_same, far_levels=far_levels)

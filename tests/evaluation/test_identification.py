@@ -1,7 +1,5 @@
 """1:N search against loops over probes and entries, with ties, strangers and galleries of one."""
 
-from pathlib import Path
-
 import numpy as np
 import pytest
 
@@ -99,9 +97,3 @@ def test_sums_up_galleries() -> None:
 def test_refusals(subjects: list[int], entries: int, named: str) -> None:
     with pytest.raises(DataError, match=named):
         search(np.eye(3), np.arange(3), np.eye(3)[:entries], np.array(subjects, int))
-
-
-def test_persons_are_read_as_the_loops_read_them(tmp_path: Path) -> None:
-    path = tmp_path / "gallery.csv"
-    path.write_text("TEMPLATE_ID,SUBJECT_ID\n4,7\n4,7\n2,9\n")
-    assert ijb.persons(path) == {4: 7, 2: 9}

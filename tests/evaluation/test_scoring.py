@@ -12,12 +12,12 @@ from arcface_kd.backbones import get_backbone
 from arcface_kd.cli.main import main
 from arcface_kd.data.formats.ijb import read_ijb
 from arcface_kd.data.formats.verification_bin import decode, read_bin, write_bin
-from arcface_kd.errors import ConfigError, DataError, TeacherError
+from arcface_kd.errors import DataError
 from arcface_kd.evaluation.embedding import embed
 from arcface_kd.evaluation.pair_views import downscaled
 from arcface_kd.evaluation.score_table import table
-from arcface_kd.evaluation.scoring import Score, find_sets, group_numbers, load_models, score
-from arcface_kd.evaluation.templates import evaluate_ijb
+from arcface_kd.evaluation.scoring import Score, find_sets, group_numbers, score
+from arcface_kd.evaluation.templates import embed_templates, judge_templates
 from arcface_kd.evaluation.verification import evaluate, verify
 from arcface_kd.teachers.base import load_teacher
 from tests.data.ijb_folders import write_ijb
@@ -70,18 +70,17 @@ def test_all_kinds_of_models_on_all_kinds_of_sets(
     )
     met = next(row for row in rows if row["model"] == models[2] and row["protocol"] == "pairs")
     assert {name: met[name] for name in expected.as_row()} == expected.as_row()
-    ijb = evaluate_ijb(load_teacher(models[0]), read_ijb(folder / "IJBT"))
+    faces = read_ijb(folder / "IJBT")
+    ijb = judge_templates(faces, embed_templates(load_teacher(models[0]), faces)).as_rows()["1:N"]
     met = next(row for row in rows if row["model"] == models[0] and row["protocol"] == "1:N")
-    assert {name: met[name] for name in ijb.as_rows()["1:N"]} == ijb.as_rows()["1:N"]
+    assert {name: met[name] for name in ijb} == ijb
 
     printed = capsys.readouterr().out
-    assert "verification of pairs" in printed
     assert f"{100 * rows[0]['accuracy']:.3f} +- {100 * rows[0]['accuracy_std']:.3f}" in printed
     assert "TAR@FAR=1e-1" in printed
     assert "TAR@FAR=1e-6" not in printed
     assert [line.endswith(bgr) for line in printed.splitlines()[2:5]] == [False, True, True]
     assert "rank-10" in printed
-    assert f"{out}: 12 rows" in printed
 
 
 def test_other_ways_to_judge(folder: Path, tmp_path: Path) -> None:
@@ -230,10 +229,3 @@ def test_a_file_stands_for_itself(folder: Path, tmp_path: Path) -> None:
     assert [found.name for found in find_sets([tmp_path / "alone", folder / "IJBT"])] == ["alone", "ijbt"]
     with pytest.raises(DataError, match=r"student.pt is no verification set"):
         find_sets([folder / "student.pt"])
-
-
-def test_models_are_loaded_before_the_work_begins(folder: Path) -> None:
-    with pytest.raises(TeacherError, match=r"nowhere.onnx does not exist"):
-        load_models([str(folder / "run"), str(folder / "nowhere.onnx")])
-    with pytest.raises(ConfigError, match="given twice"):
-        load_models([str(folder / "run")] * 2)

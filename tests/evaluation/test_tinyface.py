@@ -1,5 +1,6 @@
 """TinyFace's search against loops, and its folders."""
 
+import shutil
 from pathlib import Path
 
 import cv2
@@ -12,7 +13,7 @@ from arcface_kd.data.formats.tinyface import read_tinyface
 from arcface_kd.errors import DataError
 from arcface_kd.evaluation.tinyface import embed_tinyface, judge_tinyface
 from tests.data.tinyface_folders import write_tinyface
-from tests.reference import tinyface
+from tests.reference import ijb, tinyface
 
 
 @pytest.fixture
@@ -25,25 +26,16 @@ def network(seed: int) -> nn.Module:
     return nn.Sequential(nn.AvgPool2d(28), nn.Flatten(), nn.Linear(48, 12)).eval()
 
 
-def embed_with(model: nn.Module) -> tinyface.Embed:
-    @torch.no_grad()
-    def embed(face: np.ndarray) -> np.ndarray:
-        pixels = torch.from_numpy(np.ascontiguousarray(face.transpose(2, 0, 1)))[None].float()
-        return model((pixels - 127.5) / 127.5)[0].double().numpy()
-
-    return embed
-
-
 def test_ranks_are_those_of_the_loops(folder: Path) -> None:
     faces = read_tinyface(folder)
     models = [network(0), network(1)]
     own, other = (embed_tinyface(model, faces, batch_size=7) for model in models)
     plain, across = judge_tinyface(faces, own), judge_tinyface(faces, own, other)
     assert (plain["mated_searches"], plain["gallery_faces"]) == (18, 12 + 25)
-    expected = tinyface.rank_rates(folder, embed_with(models[0]), (1, 5, 20))
+    expected = tinyface.rank_rates(folder, ijb.embed_with(models[0]), (1, 5, 20))
     assert plain == {**plain, **{f"rank-{rank}": rate for rank, rate in expected.items()}}
     assert 0 < expected[1] < expected[5] <= expected[20]
-    expected = tinyface.rank_rates(folder, embed_with(models[0]), (1, 5, 20), embed_with(models[1]))
+    expected = tinyface.rank_rates(folder, ijb.embed_with(models[0]), (1, 5, 20), ijb.embed_with(models[1]))
     assert across == {**across, **{f"rank-{rank}": rate for rank, rate in expected.items()}}
     assert across != plain
 
@@ -66,10 +58,6 @@ def test_folders_that_are_not_tinyface(folder: Path) -> None:
     cv2.imwrite(str(folder / "Probe" / "8_0.png"), np.zeros((20, 16, 3), np.uint8))
     with pytest.raises(DataError, match=r"8_0\.png.*20x16"):
         embed_tinyface(network(0), read_tinyface(folder))
-    for path in (folder / "Gallery_Distractor").iterdir():
-        path.unlink()
-    with pytest.raises(DataError, match=r"Gallery_Distractor"):
-        read_tinyface(folder)
-    (folder / "Gallery_Distractor").rmdir()
+    shutil.rmtree(folder / "Gallery_Distractor")
     with pytest.raises(DataError, match=r"Gallery_Distractor"):
         read_tinyface(folder)

@@ -71,7 +71,7 @@ def test_a_step_equals_the_published_arithmetic(group: Group) -> None:
     method, batch = make(given, config), given.batch()
     terms, centers = method(batch), method.classifier.weight
 
-    own = 0.4 * one_hot(given.labels, 2000)
+    own = 0.4 * one_hot(given.labels, 2000).double()
     logits = 64 * (normalize(batch.embeddings) @ normalize(centers).T - own)
     teacher = 64 * (normalize(given.teacher) @ normalize(given.classifier).T - own)
     size = 500 if group == "fixed" else batch_group_size(logits.detach(), 0.93, 100)

@@ -6,11 +6,25 @@ from pathlib import Path
 
 import cv2
 import numpy as np
+import torch
+from torch import nn
 
 CORNERS = [(38.2946, 51.6963), (73.5318, 51.5014), (56.0252, 71.7366), (41.5493, 92.3655), (70.7299, 92.2041)]
 
 Embed = Callable[[np.ndarray], np.ndarray]
 """uint8 (112, 112, 3), RGB, to (D,)."""
+
+
+def embed_with(model: nn.Module) -> Embed:
+    """One face by a network in evaluation mode, as a trainer shows it."""
+    model.eval()
+
+    @torch.no_grad()
+    def embed(face: np.ndarray) -> np.ndarray:
+        pixels = torch.from_numpy(np.ascontiguousarray(face.transpose(2, 0, 1)))[None].float()
+        return model((pixels - 127.5) / 127.5)[0].double().numpy()
+
+    return embed
 
 
 def similarity(landmarks: np.ndarray) -> np.ndarray:
@@ -28,9 +42,7 @@ def unit(vector: np.ndarray) -> np.ndarray:
     return vector / length if length > 0 else vector
 
 
-def templates(
-    folder: Path, name: str, embed: Embed, *, flip: bool = True, norm: bool = True, detector_score: bool = True
-) -> dict[int, np.ndarray]:
+def templates(folder: Path, name: str, embed: Embed) -> dict[int, np.ndarray]:
     """Each template's pooled embedding."""
     faces: dict[int, dict[int, list[np.ndarray]]] = {}
     meta = folder / "meta"
@@ -42,11 +54,7 @@ def templates(
         picture = cv2.imread(str(folder / "loose_crop" / file))[..., ::-1]
         matrix = similarity(np.array(values[:10]).reshape(5, 2))
         face = cv2.warpAffine(np.ascontiguousarray(picture), matrix, (112, 112))
-        embedding = embed(face) + embed(face[:, ::-1]) if flip else embed(face)
-        if not norm:
-            embedding = unit(embedding)
-        if detector_score:
-            embedding = embedding * values[10]
+        embedding = (embed(face) + embed(face[:, ::-1])) * values[10]
         number, medium = map(int, group.split()[1:])
         faces.setdefault(number, {}).setdefault(medium, []).append(embedding)
     pooled: dict[int, np.ndarray] = {}

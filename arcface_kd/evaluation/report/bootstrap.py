@@ -20,6 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from arcface_kd.errors import DataError
+from arcface_kd.evaluation.roc import equal_error_rates
 from arcface_kd.evaluation.verification import far_name
 
 REPLICATES = 1000
@@ -121,7 +122,7 @@ def replicate_statistics(
         far = far_counts / impostor
         found = {"accuracy": (weights * correct).sum(1) / weights.sum(1)}
         found["auc"] = (np.diff(far, axis=1) * (tar[:, 1:] + tar[:, :-1]) / 2).sum(1)
-        found["eer"] = _equal_error_rates(far, tar)
+        found["eer"] = equal_error_rates(far, tar)
         rows = np.arange(len(weights))
         for level in far_levels:
             # A hair, since 1e-3 * 3000 may lie below 3.
@@ -131,15 +132,6 @@ def replicate_statistics(
     for values in found.values():
         values[incomplete] = np.nan
     return found
-
-
-def _equal_error_rates(far: Floats, tar: Floats) -> Floats:
-    """Where each curve, joined by straight lines, has FAR = 1 - TAR."""
-    excess = far - (1 - tar)
-    after = np.maximum(np.argmax(excess >= 0, axis=1), 1)
-    rows, before = np.arange(len(far)), after - 1
-    share = excess[rows, before] / (excess[rows, before] - excess[rows, after])
-    return np.asarray(far[rows, before] + share * (far[rows, after] - far[rows, before]))
 
 
 def bootstrap(

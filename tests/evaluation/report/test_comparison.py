@@ -59,6 +59,8 @@ def test_scores_are_those_of_each_model_alone(comparison: Comparison, files: lis
         wanted = evaluate(Pooled(noise), read_bin(files[0]))
         judgement = comparison.sets[0].judgements[name]
         assert judgement.result.as_row() == wanted.as_row()
+        assert judgement.similarities.shape == (40,)
+        assert (np.abs(judgement.similarities) <= 1 + 1e-12).all()
         assert judgement.scores["accuracy"].value == wanted.accuracy
         assert judgement.scores["tar@far=1e-1"].value == wanted.tar[1e-1]
         assert judgement.scores["tar@far=1e-3"].value is None
@@ -139,16 +141,3 @@ def test_the_data_are_the_runs_own(tmp_path: Path, files: list[Path]) -> None:
     for runs in ([one, two], [two], [nowhere]):
         with pytest.raises(DataError, match="say with --data where to judge"):
             data_of(runs)
-
-
-def test_a_folder_without_sets_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match="holds no set"):
-        find_files([tmp_path])
-    with pytest.raises(DataError, match="is no folder"):
-        find_files([tmp_path / "none"])
-
-
-def test_similarities_are_cosines(comparison: Comparison) -> None:
-    values = comparison.sets[0].judgements["good"].similarities
-    assert values.shape == (40,)
-    assert (np.abs(values) <= 1 + 1e-12).all()

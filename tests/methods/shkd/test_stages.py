@@ -221,31 +221,19 @@ def test_what_each_run_gets_of_the_config(faces: Faces, checkpoint: Path, tmp_pa
     assert "num_epoch" not in third
 
 
-def test_a_given_teacher_goes_on_at_a_tenth_of_the_rate(faces: Faces, checkpoint: Path, tmp_path: Path) -> None:
-    second = stages_of(config_for(faces, tmp_path, kd_teacher=str(checkpoint)))[1]
-    assert second.changes["lr"] == pytest.approx(0.01)
-
-
-def test_a_student_s_classes_that_are_there_spare_the_first_run(faces: Faces, checkpoint: Path, tmp_path: Path) -> None:
-    keys = {"kd_teacher": str(checkpoint), "kd_classifier": "somewhere"}
-    stages = stages_of(config_for(faces, tmp_path, **keys))
-    assert [stage.number for stage in stages] == [2, 3]
-    assert [stage.changes["kd_classifier"] for stage in stages] == ["somewhere"] * 2
-
-
-def test_class_means_do_not_spare_it(faces: Faces, checkpoint: Path, tmp_path: Path) -> None:
-    keys = {"kd_teacher": str(checkpoint), "kd_classifier": "class-means"}
-    first, second, third = stages_of(config_for(faces, tmp_path, **keys))
-    assert str(first).endswith("the temporary student, thin_r10, whose classifier stands in for class-means")
-    assert [each.changes["kd_classifier"] for each in (second, third)] == [first.changes["output"]] * 2
+def test_a_student_s_classes_that_are_there_spare_the_first_run_and_class_means_do_not(
+    faces: Faces, checkpoint: Path, tmp_path: Path
+) -> None:
+    keys = {"kd_teacher": str(checkpoint)}
+    stages = stages_of(config_for(faces, tmp_path / "given", **keys, kd_classifier="somewhere"))
+    assert [(stage.number, stage.changes["kd_classifier"]) for stage in stages] == [(2, "somewhere"), (3, "somewhere")]
+    assert stages[0].changes["lr"] == pytest.approx(0.01), "a given teacher goes on at a tenth of the rate"
+    first, *others = stages_of(config_for(faces, tmp_path / "means", **keys, kd_classifier="class-means"))
+    assert "stands in for class-means" in str(first)
+    assert [each.changes["kd_classifier"] for each in others] == [first.changes["output"]] * 2
 
 
 # ---- resuming
-
-
-def same_files(first: Path, second: Path) -> None:
-    for name in ("stage1_student", "stage2_teacher", "."):
-        assert (first / name / "model.pt").read_bytes() == (second / name / "model.pt").read_bytes(), name
 
 
 @pytest.mark.slow
@@ -274,35 +262,31 @@ def test_interrupted_between_and_within_runs_it_goes_on_to_the_same_bytes(
         train_stages(config, note, interrupt)
     train_stages(config, note)
     assert numbers == [(2, False), (2, True), (3, False)]
-    same_files(tmp_path / "whole", tmp_path / "parts")
+    for name in ("stage1_student", "stage2_teacher", "."):
+        whole, parts = (tmp_path / folder / name / "model.pt" for folder in ("whole", "parts"))
+        assert whole.read_bytes() == parts.read_bytes(), name
 
 
 # ---- what stops it
 
 
 @pytest.mark.parametrize(
-    ("keys", "said"),
+    ("given", "said"),
     [
-        ({}, r"shkd trains a teacher: give the one to start from with --kd-teacher FILE, or .*teacher_network=r50"),
-        ({"kd_option": options(teacher_network="r51")}, "shkd.teacher_network is 'r51'; it must be one of r18, "),
-        (
-            {"kd_option": {**options(teacher_network="r50"), "teacher.channels": "bgr"}},
-            "teacher.channels belongs to a teacher that is given",
-        ),
-        ({"kd_option": options(teacher="r50")}, r"unknown option shkd.teacher; .* did you mean 'shkd.teacher_lr'\?"),
-        ({"kd_option": options(distil="shkd")}, "distil is 'shkd'; it must be a method of one run"),
-        ({"kd_option": options(distil="kdd")}, "no method named 'kdd'"),
-        ({"kd_option": options(teacher_epochs=0)}, "teacher_epochs is 0; it must be"),
-        ({"kd_option": options(teacher_lr=-1)}, "teacher_lr is -1; it must be"),
-        ({"kd_option": {"gkd.temperature": 2}}, "unknown option 'gkd.temperature'; options start with"),
-        ({"kd_option": {**options(distil="embedding"), "embedding.wait": 2}}, "unknown option embedding.wait"),
+        ({}, "--kd-teacher FILE, or .*teacher_network=r50"),
+        (options(teacher_network="r51"), "shkd.teacher_network is 'r51'; .* r18, "),
+        ({**options(teacher_network="r50"), "teacher.channels": "bgr"}, "teacher.channels belongs to"),
+        (options(teacher="r50"), r"shkd.teacher; .* 'shkd.teacher_lr'\?"),
+        (options(distil="kdd"), "no method named 'kdd'"),
+        ({"gkd.temperature": 2}, "unknown option 'gkd.temperature'"),
+        ({**options(distil="embedding"), "embedding.wait": 2}, "unknown option embedding.wait"),
     ],
 )
 def test_what_is_wrong_is_said_before_the_first_run(
-    faces: Faces, tmp_path: Path, keys: dict[str, Any], said: str
+    faces: Faces, tmp_path: Path, given: dict[str, Any], said: str
 ) -> None:
     with pytest.raises(ConfigError, match=said) as error:
-        SHKD.next_run(config_for(faces, tmp_path / "out", **keys))
+        SHKD.next_run(config_for(faces, tmp_path / "out", kd_option=given))
     assert "\n" not in str(error.value)
     assert not (tmp_path / "out").exists()
 
@@ -310,14 +294,14 @@ def test_what_is_wrong_is_said_before_the_first_run(
 def test_a_teacher_that_does_not_fit_is_said_before_the_first_run(
     faces: Faces, checkpoint: Path, tmp_path: Path
 ) -> None:
-    config = config_for(faces, tmp_path / "out", kd_teacher=str(checkpoint), embedding_size=32)
-    with pytest.raises(TeacherError, match=r"has 16 dimensions, the student 32, .* set embedding_size=16"):
-        SHKD.next_run(config)
-    config = config_for(faces, tmp_path / "out", kd_teacher=str(checkpoint), kd_option=options(teacher_network="mbf"))
-    with pytest.raises(ConfigError, match=r"shkd.teacher_network is 'mbf', and .* is 'thin_r10': leave it out"):
-        SHKD.next_run(config)
-    with pytest.raises(TeacherError, match="does not exist"):
-        SHKD.next_run(config_for(faces, tmp_path / "out", kd_teacher=str(tmp_path / "none.pt")))
+    cases: list[tuple[Path, dict[str, Any], type[Exception], str]] = [
+        (checkpoint, {"embedding_size": 32}, TeacherError, "set embedding_size=16"),
+        (checkpoint, {"kd_option": options(teacher_network="mbf")}, ConfigError, "'mbf', and .* is 'thin_r10'"),
+        (tmp_path / "none.pt", {}, TeacherError, "none.pt"),
+    ]
+    for teacher, keys, kind, named in cases:
+        with pytest.raises(kind, match=named):
+            SHKD.next_run(config_for(faces, tmp_path / "out", kd_teacher=str(teacher), **keys))
     assert not (tmp_path / "out").exists()
 
 
@@ -326,31 +310,22 @@ def test_runs_of_other_settings_are_not_joined(faces: Faces, checkpoint: Path, t
     stages_of(config_for(faces, tmp_path, **keys))
     assert set(json.loads((tmp_path / "shkd.json").read_text())) == {"1", "2", "3"}
     assert SHKD.next_run(config_for(faces, tmp_path, **keys)) is None
-    with pytest.raises(
-        ConfigError, match=r"run 1 of shkd in .*stage1_student was begun with lr=0.1, and is now .* 0.2"
-    ):
+    with pytest.raises(ConfigError, match=r"run 1 .*stage1_student was begun with lr=0.1, and is now .* 0.2"):
         SHKD.next_run(config_for(faces, tmp_path, lr=0.2, **keys))
     # What does not decide how a run comes out may change.
     assert SHKD.next_run(config_for(faces, tmp_path, frequent=7, num_workers=1, **keys)) is None
+    (tmp_path / "shkd.json").unlink()
+    with pytest.raises(ConfigError, match="stage1_student holds the checkpoints of another run"):
+        SHKD.next_run(config_for(faces, tmp_path, **keys))
 
 
-def test_another_run_s_folder_is_not_taken_up(faces: Faces, checkpoint: Path, tmp_path: Path) -> None:
-    (tmp_path / "stage1_student").mkdir()
-    torch.save({"epoch": 1, "state_dict_softmax_fc": {}}, tmp_path / "stage1_student" / "checkpoint_gpu_0.pt")
-    with pytest.raises(ConfigError, match=r"stage1_student holds the checkpoints of another run; give another output"):
-        SHKD.next_run(config_for(faces, tmp_path, kd_teacher=str(checkpoint)))
-
-
-def test_joined_with_another_method_it_is_refused() -> None:
+def test_joined_with_another_method_or_as_one_run_it_is_refused(faces: Faces, checkpoint: Path, tmp_path: Path) -> None:
     assert recipe_of({"kd": "shkd"}) is SHKD
     assert recipe_of({"kd": "adadistill"}) is None
     assert recipe_of({"kd": None}) is None
     for kd in ("shkd+embedding", "embedding+shkd"):
         with pytest.raises(ConfigError, match="shkd is 3 runs and does not combine"):
             recipe_of({"kd": kd})
-
-
-def test_as_one_run_it_says_how_to_start_it(faces: Faces, checkpoint: Path, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"shkd is 3 runs, .* `arcface-kd recipe`"):
         train(config_for(faces, tmp_path, kd_teacher=str(checkpoint)))
 
@@ -358,18 +333,15 @@ def test_as_one_run_it_says_how_to_start_it(faces: Faces, checkpoint: Path, tmp_
 # ---- starting from a file, with any method
 
 
-@pytest.mark.parametrize(("size", "said"), [(8, "has embeddings of dimension 16 and the run 8: set embedding_size=16")])
-def test_a_start_of_another_dimension_is_refused(checkpoint: Path, size: int, said: str) -> None:
+@pytest.mark.parametrize(
+    ("network", "size", "said"),
+    [("thin_r10", 8, "set embedding_size=16"), ("mobilefacenet", DIMENSION, "teacher.pt does not fit")],
+)
+def test_a_start_of_another_dimension_or_network_is_refused(
+    checkpoint: Path, network: str, size: int, said: str
+) -> None:
     with pytest.raises(TeacherError, match=said):
-        start_from(checkpoint, None, lambda: get_backbone("thin_r10", num_features=size), size)
-
-
-def test_a_start_of_another_network_is_refused(checkpoint: Path) -> None:
-    def build() -> torch.nn.Module:
-        return get_backbone("mobilefacenet", num_features=DIMENSION)
-
-    with pytest.raises(TeacherError, match=r"teacher.pt does not fit the run's network: "):
-        start_from(checkpoint, None, build, DIMENSION)
+        start_from(checkpoint, None, lambda: get_backbone(network, num_features=size), size)
 
 
 def test_a_graph_trains_as_a_student_of_its_own_preprocessing(faces: Faces, graph: Path, tmp_path: Path) -> None:
