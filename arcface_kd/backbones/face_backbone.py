@@ -1,6 +1,7 @@
 """Base of all backbones: convolutions up to a feature map, then a tail that turns the map into an embedding."""
 
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import torch
 from torch import Tensor, nn
@@ -11,20 +12,30 @@ _WIDEST = 16
 
 
 def check_width(width: float) -> float:
-    """A network's width over that of its paper.
-
-    Args:
-        width: the factor.
-
-    Returns:
-        The same.
-
-    Raises:
-        ConfigError: not above 0, or above 16.
-    """
+    """A network's width over that of its paper; a ConfigError where it is not above 0, or above 16."""
     if not 0 < width <= _WIDEST:
         raise ConfigError(f"width={width!r}: wanted more than 0 and at most {_WIDEST}")
     return width
+
+
+def initialize_by_fan_out(network: nn.Module, *kinds: type[nn.Module]) -> None:
+    """He's initialisation by fan-out of the weights of some kinds of layers; without kinds, of those that multiply."""
+    for module in network.modules():
+        if isinstance(module, kinds or (nn.Conv2d, nn.Linear)):
+            nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")  # type: ignore[arg-type]
+
+
+@contextmanager
+def evaluating(network: nn.Module) -> Iterator[None]:
+    """Evaluation mode and no gradients meanwhile; afterwards every module is in the mode it was in."""
+    training = [module for module in network.modules() if module.training]
+    network.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        for module in training:
+            module.training = True
 
 
 class FaceBackbone(nn.Module):

@@ -13,7 +13,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from arcface_kd.errors import ConfigError
+from arcface_kd.backbones.face_backbone import evaluating
+from arcface_kd.errors import ConfigError, first_line
 
 # Modules that tell a network's family, and those whose outputs are the last maps at 7, 14, 28 and 56 pixels (thin_r18,
 # and ghostfacenet with stride 2: 4, 7, 14 and 28).
@@ -131,26 +132,22 @@ def _has(network: nn.Module, path: str) -> bool:
     return True
 
 
-@torch.no_grad()
 def map_shape(network: nn.Module, place: MapPlace, size: int) -> tuple[int, int, int]:
     """The shape (C, H, W) of a network's map, from running it once on an empty image; nothing in it changes."""
     found: list[Tensor] = []
-    modes = {module: module.training for module in network.modules()}
     weight = next(network.parameters(), torch.empty(0))
     handle = place.watch(network, found.append)
     try:
-        network.eval()
-        network(torch.zeros(2, 3, size, size, device=weight.device))
+        with evaluating(network):
+            network(torch.zeros(2, 3, size, size, device=weight.device))
     except ConfigError:
         raise
     # Anybody's code: whatever it raises, it was this image that it could not take.
     except Exception as error:
-        text = " ".join(str(error).split())[:240]
-        raise ConfigError(f"{type(network).__name__} cannot be run on {size}x{size} images: {text}") from error
+        kind = type(network).__name__
+        raise ConfigError(f"{kind} cannot be run on {size}x{size} images: {first_line(error)}") from error
     finally:
         handle.remove()
-        for module, training in modes.items():
-            module.training = training
     if len(found) != 1 or found[0].shape[0] != 2:
         raise ConfigError(
             f"{type(network).__name__} passes {len(found)} times through {place} in one run; wanted one map for each "

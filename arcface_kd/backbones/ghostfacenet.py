@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import interpolate
 
-from arcface_kd.backbones.face_backbone import FaceBackbone, check_width
+from arcface_kd.backbones.face_backbone import FaceBackbone, check_width, initialize_by_fan_out
 from arcface_kd.backbones.squeeze_excitation import SqueezeExcitation
 from arcface_kd.errors import ConfigError
 
@@ -162,11 +162,10 @@ class GhostFaceNet(FaceBackbone):
             nn.Linear(last, num_features, bias=False),
             nn.BatchNorm1d(num_features),
         )
+        initialize_by_fan_out(self)
         for module in self.modules():
-            if isinstance(module, nn.Conv2d | nn.Linear):
-                nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
-                if module.bias is not None:
-                    nn.init.zeros_(module.bias)
+            if isinstance(module, nn.Conv2d) and module.bias is not None:
+                nn.init.zeros_(module.bias)
 
     def feature_map(self, images: Tensor) -> Tensor:
         """All but the embedding's layers: (B, 3, 112, 112) to (B, C, 7, 7), or (B, C, 4, 4) where the stride is 2."""

@@ -15,7 +15,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from arcface_kd.backbones.face_backbone import FaceBackbone
+from arcface_kd.backbones.face_backbone import FaceBackbone, initialize_by_fan_out
 from arcface_kd.errors import ConfigError
 
 _UNITS = {
@@ -234,9 +234,7 @@ class IRNet(FaceBackbone):
                 units.append(IRUnit(channels, width, 1 if place else 2, layout))
                 channels = width
         self.body = nn.Sequential(*units)
-        for module in self.modules():
-            if isinstance(module, nn.Conv2d | nn.Linear):
-                nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+        initialize_by_fan_out(self)
 
     def feature_map(self, images: Tensor) -> Tensor:
         """Stem and stages: (B, 3, 112, 112) to (B, C, 7, 7), in the half precision type when ``fp16`` is set."""

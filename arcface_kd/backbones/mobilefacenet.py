@@ -18,7 +18,7 @@ from typing import cast
 
 from torch import Tensor, nn
 
-from arcface_kd.backbones.face_backbone import FaceBackbone, check_width
+from arcface_kd.backbones.face_backbone import FaceBackbone, check_width, initialize_by_fan_out
 from arcface_kd.backbones.squeeze_excitation import SqueezeExcitation
 
 _MAP_CHANNELS = 512
@@ -119,13 +119,6 @@ def _trunk(width: float, depths: Sequence[int], *, se: bool = False, named: bool
     ]
 
 
-def _initialize(network: nn.Module) -> None:
-    """He initialisation by fan-out, as both projects have it."""
-    for module in network.modules():
-        if isinstance(module, nn.Conv2d | nn.Linear):
-            nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
-
-
 class MobileFaceNet(FaceBackbone):
     """MobileFaceNet of arcface_torch, for 112x112 faces.
 
@@ -144,13 +137,7 @@ class MobileFaceNet(FaceBackbone):
     """
 
     def __init__(
-        self,
-        depths: Sequence[int],
-        *,
-        width: float,
-        se: bool = False,
-        fp16: bool = False,
-        num_features: int = 512,
+        self, depths: Sequence[int], *, width: float, se: bool = False, fp16: bool = False, num_features: int = 512
     ) -> None:
         super().__init__(fp16=fp16)
         self.layers = nn.Sequential(*_trunk(check_width(width), depths, se=se))
@@ -162,7 +149,7 @@ class MobileFaceNet(FaceBackbone):
             nn.Linear(_MAP_CHANNELS, num_features, bias=False),
             nn.BatchNorm1d(num_features),
         )
-        _initialize(self)
+        initialize_by_fan_out(self)
 
     def feature_map(self, images: Tensor) -> Tensor:
         """Trunk and last convolution: (B, 3, 112, 112) to (B, 512, 7, 7)."""
@@ -199,7 +186,7 @@ class NarrowMobileFaceNet(FaceBackbone):
             nn.Linear(_MAP_CHANNELS, num_features, bias=False),
             nn.BatchNorm1d(num_features, affine=False),
         )
-        _initialize(self)
+        initialize_by_fan_out(self)
 
     def feature_map(self, images: Tensor) -> Tensor:
         """Trunk and last convolution: (B, 3, 112, 112) to (B, 512, 7, 7)."""

@@ -15,7 +15,7 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
-from arcface_kd.backbones.face_backbone import FaceBackbone
+from arcface_kd.backbones.face_backbone import FaceBackbone, initialize_by_fan_out
 
 _MAP_SIZE = 4
 _SLOPE = 0.25  # where PReLU begins; its gradient alone would cost a quarter of a training step on a CPU
@@ -88,9 +88,7 @@ class ThinResNet(FaceBackbone):
         self.fc = nn.Linear(channels * _MAP_SIZE**2, num_features)
         self.features = nn.BatchNorm1d(num_features)
         self.features.weight.requires_grad_(False)
-        for module in self.modules():
-            if isinstance(module, nn.Conv2d):
-                nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+        initialize_by_fan_out(self, nn.Conv2d)
 
     def feature_map(self, images: Tensor) -> Tensor:
         """Stem and stages: (B, 3, 112, 112) to (B, C, 4, 4), in the half precision type when ``fp16`` is set."""

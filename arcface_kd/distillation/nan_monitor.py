@@ -59,13 +59,11 @@ class BatchRows(NamedTuple):
 
 
 class _Measured(NamedTuple):
-    """Numbers that say whether something is wrong, and what to say of them.
-
-    ``fault`` takes them on the CPU and gives the message, or None where nothing is wrong.
-    """
+    """Numbers that say whether something is wrong."""
 
     values: Tensor
-    fault: Callable[[Tensor], str | None]
+    find: Callable[[Tensor], Tensor]  # flags those that are wrong, on the CPU
+    say: Callable[[Tensor], str]  # puts the flags into the message of a NumberError
 
 
 class _OnTheWay(NamedTuple):
@@ -82,12 +80,9 @@ class NaNMonitor:
         self._held: list[_Measured] = []
         self._on_the_way: deque[_OnTheWay] = deque()
 
-    def look(self, values: Tensor, fault: Callable[[Tensor], str | None]) -> None:
-        """Look at numbers now, or, from a GPU, along with the step's others.
-
-        ``fault`` turns them, on the CPU, into the message of a NumberError; None where nothing is wrong.
-        """
-        measured = _Measured(values.detach(), fault)
+    def look(self, values: Tensor, find: Callable[[Tensor], Tensor], say: Callable[[Tensor], str]) -> None:
+        """Look at numbers now, or, from a GPU, along with the step's others; the rest as in :class:`_Measured`."""
+        measured = _Measured(values.detach(), find, say)
         if self._is_slow(values):
             self._held.append(measured)
         else:
@@ -130,67 +125,74 @@ class NaNMonitor:
 
     def _judge(self, measured: list[_Measured], values: Tensor) -> None:
         for each, part in zip(measured, values.split([len(each.values) for each in measured]), strict=True):
-            message = each.fault(part)
-            if message is not None:
+            bad = each.find(part)
+            if bad.any():
                 # What is still on its way follows from this.
                 self._held.clear()
                 self._on_the_way.clear()
-                raise NumberError(message)
+                raise NumberError(each.say(bad))
 
     def inputs(
         self, labels: Tensor, num_classes: int | None, student: Tensor, teacher: Tensor | None, rows: BatchRows
     ) -> None:
         """Look at the gathered batch; all ranks see the same and stop together."""
         if num_classes is not None:
-            self.look(labels, lambda met: _label_fault(met >= num_classes, num_classes, rows))
+            self.look(
+                labels,
+                lambda met: met >= num_classes,
+                lambda bad: (
+                    f"{rows.place}: the label of {rows.name(bad)} is not below num_classes={num_classes}: set "
+                    "num_classes to what the data have"
+                ),
+            )
         if teacher is not None:
-            self.look(teacher.detach().norm(dim=1), lambda met: _teacher_fault(met, rows))
-        self.look(_largest(student), lambda met: _student_fault(met, rows))
+            self.look(
+                teacher.detach().norm(dim=1),
+                # NaN is not above the bound either.
+                lambda met: ~((met > _LEAST_NORM) & met.isfinite()),
+                lambda bad: (
+                    f"{rows.place}: the teacher's embedding of {rows.name(bad)} is zero, NaN or inf: look at these "
+                    "images, or run the teacher in fp32"
+                ),
+            )
+        self.look(_largest(student), _not_finite, lambda bad: _of_student(bad, rows))
 
     def terms(self, names: Sequence[str], terms: Sequence[Tensor], rows: BatchRows) -> None:
         """Look at the loss terms, which are the same on every rank; they end the step's forward pass."""
-
-        def fault(met: Tensor) -> str | None:
-            bad = _not_finite(names, met)
-            if not bad:
-                return None
-            return (
-                f"{rows.place}: the loss term {' and '.join(bad)} is NaN or inf, from embeddings that are finite: "
-                "lower lr or the term's weight, or switch fp16 off to look closer"
-            )
-
-        self.look(torch.stack([term.detach() for term in terms]), fault)
+        self.look(
+            torch.stack([term.detach() for term in terms]),
+            _not_finite,
+            lambda bad: (
+                f"{rows.place}: the loss term {' and '.join(_flagged(names, bad))} is NaN or inf, from embeddings that "
+                "are finite: lower lr or the term's weight, or switch fp16 off to look closer"
+            ),
+        )
         self.end_step(rows.step)
 
     def embedding_gradient(self, gradient: Tensor, rows: BatchRows) -> None:
         """Look at the loss's gradient (b, D) in this rank's student embeddings."""
         own = rows._replace(sizes=[0] * rows.rank + [gradient.shape[0]] + [0] * (len(rows.sizes) - rows.rank - 1))
-
-        def fault(met: Tensor) -> str | None:
-            bad = ~met.isfinite()
-            if not bad.any():
-                return None
-            return (
-                f"{rows.place}: the loss's gradient in the student's embedding of {own.name(bad)} is NaN or inf: "
-                "look at these images, or lower the terms' weights"
-            )
-
-        self.look(_largest(gradient), fault)
+        self.look(
+            _largest(gradient),
+            _not_finite,
+            lambda bad: (
+                f"{rows.place}: the loss's gradient in the student's embedding of {own.name(bad)} is NaN or inf: look "
+                "at these images, or lower the terms' weights"
+            ),
+        )
 
     def weight_gradients(self, names: Sequence[str], gradients: Sequence[Tensor], step: int) -> None:
         """Look at the gradients that the student is about to take."""
 
-        def fault(met: Tensor) -> str | None:
-            bad = _not_finite(names, met)
-            if not bad:
-                return None
+        def say(flags: Tensor) -> str:
+            bad = _flagged(names, flags)
             more = f" and {len(bad) - _NAMED} more" if len(bad) > _NAMED else ""
             return (
                 f"step {step}: the gradient of the student's {', '.join(bad[:_NAMED])}{more} is NaN or inf: lower lr, "
                 "or switch fp16 off to look closer"
             )
 
-        self.look(torch.stack(torch._foreach_norm(list(gradients))), fault)
+        self.look(torch.stack(torch._foreach_norm(list(gradients))), _not_finite, say)
 
 
 def _largest(rows: Tensor) -> Tensor:
@@ -198,34 +200,15 @@ def _largest(rows: Tensor) -> Tensor:
     return cast(Tensor, torch.linalg.vector_norm(rows.detach(), float("inf"), dim=1))
 
 
-def _not_finite(names: Sequence[str], values: Tensor) -> list[str]:
-    return [name for name, finite in zip(names, values.isfinite().tolist(), strict=True) if not finite]
+def _not_finite(values: Tensor) -> Tensor:
+    return ~values.isfinite()
 
 
-def _label_fault(bad: Tensor, num_classes: int, rows: BatchRows) -> str | None:
-    if not bad.any():
-        return None
-    return (
-        f"{rows.place}: the label of {rows.name(bad)} is not below num_classes={num_classes}: set num_classes to what "
-        "the data have"
-    )
+def _flagged(names: Sequence[str], flags: Tensor) -> list[str]:
+    return [name for name, flag in zip(names, flags.tolist(), strict=True) if flag]
 
 
-def _teacher_fault(norms: Tensor, rows: BatchRows) -> str | None:
-    # NaN is not above the bound either.
-    bad = ~((norms > _LEAST_NORM) & norms.isfinite())
-    if not bad.any():
-        return None
-    return (
-        f"{rows.place}: the teacher's embedding of {rows.name(bad)} is zero, NaN or inf: look at these images, or run "
-        "the teacher in fp32"
-    )
-
-
-def _student_fault(largest: Tensor, rows: BatchRows) -> str | None:
-    bad = ~largest.isfinite()
-    if not bad.any():
-        return None
+def _of_student(bad: Tensor, rows: BatchRows) -> str:
     if bad.all() and len(bad) > 1:
         return (
             f"{rows.place}: the student's embedding of every image is NaN or inf: its weights are ruined by the steps "

@@ -70,11 +70,7 @@ def _full_cache(kd: KDConfig, methods: MethodSet, teacher: Teacher | None, faces
 
 
 def look_up_or_fill(
-    cache: EmbeddingCache,
-    teacher: Teacher | None,
-    images: Tensor,
-    views: BatchViews,
-    clean: FaceDataset | None = None,
+    cache: EmbeddingCache, teacher: Teacher | None, images: Tensor, views: BatchViews, clean: FaceDataset | None = None
 ) -> Tensor:
     """The teacher's embeddings (b, Dt) of a batch; those that the cache lacks are made and stored.
 

@@ -3,7 +3,6 @@
 import os
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
 from itertools import chain
 from typing import Any, Protocol, cast
 
@@ -13,6 +12,7 @@ from numpy.typing import DTypeLike, NDArray
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from arcface_kd.backbones.face_backbone import evaluating
 from arcface_kd.errors import DataError
 
 _MOST_READERS = 8
@@ -50,23 +50,6 @@ def normalize(embeddings: NDArray[Any]) -> NDArray[Any]:
 def _device_of(model: nn.Module) -> torch.device:
     tensor = next(chain(model.parameters(), model.buffers()), None)
     return torch.device("cpu") if tensor is None else tensor.device
-
-
-@contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode and no gradients meanwhile; afterwards every module is in the mode it was in.
-
-    Args:
-        model: whose mode it is.
-    """
-    training = [module for module in model.modules() if module.training]
-    model.eval()
-    try:
-        with torch.no_grad():
-            yield
-    finally:
-        for module in training:
-            module.training = True
 
 
 def sum_of_views(model: nn.Module, images: Tensor, *, flip: bool = True, device: torch.device | None = None) -> Tensor:

@@ -12,11 +12,12 @@ import torch
 from torch import Tensor, nn
 
 from arcface_kd.backbones import OWN
+from arcface_kd.backbones.face_backbone import evaluating
 from arcface_kd.data.formats.ijb import IJBSet, is_ijb, read_ijb
 from arcface_kd.data.formats.tinyface import TinyFaceSet, is_tinyface, read_tinyface
 from arcface_kd.data.formats.verification_bin import VerificationSet, decode, list_bins
 from arcface_kd.errors import ConfigError, DataError
-from arcface_kd.evaluation.embedding import evaluating, sum_of_views
+from arcface_kd.evaluation.embedding import sum_of_views
 from arcface_kd.evaluation.pair_views import embed_sizes, pair_views
 from arcface_kd.evaluation.report.cost import latency
 from arcface_kd.evaluation.score_table import table

@@ -152,11 +152,7 @@ def _embedded(teacher: Teacher, images: torch.Tensor, batch_size: int) -> NDArra
 
 
 def check_teacher(
-    teacher: Teacher,
-    verification_set: VerificationSet | None = None,
-    *,
-    pairs: int = 600,
-    batch_size: int = 64,
+    teacher: Teacher, verification_set: VerificationSet | None = None, *, pairs: int = 600, batch_size: int = 64
 ) -> TeacherReport:
     """Describe a teacher and, given verification pairs, find out how its input should be prepared.
 

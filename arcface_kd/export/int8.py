@@ -30,11 +30,7 @@ def kept_in_float(model: Any, leading: float) -> list[str]:
 
 
 def quantize(
-    model: bytes,
-    faces: NDArray[Any],
-    *,
-    leading: float = 0.0,
-    ranges: Mapping[str, tuple[float, float]] | None = None,
+    model: bytes, faces: NDArray[Any], *, leading: float = 0.0, ranges: Mapping[str, tuple[float, float]] | None = None
 ) -> bytes:
     """Quantise a network statically: int8 weights with a scale a channel, uint8 activations with one a tensor.
 

@@ -7,6 +7,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import kl_div, log_softmax, normalize
 
+from arcface_kd.losses.class_weights import format_of_sums
+
 
 def bank_cosines(embeddings: Tensor, bank: Tensor) -> Tensor:
     """The cosines of some rows with a bank.
@@ -18,7 +20,7 @@ def bank_cosines(embeddings: Tensor, bank: Tensor) -> Tensor:
     Returns:
         (B, R) cosines.
     """
-    dtype = torch.float64 if embeddings.dtype == torch.float64 else torch.float32
+    dtype = format_of_sums(embeddings)
     with torch.autocast(embeddings.device.type, enabled=False):
         return normalize(embeddings.to(dtype)) @ bank.to(dtype).T
 

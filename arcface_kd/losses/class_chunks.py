@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from arcface_kd.losses.class_weights import VisitedClasses, inverse_norm
+from arcface_kd.losses.class_weights import VisitedClasses
 from arcface_kd.losses.fused import fused
 from arcface_kd.losses.margin import Margin
 from arcface_kd.losses.narrow_products import WEIGHT_SCALE, RunningSoftmax, add_chunk, product
@@ -19,7 +19,7 @@ _CHUNK_ELEMENTS = {"cpu": 1 << 20, "cuda": 1 << 23}
 _LARGEST_CHUNK = 1 << 15
 
 # exp(64), exp(-64) and the sum of two thousand million of them are normal numbers of fp32.
-_LARGEST_BARE_SCALE = 64.0
+LARGEST_BARE_SCALE = 64.0
 
 
 def chunk_size(batch: int, device: torch.device) -> int:
@@ -78,21 +78,19 @@ class _Chunks:
     def __len__(self) -> int:
         return -(-self._classes.visited // self._size)
 
-    def chosen(self, number: int) -> slice | Tensor:
-        """A chunk's rows of the centers."""
-        visited = slice(number * self._size, min((number + 1) * self._size, self._classes.visited))
-        return visited if self._classes.sampled is None else self._classes.sampled[visited]
+    def part(self, number: int) -> slice:
+        """A chunk's classes among the visited ones."""
+        return slice(number * self._size, min((number + 1) * self._size, self._classes.visited))
 
     def load(self, number: int) -> _Chunk:
         """A chunk's centers and logits; they stay until the next one is loaded."""
-        chosen, centers, inverse_norms = self.chosen(number), self._classes.centers, self._classes.inverse_norms
-        if isinstance(chosen, Tensor) and self._gathered is not None:
-            rows = torch.index_select(centers, 0, chosen, out=self._gathered[: chosen.shape[0]])
+        part = self.part(number)
+        if self._gathered is None:
+            rows = self._classes.rows(part, self._dtype)
         else:
-            rows = centers[chosen]
-        rows = rows.to(self._dtype)
-        inverse = inverse_norm(rows) if inverse_norms is None else inverse_norms[chosen].to(self._dtype)
-        inverse = inverse.unsqueeze(1)
+            chosen, centers = self._classes.chosen(part), self._classes.centers
+            rows = torch.index_select(centers, 0, chosen, out=self._gathered[: len(chosen)]).to(self._dtype)
+        inverse = self._classes.inverses(part, rows)
         logits = self._logits[: rows.shape[0]]
         if self.narrow:
             logits.copy_(product(unit_rows(rows, inverse, self._scaled.dtype), self._scaled.T))
@@ -129,7 +127,7 @@ def sum_over_classes(
     """
     if product_dtype != unit.dtype:
         return _sum_by_narrow_products(unit, classes, margin, chunk, product_dtype)
-    follows = margin.scale > _LARGEST_BARE_SCALE
+    follows = margin.scale > LARGEST_BARE_SCALE
     shift = unit.new_full((unit.shape[0],), -torch.inf if follows else 0.0)
     total = torch.zeros_like(shift)
     pull = torch.zeros_like(unit)
@@ -187,12 +185,10 @@ def _sum_by_narrow_products(
 
 def narrow_rows(classes: VisitedClasses, part: slice, dtype: torch.dtype, product_dtype: torch.dtype) -> Tensor:
     """Unit centers (K, D) of some of the visited classes, kept ones where there are any."""
-    chosen = part if classes.sampled is None else classes.sampled[part]
     if classes.units is not None and classes.units.dtype == product_dtype:
-        return classes.units[chosen]
-    rows = classes.centers[chosen].to(dtype)
-    inverse = inverse_norm(rows) if classes.inverse_norms is None else classes.inverse_norms[chosen].to(dtype)
-    return unit_rows(rows, inverse.unsqueeze(1), product_dtype)
+        return classes.units[classes.chosen(part)]
+    rows = classes.rows(part, dtype)
+    return unit_rows(rows, classes.inverses(part, rows), product_dtype)
 
 
 def finite(shift: Tensor) -> Tensor:
@@ -226,7 +222,7 @@ def gradient_in_centers(
     buffer = None if unit.is_cuda else unit.new_empty(min(chunk, classes.visited), unit.shape[1])
     in_place = sampled is None and centers.dtype == product_dtype == dtype
     for number in range(len(chunks)):
-        part, chosen = chunks.load(number), chunks.chosen(number)
+        part, chosen = chunks.load(number), classes.chosen(chunks.part(number))
         weights = _softmax(part.logits, shift, part.filtered)
         if chunks.narrow:
             gradient = product(unit_rows(weights, WEIGHT_SCALE, product_dtype), weighted)

@@ -204,5 +204,5 @@ class RankedLogits:
         mean = rows.new_zeros(len(classes.centers))
         for part in slices(self.values.shape[0], self.chunk):
             weights = self._weights(self.values[part], self.temperature, buffer[: len(self.values[part])])
-            mean[part if classes.sampled is None else classes.sampled[part]] = weights @ rows
+            mean[classes.chosen(part)] = weights @ rows
         return mean.index_add_(0, classes.target, own * rows * classes.owned)

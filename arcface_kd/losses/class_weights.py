@@ -86,6 +86,38 @@ class VisitedClasses(NamedTuple):
         """Number of classes that a pass visits."""
         return self.centers.shape[0] if self.sampled is None else self.sampled.shape[0]
 
+    def chosen(self, part: slice) -> slice | Tensor:
+        """Where some of the visited classes stand in the shard."""
+        return part if self.sampled is None else self.sampled[part]
+
+    def rows(self, part: slice, dtype: torch.dtype) -> Tensor:
+        """Some of the visited class centers (k, D) as they are."""
+        return self.centers[self.chosen(part)].to(dtype)
+
+    def inverses(self, part: slice, rows: Tensor) -> Tensor:
+        """One over the norms (k, 1) of some of the visited class centers, kept ones where there are any."""
+        norms = self.inverse_norms
+        kept = inverse_norm(rows) if norms is None else norms[self.chosen(part)].to(rows.dtype)
+        return kept.unsqueeze(1)
+
+
+def format_of_sums(rows: Tensor) -> torch.dtype:
+    """The number format that a loss of some rows is computed in: fp64 of fp64, fp32 of all else."""
+    return torch.float64 if rows.dtype == torch.float64 else torch.float32
+
+
+def check_matrices(embeddings: Tensor, centers: Tensor, labels: Tensor, whose: str = "") -> None:
+    """Refuse shapes that do not belong together with a ValueError; ``whose`` says which embeddings are meant."""
+    if embeddings.ndim != 2 or centers.ndim != 2 or embeddings.shape[1] != centers.shape[1]:
+        raise ValueError(
+            f"{whose}embeddings {tuple(embeddings.shape)} and class centers {tuple(centers.shape)} must be matrices of "
+            "one dimension"
+        )
+    if labels.shape != embeddings.shape[:1]:
+        raise ValueError(
+            f"labels {tuple(labels.shape)} must be one a row of {whose}embeddings {tuple(embeddings.shape)}"
+        )
+
 
 @fused()
 def inverse_norm(rows: Tensor) -> Tensor:

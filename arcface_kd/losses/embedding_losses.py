@@ -15,11 +15,12 @@ from torch import Tensor
 from torch.nn.functional import normalize, smooth_l1_loss
 
 from arcface_kd.losses.angle_sums import distances, sum_over_angles
+from arcface_kd.losses.class_weights import format_of_sums
 
 
 def inner_products(embeddings: Tensor) -> Tensor:
     """The (B, B) cosines of embeddings (B, D) of any norm; fp64 is computed in fp64, all else in fp32."""
-    dtype = torch.float64 if embeddings.dtype == torch.float64 else torch.float32
+    dtype = format_of_sums(embeddings)
     with torch.autocast(embeddings.device.type, enabled=False):
         unit = normalize(embeddings.to(dtype))
         return unit @ unit.T
@@ -86,6 +87,6 @@ def squared_distance(student: Tensor, teacher: Tensor) -> Tensor:
     Returns:
         A scalar in [0, 4]; 0 for an empty batch.
     """
-    dtype = torch.float64 if student.dtype == torch.float64 else torch.float32
+    dtype = format_of_sums(student)
     difference = normalize(student.to(dtype)) - normalize(teacher.detach().to(dtype))
     return difference.square().sum() / max(student.shape[0], 1)

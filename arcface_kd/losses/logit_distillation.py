@@ -26,9 +26,9 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from arcface_kd.distributed.ranks import RankGroup
-from arcface_kd.losses.class_chunks import chunk_size
+from arcface_kd.losses.class_chunks import LARGEST_BARE_SCALE, chunk_size
 from arcface_kd.losses.class_groups import GroupRule, RankedLogits
-from arcface_kd.losses.class_weights import ClassWeights, inverse_norm, visited_classes
+from arcface_kd.losses.class_weights import ClassWeights, check_matrices, format_of_sums, inverse_norm, visited_classes
 from arcface_kd.losses.divergences import (
     Distillation,
     DivergenceRows,
@@ -46,9 +46,6 @@ from arcface_kd.losses.sharded_logits import ShardedLogits, gradients_through_co
 
 RankedBy = Literal["student", "teacher"]
 Logits = Literal["margin", "plain"]
-
-# exp(64), exp(-64) and the sum of two thousand million of them are normal numbers of fp32.
-_LARGEST_BARE_SCALE = 64.0
 
 
 class Grouping(NamedTuple):
@@ -100,7 +97,7 @@ class _LogitDistillation(torch.autograd.Function):
         row_m2: Tensor | None,
     ) -> tuple[Tensor, ...]:
         margin, temperature, grouping, ranks = setting.margin, setting.temperature, setting.grouping, setting.ranks
-        unit, inverse = unit_and_inverse(embeddings.to(_format_of_sums(embeddings)))
+        unit, inverse = unit_and_inverse(embeddings.to(format_of_sums(embeddings)))
         classes = visited_classes(weights, labels)
         factor = margin.scale / temperature
         student = sharded_logits(unit, classes, factor, setting.chunk, setting.product_dtype)
@@ -111,7 +108,7 @@ class _LogitDistillation(torch.autograd.Function):
         found, slope, kd_slope = _own_logits(
             student.own, teacher.own, classes.owned, margin, factor, m2, with_margin=setting.with_margin
         )
-        follows = margin.scale * max(1.0, 1 / temperature) > _LARGEST_BARE_SCALE
+        follows = margin.scale * max(1.0, 1 / temperature) > LARGEST_BARE_SCALE
         if follows and classes.visited:
             found = torch.cat([found, torch.stack([student.values.amax(0), teacher.values.amax(0)])])
         elif follows:
@@ -231,22 +228,6 @@ def _with_targets(
     return in_embeddings, through_normalisation(unit * own_weight.unsqueeze(1), own, own_inverse)
 
 
-def _format_of_sums(embeddings: Tensor) -> torch.dtype:
-    return torch.float64 if embeddings.dtype == torch.float64 else torch.float32
-
-
-def _check_matrices(embeddings: Tensor, centers: Tensor, labels: Tensor, whose: str) -> None:
-    if embeddings.ndim != 2 or centers.ndim != 2 or embeddings.shape[1] != centers.shape[1]:
-        raise ValueError(
-            f"the {whose}'s embeddings {tuple(embeddings.shape)} and class centers {tuple(centers.shape)} must be "
-            "matrices of one dimension"
-        )
-    if labels.shape != embeddings.shape[:1]:
-        raise ValueError(
-            f"labels {tuple(labels.shape)} must be one a row of the {whose}'s embeddings {tuple(embeddings.shape)}"
-        )
-
-
 @torch.no_grad()
 def teacher_logits(
     embeddings: Tensor,
@@ -273,9 +254,9 @@ def teacher_logits(
     Raises:
         ValueError: shapes that do not belong together.
     """
-    _check_matrices(embeddings, weights.centers, labels, "teacher")
+    check_matrices(embeddings, weights.centers, labels, "the teacher's ")
     with torch.autocast(embeddings.device.type, enabled=False):
-        unit, _ = unit_and_inverse(embeddings.to(_format_of_sums(embeddings)))
+        unit, _ = unit_and_inverse(embeddings.to(format_of_sums(embeddings)))
         classes = visited_classes(weights, labels)
         chunk = chunk or chunk_size(unit.shape[0], unit.device)
         logits = sharded_logits(unit, classes, scale / temperature, chunk, weights.product_dtype or unit.dtype)
@@ -327,13 +308,13 @@ def logit_distillation(
     Raises:
         ValueError: shapes, formats or a temperature that do not belong together.
     """
-    _check_matrices(embeddings, weights.centers, labels, "student")
+    check_matrices(embeddings, weights.centers, labels, "the student's ")
     wanted = (weights.visited, embeddings.shape[0])
     met = teacher.logits.values
-    if met.shape != wanted or met.dtype != _format_of_sums(embeddings):
+    if met.shape != wanted or met.dtype != format_of_sums(embeddings):
         raise ValueError(
             f"the teacher's logits are {tuple(met.shape)} of {met.dtype}; wanted {wanted} of "
-            f"{_format_of_sums(embeddings)}, for the student's classes and rows"
+            f"{format_of_sums(embeddings)}, for the student's classes and rows"
         )
     chunk = chunk or chunk_size(embeddings.shape[0], embeddings.device)
     setting = _Setting(
@@ -344,7 +325,7 @@ def logit_distillation(
         ranks=weights.ranks,
         chunk=chunk,
         passing=pass_size(chunk, embeddings.shape[0], embeddings.device),
-        product_dtype=weights.product_dtype or _format_of_sums(embeddings),
+        product_dtype=weights.product_dtype or format_of_sums(embeddings),
     )
     # The products' format is chosen here and nowhere else, so an autocast region around the call must not touch them.
     with torch.autocast(embeddings.device.type, enabled=False):

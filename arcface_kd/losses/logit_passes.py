@@ -137,17 +137,9 @@ def _with_chunk(
         b = _exponentials(teacher, teacher_shift, b_out)
         teacher_primary = before.teacher_primary + b.sum(0)
         product = before.product_primary + b.mul_(torch.sub(teacher, student, out=c_out)).sum(0)
+        _, _, student_secondary, _, teacher_secondary, _, rest, size = before
         return torch.stack(
-            [
-                softmax,
-                student_primary,
-                before.student_secondary,
-                teacher_primary,
-                before.teacher_secondary,
-                product,
-                before.product_secondary,
-                before.size,
-            ]
+            [softmax, student_primary, student_secondary, teacher_primary, teacher_secondary, product, rest, size]
         )
     inside = torch.ge(ranked, threshold, out=inside_out).to(student.dtype)
     size = before.size + inside.sum(0)

@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from arcface_kd.distributed.ranks import RankGroup
+from arcface_kd.losses.class_weights import format_of_sums
 from arcface_kd.losses.fused import fused
 
 # CrossKD's own, added to the deviation that is divided by.
@@ -35,7 +36,7 @@ def align_scale(student: Tensor, teacher: Tensor, ranks: RankGroup | None = None
         raise ValueError(
             f"maps are {tuple(student.shape)} and {tuple(teacher.shape)}; wanted (B, C, H, W) with as many channels"
         )
-    dtype = torch.float64 if student.dtype == torch.float64 else torch.float32
+    dtype = format_of_sums(student)
     values = student.to(dtype)
     mean, deviation = _moments(values, ranks)
     with torch.no_grad():

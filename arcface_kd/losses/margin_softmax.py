@@ -21,7 +21,7 @@ from torch.autograd.function import once_differentiable
 
 from arcface_kd.distributed.ranks import RankGroup
 from arcface_kd.losses.class_chunks import chunk_size, gradient_in_centers, sum_over_classes
-from arcface_kd.losses.class_weights import ClassWeights, inverse_norm, visited_classes
+from arcface_kd.losses.class_weights import ClassWeights, check_matrices, format_of_sums, inverse_norm, visited_classes
 from arcface_kd.losses.fused import fused
 from arcface_kd.losses.gradients import finds_center_gradients
 from arcface_kd.losses.margin import Margin
@@ -104,7 +104,7 @@ class _MarginSoftmax(torch.autograd.Function):
         chunk: int,
         row_m2: Tensor | None,
     ) -> Tensor:
-        dtype = torch.float64 if embeddings.dtype == torch.float64 else torch.float32
+        dtype = format_of_sums(embeddings)
         product_dtype, ranks = weights.product_dtype or dtype, weights.ranks
         unit, inverse = unit_and_inverse(embeddings.to(dtype))
         classes = visited_classes(weights, labels)
@@ -222,12 +222,7 @@ def sharded_margin_softmax(
         ValueError: shapes that do not belong together.
     """
     centers = weights.centers
-    if embeddings.ndim != 2 or centers.ndim != 2 or embeddings.shape[1] != centers.shape[1]:
-        raise ValueError(
-            f"embeddings {tuple(embeddings.shape)} and centers {tuple(centers.shape)} must be matrices of one dimension"
-        )
-    if labels.shape != embeddings.shape[:1]:
-        raise ValueError(f"labels {tuple(labels.shape)} must be one a row of embeddings {tuple(embeddings.shape)}")
+    check_matrices(embeddings, centers, labels)
     if row_m2 is not None and row_m2.shape != labels.shape:
         raise ValueError(f"row_m2 {tuple(row_m2.shape)} must be one a row of embeddings {tuple(embeddings.shape)}")
     # The products' format is chosen here and nowhere else, so an autocast region around the call must not touch them.

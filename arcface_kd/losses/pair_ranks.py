@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn.functional import pad
 
+from arcface_kd.losses.class_weights import format_of_sums
 from arcface_kd.losses.fused import fused
 from arcface_kd.losses.margin_softmax import through_normalisation, unit_and_inverse
 
@@ -61,7 +62,7 @@ class Pairs:
     """
 
     def __init__(self, student: Tensor, teacher: Tensor, labels: Tensor, rows: int | None = None) -> None:
-        dtype = torch.float64 if student.dtype == torch.float64 else torch.float32
+        dtype = format_of_sums(student)
         self.unit, self.inverse = unit_and_inverse(student.detach().to(dtype))
         self._teacher, _ = unit_and_inverse(teacher.detach().to(dtype))
         self._labels = labels
@@ -136,10 +137,12 @@ class _Search(NamedTuple):
 
 def _falling(cosine: Tensor) -> Tensor:
     """Whole numbers whose unsigned order is that of falling cosines."""
-    bits = cosine.view(_BITS[cosine.dtype])
-    lowest = torch.iinfo(bits.dtype).min
-    # Negative numbers rise with their bits as they are; the bits of positive ones are turned over, but for the sign.
-    return torch.where(bits < 0, bits, ~bits ^ lowest)
+    return _turned(cosine.view(_BITS[cosine.dtype]))
+
+
+def _turned(bits: Tensor) -> Tensor:
+    """Negative numbers rise with their bits as they are; those of positive ones are turned over, but for the sign."""
+    return torch.where(bits < 0, bits, ~bits ^ torch.iinfo(bits.dtype).min)
 
 
 @fused()
@@ -179,9 +182,7 @@ def _next_digit(table: Tensor, search: _Search, width: int) -> _Search:
 @fused()
 def _cosines_of(key: Tensor, dtype: torch.dtype, count: Tensor) -> Tensor:
     """From keys (2, K), the largest cosine first, to cosines, the largest last; -inf where there are no pairs."""
-    bits = key.to(_BITS[dtype])
-    lowest = torch.iinfo(bits.dtype).min
-    cosine = torch.where(bits < 0, bits, ~bits ^ lowest).view(dtype)
+    cosine = _turned(key.to(_BITS[dtype])).view(dtype)
     return torch.where(count > 0, cosine, -torch.inf).flip(1)
 
 

@@ -58,14 +58,14 @@ def sharded_logits(
     inverse = unit.new_empty(visited, 1)
     scaled = unit_rows(unit, factor, product_dtype).T
     for part in slices(visited, chunk):
-        rows = _rows(classes, part, dtype)
+        rows = classes.rows(part, dtype)
         if product_dtype == dtype:
             values[part].addmm_(rows, scaled, beta=0)
             # After the product, which has brought the rows near.
-            inverse[part] = _inverse_norms(classes, part, rows)
+            inverse[part] = classes.inverses(part, rows)
             values[part].mul_(inverse[part])
         else:
-            inverse[part] = _inverse_norms(classes, part, rows)
+            inverse[part] = classes.inverses(part, rows)
             values[part] = product(narrow_rows(classes, part, dtype, product_dtype), scaled)
     flat.index_fill_(0, _places(classes.position, visited), HIDDEN)
     return ShardedLogits(values, _own_cosines(unit, classes.centers, classes.target), inverse, factor)
@@ -83,23 +83,6 @@ def _places(position: Tensor, visited: int) -> Tensor:
 def _own_cosines(unit: Tensor, centers: Tensor, target: Tensor) -> Tensor:
     own = centers[target].to(unit.dtype)
     return (unit * own).sum(1) * inverse_norm(own)
-
-
-def _chosen(classes: VisitedClasses, part: slice) -> slice | Tensor:
-    """Where some of the visited classes stand in the shard."""
-    return part if classes.sampled is None else classes.sampled[part]
-
-
-def _rows(classes: VisitedClasses, part: slice, dtype: torch.dtype) -> Tensor:
-    """Some of the visited class centers (k, D) as they are."""
-    return classes.centers[_chosen(classes, part)].to(dtype)
-
-
-def _inverse_norms(classes: VisitedClasses, part: slice, rows: Tensor) -> Tensor:
-    """One over the norms (k, 1) of some of the visited class centers, kept ones where there are any."""
-    norms = classes.inverse_norms
-    kept = inverse_norm(rows) if norms is None else norms[_chosen(classes, part)].to(rows.dtype)
-    return kept.unsqueeze(1)
 
 
 def gradients_through_cosines(
@@ -133,7 +116,7 @@ def gradients_through_cosines(
     products = None if unit.is_cuda else torch.empty_like(buffer[:size])
     along = unit.new_empty(buffer.shape[0], 1)
     for part in slices(classes.visited, chunk):
-        rows = _rows(classes, part, dtype)
+        rows = classes.rows(part, dtype)
         inverse = logits.inverse[part]
         weights = buffer[: rows.shape[0]]
         for piece in slices(weights.shape[0], size):
@@ -156,7 +139,7 @@ def gradients_through_cosines(
             torch.mul(rows, lost, out=result[part]).addmm_(weights, factor)
             continue
         pull = product(narrow_weights, factor) if narrow else weights @ factor
-        result[_chosen(classes, part)] = _pull(pull, rows, inverse if narrow else None, lost).to(result.dtype)
+        result[classes.chosen(part)] = _pull(pull, rows, inverse if narrow else None, lost).to(result.dtype)
     return in_unit, result
 
 

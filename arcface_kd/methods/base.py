@@ -217,14 +217,7 @@ class Method(nn.Module):
 
     @classmethod
     def needs_labels(cls, config: Any) -> bool:
-        """Whether it has nothing to learn from images without labels.
-
-        Args:
-            config: the knobs.
-
-        Returns:
-            True, unless a subclass says otherwise: it then may be asked for with ``context.num_classes`` 0.
-        """
+        """Whether it refuses images without labels; where not, ``context.num_classes`` may be 0."""
         return True
 
     @classmethod

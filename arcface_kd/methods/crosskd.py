@@ -31,6 +31,7 @@ from torch.nn.functional import adaptive_avg_pool2d
 
 from arcface_kd.config.options import Options, Range, Temperature, Weight
 from arcface_kd.distributed.ranks import for_ddp
+from arcface_kd.losses.class_weights import format_of_sums
 from arcface_kd.losses.embedding_losses import squared_distance
 from arcface_kd.losses.logit_distillation import logit_distillation, teacher_logits
 from arcface_kd.losses.map_alignment import align_scale
@@ -166,10 +167,9 @@ class CrossKD(Method):
         assert batch.student_map is not None
         assert self.context.teacher_tail is not None
         config, student_map = self.config, batch.student_map
-        dtype = torch.float64 if student_map.dtype == torch.float64 else torch.float32
         # Whatever the student computes in, and whatever region the head is called in: the tail has its own precision.
         with torch.autocast(student_map.device.type, enabled=False):
-            feature_map: Tensor = self.adapter(student_map.to(dtype))
+            feature_map: Tensor = self.adapter(student_map.to(format_of_sums(student_map)))
             if config.align:
                 assert batch.teacher_map is not None
                 together = self.context.ranks if config.statistics == "all" else None

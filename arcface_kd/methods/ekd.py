@@ -105,10 +105,7 @@ class EKD(Method):
             dtype = pairs.unit.dtype
             thresholds = self.student_thresholds.to(dtype), self.teacher_thresholds.to(dtype)
             positive, negative = rank_losses(batch.embeddings, pairs, thresholds, config.temperature, config.hardest)
-        return {
-            "ekd_positive": positive * config.positive_weight,
-            "ekd_negative": negative * config.negative_weight,
-        }
+        return {"ekd_positive": positive * config.positive_weight, "ekd_negative": negative * config.negative_weight}
 
     @torch.no_grad()
     def _follow_thresholds(self, pairs: Pairs) -> None:

@@ -6,13 +6,7 @@ import torch
 
 from arcface_kd.losses.class_weights import ClassWeights, StepClasses
 from arcface_kd.losses.divergences import Distillation
-from arcface_kd.losses.logit_distillation import (
-    Grouping,
-    Logits,
-    TeacherLogits,
-    logit_distillation,
-    teacher_logits,
-)
+from arcface_kd.losses.logit_distillation import Grouping, Logits, TeacherLogits, logit_distillation, teacher_logits
 from arcface_kd.methods.base import Batch, Method, Requirement, RunContext
 from arcface_kd.methods.class_centers import FrozenCenters
 from arcface_kd.methods.learned_classifier import LearnedClassifier

@@ -9,11 +9,6 @@ from torch import nn
 from arcface_kd.backbones.mobilefacenet import MobileFaceNet, NarrowMobileFaceNet
 
 
-@pytest.mark.parametrize("network", [MobileFaceNet((1, 4, 6, 2), width=2), NarrowMobileFaceNet()])
-def test_feature_map_is_512_channels_of_7_by_7(network: MobileFaceNet | NarrowMobileFaceNet) -> None:
-    assert network.eval().feature_map(torch.zeros(1, 3, 112, 112)).shape == (1, 512, 7, 7)
-
-
 def test_narrow_network_is_the_wide_one_at_scale_one_under_other_names() -> None:
     torch.manual_seed(0)
     narrow = NarrowMobileFaceNet(num_features=16)
@@ -26,25 +21,6 @@ def test_narrow_network_is_the_wide_one_at_scale_one_under_other_names() -> None
     unscaled.load_state_dict(state, strict=True)
     images = torch.rand(4, 3, 112, 112)
     torch.testing.assert_close(narrow(images), unscaled(images))
-
-
-@pytest.mark.parametrize(
-    "key",
-    [
-        "conv1.conv.weight",
-        "conv2_dw.prelu.weight",
-        "conv_23.conv_dw.bn.running_mean",
-        "conv_3.model.3.project.conv.weight",
-        "conv_4.model.5.conv.bn.bias",
-        "conv_45.project.bn.weight",
-        "conv_6_sep.conv.weight",
-        "output_layer.conv_6_dw.conv.weight",
-        "output_layer.linear.weight",
-        "output_layer.bn.running_var",
-    ],
-)
-def test_keys_of_adadistill(key: str) -> None:
-    assert key in NarrowMobileFaceNet().state_dict()
 
 
 def test_shortcuts_are_added() -> None:

@@ -51,23 +51,11 @@ def faces(count: int, seed: int = 0) -> Tensor:
     return torch.rand(count, 3, 112, 112, generator=torch.Generator().manual_seed(seed)) * 2 - 1
 
 
-def test_every_network_has_a_recorded_layout() -> None:
-    assert set(NETWORKS) == set(LAYOUTS)
-
-
 @pytest.mark.parametrize("name", NETWORKS)
-def test_layout_and_parameters(name: str) -> None:
+def test_layout_parameters_and_which_of_them_is_frozen(name: str) -> None:
     with torch.device("meta"):
         network = get_backbone(name)
-    digest, parameters = LAYOUTS[name]
-    assert parameter_count(network) == parameters
-    assert layout_digest(network) == digest
-
-
-@pytest.mark.parametrize("name", NETWORKS)
-def test_only_the_scale_of_the_embedding_norm_is_frozen(name: str) -> None:
-    with torch.device("meta"):
-        network = get_backbone(name)
+    assert (layout_digest(network), parameter_count(network)) == LAYOUTS[name]
     frozen = [key for key, parameter in network.named_parameters() if not parameter.requires_grad]
     assert frozen == (["features.weight"] if name.startswith(("r", "thin")) else [])
 
@@ -163,6 +151,11 @@ def test_dropout_acts_in_training_only(name: str) -> None:
     ("keywords", "named"),
     [
         ({"name": "r19"}, ["'r19'", *LAYOUTS]),
+        ({"name": "vit_t"}, ["'vit_t'"]),
+        *(
+            ({"name": own}, [own])
+            for own in ("python:", "python:tests.networks", "python:tests.networks:none", "python:no.such:f")
+        ),
         ({"name": "r18", "num_features": 0}, ["embedding size 0", "at least 1"]),
         ({"name": "r18", "num_features": 2.5}, ["embedding size 2.5", "whole number"]),
         ({"name": "r18", "num_features": True}, ["embedding size True"]),
@@ -240,14 +233,3 @@ def test_float16_on_a_gpu_is_the_hosts(name: str, host_backbones: ModuleType) ->
     ours.load_state_dict(theirs.state_dict(), strict=True)
     with torch.no_grad():
         torch.testing.assert_close(ours(images), theirs(images), rtol=1e-3, atol=1e-3)
-
-
-def test_a_network_of_the_users_own_is_found_by_module_and_function() -> None:
-    network = get_backbone("python:tests.networks:tiny", num_features=16)
-    assert network(torch.zeros(2, 3, 112, 112)).shape == (2, 16)
-
-
-@pytest.mark.parametrize("name", ["python:", "python:tests.networks", "python:tests.networks:none", "python:no.such:f"])
-def test_a_network_that_cannot_be_imported_is_named(name: str) -> None:
-    with pytest.raises(ConfigError, match=name):
-        get_backbone(name)

@@ -93,14 +93,6 @@ def test_refusals(timm: ModuleType, name: str, named: str) -> None:
         get_backbone(name)
 
 
-def test_a_random_number_is_drawn_for_weights_alone(timm: ModuleType) -> None:
-    torch.manual_seed(3)
-    first = get_backbone("timm:test_resnet", num_features=8).state_dict()
-    torch.manual_seed(3)
-    again = get_backbone("timm:test_resnet", num_features=8).state_dict()
-    assert all(torch.equal(tensor, again[key]) for key, tensor in first.items())
-
-
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 def test_it_is_trained_judged_and_exported(

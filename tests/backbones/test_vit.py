@@ -12,10 +12,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from arcface_kd.backbones import FaceBackbone, get_backbone
+from arcface_kd.backbones import FaceBackbone
 from arcface_kd.backbones.feature_taps import find_map
 from arcface_kd.backbones.vit import HOST_NAMES, VITS, VisionTransformer
-from arcface_kd.errors import ConfigError
 from arcface_kd.teachers import load_teacher
 from arcface_kd.teachers.checkpoint import load_network
 from arcface_kd.teachers.trunk_and_tail import cut_teacher
@@ -138,11 +137,6 @@ def test_its_tail_is_found() -> None:
     assert cut.map_shape == (16, 12, 12)
     with torch.no_grad():
         torch.testing.assert_close(network.tail(network.feature_map(images)), network(images))
-
-
-def test_it_is_no_student() -> None:
-    with pytest.raises(ConfigError, match="no network named 'vit_t'"):
-        get_backbone("vit_t")
 
 
 @pytest.mark.trainer

@@ -286,11 +286,8 @@ class Slow(NaNMonitor):
 
 
 def look(watch: NaNMonitor, step: int, *flags: bool) -> None:
-    def fault(number: int) -> Callable[[Tensor], str | None]:
-        return lambda met: f"step {step}, {number}" if met.any() else None
-
     for number, flag in enumerate(flags):
-        watch.look(torch.tensor([flag]), fault(number))
+        watch.look(torch.tensor([flag]), lambda met: met, lambda bad, n=number: f"step {step}, {n}")  # type: ignore[misc]
     watch.end_step(step)
 
 

@@ -91,8 +91,7 @@ def test_sums_up_galleries() -> None:
 
 
 @pytest.mark.parametrize(
-    ("subjects", "entries", "named"),
-    [([], 0, "an entry at least"), ([1, 2], 3, "one person each")],
+    ("subjects", "entries", "named"), [([], 0, "an entry at least"), ([1, 2], 3, "one person each")]
 )
 def test_refusals(subjects: list[int], entries: int, named: str) -> None:
     with pytest.raises(DataError, match=named):

@@ -71,10 +71,7 @@ def test_the_group_is_that_of_sorted_rows(rule: str, shifted: bool) -> None:
     classes=st.integers(1, 30),
     seed=st.integers(0, 10_000),
     chunk=st.integers(1, 40),
-    rule=st.one_of(
-        st.builds(FixedSize, st.integers(1, 35)),
-        st.builds(SampleMass, st.floats(0.01, 0.99)),
-    ),
+    rule=st.one_of(st.builds(FixedSize, st.integers(1, 35)), st.builds(SampleMass, st.floats(0.01, 0.99))),
 )
 def test_any_shape_gives_the_group_of_sorted_rows(
     batch: int, classes: int, seed: int, chunk: int, rule: GroupRule

@@ -50,11 +50,7 @@ def cuda() -> torch.device:
 @pytest.mark.parametrize("backend", ["eager", "aot_eager"])
 @pytest.mark.parametrize(
     ("name", "sampled", "product_dtype"),
-    [
-        ("arcface", False, None),
-        ("arcface-steep", True, torch.float16),
-        ("combined-filtered", True, torch.bfloat16),
-    ],
+    [("arcface", False, None), ("arcface-steep", True, torch.float16), ("combined-filtered", True, torch.bfloat16)],
 )
 def test_loss_and_gradients_compile_into_one_graph(
     name: str, sampled: bool, product_dtype: torch.dtype | None, backend: str

@@ -272,7 +272,7 @@ def test_gradients_reach_centers_alone() -> None:
 @pytest.mark.parametrize(
     ("embeddings", "labels", "centers", "row_m2", "said"),
     [
-        ((4, 3), (4,), (5, 2), None, r"embeddings \(4, 3\) and centers \(5, 2\)"),
+        ((4, 3), (4,), (5, 2), None, r"embeddings \(4, 3\) and class centers \(5, 2\)"),
         ((4,), (4,), (5, 4), None, r"embeddings \(4,\)"),
         ((4, 3), (5,), (5, 3), None, r"labels \(5,\)"),
         ((4, 3), (4, 1), (5, 3), None, r"labels \(4, 1\)"),

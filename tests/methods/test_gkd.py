@@ -43,12 +43,7 @@ CONFIGS = {
     "by teacher": GKDConfig(group="fixed", size=4, ranked_by="teacher", ramp_epochs=0),
     "plain": GKDConfig(group="sample", mass=0.6, logits="plain", ramp_epochs=0),
     "ablation": GKDConfig(
-        *("sample", 0.6),
-        primary_weight=0.5,
-        binary_weight=2,
-        secondary_weight=0.7,
-        temperature=2,
-        ramp_epochs=0,
+        *("sample", 0.6), primary_weight=0.5, binary_weight=2, secondary_weight=0.7, temperature=2, ramp_epochs=0
     ),
 }
 

@@ -92,11 +92,7 @@ def tar_name(level: float) -> str:
 
 
 def replicate_statistics(
-    scores: Floats,
-    is_same: NDArray[np.bool_],
-    correct: NDArray[np.bool_],
-    weights: Floats,
-    far_levels: Sequence[float],
+    scores: Floats, is_same: NDArray[np.bool_], correct: NDArray[np.bool_], weights: Floats, far_levels: Sequence[float]
 ) -> dict[str, Floats]:
     """The verification scores of weighted pairs, (r,) each, from weights (r, P).
 

@@ -166,12 +166,7 @@ def run_contestant(
     """A run's student as a model to compare; ``own_networks`` may be imported."""
     run.check_network(own_networks)
     return Contestant(
-        run.name,
-        lambda: run.load(device, own_networks),
-        run.method,
-        run.network,
-        run,
-        file=backbone_file(run.folder),
+        run.name, lambda: run.load(device, own_networks), run.method, run.network, run, file=backbone_file(run.folder)
     )
 
 

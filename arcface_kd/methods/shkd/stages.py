@@ -56,7 +56,7 @@ _ITS_OWN = ("kd", "kd_teacher", "kd_cache", "kd_classifier", "kd_option")
 
 
 def next_stage(config: Mapping[str, Any]) -> Stage | None:
-    """The run that is next; see :meth:`arcface_kd.methods.shkd.method.SHKD.next_run`."""
+    """The run to start next, or to resume; None when all three are done."""
     stages = _Stages(config)
     # The third is looked at when the second is done: its teacher is what that one leaves.
     for make in (stages.first, stages.second, stages.third):

@@ -17,6 +17,7 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from arcface_kd.backbones.face_backbone import evaluating
 from arcface_kd.errors import ConfigError
 from arcface_kd.teachers.cache.principal_components import PrincipalComponents
 
@@ -86,17 +87,13 @@ def embedding_norm(student: nn.Module) -> nn.BatchNorm1d:
 def _is_output(student: nn.Module, norm: nn.BatchNorm1d) -> bool:
     """Whether a student gives out what its batch norm does."""
     seen: list[Tensor] = []
-    modes = {module: module.training for module in student.modules()}
     handle = norm.register_forward_hook(lambda module, given, output: seen.append(output))
     weight = next(student.parameters())
     try:
-        with torch.no_grad():
-            images = torch.zeros(2, 3, _IMAGE_SIZE, _IMAGE_SIZE, device=weight.device, dtype=weight.dtype)
-            output = student.eval()(images)
+        with evaluating(student):
+            output = student(torch.zeros(2, 3, _IMAGE_SIZE, _IMAGE_SIZE, device=weight.device, dtype=weight.dtype))
     finally:
         handle.remove()
-        for module, training in modes.items():
-            module.training = training
     return len(seen) == 1 and isinstance(output, Tensor) and torch.equal(seen[0], output)
 
 

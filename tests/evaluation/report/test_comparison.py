@@ -11,13 +11,7 @@ from torch import Tensor, nn
 from arcface_kd.data.formats.pair_identities import write_pair_identities
 from arcface_kd.data.formats.verification_bin import read_bin
 from arcface_kd.errors import DataError
-from arcface_kd.evaluation.report.comparison import (
-    Comparison,
-    Contestant,
-    compare,
-    data_of,
-    read_runs,
-)
+from arcface_kd.evaluation.report.comparison import Comparison, Contestant, compare, data_of, read_runs
 from arcface_kd.evaluation.report.run_folder import read_run
 from arcface_kd.evaluation.scoring import find_files
 from arcface_kd.evaluation.verification import evaluate
