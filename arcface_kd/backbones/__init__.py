@@ -39,11 +39,7 @@ KNOWN_NAMES = f"{', '.join(NETWORKS)}, ir_18 and its like, timm:NAME, {OWN}MODUL
 
 
 def is_network(name: str) -> bool:
-    """Whether :func:`get_backbone` knows a name; nothing is imported, and no option's range is checked.
-
-    Args:
-        name: anything.
-    """
+    """Whether :func:`get_backbone` knows a name; nothing is imported, and no option's range is checked."""
     if name in NETWORKS or name in IR_NAMES or name.startswith((OWN, ANY_IR)):
         return True
     try:

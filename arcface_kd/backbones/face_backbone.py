@@ -39,12 +39,9 @@ def evaluating(network: nn.Module) -> Iterator[None]:
 
 
 class FaceBackbone(nn.Module):
-    """A network that embeds aligned 112x112 faces.
+    """A network that embeds aligned 112x112 faces: subclasses build their layers, ``feature_map`` and ``tail``.
 
-    Subclasses build their layers and implement ``feature_map`` and ``tail``.
-
-    Args:
-        fp16: autocast of the convolutions, float16 on GPUs and bfloat16 on CPUs; the embedding layer is float32.
+    With ``fp16`` convolutions are under autocast, float16 on GPUs and bfloat16 on CPUs; the embedding layer is float32.
     """
 
     def __init__(self, *, fp16: bool) -> None:

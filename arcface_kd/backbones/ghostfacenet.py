@@ -124,15 +124,9 @@ class _Bottleneck(nn.Module):
 class GhostFaceNet(FaceBackbone):
     """GhostFaceNet for 112x112 faces; GhostFaceNetV2-1.3-1 of its authors is version 2 of width 1.3 and stride 1.
 
-    Args:
-        version: 1, or 2 with attention in all bottlenecks but the first two.
-        width: over GhostNet's, above 0 and at most 16.
-        stride: of the first convolution: 1, or 2 for a third of the multiply-adds and a last map of 4x4.
-        fp16: autocast up to the last map (float16 on GPUs, bfloat16 on CPUs); the rest is float32.
-        num_features: embedding size D.
-
-    Raises:
-        ConfigError: a version, width or stride that there is not.
+    Version 2 has attention in all bottlenecks but the first two. The width is over GhostNet's, above 0 and at most 16.
+    A stride of 2 in the first convolution leaves a third of the multiply-adds and a last map of 4x4. ``fp16`` is
+    autocast up to the last map. A ConfigError names a version, width or stride that there is not.
     """
 
     def __init__(

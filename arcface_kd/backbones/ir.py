@@ -168,11 +168,7 @@ class SqueezeExcite(nn.Module):
 class IRUnit(nn.Module):
     """A residual unit, strided in its last 3x3 (of a bottleneck, its last 1x1); no activation after the sum.
 
-    Args:
-        in_channels: channels of the input.
-        out_channels: channels of the output; where they differ, the shortcut is a 1x1 convolution.
-        stride: 1, or 2 to halve the map.
-        layout: of the network.
+    ``stride`` 2 halves the map; where the channels differ, the shortcut is a 1x1 convolution.
     """
 
     def __init__(self, in_channels: int, out_channels: int, stride: int, layout: IRLayout) -> None:
@@ -209,11 +205,7 @@ class IRUnit(nn.Module):
 class IRNet(FaceBackbone):
     """An IR or IR-SE network for faces of 112x112, or 16 times ``layout.side``.
 
-    Args:
-        layout: which one.
-        dropout: probability of dropping a value of the flattened map, in [0, 1).
-        fp16: autocast up to the flattened map (float16 on GPUs, bfloat16 on CPUs); the embedding layer is float32.
-        num_features: embedding size D.
+    ``dropout`` is the probability of dropping a value of the flattened map; ``fp16`` is autocast up to that map.
     """
 
     def __init__(self, layout: IRLayout, *, dropout: float = 0.0, fp16: bool = False, num_features: int = 512) -> None:

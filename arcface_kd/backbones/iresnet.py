@@ -50,15 +50,10 @@ class ResidualUnit(nn.Module):
 
 
 class IResNet(FaceBackbone):
-    """An IResNet for 112x112 faces.
+    """An IResNet for 112x112 faces, of ``depths`` residual units in four stages that each halve the map.
 
     ``features.weight`` (the scale of the embedding's batch norm) stays 1 and is not trained, as in arcface_torch.
-
-    Args:
-        depths: residual units in each of the four stages; each stage halves the map.
-        dropout: probability of dropping a value of the flattened map, in [0, 1).
-        fp16: autocast up to the flattened map (float16 on GPUs, bfloat16 on CPUs); the embedding layer is float32.
-        num_features: embedding size D.
+    ``dropout`` is the probability of dropping a value of the flattened map; ``fp16`` is autocast up to that map.
     """
 
     def __init__(

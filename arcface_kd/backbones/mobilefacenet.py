@@ -92,15 +92,10 @@ def _scaled(channels: int, width: float) -> int:
 
 
 def _trunk(width: float, depths: Sequence[int], *, se: bool = False, named: bool = False) -> list[nn.Sequential]:
-    """Everything up to the last 1x1 convolution, in order.
+    """Everything up to the last 1x1 convolution, in order; with AdaDistill's parameter names where ``named``.
 
-    Args:
-        width: over the original network's 64 and 128 channels, in steps of 8 channels; the bottlenecks' hidden widths
-            stay.
-        depths: bottlenecks with shortcuts at 56, 28, 14 and 7 pixels; 1 in the first place is a single 3x3
-            convolution in 64 groups instead.
-        se: squeeze-and-excitation in every bottleneck.
-        named: with AdaDistill's parameter names.
+    ``width`` is over the original network's 64 and 128 channels, in steps of 8; the bottlenecks' hidden widths stay.
+    The rest is as in :class:`MobileFaceNet`.
     """
     narrow, wide = _scaled(64, width), _scaled(128, width)
     if depths[0] == 1:
@@ -122,18 +117,11 @@ def _trunk(width: float, depths: Sequence[int], *, se: bool = False, named: bool
 class MobileFaceNet(FaceBackbone):
     """MobileFaceNet of arcface_torch, for 112x112 faces.
 
-    Args:
-        depths: bottlenecks with shortcuts at 56, 28, 14 and 7 pixels; 1 in the first place is a single grouped
-            convolution instead.
-        width: over the original network's 64 and 128 channels, above 0 and at most 16.
-        se: squeeze-and-excitation between the depthwise and the last convolution of every bottleneck, to a quarter of
-            its channels, where MobileNetV3 has it (Howard et al., ICCV 2019, arXiv 1905.02244).
-        fp16: autocast of ``layers`` (float16 on GPUs, bfloat16 on CPUs); the last convolution, the global depthwise
-            convolution and the embedding layer are float32.
-        num_features: embedding size D.
-
-    Raises:
-        ConfigError: a width out of range.
+    ``depths`` are the bottlenecks with shortcuts at 56, 28, 14 and 7 pixels; 1 in the first place is a single grouped
+    convolution instead. ``width`` is over the original network's 64 and 128 channels, above 0 and at most 16, or it is
+    a ConfigError. ``se`` puts squeeze-and-excitation between the depthwise and the last convolution of every
+    bottleneck, to a quarter of its channels, where MobileNetV3 has it (Howard et al., ICCV 2019, arXiv 1905.02244).
+    ``fp16`` is autocast of ``layers``.
     """
 
     def __init__(
@@ -167,11 +155,8 @@ class MobileFaceNet(FaceBackbone):
 class NarrowMobileFaceNet(FaceBackbone):
     """MobileFaceNet of AdaDistill, 64 and 128 channels wide, for 112x112 faces.
 
-    The embedding's batch norm has neither scale nor offset, as in AdaDistill.
-
-    Args:
-        fp16: autocast up to the last 1x1 convolution (float16 on GPUs, bfloat16 on CPUs); the rest is float32.
-        num_features: embedding size D.
+    The embedding's batch norm has neither scale nor offset, as in AdaDistill. ``fp16`` is autocast up to the last 1x1
+    convolution.
     """
 
     def __init__(self, *, fp16: bool = False, num_features: int = 512) -> None:

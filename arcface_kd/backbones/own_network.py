@@ -14,18 +14,11 @@ OWN = "python:"
 
 
 def find_own_network(name: str) -> Callable[..., nn.Module]:
-    """Import the function that builds a user's own network.
+    """Import the function that builds a user's own network, ``python:MODULE:FUNCTION``.
 
-    Args:
-        name: ``python:MODULE:FUNCTION``. The module is imported, and so run; the function takes ``num_features`` (the
-            embedding size D) and ``fp16`` by name and returns a module that maps (B, 3, 112, 112) RGB images in
-            [-1, 1] to (B, D) embeddings.
-
-    Returns:
-        The function. What it builds may be any ``nn.Module``.
-
-    Raises:
-        ConfigError: another form, a module that cannot be imported, or one without such a function.
+    The module is imported, and so run. The function takes ``num_features`` (the embedding size D) and ``fp16`` by name
+    and returns any ``nn.Module`` that maps (B, 3, 112, 112) RGB images in [-1, 1] to (B, D) embeddings. A ConfigError
+    names another form, a module that cannot be imported, or one without such a function.
     """
     module, _, function = name.removeprefix(OWN).partition(":")
     if not module or not function:

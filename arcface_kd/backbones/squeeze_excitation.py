@@ -4,12 +4,7 @@ from torch import Tensor, nn
 
 
 class SqueezeExcitation(nn.Module):
-    """Global mean, 1x1 to few channels, PReLU, 1x1 back, hard sigmoid, product with the map.
-
-    Args:
-        channels: of the map.
-        squeezed: channels in between.
-    """
+    """Global mean, 1x1 to few channels, PReLU, 1x1 back, hard sigmoid, product with the map."""
 
     def __init__(self, channels: int, squeezed: int) -> None:
         super().__init__()

@@ -53,16 +53,10 @@ class ThinUnit(nn.Module):
 
 
 class ThinResNet(FaceBackbone):
-    """A thin residual network for 112x112 faces.
+    """A thin residual network for 112x112 faces, of four stages of some width and as many residual units each.
 
-    ``features.weight`` (the scale of the embedding's batch norm) stays 1 and is not trained, as in IResNet.
-
-    Args:
-        widths: channels of the four stages; the stem has those of the first.
-        units: residual units of each stage, at least 1.
-        dropout: probability of dropping a value of the flattened map, in [0, 1).
-        fp16: autocast up to the flattened map (float16 on GPUs, bfloat16 on CPUs); the embedding layer is float32.
-        num_features: embedding size D.
+    ``features.weight`` (the scale of the embedding's batch norm) stays 1 and is not trained, as in IResNet. ``dropout``
+    is the probability of dropping a value of the flattened map; ``fp16`` is autocast up to that map.
     """
 
     def __init__(

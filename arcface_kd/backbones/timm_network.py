@@ -15,14 +15,7 @@ _SIZE = 112
 
 
 class LowRankLinear(nn.Module):
-    """A fully connected layer as the product of two narrow ones.
-
-    Args:
-        in_features: of the layer.
-        out_features: of the layer.
-        rank: of the product.
-        bias: whether there is one.
-    """
+    """A fully connected layer as the product of two narrow ones, of some rank."""
 
     def __init__(self, in_features: int, out_features: int, rank: int, *, bias: bool) -> None:
         super().__init__()
@@ -46,16 +39,11 @@ def _lower_ranks(module: nn.Module, share: float) -> None:
 
 
 class TimmNetwork(FaceBackbone):
-    """A timm model with fresh weights, for 112x112 faces.
+    """A timm model with fresh weights, for 112x112 faces; ``fp16`` is autocast up to the last map.
 
-    Args:
-        model: its name in timm.
-        rank: of each fully connected layer, as a share of its smaller side, in (0, 1]; None leaves them as they are.
-        fp16: autocast up to the last map (float16 on GPUs, bfloat16 on CPUs); the rest is float32.
-        num_features: embedding size D.
-
-    Raises:
-        ConfigError: no timm, no such model, one that does not embed 112x112 images, or a rank out of range.
+    ``model`` is its name in timm, ``rank`` that of each fully connected layer, as a share of its smaller side, in (0,
+    1]; None leaves them as they are. A ConfigError says that there is no timm, no such model, one that does not embed
+    112x112 images, or a rank out of range.
     """
 
     def __init__(self, model: str, *, rank: float | None = None, fp16: bool = False, num_features: int = 512) -> None:

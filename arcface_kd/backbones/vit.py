@@ -56,17 +56,9 @@ class _Block(nn.Module):
 class VisionTransformer(FaceBackbone):
     """A ViT for 112x112 faces. With arcface_torch's patches of 9 pixels the last 4 of each side are not seen.
 
-    Args:
-        width: dimension of a token.
-        depth: number of blocks.
-        patch: height and width of a token's patch of pixels.
-        heads: of the attention.
-        ratio: hidden width of a block's perceptron over that of a token.
-        fp16: autocast of everything up to the last norm except attention itself; the embedding layer is float32.
-        num_features: embedding size D.
-
-    Attributes:
-        embed_dim: dimension of a token, by arcface_torch's name.
+    ``width`` is the dimension of a token, also ``embed_dim``, by arcface_torch's name; ``depth`` the number of blocks,
+    ``patch`` the height and width of a token's patch, ``heads`` those of the attention, ``ratio`` the hidden width of a
+    block's perceptron over that of a token. ``fp16`` is autocast up to the last norm, except attention itself.
     """
 
     def __init__(

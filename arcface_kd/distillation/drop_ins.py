@@ -43,16 +43,9 @@ _NUM_IMAGE_TOLERANCE = 0.05
 def margin_of(margin_loss: object) -> Margin:
     """Read the margin out of arcface_torch's ``CombinedMarginLoss``, ``ArcFace`` or ``CosFace``.
 
-    Args:
-        margin_loss: one of these, or a plain object with ``s``, ``m1``, ``m2``, ``m3`` and
-            ``interclass_filtering_threshold``; a :class:`~arcface_kd.losses.margin.Margin` is returned as it is.
-
-    Returns:
-        The margin.
-
-    Raises:
-        ConfigError: a margin loss of another kind, whose ``forward`` would not be called; an attribute is missing or
-            a value out of range.
+    A plain object with ``s``, ``m1``, ``m2``, ``m3`` and ``interclass_filtering_threshold`` will do; a
+    :class:`~arcface_kd.losses.margin.Margin` is returned as it is. A ConfigError names a margin loss of another kind,
+    whose ``forward`` would not be called, a missing attribute or a value out of range.
     """
     if isinstance(margin_loss, Margin):
         return margin_loss

@@ -21,18 +21,9 @@ Shape = tuple[int, int, int]
 class FeatureMaps:
     """The maps of one run.
 
-    Attributes:
-        wanted: which maps.
-        teacher: the teacher, cut where its map is.
-        student_shape: (C, H, W) of the student's map; None until a student is watched.
-
-    Args:
-        whose: names of the methods, for messages.
-        wanted: which maps.
-        teacher: the run's teacher.
-
-    Raises:
-        TeacherError: the teacher cannot be cut.
+    ``wanted`` says which maps, ``teacher`` is the teacher, cut where its map is, and ``student_shape`` (C, H, W) that
+    of the student's map, None until a student is watched. ``whose`` are the methods' names, for messages. A
+    TeacherError says that the teacher cannot be cut.
     """
 
     def __init__(self, whose: str, wanted: MapsWanted, teacher: Teacher) -> None:

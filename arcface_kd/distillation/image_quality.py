@@ -11,20 +11,15 @@ _SMALLEST, _LARGEST = 1e-3, 100.0
 
 
 class ImageQuality(nn.Module):
-    r"""Qualities of the rows of a batch (Kim, Jain, Liu, CVPR 2022, arXiv 2204.00964).
+    """Qualities of the rows of a batch (Kim, Jain, Liu, CVPR 2022, arXiv 2204.00964).
 
-    With norms n_i, clipped to [1e-3, 100], and running averages mu and sigma of their mean and standard deviation:
+    With norms n_i, clipped to [1e-3, 100], and running averages mu and sigma (the buffers ``mean`` and ``std``, from 20
+    and 100 on) of their mean and standard deviation:
 
         mu, sigma <- 0.99 (mu, sigma) + 0.01 (mean, deviation of the batch)
         q_i = 0.333 (n_i - mu) / (sigma + 1e-3)
 
     The batch is the gathered one, so that all ranks have the same statistics; AdaFace's own code has a rank's.
-
-    Buffers:
-        mean, std: mu and sigma, from 20 and 100 on.
-
-    Args:
-        margin: that the qualities are for.
     """
 
     mean: Tensor

@@ -17,14 +17,8 @@ from arcface_kd.methods.base import Batch
 class Monitor:
     """Watches one head's numbers, and writes them to the log on its steps.
 
-    Attributes:
-        nan: finds NaN and inf.
-        last_terms: the last step's loss terms by name, scalars without gradient.
-
-    Args:
-        ranks: the ranks of the run.
-        log: where loss terms, their gradient norms and the methods' observations go; None keeps no log.
-        watches_gradients: whether gradients are looked at for NaN and inf as well.
+    ``last_terms`` are the last step's loss terms by name, scalars without gradient. Without a ``log`` none is kept;
+    ``watches_gradients`` says whether gradients are looked at for NaN and inf as well.
     """
 
     def __init__(self, ranks: RankGroup, log: TensorBoardLog | None, *, watches_gradients: bool) -> None:

@@ -21,10 +21,8 @@ class TensorBoardLog:
     The event file is opened at the first writing and not before: the trainer's ``wandb.init(sync_tensorboard=True)``,
     which its ``using_wandb`` asks for, sends on what is written to event files that are opened after it.
 
-    Args:
-        folder: of the event files, the trainer's ``OUTPUT/tensorboard``.
-        every: steps between two writings, at least 1.
-        writes: whether this rank writes; all ranks must agree on ``every``, since finding the values may take all.
+    ``folder`` is the trainer's ``OUTPUT/tensorboard``, ``every`` the steps between two writings. All ranks must agree
+    on ``every``, since finding the values may take all of them; ``writes`` says whether this one writes.
     """
 
     def __init__(self, folder: str | os.PathLike[str], every: int, writes: bool) -> None:

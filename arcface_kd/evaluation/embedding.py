@@ -53,19 +53,10 @@ def _device_of(model: nn.Module) -> torch.device:
 
 
 def sum_of_views(model: nn.Module, images: Tensor, *, flip: bool = True, device: torch.device | None = None) -> Tensor:
-    """Embed one batch: f(x) + f(mirrored x), or f(x) alone.
+    """Embed one batch: f(x) + f(mirrored x), or f(x) alone; (B, D) float64 on the CPU, not normalised.
 
-    Args:
-        model: (B, 3, H, W) float32 RGB images in [-1, 1] to (B, D) embeddings, in evaluation mode.
-        images: (B, 3, H, W) uint8 RGB, B >= 1.
-        flip: add the embedding of the mirrored image.
-        device: where the batch goes, ``None`` for where the model's parameters are.
-
-    Returns:
-        (B, D) float64 on the CPU, not normalised.
-
-    Raises:
-        DataError: a model that does not return (B, D).
+    ``model``, in evaluation mode, gives (B, 3, H, W) float32 RGB images in [-1, 1] to (B, D) embeddings; a DataError
+    says that it does not. ``images`` are uint8 RGB, B >= 1; ``device`` None is where the model's parameters are.
     """
     batch = ((images.to(_device_of(model) if device is None else device).float() / 255) - 0.5) / 0.5
     total: Tensor | None = None
@@ -160,20 +151,9 @@ def embed_files(
     device: torch.device | str | None = None,
     progress: bool = False,
 ) -> Iterator[NDArray[Any]]:
-    """Read and embed faces batch by batch, each as the sum of both views.
+    """Read and embed faces batch by batch, each face as the sum of both views: (B, D) float64, not normalised.
 
-    Args:
-        model: (B, 3, 112, 112) float32 RGB images in [-1, 1] to (B, D) embeddings.
-        faces: what to read.
-        batch_size: faces a forward pass, at least 1.
-        device: where the batches go, ``None`` for where the model's parameters are.
-        progress: show a bar, on a terminal only.
-
-    Yields:
-        (B, D) float64, not normalised.
-
-    Raises:
-        DataError: a face that cannot be read, an embedding that is not finite, a batch size below 1.
+    The rest is as in :func:`embed`. A DataError names a face that cannot be read, or an embedding that is not finite.
     """
     if batch_size < 1:
         raise DataError(f"batch size {batch_size}: wanted at least 1")

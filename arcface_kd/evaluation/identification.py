@@ -26,20 +26,11 @@ class Search:
     stranger_scores: NDArray[Any]  # float64 (S,), for each probe whose person is not enrolled: its largest cosine
 
     def tpir(self, levels: Sequence[float] = FPIR_LEVELS) -> dict[float, float | None]:
-        """True positive identification rate at false positive identification rates.
+        """True positive identification rate at false positive identification rates, which are in (0, 1].
 
         A search is a true positive when the mate is first and above the threshold, and a false one when anybody is
         above it although the person is not enrolled. The threshold is the loosest one whose FPIR does not exceed the
-        level.
-
-        Args:
-            levels: FPIR levels, in (0, 1].
-
-        Returns:
-            TPIR for each; ``None`` where fewer than 1 / level probes are of strangers, or none of enrolled persons.
-
-        Raises:
-            ConfigError: a level out of range.
+        level. None where fewer than 1 / level probes are of strangers, or none of enrolled persons.
         """
         if not len(self.mate_scores) or not len(self.stranger_scores):
             return dict.fromkeys(levels)

@@ -158,21 +158,12 @@ def check_teacher(
 
     The usual preprocessings (RGB and BGR with each of six means and deviations) and the one in use are ranked by how
     far apart they hold same and different pairs on 100 pairs, taken evenly from the set, without flips. Accuracy, by
-    InsightFace's ten folds, is then taken of the best and of the one in use on up to ``pairs`` pairs. The warning comes
-    when the separation in use is more than 2 % below the best one and stays below it in 99 % of 500 resamples; a note
-    says so when it does not stay, or when the set has fewer than 100 pairs.
-
-    Args:
-        teacher: the teacher as the run would use it.
-        verification_set: pairs of aligned faces; at least 10 of them, of both kinds.
-        pairs: how many of them at most decide on accuracy; 20 or more.
-        batch_size: images a forward pass.
-
-    Returns:
-        The report.
+    InsightFace's ten folds, is then taken of the best and of the one in use on up to ``pairs`` pairs, 20 or more. The
+    warning comes when the separation in use is more than 2 % below the best one and stays below it in 99 % of 500
+    resamples; a note says so when it does not stay, or when the set has fewer than 100 pairs.
 
     Raises:
-        DataError: too few pairs, one kind of pair only, or an image that cannot be decoded.
+        DataError: fewer than five pairs of a kind, too few ``pairs``, or an image that cannot be decoded.
     """
     if verification_set is None:
         return TeacherReport(teacher)

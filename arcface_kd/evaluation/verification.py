@@ -130,19 +130,12 @@ def ten_fold_accuracy(distances: NDArray[Any], is_same: NDArray[np.bool_]) -> tu
 def ten_fold_val(
     distances: NDArray[Any], is_same: NDArray[np.bool_], far: float
 ) -> tuple[NDArray[Any], NDArray[Any]] | None:
-    """InsightFace's validation rate: TAR of each fold at the threshold with a given FAR on the other nine.
+    """InsightFace's validation rate: TAR and FAR (10,) of the folds at the threshold with a FAR on the other nine.
 
     The threshold lies on the straight line between the last of 0, 0.001, ..., 3.999 whose FAR on the nine folds does
-    not exceed ``far`` and the next one (what ``interp1d(kind="slinear")`` gave before scipy refused a curve with
-    repeated values); it is 0 when the FAR never reaches ``far``.
-
-    Args:
-        distances: (P,) float64 squared L2 distances, P >= 10.
-        is_same: (P,) bool.
-        far: wanted FAR, in (0, 1].
-
-    Returns:
-        TAR (10,) and FAR (10,) of the folds; ``None`` when a fold lacks genuine or impostor pairs.
+    not exceed ``far``, in (0, 1], and the next one (what ``interp1d(kind="slinear")`` gave before scipy refused a curve
+    with repeated values); it is 0 when the FAR never reaches ``far``. Distances (P,) are squared L2, P >= 10. None when
+    a fold lacks genuine or impostor pairs.
     """
     folds = fold_numbers(len(distances))
     genuine = np.bincount(folds[is_same], minlength=FOLDS)

@@ -31,13 +31,9 @@ Ranges = Mapping[str, tuple[float, float]]
 class FakeQuantizedGraph(TorchGraph):
     """An ONNX graph whose weights and activations are rounded where :func:`arcface_kd.export.int8.quantize` does it.
 
-    In evaluation mode. Weights are int8 with a scale for each output channel; activations, the inputs and outputs of
-    the same nodes, uint8 with a scale each, which is learned and begins with the mean range of batches.
-
-    Args:
-        graph: in float32.
-        leading: as `quantize` takes it.
-        shown: (N, 3, S, S) images, prepared as the graph wants them.
+    It is in evaluation mode. Weights are int8 with a scale for each output channel; activations, the inputs and outputs
+    of the same nodes, uint8 with a scale each, which is learned and begins with the mean range of batches. The graph is
+    in float32, ``leading`` as `quantize` takes it; ``shown`` are (N, 3, S, S) images, prepared as the graph wants them.
     """
 
     def __init__(self, graph: OnnxGraph, leading: float, shown: Tensor) -> None:
@@ -124,10 +120,8 @@ def tune(
         steps: of Adam, its rate falling to 0; at least 1.
 
     Returns:
-        The serialised model, in float32 with other weights, and the ranges that go with it.
-
-    Raises:
-        TeacherError: an operator that torch has no counterpart of here.
+        The serialised model, in float32 with other weights, and the ranges that go with it. A TeacherError names an
+        operator that torch has no counterpart of here.
     """
     device = default_device()
     graph = OnnxGraph(model, "data", "embedding", size=112, fixed_batch=None, parameter_count=0, digest="")

@@ -35,9 +35,6 @@ def export_pack(
         detector: a face detector's ``.onnx`` file, such as another pack's; FaceAnalysis wants one in every pack.
         options: as `export` takes them.
 
-    Returns:
-        What was written.
-
     Raises:
         ConfigError: a folder that is there or whose name no pack can have, or a file that is no detector.
         ArcfaceKDError: insightface does not load the pack, or see `export`; no folder is left.

@@ -36,15 +36,8 @@ def distance_loss(student: Tensor, teacher: Tensor, rows: slice) -> Tensor:
 
     A distance is taken relative to the mean distance in the batch, over pairs that are apart. Differences are Huber's
     (quadratic below 1, then linear), and their mean is over all ``B * B`` ordered pairs, a row with itself included, as
-    in the published code.
-
-    Args:
-        student: (B, D) embeddings, any norm.
-        teacher: (B, Dt) embeddings, any norm; they get no gradient.
-        rows: whose pairs are summed; parts of disjoint slices add up to the loss.
-
-    Returns:
-        A scalar.
+    in the published code. Student (B, D) and teacher (B, Dt), which gets no gradient, may have any norm. Parts of
+    disjoint ``rows`` add up to the loss.
     """
     of_student = _relative_distances(inner_products(student))
     of_teacher = _relative_distances(inner_products(teacher.detach())).to(of_student.dtype)
@@ -55,19 +48,11 @@ def angle_loss(student: Tensor, teacher: Tensor, rows: slice, chunk: int | None 
     """Some rows' part of the mean difference of angles (Park et al., CVPR 2019, equations 9 to 11).
 
     What is compared is the cosine at a row between every two rows, by Huber's difference. The mean is over all
-    ``B * B * B`` ordered triples, degenerate ones included, as in the published code; the direction between two rows at
-    one point counts as 0.
+    B^3 ordered triples, degenerate ones included, as in the published code; the direction between two rows at one
+    point counts as 0. ``rows`` are the vertices; the rest is as in :func:`distance_loss`.
 
-    Memory: O(chunk x B x B), on a GPU with Triton O(B x B). Time: O(rows x B x B).
-
-    Args:
-        student: (B, D) embeddings, any norm.
-        teacher: (B, Dt) embeddings, any norm; they get no gradient.
-        rows: vertices whose angles are summed; parts of disjoint slices add up to the loss.
-        chunk: vertices at a time; None chooses by device.
-
-    Returns:
-        A scalar.
+    Memory: O(chunk x B x B), on a GPU with Triton O(B x B). Time: O(rows x B x B). ``chunk`` vertices are taken at a
+    time; None chooses by device.
     """
     of_student, of_teacher = inner_products(student), inner_products(teacher.detach())
     batch = max(student.shape[0], 1)
@@ -75,17 +60,11 @@ def angle_loss(student: Tensor, teacher: Tensor, rows: slice, chunk: int | None 
 
 
 def squared_distance(student: Tensor, teacher: Tensor) -> Tensor:
-    r"""Squared L2 distance of unit embeddings, summed over the dimension and averaged over the batch.
+    """Squared L2 distance of unit embeddings, summed over the dimension, averaged over the batch, in [0, 4].
 
     For unit vectors ``||f_s - f_t||^2 = 2 (1 - cos(f_s, f_t))``; the difference is taken first, so that nothing cancels
-    where the two are near.
-
-    Args:
-        student: (B, D) embeddings, any norm. fp64 is computed in fp64, all else in fp32.
-        teacher: (B, D) embeddings, any norm; they get no gradient.
-
-    Returns:
-        A scalar in [0, 4]; 0 for an empty batch.
+    where the two are near. Both are (B, D), of any norm; the teacher's get no gradient. fp64 is computed in fp64, all
+    else in fp32. An empty batch has a distance of 0.
     """
     dtype = format_of_sums(student)
     difference = normalize(student.to(dtype)) - normalize(teacher.detach().to(dtype))

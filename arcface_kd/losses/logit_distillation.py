@@ -238,21 +238,12 @@ def teacher_logits(
     *,
     chunk: int | None = None,
 ) -> TeacherLogits:
-    """The teacher's logits of a gathered batch against this rank's shard of its classifier.
+    """The teacher's logits (K, B) of a gathered batch against this rank's shard of its classifier, without gradient.
 
-    Args:
-        embeddings: (B, Dt) the teacher's embeddings, any norm. fp64 is computed in fp64, all else in fp32.
-        labels: (B,) int64 labels over all classes, negative ones for none.
-        weights: the teacher's classifier, (C, Dt).
-        scale: the logit scale s.
-        temperature: T.
-        chunk: classes at a time; None chooses by device.
-
-    Returns:
-        The logits, (K, B) in memory, without gradient.
-
-    Raises:
-        ValueError: shapes that do not belong together.
+    ``embeddings`` are (B, Dt), any norm: fp64 is computed in fp64, all else in fp32; ``labels`` (B,) int64 over all
+    classes, negative ones for none; ``weights`` the classifier, (C, Dt). ``scale`` is the logit scale s,
+    ``temperature`` T. ``chunk`` classes are taken at a time; None chooses by device. A ValueError names shapes that do
+    not belong together.
     """
     check_matrices(embeddings, weights.centers, labels, "the teacher's ")
     with torch.autocast(embeddings.device.type, enabled=False):

@@ -12,25 +12,17 @@ EPSILON = 1e-6
 
 
 def align_scale(student: Tensor, teacher: Tensor, ranks: RankGroup | None = None) -> Tensor:
-    r"""CrossKD's ``align_scale`` (Wang et al., CVPR 2024, arXiv 2306.11369).
+    """CrossKD's ``align_scale`` (Wang et al., CVPR 2024, arXiv 2306.11369).
 
         (f - mean_s) / (std_s + 1e-6) * std_t + mean_t
 
     for each channel, with the mean and the unbiased standard deviation over batch, height and width of the maps at
     hand. The gradient goes through the student's mean and deviation as well; the teacher's are constants. A deviation
-    of 0 gets no gradient.
+    of 0 gets no gradient. fp64 is computed in fp64, all else in fp32.
 
-    Args:
-        student: (B, C, H, W). fp64 is computed in fp64, all else in fp32.
-        teacher: (B', C, H', W'), most often of the same shape; no gradient reaches it.
-        ranks: ranks that share a batch: the statistics are those of all their maps, and all of them have to call. None
-            takes those of this rank's maps, as the published code does.
-
-    Returns:
-        (B, C, H, W), the student's map with the teacher's mean and deviation in each channel.
-
-    Raises:
-        ValueError: maps of other than four dimensions or of unequal channels, or one value in a channel.
+    ``student`` is (B, C, H, W), as is the result, ``teacher`` (B', C, H', W'). With ``ranks`` the statistics are those
+    of all their maps, and all of them have to call; None takes those of this rank's maps, as the published code does. A
+    ValueError names maps of other than four dimensions or of unequal channels, or one value in a channel.
     """
     if student.dim() != 4 or teacher.dim() != 4 or student.shape[1] != teacher.shape[1]:
         raise ValueError(

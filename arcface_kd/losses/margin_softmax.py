@@ -166,13 +166,13 @@ def margin_softmax(
     Args:
         embeddings: (B, D) gathered embeddings, any norm.
         labels: (B,) int64 labels over all classes, negative ones for none.
-        centers: as in :class:`~arcface_kd.losses.class_weights.ClassWeights`, like the next five.
+        centers: (C, D) class centers, any norm.
         margin: the margin and the logit scale.
-        inverse_norms: see ``centers``.
-        class_start: see ``centers``.
-        index: see ``centers``.
-        ranks: see ``centers``; None for a single process.
-        product_dtype: see ``centers``.
+        inverse_norms: (C,) one over the centers' norms, where they are known.
+        class_start: the first class of this shard.
+        index: (K,) int64, sorted positions of the classes that take part; None for all.
+        ranks: the ranks that share the classes; None for a single process.
+        product_dtype: number format of the matrix products' factors; None for that of the sums.
         chunk: classes at a time; None chooses by device.
         row_m2: (B,) an additive angular margin for each row in radians.
 

@@ -111,14 +111,7 @@ class Bank(Method):
         return cls.requires | ({Requirement.TEACHER_CLASSIFIER} if config.of == "classes" else frozenset())
 
     def forward(self, batch: Batch) -> dict[str, Tensor]:
-        """Hold the gathered batch against the bank; each rank takes its own rows' part.
-
-        Args:
-            batch: the gathered batch, with teacher embeddings, whether its rows have labels or not.
-
-        Returns:
-            The terms.
-        """
+        """Hold the gathered batch, with or without labels, against the bank; each rank takes its own rows' part."""
         assert batch.teacher is not None
         config, ranks = self.config, self.context.ranks
         rows, count = ranks.own_slice(batch.sizes), max(1, len(batch.projected))

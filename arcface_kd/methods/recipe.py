@@ -35,13 +35,9 @@ class Recipe(ABC):
     @classmethod
     @abstractmethod
     def next_run(cls, config: Mapping[str, Any]) -> Stage | None:
-        """The run to start next, or to resume; which are done is read from their checkpoints.
+        """The run to start next, or to resume; None when all are done, which is read from their checkpoints.
 
-        Args:
-            config: a merged arcface_torch config with ``output`` and the keys of a run.
-
-        Returns:
-            The run; None when all are done.
+        ``config`` is a merged arcface_torch config with ``output`` and the keys of a run.
         """
 
 

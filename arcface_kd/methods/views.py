@@ -11,16 +11,10 @@ _SAME = "student.augment.teacher=same"
 
 
 def refuse_views(kd: KDConfig, types: Mapping[str, type[Method]], configs: Mapping[str, Any]) -> None:
-    """Refuse what does not fit, by name.
+    """Refuse methods (their types and options by name) that do not fit the ``kd*`` keys, by a ConfigError.
 
-    Args:
-        kd: the ``kd*`` keys.
-        types: the run's methods by name.
-        configs: their options by name.
-
-    Raises:
-        ConfigError: ``same`` with a cache, with class means or with a method that wants ``clean``; mixtures of faces
-            that the teacher does not see, or a method that needs labels, which a mixture has none of.
+    These are: ``same`` with a cache, with class means or with a method that wants ``clean``; mixtures of faces that the
+    teacher does not see, or a method that needs labels, which a mixture has none of.
     """
     options = kd.student
     view, mixing = options.augment__teacher, f"student.augment={','.join(options.augment)} mixes faces"

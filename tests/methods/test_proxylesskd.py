@@ -77,10 +77,7 @@ def test_arcdistill_and_cosdistill_bring_the_published_margins(
 def test_sampling_keeps_every_class_of_the_batch_in() -> None:
     given, classifier = batch()
     cases: tuple[dict[str, Any], ...] = ({"sample_rate": 0.6, "seed": 1}, {})
-    few, many = (
-        ProxylessKD(ProxylessKDConfig(), context(classifier, **keys)).double()(given)["ce"]
-        for keys in cases
-    )
+    few, many = (ProxylessKD(ProxylessKDConfig(), context(classifier, **keys)).double()(given)["ce"] for keys in cases)
     assert 0 < few < many
 
 

@@ -35,17 +35,7 @@ def adadistill_step(
     alpha: str = "weighted",
     repeated: str = "mean",
 ) -> Step:
-    """Alpha, the moving average and the loss for a whole (gathered) batch.
-
-    Args:
-        student: (B, D); its gradient comes from ``loss.backward()``.
-        teacher: (B, D).
-        labels: (B,), -1 for none.
-        centers: (C, D) before the step, not changed.
-        margin: the margin.
-        alpha: ``weighted`` or ``plain``.
-        repeated: ``mean`` or ``last``.
-    """
+    """Alpha, the moving average and the loss of a gathered batch; ``centers`` are those before the step, not changed."""
     before, after = centers, centers.clone()
     alphas = torch.full((len(labels),), torch.nan, dtype=centers.dtype)
     proposals: dict[int, list[Tensor]] = {}

@@ -28,19 +28,10 @@ def crosskd_terms(
     scale: float = 64.0,
     temperature: float = 4.0,
 ) -> tuple[Tensor, Tensor]:
-    """Mean 1 - cos(e_cross, e_t) and mean T^2 KL(p_t || p_cross) of a batch.
+    """Mean 1 - cos(e_cross, e_t) and mean T^2 KL(p_t || p_cross) of a batch of maps; ``tail`` embeds one map.
 
-    Args:
-        student_map: (B, C, H, W).
-        teacher_map: (B, Ct, Ht, Wt).
-        tail: from one map to its embedding.
-        adapter: weight (Ct, C) and bias (Ct,) of the 1x1 convolution, None for none.
-        align: with align_scale.
-        groups: rows of each rank, whose statistics are taken apart; None takes them together.
-        labels: (B,); rows without one have no logits compared. None means that all have one.
-        classifier: (classes, Dt) of the teacher, None leaves the logits out.
-        scale: of the logits.
-        temperature: T.
+    ``adapter`` are weight (Ct, C) and bias (Ct,) of the 1x1 convolution; ``groups`` the rows of each rank, whose
+    statistics are taken apart; rows without a label, and a classifier of None, have no logits compared.
     """
     adapted = student_map
     if adapter is not None:

@@ -43,17 +43,7 @@ def ekd_step(
     momentum: float = 0.01,
     weights: tuple[float, float] = (0.02, 0.01),
 ) -> Step:
-    """One step over a whole (gathered) batch.
-
-    Args:
-        student: (B, D).
-        teacher: (B, Dt).
-        labels: (B,), -1 for none.
-        before: thresholds before the step; None in the first.
-        hardest: negative pairs that are taken.
-        momentum: of this batch's thresholds.
-        weights: of positive and negative pairs.
-    """
+    """One step over a whole (gathered) batch; ``before`` are the thresholds before it, None in the first."""
     positive: list[tuple[Tensor, Tensor]] = []
     negative: list[tuple[Tensor, Tensor]] = []
     for i in range(len(labels)):

@@ -26,16 +26,9 @@ def _gate(x: Tensor, state: Mapping[str, Tensor], name: str) -> Tensor:
 
 
 def ir_embeddings(state: Mapping[str, Tensor], images: Tensor, starts: set[int]) -> Tensor:
-    """Embeddings of a network whose tensors are called as the authors call them.
+    """Embeddings (B, D) of a network whose tensors are called as the authors call them, not normalised.
 
-    Args:
-        state: the tensors.
-        images: (B, 3, S, S), prepared.
-        starts: numbers of the units that halve the map, in their last convolution but for a bottleneck's, which is the
-            last 1x1.
-
-    Returns:
-        (B, D), not normalised.
+    ``starts`` are the numbers of the units that halve the map, in their last convolution.
     """
     state = {name: tensor.double() for name, tensor in state.items()}
     x = conv2d(images.double(), state["input_layer.0.weight"], padding=1)

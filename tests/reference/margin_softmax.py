@@ -30,13 +30,8 @@ def dense_margin_softmax(
 ) -> Tensor:
     """The loss over all classes at once, in the number format of the inputs.
 
-    Args:
-        embeddings: (B, D).
-        labels: (B,), -1 for none.
-        centers: (C, D), of the whole data set.
-        margin: the margin.
-        index: classes that take part, beside each row's own; None for all.
-        product_dtype: the format that autocast would give the product.
+    Beside each row's own class those of ``index`` take part, None for all; ``product_dtype`` is the format that
+    autocast would give the product.
     """
     unit, directions = normalize(embeddings), normalize(centers)
     if product_dtype is None:

@@ -1,12 +1,10 @@
-"""MarginDistillation as the paper writes it: a margin for each image, then one row after the other."""
-
-from dataclasses import replace
+"""MarginDistillation as the paper writes it: a margin for each image, then ProxylessKD's twin."""
 
 import torch
 from torch import Tensor
 
 from arcface_kd.losses.margin import Margin
-from tests.reference.margin_softmax import target_cosine
+from tests.reference.proxylesskd import proxylesskd_loss
 
 
 def _cosine(a: Tensor, b: Tensor) -> Tensor:
@@ -34,26 +32,6 @@ def margindistillation_loss(
     largest: float = 0.5,
     smallest: float = 0.2,
 ) -> Tensor:
-    """Mean cross entropy of the student's rows under the teacher's classes.
-
-    Args:
-        student: (B, D).
-        teacher: (B, D).
-        labels: (B,), -1 for none.
-        classifier: (C, D), of the whole data set.
-        scale: the logit scale.
-        largest: M max.
-        smallest: M min.
-    """
-    losses = []
+    """Mean cross entropy of the student's rows under the teacher's classes, each with its margin."""
     margins = margins_of(teacher, labels, classifier, largest, smallest)
-    for row, label, m2 in zip(student, labels.tolist(), margins, strict=True):
-        if label < 0:
-            continue
-        margin = replace(Margin(scale), m2=m2)
-        logits = []
-        for number, center in enumerate(classifier):
-            cosine = _cosine(row, center)
-            logits.append(scale * (target_cosine(cosine, margin) if number == label else cosine))
-        losses.append(torch.stack(logits).logsumexp(0) - logits[label])
-    return torch.stack(losses).mean()
+    return proxylesskd_loss(student, labels, classifier, [Margin(scale, 1.0, m2) for m2 in margins])

@@ -8,13 +8,7 @@ def unit(row: np.ndarray) -> np.ndarray:
 
 
 def merged_rows(teachers: list[np.ndarray], how: str, count: int = 0) -> np.ndarray:
-    """Unit vectors of the merged teacher.
-
-    Args:
-        teachers: (N, D_i) each, any norms.
-        how: ``concat``, ``mean`` or ``pca``.
-        count: axes of ``pca``, up to sign.
-    """
+    """Unit vectors of the teachers (N, D_i), by ``concat``, ``mean`` or ``pca`` with ``count`` axes, up to sign."""
     rows = []
     for number in range(len(teachers[0])):
         parts = [unit(teacher[number]) for teacher in teachers]

@@ -10,15 +10,8 @@ from tests.reference.proxylesskd import proxylesskd_loss
 def unfolded_coordinates(features: Tensor, matrix: Tensor, offset: Tensor, mean: Tensor, axes: Tensor) -> Tensor:
     """``(f_s - mu) V`` for the student's place ``f_s`` in the teacher's space, which a linear map leads to.
 
-    Args:
-        features: (B, H) what the student's last layers are given.
-        matrix: (k, H) from there to the student's distances along the axes.
-        offset: (k,).
-        mean: (Dt,).
-        axes: (k, Dt), orthonormal.
-
-    Returns:
-        (B, k).
+    ``features`` (B, H) are what the student's last layers are given, ``matrix`` (k, H) and ``offset`` (k,) lead to its
+    distances along the orthonormal axes (k, Dt).
     """
     rows = []
     for feature in features:
@@ -28,28 +21,12 @@ def unfolded_coordinates(features: Tensor, matrix: Tensor, offset: Tensor, mean:
 
 
 def classification(student: Tensor, labels: Tensor, classifier: Tensor, margin: Margin, mask: Tensor) -> Tensor:
-    """Margin softmax along the axes that are left.
-
-    Args:
-        student: (B, D) coordinates.
-        labels: (B,), -1 for none.
-        classifier: (C, D), of the whole data set.
-        margin: without interclass filter.
-        mask: (D,).
-    """
+    """Margin softmax of coordinates (B, D) along the axes that the mask (D,) leaves."""
     return proxylesskd_loss(student * mask, labels, classifier * mask.detach(), margin)
 
 
 def mimic_distance(student: Tensor, teacher: Tensor, mean: Tensor, axes: Tensor, mask: Tensor) -> Tensor:
-    """Mean over the rows of the squared distance to the teacher along the axes that are left.
-
-    Args:
-        student: (B, D) coordinates.
-        teacher: (B, Dt).
-        mean: (Dt,).
-        axes: (k, Dt).
-        mask: (D,).
-    """
+    """Mean over the rows of the squared distance to the teacher along the axes that the mask leaves."""
     total = student.new_zeros(())
     for row, embedding in zip(student, teacher, strict=True):
         for number, axis in enumerate(axes):

@@ -88,10 +88,7 @@ def multiply_adds(model: nn.Module, size: int = 112, device: torch.device | str 
 def size_line(model: nn.Module, size: int = 112) -> str:
     """A network's parameters and multiply-adds in words: ``2.06 M parameters, 438 M multiply-adds an image``.
 
-    Args:
-        model: the network; its mode is as before afterwards. Of one that does not take (1, 3, size, size) images, the
-            parameters alone are told.
-        size: height and width of the images, in pixels.
+    Of a network that does not take (1, 3, size, size) images, the parameters alone are told. Its mode stays.
     """
     words = f"{sum(parameter.numel() for parameter in model.parameters()) / 1e6:.2f} M parameters"
     training, half = model.training, isinstance(model, FaceBackbone) and model.fp16
@@ -183,18 +180,10 @@ def latency(
     *,
     seconds: float = _SECONDS / 2,
 ) -> Latency | None:
-    """Time single images.
+    """Time single images (1, 3, size, size) of a model in evaluation mode.
 
-    Args:
-        model: (1, 3, size, size) images to embeddings, in evaluation mode.
-        file: what it was read from. An ONNX file is run as it is, by onnxruntime on the CPU with its own defaults, and
-            ``model`` is not.
-        size: height and width of the images, in pixels.
-        device: of the model.
-        seconds: no further image after so long; 20 are always timed, and 50 at most.
-
-    Returns:
-        The latency; None for an ONNX file that onnxruntime does not run as it is.
+    An ONNX ``file`` is run as it is, by onnxruntime on the CPU with its own defaults, and ``model`` is not; None where
+    onnxruntime does not run it. 20 images are always timed, no further one after so many ``seconds``, and 50 at most.
     """
     where = torch.device(device)
     if file is not None and file.suffix.lower() == ".onnx":
