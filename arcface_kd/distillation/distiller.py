@@ -187,7 +187,8 @@ class Distiller:
         Raises ConfigError where images are to be degraded, and the loader is not this package's.
         """
         self.has_head = True
-        _require_degrading_loader(self)
+        if self.student_options.augmentation:
+            _require_our_loader(self, "student.augment")
         shown, self._shown = self._shown, None
         return shown if shown is not None and len(shown.index) == rows else None
 
@@ -230,7 +231,8 @@ class Distiller:
         self._batches += 1
         if first := self._batches == 1:
             _tell_range(images)
-            _require_our_loader(self)
+            if self.kd.cache is not None and not self.cache_is_off:
+                _require_our_loader(self, f"kd_cache={self.kd.cache}")
         views, self._views = self._views, None
         # The head says that views are missing: activation checkpointing runs the student again without it.
         self._untold = views is None and (
@@ -331,19 +333,11 @@ def _tell_range(images: Tensor) -> None:
         )
 
 
-def _require_our_loader(distiller: Distiller) -> None:
-    if distiller.kd.cache is not None and distiller.faces is None and not distiller.cache_is_off:
+def _require_our_loader(distiller: Distiller, setting: str) -> None:
+    if distiller.faces is None:
         raise ConfigError(
-            f"kd_cache={distiller.kd.cache} has no effect: the images come from a loader that is not arcface_kd's and "
-            "does not say what records they are; use get_dataloader and use_cache, or leave kd_cache out"
-        )
-
-
-def _require_degrading_loader(distiller: Distiller) -> None:
-    if distiller.student_options.augmentation and distiller.faces is None:
-        raise ConfigError(
-            "student.augment has no effect: the images come from a loader that is not arcface_kd's; use get_dataloader "
-            "and use_cache, or leave it out"
+            f"{setting} has no effect: the images come from a loader that is not arcface_kd's and does not say what "
+            f"records they are; use get_dataloader and use_cache, or leave {setting} out"
         )
 
 

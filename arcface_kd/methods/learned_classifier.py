@@ -1,19 +1,14 @@
 """The trainer's own classification: a learned classifier under margin softmax, sharded as PartialFC does."""
 
-from dataclasses import dataclass
 from typing import ClassVar
 
 from torch import Tensor, nn
 
+from arcface_kd.config.options import Options
 from arcface_kd.losses.margin_softmax import sharded_margin_softmax
 from arcface_kd.methods.base import Batch, Method, RunContext
 from arcface_kd.methods.class_centers import initial_centers
 from arcface_kd.methods.class_sampling import step_classes
-
-
-@dataclass(frozen=True)
-class ClassifierConfig:
-    """No knobs: margin, sample rate and filter are the trainer's own keys."""
 
 
 class LearnedClassifier(Method):
@@ -23,13 +18,14 @@ class LearnedClassifier(Method):
         and alone when distillation is off.
     """
 
-    Config = ClassifierConfig
+    # No knobs: margin, sample rate and filter are the trainer's own keys.
+    Config = Options
     classifies: ClassVar[bool] = True
     computes_part: ClassVar[bool] = True
     sharded: ClassVar[tuple[str, ...]] = ("weight",)
 
     def __init__(self, context: RunContext) -> None:
-        super().__init__(ClassifierConfig(), context)
+        super().__init__(Options(), context)
         self.shard = context.ranks.shard(context.num_classes)
         self.weight = nn.Parameter(initial_centers(self.shard, context.embedding_size, context.seed))
 

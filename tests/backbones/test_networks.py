@@ -30,7 +30,6 @@ LAYOUTS = {
 }
 OF_THE_HOST = ("r18", "r34", "r50", "r100", "r200", "mbf", "mbf_large")
 SMALL = ("r18", "mbf", "mobilefacenet", "thin_r18", "ghostfacenet:version=2,width=0.3,stride=2")
-HALF = {"cpu": torch.bfloat16, "cuda": torch.float16}
 
 
 Network = TypeVar("Network", bound=nn.Module)
@@ -90,12 +89,8 @@ def test_every_trainable_parameter_gets_a_finite_gradient(name: str) -> None:
             assert parameter.grad.abs().sum() > 0, key
 
 
-def first_convolution(network: nn.Module) -> nn.Conv2d:
-    return next(m for m in network.modules() if isinstance(m, nn.Conv2d))
-
-
-def embedding_layer(network: nn.Module) -> nn.Linear:
-    return next(m for m in network.modules() if isinstance(m, nn.Linear))
+def first_of(network: nn.Module, kind: type[nn.Module]) -> nn.Module:
+    return next(module for module in network.modules() if isinstance(module, kind))
 
 
 @pytest.mark.parametrize("name", SMALL)
@@ -104,8 +99,9 @@ def embedding_layer(network: nn.Module) -> nn.Linear:
 def test_precision_is_the_networks_own(name: str, fp16: bool, surrounding: bool) -> None:
     network = settled(get_backbone(name, num_features=32, fp16=fp16), faces(4)).eval()
     seen: dict[str, torch.dtype] = {}
-    first_convolution(network).register_forward_hook(lambda m, i, o: seen.update(convolution=o.dtype))
-    embedding_layer(network).register_forward_hook(lambda m, i, o: seen.update(embedding=o.dtype, flat=i[0].dtype))
+    first_of(network, nn.Conv2d).register_forward_hook(lambda m, i, o: seen.update(convolution=o.dtype))
+    embedding = first_of(network, nn.Linear)
+    embedding.register_forward_hook(lambda m, i, o: seen.update(embedding=o.dtype, flat=i[0].dtype))
     with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16, enabled=surrounding):
         embeddings = network(faces(2, seed=1))
     assert seen["convolution"] == (torch.bfloat16 if fp16 else torch.float32)
@@ -124,22 +120,11 @@ def test_bfloat16_stays_close_to_float32(name: str) -> None:
     assert nn.functional.cosine_similarity(exact, half).min() > 0.98
 
 
-@pytest.mark.parametrize("name", SMALL)
-def test_channels_last_changes_nothing_but_rounding(name: str) -> None:
-    network = settled(get_backbone(name), faces(8)).eval()
-    images = faces(2, seed=1)
-    with torch.no_grad():
-        expected = network(images)
-        network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-        met = network(images.contiguous(memory_format=torch.channels_last))
-    torch.testing.assert_close(met, expected, rtol=1e-3, atol=1e-3)
-
-
 @pytest.mark.parametrize("name", ["r18", "thin_r18"])
 def test_dropout_acts_in_training_only(name: str) -> None:
     network = settled(get_backbone(name, dropout=0.4, num_features=8), faces(4))
     seen: list[Tensor] = []
-    embedding_layer(network).register_forward_hook(lambda m, i, o: seen.append(i[0].detach()))
+    first_of(network, nn.Linear).register_forward_hook(lambda m, i, o: seen.append(i[0].detach()))
     network(faces(4))
     network.eval()(faces(4))
     zeros = [(flat == 0).float().mean().item() for flat in seen]

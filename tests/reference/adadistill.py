@@ -35,7 +35,7 @@ def adadistill_step(
     alpha: str = "weighted",
     repeated: str = "mean",
 ) -> Step:
-    """Alpha, the moving average and the loss of a gathered batch; ``centers`` are those before the step, not changed."""
+    """Alpha, the moving average and the loss of a gathered batch; ``centers`` stay as they are."""
     before, after = centers, centers.clone()
     alphas = torch.full((len(labels),), torch.nan, dtype=centers.dtype)
     proposals: dict[int, list[Tensor]] = {}

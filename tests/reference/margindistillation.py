@@ -1,6 +1,5 @@
 """MarginDistillation as the paper writes it: a margin for each image, then ProxylessKD's twin."""
 
-import torch
 from torch import Tensor
 
 from arcface_kd.losses.margin import Margin

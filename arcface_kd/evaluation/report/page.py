@@ -14,7 +14,7 @@ from arcface_kd.data.formats.image import decode_rgb
 from arcface_kd.errors import ConfigError
 from arcface_kd.evaluation.report.comparison import ComparedSet, Comparison, Contestant, Score
 from arcface_kd.evaluation.report.cost import BATCH_SIZE
-from arcface_kd.evaluation.report.pictures import Picture, draw_band, draw_curves, draw_histograms, draw_roc
+from arcface_kd.evaluation.report.pictures import Picture, draw_curves, draw_histograms, draw_roc
 from arcface_kd.evaluation.report.run_folder import RunFolder
 from arcface_kd.evaluation.report.scalars import Curve
 from arcface_kd.evaluation.score_table import ScoreTable, score_tables
@@ -259,6 +259,11 @@ def _score_pictures(comparison: Comparison) -> list[InlinePicture]:
 def _training_parts(contestants: Sequence[Contestant]) -> list[Part]:
     runs = [contestant.run for contestant in contestants if contestant.run is not None]
     parts = []
+
+    def add(title: str, pictures: Sequence[Picture], *notes: str) -> None:
+        if pictures:
+            parts.append(Part(title, notes=notes, pictures=[_inline(picture) for picture in pictures]))
+
     found = {run.name: run.loss_terms() for run in runs}
     among = [contestant.name for contestant in contestants]
     names = dict.fromkeys(term for terms in found.values() for term in terms)
@@ -269,26 +274,20 @@ def _training_parts(contestants: Sequence[Contestant]) -> list[Part]:
     total = {run.name: run.curves["loss"] for run in runs if "loss" in run.curves}
     if total and losses:
         losses.insert(0, draw_curves("loss, all terms together", total, y="loss", among=among))
-    if losses:
-        parts.append(Part("Loss terms", pictures=[_inline(picture) for picture in losses]))
+    add("Loss terms", losses)
     shares = [
         draw_curves(f"gradient shares, {run.name}", family, y="share of the gradient norms", limits=(0, 1))
         for run in runs
         if len(family := run.family(_SHARES)) > 1
     ]
-    if shares:
-        note = "The share of each term in the gradient that reaches the embeddings: one near 0 has no say."
-        parts.append(Part("Gradient shares", notes=[note], pictures=[_inline(picture) for picture in shares]))
+    note = "The share of each term in the gradient that reaches the embeddings: one near 0 has no say."
+    add("Gradient shares", shares, note)
     adaptation = [_alpha_picture(run) for run in runs if f"{_ALPHA}mean" in run.curves]
     drifts = {run.name: run.curves[_DRIFT] for run in runs if _DRIFT in run.curves}
     if drifts:
         adaptation.append(draw_curves("center drift", drifts, y="1 - cosine of old and new", among=among))
-    if adaptation:
-        note = (
-            "Alpha is the share of an old class center that stays; the drift is how far the centers of a batch turn in "
-            "one step."
-        )
-        parts.append(Part("Class centers", notes=[note], pictures=[_inline(picture) for picture in adaptation]))
+    note = "Alpha: the share of an old class center that stays. Drift: how far a batch's centers turn in one step."
+    add("Class centers", adaptation, note)
     silent = [run.name for run in runs if not run.curves]
     if silent:
         parts.append(Part(notes=[f"No curves: {', '.join(silent)} left no TensorBoard scalars."]))
@@ -298,10 +297,10 @@ def _training_parts(contestants: Sequence[Contestant]) -> list[Part]:
 def _alpha_picture(run: RunFolder) -> Picture:
     found = run.family(_ALPHA)
     title = f"alpha, {run.name}"
-    if {"q10", "q90"} <= found.keys():
-        lines = [(name, found[key]) for key, name in (("mean", "mean"), ("q50", "median")) if key in found]
-        return draw_band(title, lines, (found["q10"], found["q90"]), y="alpha")
-    return draw_curves(title, found, y="alpha", limits=(0, 1))
+    band = (found["q10"], found["q90"]) if {"q10", "q90"} <= found.keys() else None
+    if band is not None:
+        found = {name: found[key] for key, name in (("mean", "mean"), ("q50", "median")) if key in found}
+    return draw_curves(title, found, y="alpha", limits=(0, 1), band=band)
 
 
 def _hardest_parts(comparison: Comparison, faces: bool) -> list[Part]:

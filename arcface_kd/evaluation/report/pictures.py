@@ -166,12 +166,17 @@ def draw_curves(
     y: str,
     among: Sequence[str] | None = None,
     limits: tuple[float, float] | None = None,
+    band: tuple[Curve, Curve] | None = None,
 ) -> Picture:
-    """Values over training steps.
+    """Values over training steps, inside the band that two others, over the same steps, bound.
 
     ``among`` are all names that have colours, so that one looks alike in pictures where others are missing.
     """
     with _drawing() as (figure, (axes,)):
+        if band is not None:
+            low, high = _thinned(band[0]), _thinned(band[1])
+            colour = next(iter(_COLOURS))
+            axes.fill_between(low.x, low.y, high.y, color=colour, alpha=0.2, linewidth=0, label="10 to 90 %")
         coloured = list(curves if among is None else among)
         for name, curve in curves.items():
             shown = _thinned(curve)
@@ -181,19 +186,5 @@ def draw_curves(
         if limits is not None:
             axes.set_ylim(*limits)
         axes.legend()
-        return _picture(figure, title, f"{title}: {y} over training steps, of {', '.join(curves)}.")
-
-
-def draw_band(title: str, curves: Sequence[tuple[str, Curve]], band: tuple[Curve, Curve], *, y: str) -> Picture:
-    """Values over training steps inside the band that two others, over the same steps, bound in [0, 1]."""
-    with _drawing() as (figure, (axes,)):
-        low, high = _thinned(band[0]), _thinned(band[1])
-        axes.fill_between(low.x, low.y, high.y, color=next(iter(_COLOURS)), alpha=0.2, linewidth=0, label="10 to 90 %")
-        for number, (name, curve) in enumerate(curves):
-            shown = _thinned(curve)
-            axes.plot(shown.x, shown.y, label=name, linewidth=1.2, **_look(number))
-        axes.set_xlabel("step")
-        axes.set_ylabel(y)
-        axes.set_ylim(0, 1)
-        axes.legend()
-        return _picture(figure, title, f"{title}: {y} over training steps, with the band of 10 to 90 percent.")
+        around = "" if band is None else ", with the band of 10 to 90 percent"
+        return _picture(figure, title, f"{title}: {y} over training steps, of {', '.join(curves)}{around}.")

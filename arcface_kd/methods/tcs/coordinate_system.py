@@ -97,15 +97,6 @@ def _is_output(student: nn.Module, norm: nn.BatchNorm1d) -> bool:
     return len(seen) == 1 and isinstance(output, Tensor) and torch.equal(seen[0], output)
 
 
-def freeze_norm(norm: nn.BatchNorm1d) -> None:
-    """Take the scale and the offset of a student's last batch norm out of training.
-
-    Before the student is wrapped by ``DistributedDataParallel``, which notes what is trained.
-    """
-    norm.weight.requires_grad_(False)
-    norm.bias.requires_grad_(False)
-
-
 def set_scale(norm: nn.BatchNorm1d, scale: Tensor) -> None:
     """Write the scale (D,) of a student's last batch norm, and zero as its offset."""
     # By `data`, since a step's backward pass may still hold the scale; only outputs that get no gradient are changed

@@ -47,7 +47,7 @@ from arcface_kd.config.options import Count, Options, Range, Share, Weight
 from arcface_kd.errors import CheckpointError, ConfigError
 from arcface_kd.methods.base import Batch, Method, Requirement, RunContext
 from arcface_kd.methods.learned_classifier import LearnedClassifier
-from arcface_kd.methods.tcs.coordinate_system import Basis, choose_axes, embedding_norm, freeze_norm, set_scale
+from arcface_kd.methods.tcs.coordinate_system import Basis, choose_axes, embedding_norm, set_scale
 from arcface_kd.teachers.cache.principal_components import components_of_cache
 
 logger = logging.getLogger(__name__)
@@ -131,8 +131,11 @@ class TCS(Method):
 
     @classmethod
     def prepare_student(cls, config: Any, student: nn.Module) -> None:
-        """Take the student's last batch norm out of training: it is to hold the coordinate system."""
-        freeze_norm(embedding_norm(student))
+        """Take the student's last batch norm, which is to hold the coordinate system, out of training.
+
+        Before the student is wrapped by ``DistributedDataParallel``, which notes what is trained.
+        """
+        embedding_norm(student).requires_grad_(False)
 
     def __init__(self, config: TCSConfig, context: RunContext) -> None:
         super().__init__(config, context)

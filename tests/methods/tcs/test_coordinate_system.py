@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from arcface_kd.backbones import get_backbone
 from arcface_kd.errors import ConfigError
-from arcface_kd.methods.tcs.coordinate_system import choose_axes, embedding_norm, freeze_norm, set_scale
+from arcface_kd.methods.tcs.coordinate_system import choose_axes, embedding_norm, set_scale
 from arcface_kd.teachers.cache.principal_components import components_of_blocks
 from tests.teachers.cache.test_principal_components import spread_rows
 
@@ -49,9 +49,9 @@ class TestAxes:
         assert not torch.equal(choose_axes(COMPONENTS, 64, variance=0.8, basis="random", seed=4).axes, drawn.axes)
 
     def test_more_axes_than_there_can_be(self) -> None:
-        with pytest.raises(ConfigError, match="dimension is 9; it must be at most 8, the student's embedding_size"):
+        with pytest.raises(ConfigError, match=r"dimension is 9; .* 8, the student's embedding_size"):
             choose_axes(COMPONENTS, 8, dimension=9)
-        with pytest.raises(ConfigError, match="at most 12, the number of axes the teacher's embeddings span"):
+        with pytest.raises(ConfigError, match="at most 12, the number of axes"):
             choose_axes(COMPONENTS, 64, dimension=13)
 
 
@@ -74,7 +74,6 @@ class TestLayer:
         student = get_backbone("thin_r18", num_features=6)
         norm = embedding_norm(student)
         norm.bias.data.fill_(1.0)
-        freeze_norm(norm)
         deviations = torch.tensor([0.5, 0.25, 0.1, 0.0, 0.0, 0.0])
         set_scale(norm, deviations)
         embeddings = student(torch.rand(64, 3, 112, 112))
@@ -82,8 +81,6 @@ class TestLayer:
         assert embeddings.mean(0).abs().max() < 1e-6
         assert torch.equal(embeddings[:, 3:], torch.zeros(64, 3))
         assert norm.bias.count_nonzero() == 0
-        assert not norm.weight.requires_grad
-        assert not norm.bias.requires_grad
 
     def test_what_has_no_such_layer_is_refused(self) -> None:
         class Doubled(nn.Sequential):
