@@ -1,4 +1,4 @@
-"""Where a face network's feature maps are, whoever wrote it: found by its modules' names, or named.
+"""Where a face network has its feature maps: found by the names of its modules, or named by the user.
 
 Known by themselves are the networks of this package and of arcface_torch (iresnet, mobilefacenet, vit), whose modules
 are told by their names alone.

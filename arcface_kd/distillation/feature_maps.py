@@ -1,4 +1,4 @@
-"""One run's feature maps: where student and teacher have theirs, and what both have just made of a batch.
+"""The feature maps of student and teacher in one run: where they are taken, and those of the last batch.
 
 Methods that compare maps, or run the student's map through the teacher's tail, say which they want
 (:class:`~arcface_kd.methods.base.MapsWanted`); the maps are those of this rank's own images.

@@ -1,4 +1,4 @@
-"""The drop-in for the trainer's classification head: student embeddings and the teacher's signal to one loss.
+"""The drop-in for the trainer's classification head: one loss from student embeddings and the teacher's signal.
 
 The trainer's loop stays as it is. It calls ``backbone(images)`` and ``head(embeddings, labels)``; between the two lies
 a :class:`~arcface_kd.distillation.distiller.Distiller`, which remembers what the teacher said of the images.

@@ -1,4 +1,4 @@
-"""AdaFace's image quality: how far an embedding's norm lies from the mean of the norms seen so far."""
+"""AdaFace's image quality: an embedding's norm, relative to the running mean and deviation of norms."""
 
 import torch
 from torch import Tensor, nn

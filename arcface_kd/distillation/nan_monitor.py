@@ -1,8 +1,8 @@
-"""NaN and inf caught at the step in which they arise, and named, without a wait for the GPU.
+"""Find NaN and inf in a step, and name their images, without waiting for the GPU.
 
-A few numbers a row say whether it is finite. On a CPU they are looked at at once. From a GPU those of a step are copied
-in one piece beside the computation and looked at two steps later, on every rank at the same place; the message names
-the step that they belong to, and neither head nor student is saved before the last ones have been looked at.
+On a CPU each row's numbers are looked at in the step. From a GPU they are copied in one piece beside the computation
+and looked at two steps later, on every rank at the same place. The message names the step that they belong to, and
+neither head nor student is saved before the last ones have been looked at.
 """
 
 from collections import deque

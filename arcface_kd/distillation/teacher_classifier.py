@@ -1,4 +1,4 @@
-"""The teacher's classifier: read from whatever a training run has left, or made anew from cached embeddings.
+"""The teacher's classifier: read from the files of a training run, or made of cached embeddings' class means.
 
 Published packs come without it. Class y of the classifier must be identity y of the records, so both the number of
 classes and their order are checked.

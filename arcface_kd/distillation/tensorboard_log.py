@@ -1,4 +1,4 @@
-"""The distillation's curves and log lines, written by the head itself, so that every trainer gets them."""
+"""TensorBoard curves and log lines of the distillation, written by the head, so that every trainer gets them."""
 
 import logging
 import os

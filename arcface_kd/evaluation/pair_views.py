@@ -1,4 +1,4 @@
-"""Verification pairs at low resolution, and against templates that another model has embedded.
+"""Verification pairs at low resolution, and with one side embedded by another model.
 
 The first image of a pair stands for the enrolled one, the second for the camera's.
 """

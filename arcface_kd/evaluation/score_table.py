@@ -1,4 +1,4 @@
-"""Scores as aligned lines for a terminal, and as numbers for any table."""
+"""Tables of scores, for a terminal and for the report."""
 
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, NamedTuple

@@ -1,4 +1,4 @@
-"""Fine-tune a network for 8 bits: rounded in training where its file will be, towards its own float embeddings.
+"""Quantisation-aware fine-tuning: the network, rounded as its int8 file will be, learns its own float embeddings.
 
 Step sizes of activations are learned with the weights, after Esser et al., "Learned Step Size Quantization" (ICLR 2020,
 arXiv 1902.08153); rounding passes the gradient on. The student as it is teaches the student in 8 bits by the squared

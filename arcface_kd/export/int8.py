@@ -1,4 +1,4 @@
-"""8-bit weights and activations for an ONNX file, scaled to what faces make of it."""
+"""Static int8 quantisation of an ONNX file, its activation ranges calibrated on faces."""
 
 import tempfile
 from collections.abc import Mapping

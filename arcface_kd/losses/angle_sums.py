@@ -1,12 +1,12 @@
-r"""The angles at which the rows of a batch see each other, summed up with the gradient, and never kept.
+r"""RKD's angles between the rows of a batch: sums over them and their gradient, without keeping the B^3 angles.
 
 With G the inner products of unit embeddings, d_vi the distance of rows v and i, and a_vi = G_vi - G_vv / 2, the cosine
 of the angle at v between i and k is
 
     A_vik = (G_ik - a_vi - a_vk) / (d_vi d_vk)
 
-There are B^3 of them. What a loss over them and its gradient in G need are sums over one index: over v, and over k. On
-a GPU one Triton kernel finds all of them and keeps no angle; elsewhere angles are made for a few v at a time.
+A loss over them and its gradient in G need sums over one index only: over v, and over k. On a GPU one Triton kernel
+finds these sums; elsewhere angles are made for a few v at a time.
 """
 
 import functools

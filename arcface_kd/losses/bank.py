@@ -1,4 +1,4 @@
-r"""How rows stand to a bank of fixed unit vectors: the softmax over it, and the cosines with the nearest of it.
+r"""Losses against a bank of fixed unit vectors: KL of the softmax over it, difference of the nearest cosines.
 
 Both compare (B, R) cosines of the student with those of the teacher. Nothing of size (B, R, D) is made.
 """

@@ -85,11 +85,11 @@ class _Chunks:
     def load(self, number: int) -> _Chunk:
         """A chunk's centers and logits; they stay until the next one is loaded."""
         part = self.part(number)
-        if self._gathered is None:
-            rows = self._classes.rows(part, self._dtype)
-        else:
-            chosen, centers = self._classes.chosen(part), self._classes.centers
+        chosen, centers = self._classes.chosen(part), self._classes.centers
+        if isinstance(chosen, Tensor) and self._gathered is not None:
             rows = torch.index_select(centers, 0, chosen, out=self._gathered[: len(chosen)]).to(self._dtype)
+        else:
+            rows = centers[chosen].to(self._dtype)
         inverse = self._classes.inverses(part, rows)
         logits = self._logits[: rows.shape[0]]
         if self.narrow:

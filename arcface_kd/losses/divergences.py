@@ -1,4 +1,4 @@
-r"""Cross entropy and divergences of each row from its sums over classes, and what their gradients are made of.
+r"""Cross entropy and divergences of each row from its sums over classes, and the factors of their gradients.
 
 S is summed for itself and not as a difference, and group probabilities come as logistic functions of differences of
 log-sum-exps, so that no logarithm meets a zero where one group holds all of the probability. The target's terms are

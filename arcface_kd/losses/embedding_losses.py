@@ -1,7 +1,7 @@
-r"""Relations between the rows of a batch: how far they are from each other and at which angles they see each other.
+r"""Losses of embeddings: the distance to the teacher's, and RKD's distances and angles between the rows of a batch.
 
-Student and teacher are each compared with themselves, so their dimensions may differ. Everything follows from the
-matrix of inner products G of unit embeddings:
+For RKD, student and teacher are each compared with themselves, so their dimensions may differ. Everything follows from
+the matrix of inner products G of unit embeddings:
 
     || f_i - f_j ||^2 = G_ii - 2 G_ij + G_jj
     cos(angle at j between i and k) = (G_ik - G_ij - G_kj + G_jj) / (|| f_i - f_j || || f_k - f_j ||)

@@ -1,4 +1,4 @@
-"""Giving one network's feature map the scale of another's."""
+"""CrossKD's align_scale: one network's feature map with the mean and deviation of another's."""
 
 import torch
 from torch import Tensor

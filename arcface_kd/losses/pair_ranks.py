@@ -1,11 +1,9 @@
-r"""Where pairs of a batch stand among a verification system's thresholds.
+r"""EKD's losses: how many verification thresholds the pairs of a batch pass, with the student and with the teacher.
 
-A threshold accepts a share of the impostor pairs (two identities) at most: its false positive rate. How many of several
-thresholds a pair passes, counted softly, is its rank:
+A threshold accepts at most a share of the impostor pairs (two identities), its false positive rate. The rank of a pair
+with cosine x is the number of thresholds that it passes, counted softly:
 
     r(x) = sum_k sigmoid( (x - threshold_k) / temperature )
-
-Two systems agree about a pair where its rank is the same, though the cosines may differ.
 
 A batch has B (B - 1) / 2 pairs. They are visited in blocks of rows, the cosines found anew in each visit, so that
 memory is linear in B; a batch that fits into one block is multiplied once.

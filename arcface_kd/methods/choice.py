@@ -1,4 +1,4 @@
-"""Which method to take, by the identities, images and labels that there are."""
+"""Which method to choose, by the number of identities, images and labels."""
 
 from collections.abc import Callable
 from typing import NamedTuple

@@ -1,8 +1,8 @@
 r"""EKD: evaluation-oriented knowledge distillation (Huang, Wu, Xu, Ding, CVPR 2022, arXiv 2206.02325).
 
-Verification asks which pairs of images pass a threshold, at thresholds that let one in 10, 100, ... 1,000,000 pairs of
-different persons through. So not the cosines of pairs are matched but their ranks among these thresholds, the student's
-cosines among the student's thresholds and the teacher's among the teacher's:
+Verification asks which pairs of images pass a threshold, at thresholds that one in 10, 100, ... 1,000,000 impostor
+pairs passes. So the ranks of pairs among these thresholds are matched, not their cosines: the student's cosines are
+ranked among the student's thresholds, the teacher's among the teacher's.
 
     r(x) = sum_k sigmoid( (x - threshold_k) / 0.01 )
     loss = 0.02 * mean over positive pairs (r_s - r_t)^2  +  0.01 * mean over the hardest negative pairs (r_s - r_t)^2
@@ -72,7 +72,7 @@ def _followed(
 
 
 class EKD(Method):
-    """Pairs of images are to pass as many verification thresholds as with the teacher.
+    """Match the number of verification thresholds that pairs of images pass with the teacher.
 
     Terms: ``ekd_positive`` and ``ekd_negative``, weighted.
     """

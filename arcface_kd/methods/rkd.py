@@ -1,7 +1,7 @@
 r"""RKD: relational knowledge distillation (Park, Kim, Lu, Cho, CVPR 2019, arXiv 1904.05068).
 
-Not where the embeddings are is compared, but how they stand to each other. With psi over the rows of the gathered batch
-and Huber's difference l (quadratic below 1, then linear):
+Compared are not the embeddings themselves, but their distances and angles to each other. With psi over the rows of the
+gathered batch and Huber's difference l (quadratic below 1, then linear):
 
     psi_ij  = || f_i - f_j || / mean over pairs             the relative distance of two rows
     psi_ijk = cos of the angle at j between i and k         the angle at which a row sees two others
@@ -52,7 +52,7 @@ class RKDConfig(Options):
 
 
 class RKD(Method):
-    """The rows' distances to each other and the angles between them are to be the teacher's.
+    """Match the teacher's relative distances and angles between the rows of a batch.
 
     Terms: ``rkd_distance`` and ``rkd_angle``, weighted; one with a weight of 0 is left out.
     """

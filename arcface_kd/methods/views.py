@@ -1,4 +1,4 @@
-"""Refuse a run whose methods cannot work with what ``student.augment`` shows student and teacher."""
+"""Refuse a run whose methods cannot work with the images that ``student.augment`` shows student and teacher."""
 
 from collections.abc import Mapping
 from typing import Any

@@ -98,12 +98,12 @@ def test_finding_the_shape_changes_nothing() -> None:
 @pytest.mark.parametrize(
     ("network", "name", "tap", "said"),
     [
-        (Plain(), None, 0, r"where Plain has its feature map is not known: .* one of first, second, head"),
-        (Plain(), "third", 0, r"Plain has no module 'third'; it has first, second, head"),
+        (Plain(), None, 0, r"where Plain has its .* one of first, second, head"),
+        (Plain(), "third", 0, "'third'; it has first, second, head"),
         (Plain(), "", 0, "Plain has no module ''"),
-        (Iresnet(), None, 4, "Iresnet has no feature map 4 stages before its last; there are 0 to 3"),
+        (Iresnet(), None, 4, "no feature map 4 stages"),
         (Iresnet(), None, -1, "no feature map -1 stages"),
-        (Vit(), None, 1, "Vit has its tokens in one size from beginning to end: tap is 1, wanted 0"),
+        (Vit(), None, 1, "tap is 1, wanted 0"),
     ],
 )
 def test_maps_that_are_not_there(network: nn.Module, name: str | None, tap: int, said: str) -> None:
@@ -115,19 +115,14 @@ def test_maps_that_are_not_there(network: nn.Module, name: str | None, tap: int,
 @pytest.mark.parametrize(
     ("name", "size", "said"),
     [
-        ("head", 16, r"the output of 'head' is no feature map but \(2, 5\); wanted \(B, C, H, W\)"),
-        ("head.2", 17, r"Plain cannot be run on 17x17 images: mat1 and mat2"),
+        ("head", 16, r"'head' is no feature map but \(2, 5\)"),
+        ("head.2", 17, "Plain cannot be run on 17x17 images: mat1 and mat2"),
+        ("unused", 16, "passes 0 times through the output of 'unused'"),
     ],
 )
 def test_places_that_hold_no_map(name: str, size: int, said: str) -> None:
     network = seeded(Plain(), 0)
+    network.unused = nn.Identity()
     with pytest.raises(ConfigError, match=said):
         map_shape(network, MapPlace(name), size)
     assert not network.get_submodule(name)._forward_hooks
-
-
-def test_a_module_that_is_run_twice_or_never_is_no_place() -> None:
-    network = seeded(Plain(), 0)
-    network.unused = nn.Identity()
-    with pytest.raises(ConfigError, match="passes 0 times through the output of 'unused'"):
-        map_shape(network, MapPlace("unused"), 16)

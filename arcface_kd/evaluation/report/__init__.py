@@ -1,1 +1,1 @@
-"""The page that compares runs."""
+"""``arcface-kd compare``: several runs on one page, with confidence intervals."""

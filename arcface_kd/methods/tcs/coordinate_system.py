@@ -1,4 +1,4 @@
-r"""A linear system of coordinates for a teacher's embeddings, and the student's last layer that speaks in it.
+r"""A linear coordinate system for a teacher's embeddings, folded into the student's last layer.
 
 A point f of the teacher's space has the coordinates ``(f - mu) V``: mu is the mean of the teacher's embeddings, the
 columns of V are orthonormal axes, the first k principal components as a rule. A student whose outputs are coordinates
