@@ -82,12 +82,12 @@ class AdaDistill(Method):
     """
 
     Config = AdaDistillConfig
-    requires: ClassVar[frozenset[Requirement]] = frozenset({Requirement.TEACHER_EMBEDDINGS})
-    classifies: ClassVar[bool] = True
-    computes_part: ClassVar[bool] = True
+    requires = frozenset({Requirement.TEACHER_EMBEDDINGS})
+    classifies = True
+    computes_part = True
     # Its class centers are averages of what the teacher says.
     teacher_views: ClassVar[frozenset[TeacherView]] = frozenset({"clean"})
-    sharded: ClassVar[tuple[str, ...]] = ("centers.weight",)
+    sharded = ("centers.weight",)
     config: AdaDistillConfig
 
     def __init__(self, config: AdaDistillConfig, context: RunContext) -> None:

@@ -83,9 +83,7 @@ class Bank(Method):
     """
 
     Config = BankConfig
-    requires: ClassVar[frozenset[Requirement]] = frozenset(
-        {Requirement.TEACHER_EMBEDDINGS, Requirement.CACHED_EMBEDDINGS}
-    )
+    requires = frozenset({Requirement.TEACHER_EMBEDDINGS, Requirement.CACHED_EMBEDDINGS})
     teacher_views: ClassVar[frozenset[TeacherView]] = frozenset({"clean"})
     config: BankConfig
     bank: Tensor

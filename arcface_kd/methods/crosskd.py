@@ -23,7 +23,7 @@ In the log, ``gradient_share`` counts gradients in the student's embedding, wher
 """
 
 from dataclasses import dataclass
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -115,11 +115,9 @@ class CrossKD(Method):
     """
 
     Config = CrossKDConfig
-    requires: ClassVar[frozenset[Requirement]] = frozenset(
-        {Requirement.TEACHER_EMBEDDINGS, Requirement.TEACHER_TAIL, Requirement.STUDENT_FEATURE_MAP}
-    )
-    projects: ClassVar[bool] = False
-    computes_part: ClassVar[bool] = True
+    requires = frozenset({Requirement.TEACHER_EMBEDDINGS, Requirement.TEACHER_TAIL, Requirement.STUDENT_FEATURE_MAP})
+    projects = False
+    computes_part = True
     config: CrossKDConfig
 
     def __init__(self, config: CrossKDConfig, context: RunContext) -> None:

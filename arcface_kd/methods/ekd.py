@@ -26,7 +26,6 @@ largest cosines is then below the true threshold.
 """
 
 from dataclasses import dataclass
-from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -78,8 +77,8 @@ class EKD(Method):
     """
 
     Config = EKDConfig
-    requires: ClassVar[frozenset[Requirement]] = frozenset({Requirement.TEACHER_EMBEDDINGS})
-    projects: ClassVar[bool] = False
+    requires = frozenset({Requirement.TEACHER_EMBEDDINGS})
+    projects = False
     config: EKDConfig
 
     student_thresholds: Tensor

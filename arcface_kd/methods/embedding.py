@@ -17,7 +17,7 @@ With ``labels=none`` the labels are left out: there is no classifier, the distan
 """
 
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import Any, Literal
 
 from torch import Tensor
 
@@ -52,7 +52,7 @@ class EmbeddingDistillation(Method):
     """
 
     Config = EmbeddingConfig
-    requires: ClassVar[frozenset[Requirement]] = frozenset({Requirement.TEACHER_EMBEDDINGS})
+    requires = frozenset({Requirement.TEACHER_EMBEDDINGS})
     config: EmbeddingConfig
 
     def __init__(self, config: EmbeddingConfig, context: RunContext) -> None:

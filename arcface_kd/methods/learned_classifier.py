@@ -1,7 +1,5 @@
 """The trainer's own classification: a learned classifier under margin softmax, sharded as PartialFC does."""
 
-from typing import ClassVar
-
 from torch import Tensor, nn
 
 from arcface_kd.config.options import Options
@@ -20,9 +18,9 @@ class LearnedClassifier(Method):
 
     # No knobs: margin, sample rate and filter are the trainer's own keys.
     Config = Options
-    classifies: ClassVar[bool] = True
-    computes_part: ClassVar[bool] = True
-    sharded: ClassVar[tuple[str, ...]] = ("weight",)
+    classifies = True
+    computes_part = True
+    sharded = ("weight",)
 
     def __init__(self, context: RunContext) -> None:
         super().__init__(Options(), context)

@@ -1,6 +1,6 @@
 """Base of methods over logits: the student's learned classifier beside the teacher's frozen one."""
 
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 
@@ -23,13 +23,11 @@ class LogitMethod(Method):
     The teacher's classifier is not saved with the run: it is read again from where it came.
     """
 
-    requires: ClassVar[frozenset[Requirement]] = frozenset(
-        {Requirement.TEACHER_EMBEDDINGS, Requirement.TEACHER_CLASSIFIER}
-    )
-    classifies: ClassVar[bool] = True
-    computes_part: ClassVar[bool] = True
-    projects: ClassVar[bool] = False
-    sharded: ClassVar[tuple[str, ...]] = ("classifier.weight",)
+    requires = frozenset({Requirement.TEACHER_EMBEDDINGS, Requirement.TEACHER_CLASSIFIER})
+    classifies = True
+    computes_part = True
+    projects = False
+    sharded = ("classifier.weight",)
 
     def __init__(self, config: Any, context: RunContext) -> None:
         super().__init__(config, context)

@@ -15,7 +15,7 @@ that no margin leaves [smallest, largest], and a batch without a positive one ha
 
 import math
 from dataclasses import dataclass, replace
-from typing import Annotated, ClassVar
+from typing import Annotated
 
 import torch
 from torch import Tensor
@@ -76,9 +76,7 @@ class MarginDistillation(ProxylessKD):
     """
 
     Config = MarginDistillationConfig
-    requires: ClassVar[frozenset[Requirement]] = frozenset(
-        {Requirement.TEACHER_EMBEDDINGS, Requirement.TEACHER_CLASSIFIER}
-    )
+    requires = frozenset({Requirement.TEACHER_EMBEDDINGS, Requirement.TEACHER_CLASSIFIER})
     config: MarginDistillationConfig
 
     def __init__(self, config: MarginDistillationConfig, context: RunContext) -> None:

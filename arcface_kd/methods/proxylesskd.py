@@ -12,7 +12,7 @@ the trainer's margin is. ``proxylesskd`` takes the trainer's own margin.
 
 import math
 from dataclasses import dataclass, replace
-from typing import Annotated, ClassVar
+from typing import Annotated
 
 from torch import Tensor
 
@@ -72,9 +72,9 @@ class ProxylessKD(Method):
     """
 
     Config = ProxylessKDConfig
-    requires: ClassVar[frozenset[Requirement]] = frozenset({Requirement.TEACHER_CLASSIFIER})
-    classifies: ClassVar[bool] = True
-    computes_part: ClassVar[bool] = True
+    requires = frozenset({Requirement.TEACHER_CLASSIFIER})
+    classifies = True
+    computes_part = True
 
     def __init__(self, config: ProxylessKDConfig, context: RunContext) -> None:
         super().__init__(config, context)

@@ -20,7 +20,7 @@ rows' angles. ``angle_weight=0`` leaves them out.
 """
 
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any
 
 from torch import Tensor
 
@@ -58,8 +58,8 @@ class RKD(Method):
     """
 
     Config = RKDConfig
-    requires: ClassVar[frozenset[Requirement]] = frozenset({Requirement.TEACHER_EMBEDDINGS})
-    projects: ClassVar[bool] = False
+    requires = frozenset({Requirement.TEACHER_EMBEDDINGS})
+    projects = False
     config: RKDConfig
 
     @classmethod

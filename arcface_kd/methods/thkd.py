@@ -12,7 +12,7 @@ dimensions differ, the student's embedding goes through a projection on its way 
 """
 
 from dataclasses import dataclass
-from typing import Annotated, ClassVar, Literal
+from typing import Annotated, Literal
 
 from torch import Tensor
 
@@ -57,7 +57,7 @@ class THKD(LogitMethod):
     """
 
     Config = THKDConfig
-    projects: ClassVar[bool] = True
+    projects = True
     config: THKDConfig
 
     def forward(self, batch: Batch) -> dict[str, Tensor]:

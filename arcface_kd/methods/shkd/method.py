@@ -22,7 +22,7 @@ What each run is, says :mod:`arcface_kd.methods.shkd.stages`.
 """
 
 from collections.abc import Mapping
-from typing import Any, ClassVar
+from typing import Any
 
 from arcface_kd.methods.recipe import Recipe, Stage
 from arcface_kd.methods.shkd.options import SHKDConfig
@@ -33,7 +33,7 @@ class SHKD(Recipe):
     """A teacher trained for its student, in three runs: temporary student, teacher, final student."""
 
     Config = SHKDConfig
-    runs: ClassVar[int] = RUNS
+    runs = RUNS
 
     @classmethod
     def next_run(cls, config: Mapping[str, Any]) -> Stage | None:

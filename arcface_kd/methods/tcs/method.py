@@ -113,15 +113,13 @@ class TCS(Method):
     """
 
     Config = TCSConfig
-    requires: ClassVar[frozenset[Requirement]] = frozenset(
-        {Requirement.TEACHER_EMBEDDINGS, Requirement.CACHED_EMBEDDINGS}
-    )
-    classifies: ClassVar[bool] = True
-    projects: ClassVar[bool] = False
-    combines: ClassVar[bool] = False
-    computes_part: ClassVar[bool] = True
+    requires = frozenset({Requirement.TEACHER_EMBEDDINGS, Requirement.CACHED_EMBEDDINGS})
+    classifies = True
+    projects = False
+    combines = False
+    computes_part = True
     teacher_views: ClassVar[frozenset[TeacherView]] = frozenset({"clean"})
-    sharded: ClassVar[tuple[str, ...]] = ("classifier.weight",)
+    sharded = ("classifier.weight",)
     config: TCSConfig
     mean: Tensor
     axes: Tensor
