@@ -151,7 +151,7 @@ class Distiller:
 
     @property
     def sources(self) -> dict[str, str | None]:
-        """Digests of the run's teacher and images, None where there are none: what makes it this run and no other."""
+        """Digests of the run's teacher and images, which must match on resume; None where there are none."""
         teacher = None if self.teacher is None else self.teacher.fingerprint
         if self.from_cache_alone and self.cache is not None:
             teacher = str(self.cache.identity["teacher"])
@@ -352,7 +352,7 @@ def _require_head(distiller: Distiller) -> None:
 
 
 class _StudentHook:
-    """A hook of the student. A student that comes out of a file is a plain network: nobody is there to call."""
+    """A hook of the student. It does nothing in a student that comes out of a file."""
 
     def __init__(self, distiller: Distiller) -> None:
         self._distiller: Distiller | None = distiller
@@ -373,7 +373,7 @@ class _StudentHook:
 
 
 class _AwaitHead(_StudentHook):
-    """Looks, when gradients come back for the first time, whether they come from the run's head."""
+    """Checks, in the first backward pass, that the gradients come from the run's head."""
 
     def __call__(self, student: nn.Module, arguments: tuple[Any, ...], output: Any) -> None:
         distiller = self._told(student)

@@ -398,7 +398,7 @@ def _put_hooks(head: DistillationHead, student: nn.Module | None) -> None:
 
 
 def _settle_first(head: nn.Module, prefix: str, keep_vars: bool) -> None:
-    """Before a state is saved, so that none is that has met NaN or inf."""
+    """Settle before a state is saved, so that no state with NaN or inf is."""
     cast(DistillationHead, head).monitor.settle()
 
 

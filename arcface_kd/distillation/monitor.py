@@ -93,7 +93,7 @@ class Monitor:
 
 
 class SettleFirst:
-    """The hook of a student before its state is saved: a trainer may save that one and never the head's."""
+    """The student's hook that settles before its state is saved: a trainer may save it and never the head's."""
 
     def __init__(self, monitor: Monitor) -> None:
         self._monitor: weakref.ref[Monitor] | None = weakref.ref(monitor)

@@ -151,7 +151,7 @@ def sum_over_classes(
 
 @fused()
 def _to_weights(logits: Tensor, filtered: Tensor | None, inverse: Tensor, total: Tensor) -> None:
-    """Make of logits (K, B) what raw centers are weighted by, and add the exponentials up in ``total``."""
+    """Turn logits (K, B) into the weights of raw centers, and add their exponentials to ``total``."""
     logits.exp_()
     total.add_(logits.sum(0))
     if filtered is not None:

@@ -65,10 +65,9 @@ class Upstream(NamedTuple):
 
 
 def _relative(shift: Tensor | None, total: Tensor) -> Tensor:
-    """What makes exponentials relative to a shift into shares of a sum, given as its logarithm.
+    """The factor from exponentials relative to a shift to shares of a sum, which is given as its logarithm.
 
-    A sum too far below the shift has no exponentials left that could be enlarged; all that is to be had is a finite
-    number.
+    Where the sum is too far below the shift, all exponentials are 0, and the factor has to be finite only.
     """
     # With room for a logit scale.
     largest = 0.9 * math.log(torch.finfo(total.dtype).max)

@@ -12,7 +12,7 @@ FEW_IMAGES = 5
 
 
 class Records(NamedTuple):
-    """What decides."""
+    """The counts that decide on a method."""
 
     images: int  # number of images
     labelled: int  # images with a label

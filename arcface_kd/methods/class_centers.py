@@ -1,7 +1,7 @@
 """Class centers that no optimiser moves, split over ranks: a teacher's, and those distilled from its embeddings.
 
-They are no parameters: no optimiser moves them, no gradient is computed for them and nothing is all-reduced. Every rank
-sees the gathered batch and updates the classes that it holds, so the ranks never disagree.
+No gradient is computed for them and nothing is all-reduced. Every rank sees the gathered batch and updates the classes
+that it holds, so the ranks never disagree.
 """
 
 from collections.abc import Callable
@@ -22,7 +22,7 @@ Repeated = Literal["mean", "last"]
 _BLOCK = 4096
 
 
-def initial_centers(shard: ClassShard, embedding_size: int, seed: int, std: float = 0.01) -> Tensor:
+def initial_centers(shard: ClassShard, embedding_size: int, seed: int) -> Tensor:
     """Normally distributed class centers that depend on the seed and the class, not on the number of ranks.
 
     (shard.size, D) fp32 on the CPU; a deviation of 0.01 is what arcface_torch and AdaDistill's code use.
@@ -30,7 +30,7 @@ def initial_centers(shard: ClassShard, embedding_size: int, seed: int, std: floa
     centers = torch.empty(shard.size, embedding_size)
     for block in range(shard.start // _BLOCK, -(-(shard.start + shard.size) // _BLOCK)):
         generator = torch.Generator().manual_seed(seed * 1_000_003 + block)
-        rows = torch.empty(_BLOCK, embedding_size).normal_(0, std, generator=generator)
+        rows = torch.empty(_BLOCK, embedding_size).normal_(0, 0.01, generator=generator)
         place = block * _BLOCK - shard.start
         first, last = max(-place, 0), min(shard.size - place, _BLOCK)
         centers[place + first : place + last] = rows[first:last]
