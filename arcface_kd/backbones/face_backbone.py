@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -71,3 +72,25 @@ class FaceBackbone(nn.Module):
     def forward(self, images: Tensor) -> Tensor:
         """Embed faces (B, 3, 112, 112), RGB in [-1, 1], as (B, D), not normalised."""
         return self.tail(self.feature_map(images))
+
+
+class ResidualBackbone(FaceBackbone):
+    """Base of networks that end in batch norm, dropout, fully connected layer and batch norm, as arcface_torch's do.
+
+    ``features.weight`` (the scale of the embedding's batch norm) stays 1 and is not trained.
+    """
+
+    def add_tail(self, channels: int, side: int, dropout: float, num_features: int) -> None:
+        """Add the layers behind a map (B, channels, side, side)."""
+        self.bn2 = nn.BatchNorm2d(channels)
+        self.dropout = nn.Dropout(dropout, inplace=True)
+        self.fc = nn.Linear(channels * side**2, num_features)
+        self.features = nn.BatchNorm1d(num_features)
+        self.features.weight.requires_grad_(False)
+
+    def tail(self, feature_map: Tensor) -> Tensor:
+        """Batch norm, dropout, fully connected layer, batch norm: (B, C, H, W) to (B, D)."""
+        with self.autocast(feature_map, half=self.fp16):
+            flat = self.dropout(torch.flatten(self.bn2(feature_map), 1))
+        with self.autocast(feature_map, half=False):
+            return cast(Tensor, self.features(self.fc(flat.float() if self.fp16 else flat)))

@@ -9,10 +9,9 @@ checkpoints (weights and optimizer states) load here with ``strict=True``, and o
 from collections.abc import Sequence
 from typing import cast
 
-import torch
 from torch import Tensor, nn
 
-from arcface_kd.backbones.face_backbone import FaceBackbone
+from arcface_kd.backbones.face_backbone import ResidualBackbone
 
 _WIDTHS = (64, 128, 256, 512)
 _MAP_SIZE = 7
@@ -49,10 +48,9 @@ class ResidualUnit(nn.Module):
         return cast(Tensor, residual)
 
 
-class IResNet(FaceBackbone):
+class IResNet(ResidualBackbone):
     """An IResNet for 112x112 faces, of ``depths`` residual units in four stages that each halve the map.
 
-    ``features.weight`` (the scale of the embedding's batch norm) stays 1 and is not trained, as in arcface_torch.
     ``dropout`` is the probability of dropping a value of the flattened map; ``fp16`` is autocast up to that map.
     """
 
@@ -68,11 +66,7 @@ class IResNet(FaceBackbone):
             units = [ResidualUnit(channels, width, stride=2), *(ResidualUnit(width, width) for _ in range(depth - 1))]
             self.add_module(f"layer{stage}", nn.Sequential(*units))
             channels = width
-        self.bn2 = nn.BatchNorm2d(channels)
-        self.dropout = nn.Dropout(dropout, inplace=True)
-        self.fc = nn.Linear(channels * _MAP_SIZE**2, num_features)
-        self.features = nn.BatchNorm1d(num_features)
-        self.features.weight.requires_grad_(False)
+        self.add_tail(channels, _MAP_SIZE, dropout, num_features)
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
                 nn.init.normal_(module.weight, std=0.1)
@@ -84,10 +78,3 @@ class IResNet(FaceBackbone):
             for stage in range(1, len(_WIDTHS) + 1):
                 features = self.get_submodule(f"layer{stage}")(features)
         return cast(Tensor, features)
-
-    def tail(self, feature_map: Tensor) -> Tensor:
-        """Batch norm, dropout, fully connected layer, batch norm: (B, 512, 7, 7) to (B, D)."""
-        with self.autocast(feature_map, half=self.fp16):
-            flat = self.dropout(torch.flatten(self.bn2(feature_map), 1))
-        with self.autocast(feature_map, half=False):
-            return cast(Tensor, self.features(self.fc(flat.float() if self.fp16 else flat)))

@@ -15,7 +15,7 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
-from arcface_kd.backbones.face_backbone import FaceBackbone, initialize_by_fan_out
+from arcface_kd.backbones.face_backbone import ResidualBackbone, initialize_by_fan_out
 
 _MAP_SIZE = 4
 _SLOPE = 0.25  # where PReLU begins; its gradient alone would cost a quarter of a training step on a CPU
@@ -52,11 +52,10 @@ class ThinUnit(nn.Module):
         return total
 
 
-class ThinResNet(FaceBackbone):
+class ThinResNet(ResidualBackbone):
     """A thin residual network for 112x112 faces, of four stages of some width and as many residual units each.
 
-    ``features.weight`` (the scale of the embedding's batch norm) stays 1 and is not trained, as in IResNet. ``dropout``
-    is the probability of dropping a value of the flattened map; ``fp16`` is autocast up to that map.
+    ``dropout`` is the probability of dropping a value of the flattened map; ``fp16`` is autocast up to that map.
     """
 
     def __init__(
@@ -77,21 +76,10 @@ class ThinResNet(FaceBackbone):
             stages.append(nn.Sequential(first, *(ThinUnit(width, width) for _ in range(units - 1))))
             channels = width
         self.stages = nn.Sequential(*stages)
-        self.bn2 = nn.BatchNorm2d(channels)
-        self.dropout = nn.Dropout(dropout, inplace=True)
-        self.fc = nn.Linear(channels * _MAP_SIZE**2, num_features)
-        self.features = nn.BatchNorm1d(num_features)
-        self.features.weight.requires_grad_(False)
+        self.add_tail(channels, _MAP_SIZE, dropout, num_features)
         initialize_by_fan_out(self, nn.Conv2d)
 
     def feature_map(self, images: Tensor) -> Tensor:
         """Stem and stages: (B, 3, 112, 112) to (B, C, 4, 4), in the half precision type when ``fp16`` is set."""
         with self.autocast(images, half=self.fp16):
             return cast(Tensor, self.stages(self.stem(images.contiguous(memory_format=torch.channels_last))))
-
-    def tail(self, feature_map: Tensor) -> Tensor:
-        """Batch norm, dropout, fully connected layer, batch norm: (B, C, 4, 4) to (B, D)."""
-        with self.autocast(feature_map, half=self.fp16):
-            flat = self.dropout(torch.flatten(self.bn2(feature_map), 1))
-        with self.autocast(feature_map, half=False):
-            return cast(Tensor, self.features(self.fc(flat.float() if self.fp16 else flat)))

@@ -29,7 +29,10 @@ LAYOUTS = {
     "thin_r10": ("0c7f96565ebedc2506bf4308e7a9047eab1b1934e7035cdf5f036b5a25495190", 1_011_056),
 }
 OF_THE_HOST = ("r18", "r34", "r50", "r100", "r200", "mbf", "mbf_large")
-SMALL = ("r18", "mbf", "mobilefacenet", "thin_r18", "ghostfacenet:version=2,width=0.3,stride=2")
+SMALL = (
+    *("r18", "mbf", "mobilefacenet", "thin_r18", "ghostfacenet:version=2,width=0.3,stride=2"),
+    "ir:units=1-2-1-1,widths=16-32-48-64,stem=16,squeeze=se_block",
+)
 
 
 Network = TypeVar("Network", bound=nn.Module)
@@ -120,7 +123,7 @@ def test_bfloat16_stays_close_to_float32(name: str) -> None:
     assert nn.functional.cosine_similarity(exact, half).min() > 0.98
 
 
-@pytest.mark.parametrize("name", ["r18", "thin_r18"])
+@pytest.mark.parametrize("name", ["r18", "thin_r18", SMALL[-1]])
 def test_dropout_acts_in_training_only(name: str) -> None:
     network = settled(get_backbone(name, dropout=0.4, num_features=8), faces(4))
     seen: list[Tensor] = []

@@ -159,20 +159,16 @@ def test_one_command_without_a_host(
     assert (tmp_path / "alone" / "model.pt").is_file()
 
 
-def test_from_scratch_and_says_so(faces: Faces, tmp_path: Path) -> None:
-    config = config_for(faces, tmp_path, kd_option=options(teacher_network="thin_r10", teacher_batch_size=4))
-    stages = stages_of(config)
-    assert "the teacher, thin_r10, from scratch, against the classes of" in stages[1].title
-    second = stages[1].changes
-    assert (second["lr"], second["batch_size"], second["kd"]) == (config.lr, 4, "proxylesskd")
-    assert "student.init" not in second["kd_option"]
-    assert stages[2].changes["kd_option"]["teacher.network"] == "thin_r10"
-
-
-def test_the_teacher_may_be_a_network_of_the_user_s_own(faces: Faces, tmp_path: Path) -> None:
+def test_from_scratch_or_given_the_teacher_may_be_a_network_of_the_user_s_own(faces: Faces, tmp_path: Path) -> None:
     own = "python:tests.networks:tiny"
-    config = config_for(faces, tmp_path / "scratch", kd_option=options(teacher_network=own))
-    assert stages_of(config)[1].changes["network"] == own
+    given = options(teacher_network=own, teacher_batch_size=4)
+    config = config_for(faces, tmp_path / "scratch", kd_option=given)
+    _, stage, last = stages_of(config)
+    assert f"the teacher, {own}, from scratch, against the classes of" in stage.title
+    second = stage.changes
+    assert (second["network"], second["lr"], second["batch_size"]) == (own, config.lr, 4)
+    assert (second["kd"], "student.init" in second["kd_option"]) == ("proxylesskd", False)
+    assert last.changes["kd_option"]["teacher.network"] == own
     torch.save(tiny(DIMENSION).state_dict(), tmp_path / "own.pt")
     keys = {"kd_teacher": str(tmp_path / "own.pt"), "kd_option": {"teacher.network": own}}
     second, third = (stage.changes for stage in stages_of(config_for(faces, tmp_path / "given", **keys))[1:])
