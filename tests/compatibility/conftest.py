@@ -1,4 +1,9 @@
-"""The files that commit a44a264 has left (see record.py), unpacked for each test."""
+"""The files that commit a44a264 has left, unpacked for each test.
+
+They were made by ``tests/compatibility/record.py`` of commit 42a99fc, which runs in a checkout of a44a264 only:
+``git show 42a99fc:tests/compatibility/record.py``. The losses of GKD are those of commit 665d537, which changed its
+groups on purpose.
+"""
 
 import json
 import tarfile
@@ -20,14 +25,7 @@ def recorded() -> dict[str, Any]:
 
 
 def unpack(folder: Path) -> Path:
-    """Records, teachers, caches, runs and configs.
-
-    Args:
-        folder: where to.
-
-    Returns:
-        The folder.
-    """
+    """Put records, teachers, caches, runs and configs into a folder."""
     with tarfile.open(FILES / "a44a264.tar.xz") as archive:
         archive.extractall(folder, filter="data")
     return folder

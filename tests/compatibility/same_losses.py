@@ -76,11 +76,7 @@ class Case:
 
 
 def cases(methods: list[str]) -> list[Case]:
-    """All runs.
-
-    Args:
-        methods: the installed ones.
-    """
+    """All runs of the installed methods."""
     found: list[Case] = []
     for ranks in (1, 2):
         for rate in (1.0, 0.3):
@@ -101,21 +97,12 @@ def cases(methods: list[str]) -> list[Case]:
 
 
 def losses_of(folder: Path, tag: str = "loss") -> dict[int, float]:
-    """The fp32 values that a run has written to TensorBoard, by step; those of a resumed run count.
-
-    Args:
-        folder: the run's output.
-        tag: name of the values.
-    """
+    """The fp32 values that a run has written to TensorBoard, by step; those of a resumed run count."""
     return scalars_of(folder).get(tag, {})
 
 
 def scalars_of(folder: Path) -> dict[str, dict[int, float]]:
-    """All fp32 values that a run has written to TensorBoard, by tag and step.
-
-    Args:
-        folder: the run's output.
-    """
+    """All fp32 values that a run has written to TensorBoard, by tag and step."""
     from tensorboard.backend.event_processing.event_file_loader import EventFileLoader
     from tensorboard.util.tensor_util import make_ndarray
 
@@ -129,11 +116,7 @@ def scalars_of(folder: Path) -> dict[str, dict[int, float]]:
 
 
 def draw_images(folder: Path) -> None:
-    """Identities as coarse patterns under noise, one sub-folder each.
-
-    Args:
-        folder: made.
-    """
+    """Identities as coarse patterns under noise, a sub-folder for each."""
     import cv2
     import numpy as np
 
@@ -147,28 +130,14 @@ def draw_images(folder: Path) -> None:
 
 
 def write_config(path: Path, keys: Mapping[str, Any]) -> str:
-    """Write a config as arcface_torch reads it.
-
-    Args:
-        path: the file.
-        keys: of the config.
-
-    Returns:
-        The path, as a word of a command line.
-    """
+    """Write a config as arcface_torch reads it; returns its path, as a word of a command line."""
     lines = ["from easydict import EasyDict as edict", "", "config = edict()"]
     path.write_text("\n".join([*lines, *(f"config.{key} = {value!r}" for key, value in keys.items()), ""]))
     return str(path)
 
 
 def settings(case: Case, data: Path, output: Path) -> dict[str, Any]:
-    """The config of a run.
-
-    Args:
-        case: the run.
-        data: the folder with records and teacher.
-        output: its folder.
-    """
+    """The config of a run on the records and the teacher in a folder."""
     options = list(case.options)
     keys: dict[str, Any] = {
         "rec": str(data / "records"),
@@ -213,13 +182,7 @@ def _arcface_kd(*words: str) -> tuple[int, str]:
 def run_case(case: Case, data: Path, folder: Path) -> dict[str, Any]:
     """Train once, in this process.
 
-    Args:
-        case: the run.
-        data: the folder with records and teacher.
-        folder: for what the run leaves.
-
-    Returns:
-        ``{"values": {"FOLDER TAG": {step: value}}, "weights": digest}``, or ``{"refused": line}``.
+    Returns ``{"values": {"FOLDER TAG": {step: value}}, "weights": digest}``, or ``{"refused": line}``.
     """
     output = folder / "run"
     keys = settings(case, data, output)
@@ -259,11 +222,7 @@ def _digest(output: Path) -> str:
 
 
 def child(plan: Path) -> None:
-    """Run some cases in one process, or in one of several ranks.
-
-    Args:
-        plan: a file with the cases; rank 0 writes the results beside it.
-    """
+    """Run the cases of a file in one process, or in one of several ranks; rank 0 writes the results beside it."""
     from torch import distributed
 
     told = json.loads(plan.read_text())
@@ -325,12 +284,7 @@ def _prepare(checkout: Path, folder: Path) -> None:
 
 
 def compare(old: Mapping[str, Any], new: Mapping[str, Any]) -> str:
-    """What differs between two results, in a few words; empty where nothing does.
-
-    Args:
-        old: of the old checkout.
-        new: of the new one.
-    """
+    """What differs between two results, in a few words; empty where nothing does."""
     if "refused" in old or "refused" in new:
         if "refused" in old and "refused" in new:
             return ""

@@ -27,11 +27,7 @@ def public_signatures() -> dict[str, Signature | None]:
 
 
 def signature_of(value: Any) -> Signature | None:
-    """The parameters of something that can be called, None of anything else.
-
-    Args:
-        value: anything.
-    """
+    """The parameters of something that can be called, None of anything else."""
     try:
         parameters = inspect.signature(value).parameters.values()
     except (TypeError, ValueError):
@@ -40,12 +36,7 @@ def signature_of(value: Any) -> Signature | None:
 
 
 def fits(old: Signature | None, new: Signature | None) -> bool:
-    """Whether every call of the old signature is one of the new.
-
-    Args:
-        old: as it was.
-        new: as it is.
-    """
+    """Whether every call of the old signature is one of the new."""
     if old is None or new is None:
         return old is None
     by_name = {name: (kind, default) for name, kind, default in new}

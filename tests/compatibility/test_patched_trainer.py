@@ -4,16 +4,46 @@ Needs ARCFACE_TORCH. The trainer is rebuilt from the lines that were added and t
 """
 
 import hashlib
+import os
 import shutil
+import subprocess
+import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from tests.compatibility.record import HOST_KEYS, PATCHES, train_in_host
-from tests.compatibility.runs import command
+from tests.compatibility.runs import BATCH, CLASSES, DIMENSION, IMAGES, command
+from tests.compatibility.same_losses import losses_of, write_config
 
 pytestmark = pytest.mark.trainer
+
+# Two of our patches make the trainer run here; the third is the flag. Both ways of using it are tried.
+PATCHES = ("current_stack", "cpu_gloo", "kd_flag")
+HOST_KEYS: dict[str, Any] = {
+    **{"rec": "records", "num_classes": CLASSES, "num_image": CLASSES * IMAGES, "num_epoch": 1, "warmup_epoch": 0},
+    **{"val_targets": [], "network": "mbf", "embedding_size": DIMENSION, "margin_list": (1.0, 0.3, 0.0), "lr": 0.001},
+    **{"batch_size": BATCH, "frequent": 1, "verbose": 10**6, "num_workers": 0, "save_all_states": True, "fp16": False},
+    "output": "work_dirs/old",
+}
+
+
+def train_in_host(host: Path, config: str | None = None) -> Mapping[int, float]:
+    """Train in a patched trainer beside ``records`` and ``teacher.onnx``; its losses.
+
+    The config is one of its own with ``output = "work_dirs/old"``; None trains with AdaDistill by the flag.
+    """
+    words = [f"configs/{config}"]
+    if config is None:
+        here = Path.cwd()
+        write_config(host / "configs" / "flag.py", {**HOST_KEYS, "rec": str(here / "records")})
+        words = ["configs/flag", "--kd", "adadistill", "--kd-teacher", str(here / "teacher.onnx")]
+    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=1", "train_v2.py", *words]
+    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run([sys.executable, *launch], cwd=host, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-4000:]
+    return losses_of(host / "work_dirs" / "old")
 
 
 @pytest.fixture

@@ -1,8 +1,6 @@
 """Runs that commit a44a264 began go on to the losses that it gave; what it wrote for others is read as it was."""
 
 import json
-import os
-import subprocess
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -14,22 +12,21 @@ import torch
 
 from arcface_kd import RecordDataset, load_teacher
 from tests.compatibility.conftest import unpack
-from tests.compatibility.record import FINISHED
 from tests.compatibility.runs import (
+    ALONE,
     CLASSES,
     DIMENSION,
+    FINISHED,
     IMAGES,
     NETWORK,
-    RUNS,
     SHKD_TEACHER_EPOCHS,
     STEPS_AN_EPOCH,
+    TWO_RANKS,
     command,
+    go_on,
 )
 from tests.compatibility.same_losses import losses_of
-
-ROOT = Path(__file__).parents[2]
-ALONE = [name for name, run in RUNS.items() if run.ranks == 1]
-TWO_RANKS = [name for name, run in RUNS.items() if run.ranks == 2]
+from tests.forked import start_ranks, wait
 
 
 def assert_goes_on(output: Path, recorded: Mapping[str, float], first: int = STEPS_AN_EPOCH + 1) -> None:
@@ -51,17 +48,18 @@ def test_one_rank_goes_on(work: Path, recorded: dict[str, Any], name: str) -> No
     assert_goes_on(work / name, recorded["losses"][name])
 
 
+def _go_on(folder: str) -> None:
+    """Of one rank."""
+    sys.path.insert(0, f"{folder}/plugin")
+    go_on(folder, *TWO_RANKS)
+
+
 @pytest.fixture(scope="module")
 def two_ranks(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """All runs of two ranks, gone on with in one job."""
     folder = unpack(tmp_path_factory.mktemp("two_ranks"))
-    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "-m", "tests.compatibility.runs"]
-    environment = {
-        **os.environ,
-        **{"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(folder / "plugin")},
-    }
-    done = subprocess.run([sys.executable, *launch, str(folder), *TWO_RANKS], cwd=ROOT, env=environment)
-    assert done.returncode == 0
+    ranks = start_ranks(2, _go_on, str(folder), logs=folder, environment={"CUDA_VISIBLE_DEVICES": ""})
+    assert wait(ranks, 600) == [0, 0], (folder / "rank0.log").read_text()[-3000:]
     assert json.loads((folder / "codes.json").read_text()) == dict.fromkeys(TWO_RANKS, 0)
     return folder
 
