@@ -1,5 +1,6 @@
 """Small data sets for runs that last seconds: drawn ones, and a corner of the real ones."""
 
+from functools import lru_cache
 from itertools import chain
 from pathlib import Path
 from typing import NamedTuple
@@ -34,6 +35,14 @@ def _write(folder: Path, people: list[list[bytes]]) -> Faces:
 
 def draw_faces(folder: Path, identities: int, images: int, seed: int = 0) -> Faces:
     """Identities as coarse colour patterns under noise: no faces, but a student can tell them apart."""
+    people, pairs = _drawn(identities, images, seed)
+    write_bin(folder / "pairs.bin", pairs, [at % 2 == 0 for at in range(len(pairs) // 2)])
+    return _write(folder, people)
+
+
+@lru_cache(maxsize=16)
+def _drawn(identities: int, images: int, seed: int) -> tuple[list[list[bytes]], list[bytes]]:
+    """Each person's images, and the two of each pair one after the other."""
     random = np.random.default_rng(seed)
 
     def view(pattern: np.ndarray) -> bytes:
@@ -45,8 +54,7 @@ def draw_faces(folder: Path, identities: int, images: int, seed: int = 0) -> Fac
     patterns = np.concatenate([halves, halves[:, :, ::-1]], axis=2)
     images_of = [[view(pattern) for _ in range(images)] for pattern in patterns[:identities]]
     pairs = [(view(patterns[at % 4 + identities]), view(patterns[(at + at % 2) % 4 + identities])) for at in range(40)]
-    write_bin(folder / "pairs.bin", [image for pair in pairs for image in pair], [at % 2 == 0 for at in range(40)])
-    return _write(folder, images_of)
+    return images_of, [image for pair in pairs for image in pair]
 
 
 def cut_faces(real: Path, folder: Path, identities: int, images: int) -> Faces:

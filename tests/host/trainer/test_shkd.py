@@ -15,9 +15,11 @@ from arcface_kd.teachers.base import load_teacher
 from tests.host.trainer.faces import Faces, draw_faces
 from tests.host.trainer.host import checkout, settings
 from tests.host.trainer.launch import head_state, launch, train, write_config
+from tests.networks import tiny
 from tests.teachers.onnx_models import EMBEDDING_SIZE, face_network
 
 STAND_IN = Path(__file__).parent / "stand_in"
+CHECKOUT = Path(__file__).parents[3]
 ATTACH = "\nimport arcface_kd\n\narcface_kd.attach(config)"
 # A port of its own.
 STANDALONE = "--torchrun=--standalone"
@@ -67,35 +69,28 @@ def stand_in(tmp_path: Path) -> Path:
 
 
 @pytest.mark.slow
-class TestStandIn:
-    def test_a_copied_config_is_run_three_times(self, stand_in: Path, faces: Faces, graph: Path) -> None:
-        config = write_config(stand_in, "ours", keys(faces, graph, embedding_size=EMBEDDING_SIZE), ATTACH)
-        for number, what in ((1, "the temporary student"), (2, f"starting from {graph}"), (3, "distilled by kd")):
-            printed = train(stand_in, config)
-            assert printed.count(f"shkd: run {number} of 3") == 1
-            assert what in printed
-        assert_three_runs(stand_in / "work_dirs" / "ours")
-        teacher = load_teacher(stand_in / "work_dirs" / "ours" / "stage2_teacher" / "teacher.onnx")
-        assert teacher.embedding_size == EMBEDDING_SIZE
-        again = launch(stand_in, config)
-        assert again.exit_code != 0
-        assert "all runs of shkd are done" in again.printed
-
-    def test_one_command_for_all_of_them(
-        self,
-        stand_in: Path,
-        faces: Faces,
-        graph: Path,
-        capfd: pytest.CaptureFixture[str],
-        monkeypatch: pytest.MonkeyPatch,
-    ) -> None:
-        monkeypatch.setenv("OMP_NUM_THREADS", "1")
-        config = write_config(stand_in, "ours", keys(faces, graph, embedding_size=EMBEDDING_SIZE), ATTACH)
-        words = ["recipe", str(stand_in), f"configs/{config}"]
-        assert main([*words, STANDALONE]) == 0
-        assert_three_runs(stand_in / "work_dirs" / "ours")
-        assert main([*words, STANDALONE]) == 2
-        assert "all runs of shkd are done" in capfd.readouterr().err
+def test_the_first_run_by_hand_and_the_others_by_one_command(
+    stand_in: Path, faces: Faces, graph: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    config = write_config(stand_in, "ours", keys(faces, graph, embedding_size=EMBEDDING_SIZE), ATTACH)
+    printed = train(stand_in, config)
+    assert printed.count("shkd: run 1 of 3") == 1
+    assert "the temporary student" in printed
+    recipe = ["recipe", str(stand_in), f"configs/{config}", STANDALONE]
+    assert main(recipe) == 0
+    printed = "".join(capfd.readouterr())
+    for number, what in ((2, f"starting from {graph}"), (3, "distilled by kd")):
+        assert f"shkd: run {number} of 3" in printed
+        assert what in printed
+    assert_three_runs(stand_in / "work_dirs" / "ours")
+    teacher = load_teacher(stand_in / "work_dirs" / "ours" / "stage2_teacher" / "teacher.onnx")
+    assert teacher.embedding_size == EMBEDDING_SIZE
+    again = launch(stand_in, config)
+    assert again.exit_code != 0
+    assert "all runs of shkd are done" in again.printed
+    assert main(recipe) == 2
+    assert "all runs of shkd are done" in capfd.readouterr().err
 
 
 class TestRecipe:
@@ -167,12 +162,14 @@ class TestRecipe:
 @pytest.mark.slow
 def test_two_ranks_of_the_compact_trainer_in_one_command(faces: Faces, graph: Path, tmp_path: Path) -> None:
     """One process group for all three runs."""
-    own = keys(faces, graph, embedding_size=EMBEDDING_SIZE, network="thin_r18", output=str(tmp_path / "out"))
+    own = keys(
+        faces, graph, embedding_size=EMBEDDING_SIZE, network="python:tests.networks:tiny", output=str(tmp_path / "out")
+    )
     own |= {"warmup_epoch": 0, "val_targets": [], "batch_size": 4, "num_workers": 0, "num_epoch": 1}
     (tmp_path / "configs").mkdir()
     write_config(tmp_path, "ours", own)
     words = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "-m", "arcface_kd"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(CHECKOUT)}
     run = subprocess.run(
         [sys.executable, *words, "train", str(tmp_path / "configs" / "ours.py")],
         capture_output=True,
@@ -182,8 +179,7 @@ def test_two_ranks_of_the_compact_trainer_in_one_command(faces: Faces, graph: Pa
     )
     assert run.returncode == 0, run.stderr[-6000:]
     assert [run.stdout.count(f"shkd: run {number} of 3") for number in (1, 2, 3)] == [1, 1, 1]
-    network = get_backbone("thin_r18", num_features=EMBEDDING_SIZE)
-    network.load_state_dict(torch.load(tmp_path / "out" / "model.pt", weights_only=True))
+    tiny(EMBEDDING_SIZE).load_state_dict(torch.load(tmp_path / "out" / "model.pt", weights_only=True))
 
 
 @pytest.mark.slow
