@@ -1,8 +1,8 @@
-"""Whose weights a checkpoint holds, and so how they want their images: the order of the channels is not in the tensors.
+"""Who trained a checkpoint, and so how it wants its images: the order of the channels is not in the tensors.
 
-What the authors' own code does: AdaFace, FaceX-Zoo and MagFace read by OpenCV and train on BGR, FaceX-Zoo as
-(x - 127.5) / 128 and MagFace as x / 255; face.evoLVe trains on RGB; CVLface on what ``color_space`` says in the
-settings beside its weights. arcface_torch and this package train on RGB as (x - 127.5) / 127.5.
+The authors' own code: AdaFace, FaceX-Zoo and MagFace read by OpenCV and train on BGR, FaceX-Zoo as (x - 127.5) / 128
+and MagFace as x / 255; face.evoLVe trains on RGB; CVLface as ``color_space`` says in the settings beside its weights.
+arcface_torch and this package train on RGB as (x - 127.5) / 127.5.
 """
 
 import json
@@ -34,16 +34,13 @@ _EVOLVE = Author("face.evoLVe", Preprocessing())
 
 
 def author_of(path: Path, network: str, prefix: str, beside: Sequence[str]) -> Author | None:
-    """Tell the author by what surrounds the tensors.
+    """The author; None where networks of this layout come in RGB and in BGR and nothing tells which this is.
 
     Args:
         path: the file.
-        network: that it is of.
+        network: its network's name.
         prefix: what the tensors' names begin with.
         beside: names of the other tensors.
-
-    Returns:
-        The author; None where networks of this layout come in RGB and in BGR and nothing says which this one is.
     """
     told = _color_space(path)
     if told is not None:
@@ -64,7 +61,7 @@ def author_of(path: Path, network: str, prefix: str, beside: Sequence[str]) -> A
 
 
 def _color_space(path: Path) -> Channels | None:
-    """What CVLface's settings say: in model.yaml beside model.pt, in the config.json of a Hugging Face folder."""
+    """The order in CVLface's settings: model.yaml beside model.pt, or the config.json of a Hugging Face folder."""
     folders = [path.parent, *([path.parent.parent] if path.parent.name == "pretrained_model" else [])]
     yamls = [path.with_suffix(".yaml"), path.parent / "pretrained_model" / "model.yaml"]
     for place in (*yamls, *(folder / "config.json" for folder in folders)):

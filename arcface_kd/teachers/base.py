@@ -1,4 +1,4 @@
-"""The teacher of a run: a frozen network behind the student's view of an image, whatever file it came from."""
+"""The teacher of a run, a frozen network that takes the student's images, and `load_teacher`, which loads any kind."""
 
 import hashlib
 import json
@@ -21,21 +21,6 @@ from arcface_kd.teachers.file_type import describe
 from arcface_kd.teachers.options import Precision, Preprocessing, TeacherOptions
 from arcface_kd.teachers.preparation import TOLERANCE, as_rows, autocast, prepared, probe_images
 
-__all__ = [
-    "LARGEST_FILE",
-    "Preprocessing",
-    "Teacher",
-    "TeacherOptions",
-    "TeacherSource",
-    "existing_file",
-    "first_line",
-    "load_teacher",
-    "local_path",
-    "prepared",
-    "read_bytes",
-    "tensors_digest",
-]
-
 logger = logging.getLogger(__name__)
 
 LARGEST_FILE = 1 << 31
@@ -44,9 +29,9 @@ _SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9_+.-]+:")
 
 
 def local_path(source: object) -> Path | None:
-    """The place a source names on this machine, existing or not; None when it is something else.
+    """The path that a source names, existing or not; None where it is no path.
 
-    Text of the form ``scheme:name`` names no place, unless a file is called so.
+    ``scheme:name`` is a path only if there is a file of that name.
     """
     if isinstance(source, str):
         if not source or "\0" in source or (_SCHEME.match(source) and not os.path.exists(source)):
@@ -64,7 +49,7 @@ def local_path(source: object) -> Path | None:
 
 
 def existing_file(path: Path) -> Path:
-    """Insist on a regular file."""
+    """Raise unless a path is a regular file; return it."""
     if not path.is_file():
         raise TeacherError(f"teacher {path}: {describe(path)}; wanted a file")
     return path
@@ -82,7 +67,7 @@ def read_bytes(path: Path, most: int = LARGEST_FILE) -> bytes:
 
 
 def tensors_digest(tensors: Mapping[str, Tensor]) -> str:
-    """A SHA-256 of weights that does not depend on their order, device or memory layout."""
+    """A SHA-256 of weights, whatever their order, device or memory layout."""
     digest = hashlib.sha256()
     for name in sorted(tensors):
         tensor = tensors[name].detach().cpu().contiguous()
@@ -100,17 +85,16 @@ def fingerprint_of(weights: str, precision: Precision, preprocessing: Preprocess
 class Teacher(nn.Module):
     """A frozen network that embeds the images the student sees.
 
-    The network is held outside the module tree: wherever a teacher is attached, its weights stay out of the other's
-    ``state_dict``, optimiser and DDP. ``to(device)`` reaches it all the same, and a network with weights follows its
-    images to another device.
+    The network is no submodule: a module that a teacher is attached to does not have its weights in ``state_dict``,
+    optimiser or DDP. ``to(device)`` moves it all the same, and a network with weights follows its images to their
+    device.
 
     Attributes:
         embedding_size: dimension D of the embeddings.
         description: what it is and where it came from, in one line.
-        fingerprint: SHA-256 over weights, preprocessing and precision; equal in every process.
         preprocessing: how the network wants its input.
         precision: ``fp32``, or the type of autocast.
-        parameter_count: number of weights, or None where a callable does not tell.
+        parameter_count: number of weights; None for a callable.
     """
 
     def __init__(
@@ -125,17 +109,17 @@ class Teacher(nn.Module):
         parameter_count: int | None = None,
         channels_last: bool = False,
     ) -> None:
-        """Freeze a network and look at what it returns for two images.
+        """Freeze a network and try it on two images.
 
         Args:
-            network: takes (B, 3, S, S) float32, prepared; returns (B, D), which may have axes of length 1 beside.
+            network: from prepared images (B, 3, S, S) float32 to (B, D); further axes of length 1 are dropped.
             preprocessing: what the network expects; S is its size.
             description: for messages and reports.
             weights: digest of everything that the network computes with.
             precision: ``fp32`` (default), ``bf16`` or ``fp16``.
-            embedding_size: the dimension it has to have, where known.
-            parameter_count: number of weights; counted where the network is a module with parameters.
-            channels_last: run the network in channels_last memory format, which is quicker for convolutions.
+            embedding_size: the dimension that it must have, if any.
+            parameter_count: number of weights; by default a module's parameters are counted.
+            channels_last: run the network in channels_last memory format, which is faster for convolutions.
 
         Raises:
             TeacherError: the network cannot embed such images, or embeds them as NaN, inf or another dimension.
@@ -162,9 +146,7 @@ class Teacher(nn.Module):
         self._tried_on: set[torch.device] = set()
         self.embedding_size = self._probed_size()
         if embedding_size is not None and self.embedding_size != int(embedding_size):
-            raise TeacherError(
-                f"teacher {description} has embeddings of dimension {self.embedding_size}, wanted {embedding_size}"
-            )
+            raise TeacherError(f"teacher {description} has dimension {self.embedding_size}, wanted {embedding_size}")
 
     @property
     def network(self) -> Callable[[Tensor], Tensor]:
@@ -173,16 +155,15 @@ class Teacher(nn.Module):
 
     @property
     def device(self) -> torch.device | None:
-        """Where the network's weights are; None for one that keeps none in torch: an ONNX session, a callable."""
-        network = self.network
-        if not isinstance(network, nn.Module):
+        """Where the network's weights are; None where torch holds none: an ONNX session, a callable."""
+        if not isinstance(self.network, nn.Module):
             return None
-        weight = next(chain(network.parameters(), network.buffers()), None)
+        weight = next(chain(self.network.parameters(), self.network.buffers()), None)
         return None if weight is None else weight.device
 
     @property
     def fingerprint(self) -> str:
-        """SHA-256 over weights, preprocessing and precision, in hexadecimal."""
+        """SHA-256 over weights, preprocessing and precision, in hexadecimal; equal in every process."""
         return fingerprint_of(self._weights, self.precision, self.preprocessing)
 
     def with_preprocessing(self, preprocessing: Preprocessing) -> "Teacher":
@@ -198,12 +179,11 @@ class Teacher(nn.Module):
         )
 
     def prepare(self, images: Tensor) -> Tensor:
-        """Turn the student's view of images into what the network expects, see :func:`.preparation.prepared`."""
+        """Turn the student's images into what the network expects, see :func:`.preparation.prepared`."""
         return prepared(images, self.preprocessing).contiguous(memory_format=self._memory_format)
 
     def autocast(self, device: torch.device) -> torch.autocast:
-        """The context that the network computes in."""
-        # Autocast of the student's step is switched off too: the teacher's precision is the teacher's own.
+        """The teacher's own precision; autocast of the student's step does not reach into it."""
         return autocast(self.precision, device)
 
     @torch.no_grad()
@@ -220,17 +200,15 @@ class Teacher(nn.Module):
             TeacherError: the images are not of that shape, or the network returns something else than embeddings.
         """
         if images.dim() != 4 or images.shape[1] != 3 or not images.is_floating_point():
-            raise TeacherError(
-                f"a teacher takes (B, 3, H, W) floating-point images in [-1, 1], got "
-                f"{tuple(images.shape)} {images.dtype}"
-            )
+            met = f"{tuple(images.shape)} {images.dtype}"
+            raise TeacherError(f"a teacher takes (B, 3, H, W) floating-point images in [-1, 1], got {met}")
         if len(images) == 0:
             return images.new_zeros((0, self.embedding_size), dtype=torch.float32)
         self._go_to(images.device)
         return self._embed(images)
 
     def _go_to(self, device: torch.device) -> None:
-        """Have the network follow its images; on a GPU it must embed two of them as it did on the CPU."""
+        """Move the network to its images; on a GPU it must embed two test images as it did on the CPU."""
         network = self.network
         if not isinstance(network, nn.Module):
             return
@@ -252,21 +230,16 @@ class Teacher(nn.Module):
         network = self.network
         with self.autocast(images.device):
             embeddings = network(self.prepare(images.float()))
+        wanted = f"for {len(images)} images; wanted ({len(images)}, D) embeddings"
         if not isinstance(embeddings, Tensor):
-            raise TeacherError(
-                f"teacher {self.description} returns {type(embeddings).__name__}; wanted one tensor "
-                "(B, D) of embeddings"
-            )
+            raise TeacherError(f"teacher {self.description} returns {type(embeddings).__name__} {wanted}")
         embeddings = as_rows(embeddings, len(images))
         if embeddings.dim() != 2 or len(embeddings) != len(images) or embeddings.shape[1] == 0:
-            raise TeacherError(
-                f"teacher {self.description} returns {tuple(embeddings.shape)} for {len(images)} images; wanted "
-                f"({len(images)}, D) embeddings"
-            )
+            raise TeacherError(f"teacher {self.description} returns {tuple(embeddings.shape)} {wanted}")
         return embeddings.to(images.device, torch.float32)
 
     def train(self, mode: bool = True) -> "Teacher":
-        """Stay in evaluation mode, whatever is asked."""
+        """Stay in evaluation mode."""
         return self
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Teacher":
@@ -289,10 +262,8 @@ class Teacher(nn.Module):
             raise
         # The network may be anybody's code or file: whatever it raises means that it cannot be a teacher.
         except Exception as error:
-            raise TeacherError(
-                f"teacher {self.description} cannot embed {self.preprocessing.size}x{self.preprocessing.size} images: "
-                f"{first_line(error)}"
-            ) from error
+            size = f"{self.preprocessing.size}x{self.preprocessing.size}"
+            raise TeacherError(f"teacher {self.description} cannot embed {size} images: {first_line(error)}") from error
         if not torch.isfinite(embeddings).all():
             raise TeacherError(
                 f"teacher {self.description} embeds test images as NaN or inf in {self.precision}: its weights are "
@@ -304,7 +275,7 @@ class Teacher(nn.Module):
 
 @runtime_checkable
 class TeacherSource(Protocol):
-    """What an entry point of the group ``arcface_kd.teachers`` names: a kind of teacher and how to load it."""
+    """A kind of teacher and how to load it: an entry point of the group ``arcface_kd.teachers``."""
 
     description: ClassVar[str]
 
@@ -314,7 +285,7 @@ class TeacherSource(Protocol):
 
     @staticmethod
     def load(source: Any, options: TeacherOptions) -> Teacher:
-        """Load a source that was accepted.
+        """Load an accepted source.
 
         Raises:
             TeacherError: it cannot be read or is not what it should be.
@@ -328,12 +299,12 @@ def load_teacher(
     *,
     device: torch.device | str | None = None,
 ) -> Teacher:
-    """Load a teacher from whatever it is kept in.
+    """Load a teacher of any kind.
 
     Args:
-        source: a file, a folder, ``insightface:NAME``, ``timm:NAME``, an ``nn.Module`` or a callable. The kinds are the
-            entry points of the group ``arcface_kd.teachers``, chosen by what the source is. A list of them is one
-            teacher, see :func:`arcface_kd.teachers.merged.merge_teachers`.
+        source: a file, a folder, ``insightface:NAME``, ``timm:NAME``, ``hf:OWNER/NAME``, an ``nn.Module`` or a
+            callable: what an entry point of the group ``arcface_kd.teachers`` accepts. A list of them is one teacher,
+            see :func:`arcface_kd.teachers.merged.merge_teachers`.
         options: the ``teacher.*`` options.
         device: where the teacher computes; by default wherever its images are.
 
@@ -341,12 +312,12 @@ def load_teacher(
         The teacher, frozen, tried on two images.
 
     Raises:
-        TeacherError: the source is missing, of no known kind, damaged, or cannot embed faces. A teacher is never
-            made up.
+        TeacherError: the source is missing, of no known kind, damaged, or cannot embed faces. No teacher has random
+            weights.
         ConfigError: an option is unknown, out of range or without meaning for this source.
     """
     if isinstance(source, list | tuple):
-        # It loads its parts by this function.
+        # That module imports this one.
         from arcface_kd.teachers.merged import merge_teachers
 
         return merge_teachers(source, options, device=device)
@@ -371,7 +342,7 @@ def _accepts(name: str, kind: Any, source: object) -> bool:
         return bool(kind.accepts(source))
     except TeacherError:
         raise
-    # A plug-in's fault must not keep the other sources from their teachers.
+    # A broken plug-in breaks only its own kind.
     except Exception as error:
         logger.warning("teacher source %r is passed over: %s", name, first_line(error))
         return False

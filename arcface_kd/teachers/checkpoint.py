@@ -1,4 +1,4 @@
-"""Teachers from checkpoints of known networks: PyTorch's and safetensors files, and the folders of runs."""
+"""Teachers from checkpoints of known networks: PyTorch's and safetensors files, folders of runs and of Hugging Face."""
 
 import logging
 import os
@@ -25,9 +25,9 @@ from arcface_kd.teachers.state_dict import carried_networks, is_trained, outline
 
 logger = logging.getLogger(__name__)
 
-# What a run leaves in its folder: arcface_torch until 2021 called it backbone.pth, as its model zoo still does.
+# What a run leaves in its folder; backbone.pth is arcface_torch's name until 2021, and its model zoo's.
 _STUDENTS = ("model.pt", "backbone.pth", "checkpoint_gpu_0.pt")
-# What stands beside the config.json of a Hugging Face folder.
+# Weights beside the config.json of a Hugging Face folder.
 HUB_FILES = ("model.safetensors", "model.pt", "pytorch_model.bin", "pretrained_model/model.pt")
 _SUFFIXES = (".pt", ".pth", ".ckpt", ".safetensors")
 _WEIGHTS = frozenset((torch.float16, torch.bfloat16, torch.float32, torch.float64))
@@ -36,11 +36,11 @@ _KNOWN = {**NETWORKS, **VITS}
 # MagFace's names for the IResNets, whose batch norms have another epsilon than arcface_torch's.
 _MAGFACE = {f"iresnet{depth}": f"r{depth}" for depth in (18, 34, 50, 100)}
 _MAGFACE_EPS, _EPS = 2e-5, 1e-5
-# Stands for tokens that training hides; nothing reads it in evaluation, and some trainers leave it out.
+# Stands for tokens that are hidden in training; some trainers leave it out.
 _OPTIONAL = frozenset(("mask_token",))
-# Networks are outlined at both embedding sizes: what differs follows the size. Own networks may want a power of two.
+# Networks are outlined at both embedding sizes: what differs depends on it. Own networks may want a power of two.
 _SIZE, _OTHER_SIZE = 512, 1024
-# CVLface's KP-RPE has it beside a ViT's tensors, for landmarks that it takes beside the image.
+# Of CVLface's KP-RPE, a ViT that takes landmarks beside the image.
 _LANDMARKS = "keypoint_linear"
 _OWN_IN_LOG = re.compile(rf": network +({OWN}[\w.]+:\w+)$")
 Shape = tuple[int, ...]
@@ -74,7 +74,7 @@ class Backbone(NamedTuple):
 
 
 def backbone_file(folder: Path) -> Path | None:
-    """The student that a run has left in its folder: ``model.pt``, ``backbone.pth`` or rank 0's checkpoint."""
+    """The student in a run's folder: ``model.pt``, ``backbone.pth`` or rank 0's checkpoint."""
     return next((folder / name for name in _STUDENTS if (folder / name).is_file()), None)
 
 
@@ -85,13 +85,9 @@ def hub_file(folder: Path) -> Path | None:
 
 
 def is_run_folder(source: object) -> bool:
-    """Whether this is what a run of arcface_torch or of ``arcface-kd train`` leaves: a folder with its student."""
+    """Whether this is the folder of a run of arcface_torch or of ``arcface-kd train``, with its student."""
     path = local_path(source)
     return path is not None and backbone_file(path) is not None and hub_file(path) is None
-
-
-def _shapes(network: nn.Module) -> dict[str, tuple[int, ...]]:
-    return {name: tuple(tensor.shape) for name, tensor in network.state_dict().items()}
 
 
 def _without_counters(entries: Mapping[str, _T]) -> dict[str, _T]:
@@ -99,8 +95,12 @@ def _without_counters(entries: Mapping[str, _T]) -> dict[str, _T]:
     return {name: entry for name, entry in entries.items() if not name.endswith("num_batches_tracked")}
 
 
+def _shapes(state: Mapping[str, Tensor]) -> dict[str, Shape]:
+    return {name: tuple(tensor.shape) for name, tensor in _without_counters(state).items()}
+
+
 def own_network_in_log(folder: Path) -> str | None:
-    """The ``python:MODULE:FUNCTION`` that a run trained, as its log has it. Nothing is imported."""
+    """The ``python:MODULE:FUNCTION`` that a run trained, from its log; it is not imported."""
     log = folder / "training.log"
     if not log.is_file():
         return None
@@ -116,11 +116,11 @@ def _build(name: str, num_features: int, fp16: bool = False) -> nn.Module:
 
 
 @cache
-def _outline(name: str, num_features: int = _SIZE) -> dict[str, tuple[int, ...]]:
+def _outline(name: str, num_features: int = _SIZE) -> dict[str, Shape]:
     """Names and shapes of a network's tensors, where possible without making them."""
-    # A user's own code, or timm's, may read numbers while it builds, which tensors without data do not have.
+    # A user's own code, or timm's, may read tensors while it builds; those without data cannot be read.
     with torch.device("meta" if name in _KNOWN or IRLayout.of(name) else "cpu"), torch.random.fork_rng(devices=[]):
-        return _without_counters(_shapes(_build(name, num_features)))
+        return _shapes(_build(name, num_features).state_dict())
 
 
 def _num_features(name: str, state: Mapping[str, Shape]) -> int | None:
@@ -177,7 +177,7 @@ def find_backbones(content: object, name: str | None = None) -> Iterator[Backbon
     """
     carried = [each for each in carried_networks(content) if is_network(each) and not each.startswith(OWN)]
     for place, tensors in state_dicts(content).items():
-        shapes = _without_counters({key: tuple(value.shape) for key, value in tensors.items()})
+        shapes = _shapes(tensors)
         for each, prefix in _candidates(shapes, name, carried):
             size = _num_features(each, _own(shapes, prefix, each))
             if size is not None:
@@ -228,7 +228,7 @@ def _misfit(content: object, name: str | None) -> str:
     if not states:
         return f"holds {outlined(content)}; wanted a state dict: tensors by name"
     state = max(states, key=len)
-    shapes = _without_counters({key: tuple(value.shape) for key, value in state.items()})
+    shapes = _shapes(state)
 
     def common(candidate: tuple[str, str]) -> int:
         return len(_own(shapes, candidate[1], candidate[0]).keys() & _outline(candidate[0]).keys())
@@ -278,9 +278,8 @@ def load_network(
     for key, tensor in _without_counters(state).items():
         called = found.prefix + key
         if tensor.dtype not in _WEIGHTS:
-            raise TeacherError(
-                f"teacher {place}: tensor {called!r} is of {tensor.dtype}; wanted float16, bfloat16, float32 or float64"
-            )
+            wanted = "float16, bfloat16, float32 or float64"
+            raise TeacherError(f"teacher {place}: tensor {called!r} is of {tensor.dtype}; wanted {wanted}")
         if not torch.isfinite(tensor).all():
             raise TeacherError(f"teacher {place}: tensor {called!r} holds NaN or inf")
     author: Author | None = MAGFACE if magface else TRAINED_HERE

@@ -29,8 +29,7 @@ def warn_of_collapse(
 ) -> None:
     """Embed two dozen faces of different people and warn if all embeddings are alike; on rank 0 only.
 
-    Bad images are passed over, and fewer than eight people are not judged. Where the cache has all two dozen, the
-    teacher is not asked.
+    Fewer than eight people are not judged, nor faces whose embeddings are all in the cache.
     """
     if len(faces) == 0 or not _is_first_rank():
         return
@@ -41,7 +40,7 @@ def warn_of_collapse(
     for place in places.tolist():
         try:
             sample = faces[place]
-        # Whoever reads the record in the run says so; here it is one face less.
+        # The run reports the record when it reads it.
         except DataError:
             continue
         # Records without an identity are taken for different people.

@@ -13,7 +13,7 @@ _ONNX_SECOND_TAGS = frozenset((0x12, 0x1A, 0x22, 0x28, 0x32, 0x3A, 0x42, 0x72))
 
 
 def head(path: Path, size: int = 64) -> bytes:
-    """The first bytes of a regular file; none where there is no such file or it cannot be opened."""
+    """The first bytes of a regular file; none where there is none or it cannot be opened."""
     if not path.is_file():
         return b""
     try:
@@ -24,10 +24,7 @@ def head(path: Path, size: int = 64) -> bytes:
 
 
 def signature(path: Path) -> Signature | None:
-    """Recognise a file of one of the kinds that hold teachers, or that people take for them.
-
-    None when the bytes say nothing; the name's ending may then decide.
-    """
+    """The kind of a file that holds a teacher, or that is taken for one; None where its first bytes do not tell."""
     start = head(path)
     if start.startswith(b"PK\x03\x04"):
         return "zip"
@@ -48,7 +45,7 @@ def signature(path: Path) -> Signature | None:
 
 
 def describe(path: Path) -> str:
-    """Say in a few words what stands at a path, for error messages."""
+    """What is at a path, in a few words for error messages."""
     if path.is_dir():
         return "a folder"
     if not path.exists():

@@ -1,4 +1,4 @@
-"""Teachers from the Hugging Face hub, by name: their weights and settings are downloaded, their code is not."""
+"""Teachers from the Hugging Face hub, by name: weights and settings are downloaded, code is not."""
 
 import logging
 from typing import ClassVar
@@ -27,16 +27,7 @@ class HubSource:
 
     @staticmethod
     def load(source: str, options: TeacherOptions) -> Teacher:
-        """Download what is not in the hub's cache on this machine, and load it as a folder's checkpoint.
-
-        Args:
-            source: ``hf:OWNER/NAME``.
-            options: as for a checkpoint.
-
-        Raises:
-            TeacherError: huggingface_hub is not installed or cannot get it, or the weights are no known network's.
-            ConfigError: an option without meaning.
-        """
+        """Download what is not in the hub's cache on this machine, and load it as a folder's checkpoint."""
         name = source[len(_HUB) :]
         try:
             from huggingface_hub import snapshot_download
@@ -49,7 +40,5 @@ class HubSource:
         except Exception as error:
             raise TeacherError(f"teacher {source} cannot be downloaded: {first_line(error)}") from error
         if not CheckpointSource.accepts(folder):
-            raise TeacherError(
-                f"teacher {source}: wanted config.json and one of {', '.join(HUB_FILES[:3])} in the repository"
-            )
+            raise TeacherError(f"teacher {source} lacks config.json or one of {', '.join(HUB_FILES[:3])}")
         return CheckpointSource.load(folder, options)

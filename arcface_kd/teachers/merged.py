@@ -19,7 +19,7 @@ from arcface_kd.teachers.cache.embedding_cache import header_of
 from arcface_kd.teachers.options import Precision, Preprocessing, TeacherOptions
 from arcface_kd.teachers.state_dict import read_content
 
-# Parts prepare their images themselves.
+# Each part prepares its images itself.
 SHOWN = Preprocessing()
 PRECISION: Precision = "fp32"
 
@@ -32,7 +32,7 @@ class Merge:
     ``mean`` is their mean, of equal dimensions; ``pca`` is the first along ``axes`` about the origin.
     """
 
-    how: How  # which
+    how: How
     axes: Tensor | None = None  # (k, D) of ``pca``, D being the sum of the dimensions
 
     def __call__(self, parts: Sequence[Tensor]) -> Tensor:
@@ -43,16 +43,16 @@ class Merge:
         return rows if self.axes is None else rows @ self.axes.to(rows.device).T
 
     def fingerprint(self, teachers: Sequence[str]) -> str:
-        """That of the merged teacher, by those of its parts."""
+        """The merged teacher's fingerprint, by those of its parts."""
         return fingerprint_of(self.digest(teachers), PRECISION, SHOWN)
 
     def digest(self, teachers: Sequence[str]) -> str:
-        """Of all that the merged teacher computes with."""
+        """The digest of all that the merged teacher computes with."""
         axes = None if self.axes is None else tensors_digest({"axes": self.axes})
         return hashlib.sha256(json.dumps([self.how, *teachers, axes]).encode()).hexdigest()
 
     def check(self, teachers: Sequence[str], sizes: Sequence[int]) -> None:
-        """Refuse parts that cannot be merged so, by their fingerprints and dimensions."""
+        """Refuse parts that cannot be merged in this way, by their fingerprints and dimensions."""
         if len(teachers) < 2 or len(set(teachers)) < len(teachers):
             raise TeacherError(f"{len(set(teachers))} different teachers of {len(teachers)}: wanted several, each once")
         if self.how == "mean" and len(set(sizes)) > 1:
@@ -62,7 +62,7 @@ class Merge:
 
 
 def axes_file(cache: Path) -> Path:
-    """Where the axes of a cache that was merged by ``pca`` are kept."""
+    """Where the axes of a cache that was merged by ``pca`` are kept: beside it."""
     return cache.with_name(cache.name + ".axes")
 
 
@@ -82,7 +82,7 @@ def merge_of(cache: str | os.PathLike[str]) -> tuple[Merge, list[str]]:
 
 
 class MergedNetwork(nn.Module):
-    """Teachers that are shown the same images."""
+    """Teachers of the same images, merged."""
 
     def __init__(self, parts: Sequence[Teacher], merge: Merge) -> None:
         super().__init__()
@@ -103,16 +103,12 @@ def merge_teachers(
 
     Args:
         sources: as :func:`arcface_kd.teachers.base.load_teacher` takes them.
-        options: of all teachers; ``2.channels`` is one of the second alone. ``merge`` is ``concat`` (default),
-            ``mean``, or a cache that ``arcface-kd cache merge`` has made of the same teachers: the way it was merged.
+        options: of all teachers; ``2.channels`` is one of the second alone. ``merge`` is ``concat`` (default), ``mean``
+            or the file of a cache that ``arcface-kd cache merge`` has made of these teachers.
         device: where they compute.
 
-    Returns:
-        The teacher.
-
     Raises:
-        TeacherError: one that cannot be loaded, one given twice, other teachers than the cache's, or a mean of unequal
-            dimensions.
+        TeacherError: one cannot be loaded or is given twice, the cache is of others, or a mean of unequal dimensions.
         ConfigError: an option is unknown, out of range or without meaning for a source.
     """
     if isinstance(options, TeacherOptions):

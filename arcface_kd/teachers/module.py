@@ -1,4 +1,4 @@
-"""Teachers that are somebody's own modules or callables, and timm models by name."""
+"""Teachers that are the user's own modules or callables, and timm models by name."""
 
 import hashlib
 from collections.abc import Callable
@@ -25,8 +25,8 @@ def _name(network: object) -> str:
 def _digest(network: Callable[[Tensor], Tensor], size: int) -> str:
     """Identity of a network's weights.
 
-    A module's is taken over its ``state_dict`` and class. A callable may bring its own as ``fingerprint``; of any other
-    nothing is known but its name and its answer to a fixed input, rounded so that the last bits do not matter.
+    That of a module is over its ``state_dict`` and class. A callable may bring its own as ``fingerprint``; that of any
+    other is over its name and its answer to a fixed input, rounded so that the last bits do not matter.
     """
     own = getattr(network, "fingerprint", None)
     if isinstance(own, str) and own:
@@ -68,12 +68,10 @@ class ModuleSource:
             source.eval()
         try:
             weights = _digest(source, preprocessing.size)
-        # Somebody's own code: whatever it raises means that it cannot be a teacher.
+        # The user's own code: it may raise anything.
         except Exception as error:
-            raise TeacherError(
-                f"teacher {_name(source)} cannot embed {preprocessing.size}x{preprocessing.size} images: "
-                f"{first_line(error)}"
-            ) from error
+            shown = f"{preprocessing.size}x{preprocessing.size}"
+            raise TeacherError(f"teacher {_name(source)} cannot embed {shown} images: {first_line(error)}") from error
         return Teacher(
             source,
             preprocessing=preprocessing,
@@ -85,9 +83,9 @@ class ModuleSource:
 
 
 class TimmSource:
-    """timm models by name, with their published weights and without their classifier: SSL teachers, for one.
+    """timm models by name, such as SSL teachers, with their published weights and without their classifier.
 
-    The weights come from timm's own cache, and from the network when they are not there.
+    The weights come from timm's own cache or are downloaded.
     """
 
     description: ClassVar[str] = "timm:NAME, a timm model with its published weights"
@@ -99,10 +97,9 @@ class TimmSource:
 
     @staticmethod
     def load(source: str, options: TeacherOptions) -> Teacher:
-        """Build the model with its published weights, its pooled features being the embedding.
+        """Build ``timm:NAME``, with a tag of weights if wished, or ``timm:hf-hub:OWNER/MODEL``.
 
-        ``timm:NAME``, with a tag of weights if wished, or ``timm:hf-hub:OWNER/MODEL``. The preprocessing is the model's
-        own unless given.
+        The embedding is the model's pooled features, the preprocessing its own unless given.
         """
         options.refuse("network", "timm:NAME names it")
         options.refuse("output", "only an ONNX file has outputs to choose from")

@@ -1,7 +1,7 @@
 """The ``teacher.*`` options: how a teacher's input is prepared, and what it is."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Annotated, Literal
 
 from arcface_kd.config.options import Options, Range, build
@@ -26,12 +26,8 @@ class Preprocessing:
 
     def as_options(self) -> str:
         """The same as ``--kd-option`` takes it."""
-        triples = {"mean": self.mean, "std": self.std}
-        words = [f"teacher.channels={self.channels}"]
-        for key, values in triples.items():
-            told = values[:1] if len(set(values)) == 1 else values
-            words.append(f"teacher.{key}=" + ",".join(f"{value:g}" for value in told))
-        return " ".join(words)
+        mean, std = (in_words(values).strip("()").replace(" ", "") for values in (self.mean, self.std))
+        return f"teacher.channels={self.channels} teacher.mean={mean} teacher.std={std}"
 
 
 def in_words(values: Triple) -> str:
@@ -43,9 +39,7 @@ def in_words(values: Triple) -> str:
 
 @dataclass(frozen=True)
 class TeacherOptions(Options):
-    """The ``teacher.*`` options; None leaves the choice to the source, or to what is usual.
-
-    Numbers may come as text, since ``--kd-option teacher.mean=127`` brings them so.
+    """The ``teacher.*`` options, of which numbers may be text; None leaves the choice to the source.
 
     Attributes:
         channels: channel order of the teacher's input, ``rgb`` or ``bgr``.
@@ -73,22 +67,16 @@ class TeacherOptions(Options):
 
     @classmethod
     def of(cls, options: "TeacherOptions | Mapping[str, object] | None") -> "TeacherOptions":
-        """Options, from options, from a mapping of their names without the prefix ``teacher.``, or from nothing."""
-        if options is None:
-            return cls()
-        if isinstance(options, TeacherOptions):
-            return options
-        return build(cls, options, "teacher")
+        """Options from options, from a mapping of their names without the prefix ``teacher.``, or from nothing."""
+        return options if isinstance(options, TeacherOptions) else build(cls, options or {}, "teacher")
 
     def preprocessing(self, known: Preprocessing) -> Preprocessing:
         """The source's preprocessing, overridden by the user's options."""
-        chosen = {
-            key: getattr(self, key) for key in ("channels", "mean", "std", "size") if getattr(self, key) is not None
-        }
-        return Preprocessing(**{**vars(known), **chosen})
+        chosen = {key: getattr(self, key) for key in vars(known) if getattr(self, key) is not None}
+        return replace(known, **chosen)
 
     def refuse(self, key: str, reason: str) -> None:
-        """Stop when an option is given that a source could only ignore."""
+        """Raise where an option is given that a source could only ignore."""
         value = getattr(self, key)
         if value is not None:
             raise ConfigError(f"teacher.{key}={value!r} does not apply: {reason}")

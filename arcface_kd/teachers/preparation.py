@@ -1,4 +1,4 @@
-"""Prepare images for a network, test images, and the precision it computes in."""
+"""What every teacher shares: preparing images, test images, the precision to compute in, the shape of embeddings."""
 
 from functools import lru_cache
 
@@ -18,11 +18,7 @@ def default_precision() -> Precision:
 
 
 def autocast(precision: Precision, device: torch.device) -> torch.autocast:
-    """The context of a precision.
-
-    On a CPU beside a GPU all is computed in fp32: nothing runs there but a few images when a teacher is loaded, and
-    fp16 may take minutes for them.
-    """
+    """The context of a precision; fp32 on a CPU beside a GPU, where only test images are computed and fp16 is slow."""
     enabled = precision in _AUTOCAST and not (device.type == "cpu" and torch.cuda.is_available())
     return torch.autocast(device.type, dtype=_AUTOCAST.get(precision), enabled=enabled)
 
@@ -57,7 +53,7 @@ def prepared(images: Tensor, wanted: Preprocessing) -> Tensor:
 def _per_channel(
     scale: tuple[float, ...], shift: tuple[float, ...], dtype: torch.dtype, device: torch.device
 ) -> tuple[Tensor, Tensor]:
-    """Factors and offsets (3, 1, 1), kept on the device: a copy in each step would wait for it."""
+    """Factors and offsets (3, 1, 1), cached on the device: a copy in each step would wait for it."""
     with torch.inference_mode(False):
         factors, offsets = (torch.tensor(values, dtype=dtype).view(3, 1, 1) for values in (scale, shift))
         return factors.to(device), offsets.to(device)

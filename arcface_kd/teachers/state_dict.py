@@ -1,4 +1,4 @@
-"""State dicts in whatever file a trainer has left: read without running anything, found under any key."""
+"""State dicts in the files of any trainer: read without running anything, found under any key."""
 
 import contextlib
 import os
@@ -58,10 +58,10 @@ _MOST_CLASSES = 100
 
 
 def read_content(path: str | os.PathLike[str]) -> object:
-    """What a file of ``torch.save`` or safetensors holds, without running anything that the file brings.
+    """What a file of ``torch.save`` or safetensors holds, without running anything from the file.
 
-    Tensors are on the CPU and mapped into memory where the format allows. Scores, arguments and settings beside them
-    are passed over.
+    Tensors are on the CPU, mapped into memory where the format allows. Scores, arguments and settings beside them are
+    passed over.
     """
     place = existing_file(Path(path))
     kind = signature(place)
@@ -108,7 +108,7 @@ def _read_safetensors(path: Path) -> object:
 
 
 def _check_archive(path: Path) -> None:
-    """Refuse what torch would read without a word, and zip archives of other kinds."""
+    """Refuse damage that torch would not report, and zip archives of other kinds."""
     names: list[str] = []
     with contextlib.suppress(Exception), zipfile.ZipFile(path) as archive:
         names = archive.namelist()
@@ -133,21 +133,13 @@ def _check_archive(path: Path) -> None:
 def state_dicts(content: object) -> dict[str, dict[str, Tensor]]:
     """Every mapping of a file that holds tensors by name, without what a profiler has left in it.
 
-    By the keys that lead there (``model/state_dict``; empty for the file itself): what is called as the trained network
-    usually is comes first.
+    By the keys that lead there (``model/state_dict``; empty for the file itself); trainers' usual keys come first.
     """
     return dict(_walk(content, ()))
 
 
 def carried_networks(content: object) -> list[str]:
-    """The names of networks that a file's state dicts carry, as this package's and the drop-ins' networks write them.
-
-    Args:
-        content: as `read_content` returns it.
-
-    Returns:
-        Names that :func:`arcface_kd.backbones.get_backbone` may know, in the order of `state_dicts`.
-    """
+    """Names of networks that a file's state dicts carry, as this package writes them, in the order of `state_dicts`."""
     return list(dict.fromkeys(_carried(content, 0)))
 
 
@@ -161,12 +153,12 @@ def _carried(value: object, depth: int) -> Iterator[str]:
 
 
 def is_trained(place: str) -> bool:
-    """Whether a state dict is called as trainers call the network that they train; others may be copies of it."""
+    """Whether trainers use these keys for the network that they train; under others may be copies of it."""
     return all(key in _TRAINED for key in place.split("/") if key)
 
 
 def _in_order(names: Iterable[object]) -> list[str]:
-    """Those that are words, what trainers call the network that they train first."""
+    """Those that are words, the keys of trained networks first."""
     rank = {name: position for position, name in enumerate(_TRAINED)}
     return sorted((name for name in names if isinstance(name, str)), key=lambda name: rank.get(name, len(rank)))
 

@@ -1,4 +1,4 @@
-"""A teacher's network as the one that a run trains."""
+"""A run's student that starts from a file: a checkpoint's weights, or an ONNX graph that is trained itself."""
 
 import os
 from collections.abc import Callable, Mapping
@@ -20,9 +20,9 @@ from arcface_kd.teachers.preparation import prepared
 
 
 class TrainedGraph(TorchGraph):
-    """An ONNX graph in the place of a backbone: its embeddings are always (B, D) in float32.
+    """An ONNX graph as a backbone: its embeddings are (B, D) in float32.
 
-    ``fp16`` autocasts up to the embedding layer, float16 on GPUs and bfloat16 on CPUs that have it, as backbones do.
+    ``fp16`` autocasts up to the embedding layer, float16 on GPUs and bfloat16 on CPUs that have it, as in backbones.
     """
 
     def __init__(self, graph: OnnxGraph, *, fp16: bool = False) -> None:
@@ -34,7 +34,7 @@ class TrainedGraph(TorchGraph):
         """Embed images (B, 3, S, S) that are prepared as the graph wants them."""
         device = images.device
         narrow = autocast_dtype(device) if self.fp16 else None
-        # A network's precision is its own, whatever is around it.
+        # The network's precision is its own, whatever autocast is around it.
         in_full = torch.autocast(device.type, enabled=False)
         if narrow is None or self._layer_input is None:
             with in_full:
@@ -56,25 +56,22 @@ def start_from(
 ) -> tuple[nn.Module, Preprocessing]:
     """A network in training mode with the weights that a file holds, and how it wants its images.
 
-    A checkpoint is of the network that ``build`` builds; an ONNX file brings its own, which ``fp16`` autocasts.
-    ``name``, that of the run's network, says what a checkpoint is of where it has a colon: tensors would not tell.
+    A checkpoint is of the network that ``build`` builds; an ONNX file brings its own, which ``fp16`` autocasts. The
+    name of the run's network says what a checkpoint is of, where it has a colon and tensors do not tell.
     """
     options = TeacherOptions.of(options)
     if ":" in name and options.network is None and CheckpointSource.accepts(source):
         options = replace(options, network=name)
     teacher = load_teacher(source, options)
     if teacher.embedding_size != embedding_size:
-        raise TeacherError(
-            f"{source} has embeddings of dimension {teacher.embedding_size} and the run {embedding_size}: set "
-            f"embedding_size={teacher.embedding_size}"
-        )
+        size = teacher.embedding_size
+        met = f"{source} has embeddings of dimension {size}"
+        raise TeacherError(f"{met} and the run {embedding_size}: set embedding_size={size}")
     network = teacher.network
     if isinstance(network, OnnxNetwork | TorchGraph):
         return TrainedGraph(network.graph, fp16=fp16).train(), teacher.preprocessing
     if not isinstance(network, nn.Module):
-        raise TeacherError(
-            f"{source}: a run can start from a checkpoint or an ONNX file, not from {teacher.description}"
-        )
+        raise TeacherError(f"{source}: a run starts from a checkpoint or an ONNX file, not from {teacher.description}")
     stated = options.channels, options.mean, options.std
     if teacher.preprocessing != Preprocessing() and stated == (None, None, None):
         raise TeacherError(
@@ -90,7 +87,7 @@ def start_from(
 
 
 def prepare_images(network: nn.Module, preprocessing: Preprocessing) -> None:
-    """Have a network prepare the student's view of images as it wants them; its state stays as it is."""
+    """Have a network prepare the student's images as it wants them; its state stays as it is."""
     if preprocessing == Preprocessing():
         return
 
@@ -101,7 +98,7 @@ def prepare_images(network: nn.Module, preprocessing: Preprocessing) -> None:
 
 
 def trained_graph_file(teacher: Teacher, state: Mapping[str, Tensor]) -> bytes:
-    """The bytes of the ONNX file, for any batch size, of a graph that has been trained."""
+    """The bytes of the ONNX file, for any batch size, of a trained graph."""
     network = teacher.network
     if not isinstance(network, OnnxNetwork | TorchGraph):
         raise TeacherError(f"{teacher.description} is no ONNX graph")
@@ -110,7 +107,5 @@ def trained_graph_file(teacher: Teacher, state: Mapping[str, Tensor]) -> bytes:
         with torch.no_grad():
             graph.load_state_dict(state)
     except RuntimeError as error:
-        raise TeacherError(
-            f"the trained weights are not those of {teacher.description}: {first_line(error)}"
-        ) from error
+        raise TeacherError(f"the trained weights do not fit {teacher.description}: {first_line(error)}") from error
     return graph.serialised()

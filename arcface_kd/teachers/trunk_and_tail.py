@@ -1,8 +1,7 @@
-"""A teacher cut in two at a feature map: what makes the map of images, and the tail that makes the embedding of a map.
+"""A teacher cut in two at a feature map: the trunk makes the map of images, the tail the embedding of a map.
 
-The tail is frozen and differentiable: a gradient passes through it to whatever stands in the map's place. Checkpoints,
-modules and ONNX graphs are cut alike; whether a place is one where all of the embedding passes through is not believed
-but tried.
+The tail is frozen and differentiable in the map. Checkpoints, modules and ONNX graphs are cut alike; that all of the
+embedding passes through the place is tried on images.
 """
 
 from collections.abc import Callable
@@ -39,14 +38,14 @@ class _CutBackbone:
 
 
 class _Passed(Exception):
-    """The map has been found; what follows it is not wanted."""
+    """The map has been found: the rest of the network need not run."""
 
 
 class _CutModule:
     """Any module at a place that is known by name.
 
-    The tail is the network itself with another map put in its place; what lies before the place is run on one empty
-    image, or on a whole batch of them where the network counts its images.
+    The tail is the network itself, with the given map put in the place. What lies before the place is run on one empty
+    image, or on a whole batch of them where the network needs as many images as maps.
     """
 
     def __init__(self, network: nn.Module, place: MapPlace, size: int) -> None:
@@ -80,7 +79,7 @@ class _CutModule:
 
 
 def _hook(network: nn.Module, place: MapPlace, see: Callable[[Any], Any]) -> Any:
-    """A hook in a place for the time of a ``with`` block; what it returns takes the value's place."""
+    """A hook in a place for the time of a ``with`` block; what it returns replaces the value."""
     module = network.get_submodule(place.module)
     if place.is_input:
         return module.register_forward_pre_hook(lambda _, inputs: see(inputs[0]))
@@ -91,13 +90,9 @@ class _CutGraph:
     """A torch graph at a tensor that is known by name."""
 
     def __init__(self, network: TorchGraph, name: str) -> None:
-        self.network, self.name, self._graph = network, name, network
-
-    def trunk(self, prepared: Tensor) -> Tensor:
-        return self._graph.run({self._graph.graph.input_name: prepared}, [self.name])[0]
-
-    def tail(self, feature_map: Tensor) -> Tensor:
-        return self._graph.behind(self.name, feature_map).flatten(1)
+        self.network: nn.Module = network
+        self.trunk = lambda prepared: network.run({network.graph.input_name: prepared}, [name])[0]
+        self.tail = lambda feature_map: network.behind(name, feature_map)
 
 
 class CutTeacher:
@@ -110,7 +105,7 @@ class CutTeacher:
     """
 
     def __init__(self, teacher: Teacher, cut: _Cut, place: str) -> None:
-        """Cut a teacher, and try whether its halves make it up."""
+        """Cut a teacher, and try that its halves make it up."""
         self._teacher, self._cut, self.place = teacher, cut, place
         self.embedding_size = teacher.embedding_size
         cut.network.eval().requires_grad_(False)
@@ -142,7 +137,7 @@ class CutTeacher:
             network.to(device)
 
     def _tried(self) -> tuple[int, int, int]:
-        """The map's shape, once the tail has made of three images' maps what the teacher makes of the images."""
+        """The map's shape; raise unless the tail makes of three images' maps what the teacher makes of the images."""
         size = self._teacher.preprocessing.size
         images = torch.rand((3, 3, size, size), generator=torch.Generator().manual_seed(2)) * 2 - 1
         images = images.to(self._teacher.device or "cpu")
@@ -166,10 +161,8 @@ class CutTeacher:
                 channels, height, width = found.shape[1:]
                 return channels, height, width
             fault = "the embedding is not made of it alone"
-        raise TeacherError(
-            f"teacher {self._teacher.description} cannot be cut at {self.place}: {fault}; name another place, one that "
-            "all of the embedding passes through"
-        )
+        where = f"teacher {self._teacher.description} cannot be cut at {self.place}"
+        raise TeacherError(f"{where}: {fault}; name a place that all of the embedding passes through")
 
 
 def cut_teacher(teacher: Teacher, name: str | None = None, tap: int = 0) -> CutTeacher:
@@ -180,13 +173,10 @@ def cut_teacher(teacher: Teacher, name: str | None = None, tap: int = 0) -> CutT
         name: the module whose output is the map (``layer4``), or the ONNX graph's tensor; None finds the map: in the
             networks of this package and of arcface_torch by their modules' names, in an ONNX graph the last tensor
             (B, C, H, W) larger than 1x1 that all of the embedding passes through.
-        tap: where to find it: 0 is the last map, 1 the last one that is larger in height and width, and so on.
-
-    Returns:
-        The teacher's halves.
+        tap: which map is found: 0 is the last, 1 the last one that is larger in height and width, and so on.
 
     Raises:
-        TeacherError: no such place, or the embedding is not made of what passes through it alone.
+        TeacherError: no such place, or not all of the embedding passes through it.
     """
     network = teacher.network
     where = f"teacher {teacher.description}"
@@ -220,9 +210,7 @@ def _graph_map(graph: TorchGraph, size: int, name: str | None, tap: int) -> str:
     listed = ", ".join(f"{each} {shape[1]}x{shape[2]}x{shape[3]}" for each, shape in maps.items()) or "none"
     if name is not None:
         if name not in maps:
-            raise TeacherError(
-                f"the graph has no feature map {name!r} that all of the embedding passes through; there are {listed}"
-            )
+            raise TeacherError(f"the embedding passes through no feature map {name!r}; there are {listed}")
         return name
     # The last map of each size, from the embedding backwards.
     last = {shape[2:]: each for each, shape in maps.items()}

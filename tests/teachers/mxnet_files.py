@@ -91,20 +91,13 @@ def face_arrays(size: int = 16, seed: int = 0) -> dict[str, np.ndarray]:
     def positive(*shape: int) -> np.ndarray:
         return generator.uniform(0.5, 1.5, shape).astype(np.float32)
 
+    shapes = {"conv0_weight": (8, 3, 3, 3), "conv1_weight": (8, 1, 3, 3), "pre_fc1_weight": (size, 8 * 4 * 4)}
+    shapes |= {"pre_fc1_bias": (size,), "bn0_beta": (8,), "fc1_beta": (size,)}
     return {
-        "arg:conv0_weight": normal(8, 3, 3, 3),
-        "arg:bn0_gamma": positive(8),
-        "arg:bn0_beta": normal(8),
-        "aux:bn0_mean": normal(8),
-        "aux:bn0_var": positive(8),
-        "arg:relu0_gamma": positive(8),
-        "arg:conv1_weight": normal(8, 1, 3, 3),
-        "arg:pre_fc1_weight": normal(size, 8 * 4 * 4),
-        "arg:pre_fc1_bias": normal(size),
-        "arg:fc1_gamma": positive(size),
-        "arg:fc1_beta": normal(size),
-        "aux:fc1_mean": normal(size),
-        "aux:fc1_var": positive(size),
+        **{f"arg:{name}": normal(*shape) for name, shape in shapes.items()},
+        **{"aux:bn0_mean": normal(8), "aux:fc1_mean": normal(size)},
+        **{"arg:bn0_gamma": positive(8), "arg:relu0_gamma": positive(8), "arg:fc1_gamma": positive(size)},
+        **{"aux:bn0_var": positive(8), "aux:fc1_var": positive(size)},
     }
 
 

@@ -1,16 +1,29 @@
-"""Small ONNX graphs of the shapes that face networks have, for the tests to break."""
+"""Small ONNX graphs of the shapes that face networks have, in ONNX's own syntax, for the tests to break."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 import onnx
 import torch
-from onnx import TensorProto, helper, numpy_helper
+from onnx import TensorProto, numpy_helper
 
 EMBEDDING_SIZE = 16
-
+# How the feature map becomes a row of numbers: Reshape by an initializer or by a Constant node, Flatten, a Reshape that
+# merges the batch with the channels, or one with a term behind it that mixes the batch's images.
+TAILS = {
+    "reshape": "row = Reshape (map2, shape) raw = MatMul (row, matrix)",
+    "constant_node": (
+        "same = Constant <value = int64[2] {%d, -1}> () row = Reshape (map2, same) raw = MatMul (row, matrix)"
+    ),
+    "flatten": "row = Flatten (map2) raw = MatMul (row, matrix)",
+    "merged": "merged = Reshape (map2, merging) row = Reshape (merged, shape) raw = MatMul (row, matrix)",
+    "mixing": (
+        "row = Reshape (map2, shape) projected = MatMul (row, matrix) "
+        "shares = Softmax <axis = 0> (projected) raw = Mul (projected, shares)"
+    ),
+}
 Tail = Literal["reshape", "constant_node", "flatten", "merged", "mixing"]
 
 
@@ -42,87 +55,69 @@ def weights(seed: int = 0) -> dict[str, np.ndarray]:
     }
 
 
+def model_of(nodes: str, inputs: str, outputs: str, arrays: Mapping[str, np.ndarray], opset: int = 13) -> Any:
+    """A model from ONNX's own syntax: nodes ``y = Flatten <axis = 1> (x)``, inputs ``float[N, 3, 8, 8] x``."""
+    own = ', "ours": 1' if "ours." in nodes else ""
+    head = f'<ir_version: 8, opset_import: ["": {opset}{own}]>'
+    model = onnx.parser.parse_model(f"{head} made ({inputs}) => ({outputs}) {{ {nodes} }}")
+    model.graph.initializer.extend(numpy_helper.from_array(np.asarray(each), name) for name, each in arrays.items())
+    return model
+
+
 def face_network(
     *,
     batch: int | None = 1,
     tail: Tail = "reshape",
-    leading: Sequence[str] = (),
-    arrays: dict[str, np.ndarray] | None = None,
-    element: int = TensorProto.FLOAT,
+    before: str = "",
+    behind: str = "",
+    arrays: Mapping[str, np.ndarray] | None = None,
+    more: Mapping[str, np.ndarray] | None = None,
+    kind: str = "float",
     size: int | None = 112,
+    inputs: str = "",
+    outputs: str = "",
 ) -> Any:
     """A recognition network.
 
     Args:
         batch: the batch size that input, output and Reshape declare; None leaves it open.
-        tail: how the feature map becomes a row: Reshape by an initializer or by a Constant node, Flatten, a Reshape
-            that merges the batch with the channels, or a term that mixes the batch's images.
-        leading: names of scalar nodes before the first convolution; those with "Sub" or "minus" in them subtract.
-        arrays: weights.
-        element: type of the input.
-        size: height and width the input declares.
+        tail: see ``TAILS``.
+        before: nodes that lead from "image" to "prepared"; none by default.
+        behind: nodes that lead from "raw" to "embedding"; none by default.
+        arrays: the weights.
+        more: further constants.
+        kind: type of the input.
+        size: height and width that the input declares.
+        inputs: in place of the image input.
+        outputs: in place of the embedding output.
     """
-    arrays = dict(arrays if arrays is not None else weights())
-    nodes, last = [], "image"
-    if element != TensorProto.FLOAT:
-        nodes.append(helper.make_node("Cast", [last], ["as_float"], to=TensorProto.FLOAT))
-        last = "as_float"
-    for number, name in enumerate(leading):
-        subtracts = "sub" in name.lower() or "minus" in name.lower()
-        arrays[f"scalar{number}"] = np.array(127.5 if subtracts else 1 / 127.5, np.float32)
-        operator = "Sub" if subtracts else "Mul"
-        nodes.append(helper.make_node(operator, [last, f"scalar{number}"], [f"scaled{number}"], name=name))
-        last = f"scaled{number}"
-    nodes += [
-        helper.make_node("Conv", [last, "conv1"], ["map1"], name="Conv_0", kernel_shape=[8, 8], strides=[8, 8]),
-        helper.make_node("PRelu", ["map1", "slope"], ["active"], name="PRelu_1"),
-        helper.make_node("Conv", ["active", "conv2"], ["map2"], name="Conv_2", kernel_shape=[7, 7], strides=[7, 7]),
-    ]
-    fixed = batch or 1
-    if tail == "flatten":
-        nodes.append(helper.make_node("Flatten", ["map2"], ["row"]))
-    elif tail == "constant_node":
-        shape = numpy_helper.from_array(np.array([fixed, -1], np.int64))
-        nodes.append(helper.make_node("Constant", [], ["shape"], value=shape))
-        nodes.append(helper.make_node("Reshape", ["map2", "shape"], ["row"]))
-    elif tail == "merged":
-        arrays["merged_shape"] = np.array([fixed * 16, 4], np.int64)
-        arrays["shape"] = np.array([fixed, 64], np.int64)
-        nodes.append(helper.make_node("Reshape", ["map2", "merged_shape"], ["merged"]))
-        nodes.append(helper.make_node("Reshape", ["merged", "shape"], ["row"]))
-    else:
-        arrays["shape"] = np.array([fixed, -1], np.int64)
-        nodes.append(helper.make_node("Reshape", ["map2", "shape"], ["row"]))
-    nodes.append(helper.make_node("MatMul", ["row", "matrix"], ["embedding" if tail != "mixing" else "projected"]))
-    if tail == "mixing":
-        nodes.append(helper.make_node("Softmax", ["projected"], ["shares"], axis=0))
-        nodes.append(helper.make_node("Mul", ["projected", "shares"], ["embedding"]))
-    declared = "batch" if batch is None else batch
-    side = "side" if size is None else size
-    graph = helper.make_graph(
-        nodes,
-        "face",
-        [helper.make_tensor_value_info("image", element, [declared, 3, side, side])],
-        [helper.make_tensor_value_info("embedding", TensorProto.FLOAT, [declared, EMBEDDING_SIZE])],
-        [numpy_helper.from_array(array, name) for name, array in arrays.items()],
+    fixed, declared, side = batch or 1, batch or "N", size or "S"
+    body = f"""
+        [Conv_0] map1 = Conv <kernel_shape = [8, 8], strides = [8, 8]> ({"prepared" if before else "image"}, conv1)
+        [PRelu_1] active = PRelu (map1, slope)
+        [Conv_2] map2 = Conv <kernel_shape = [7, 7], strides = [7, 7]> (active, conv2)
+        {TAILS[tail].replace("%d", str(fixed)).replace("raw", "raw" if behind else "embedding")}
+    """
+    shapes = {"shape": np.array([fixed, -1]), "merging": np.array([fixed * 16, 4])}
+    needed = {name: array for name, array in shapes.items() if f", {name})" in body}
+    return model_of(
+        f"{before} {body} {behind}",
+        inputs or f"{kind}[{declared}, 3, {side}, {side}] image",
+        outputs or f"float[{declared}, {EMBEDDING_SIZE}] embedding",
+        {**(weights() if arrays is None else arrays), **needed, **(more or {})},
     )
-    return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 13)], ir_version=8)
 
 
 def other_network(side: int, outputs: int) -> Any:
     """A detector or landmark network of a pack: one input of ``side``, so many outputs."""
-    nodes = [helper.make_node("GlobalAveragePool", ["image"], ["pooled"])]
-    nodes += [helper.make_node("Identity", ["pooled"], [f"output{number}"]) for number in range(outputs)]
-    graph = helper.make_graph(
-        nodes,
-        "other",
-        [helper.make_tensor_value_info("image", TensorProto.FLOAT, [1, 3, side, side])],
-        [
-            helper.make_tensor_value_info(f"output{number}", TensorProto.FLOAT, [1, 3, 1, 1])
-            for number in range(outputs)
-        ],
+    names = [f"output{number}" for number in range(outputs)]
+    copies = " ".join(f"{name} = Identity (pooled)" for name in names)
+    return model_of(
+        f"pooled = GlobalAveragePool (image) {copies}",
+        f"float[1, 3, {side}, {side}] image",
+        ", ".join(f"float[1, 3, 1, 1] {name}" for name in names),
+        {},
     )
-    return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 13)], ir_version=8)
 
 
 def embed_one_by_one(model: Any, prepared: np.ndarray) -> np.ndarray:
@@ -131,11 +126,7 @@ def embed_one_by_one(model: Any, prepared: np.ndarray) -> np.ndarray:
 
     session = onnxruntime.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
     batch = model.graph.input[0].type.tensor_type.shape.dim[0].dim_value or 1
-    rows = []
-    for image in prepared:
-        answer = session.run(None, {"image": np.repeat(image[None], batch, axis=0)})[0]
-        rows.append(answer[0])
-    return np.stack(rows)
+    return np.stack([session.run(None, {"image": np.repeat(image[None], batch, axis=0)})[0][0] for image in prepared])
 
 
 def shape_constants(model: Any) -> dict[str, list[int]]:

@@ -1,7 +1,5 @@
 import copy
 import pickle
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -13,9 +11,10 @@ import torch
 from torch import Tensor, nn
 
 from arcface_kd import registry
-from arcface_kd.errors import ConfigError, TeacherError, first_line
+from arcface_kd.errors import ConfigError, TeacherError
 from arcface_kd.teachers import Preprocessing, Teacher, TeacherOptions, load_teacher
-from arcface_kd.teachers.base import local_path, read_bytes, tensors_digest
+from arcface_kd.teachers.base import local_path, tensors_digest
+from tests.teachers.onnx_models import student_view
 
 
 class Pooled(nn.Module):
@@ -38,12 +37,8 @@ def teacher_of(network: Callable[[Tensor], Tensor], preprocessing: Preprocessing
     return Teacher(network, preprocessing=preprocessing, description="test", weights="digest", **rest)
 
 
-def pixels(count: int = 2, size: int = 112, seed: int = 0) -> np.ndarray:
-    return np.random.default_rng(seed).integers(0, 256, (count, 3, size, size), dtype=np.uint8)
-
-
-def student_view(images: np.ndarray) -> Tensor:
-    return torch.from_numpy(images.astype(np.float32) / 127.5 - 1)
+def pixels(count: int = 2, size: int = 112) -> np.ndarray:
+    return np.random.default_rng(0).integers(0, 256, (count, 3, size, size), dtype=np.uint8)
 
 
 @pytest.mark.parametrize("channels", ["rgb", "bgr"])
@@ -59,15 +54,11 @@ def student_view(images: np.ndarray) -> Tensor:
 def test_prepare_is_the_textbook_formula_on_pixel_values(channels: Any, mean: Any, std: Any) -> None:
     teacher = teacher_of(Pooled(), Preprocessing(channels, mean, std))
     images = pixels()
+    assert torch.equal(teacher_of(Pooled()).prepare(student_view(images)), student_view(images))
     ordered = images if channels == "rgb" else images[:, ::-1]
     expected = (ordered.astype(np.float64) - np.reshape(mean, (3, 1, 1))) / np.reshape(std, (3, 1, 1))
     prepared = teacher.prepare(student_view(images)).numpy()
     np.testing.assert_allclose(prepared, expected, rtol=0, atol=2e-7 * 255 / min(std))
-
-
-def test_prepare_changes_no_bit_when_the_teacher_sees_what_the_student_sees() -> None:
-    images = student_view(pixels())
-    assert torch.equal(teacher_of(Pooled()).prepare(images), images)
 
 
 def test_resize_is_opencvs_bilinear_when_enlarging() -> None:
@@ -134,13 +125,7 @@ def test_to_reaches_the_network_and_the_network_follows_its_images() -> None:
     teacher.to("meta")
     assert network.matrix.device.type == "meta"
     assert teacher.device == torch.device("meta")
-    teacher_of(Pooled())
     assert teacher_of(lambda images: images[:, :, 0, 0]).device is None
-
-
-def test_network_is_asked_to_move_to_where_its_images_are() -> None:
-    teacher = teacher_of(Pooled())
-    teacher.to("meta")
     # Nothing can be copied out of "meta", so that the attempt shows on a machine with one device.
     with pytest.raises(NotImplementedError, match="meta"):
         teacher(student_view(pixels()))
@@ -150,12 +135,10 @@ def test_network_is_asked_to_move_to_where_its_images_are() -> None:
 def test_on_a_gpu_the_embeddings_are_those_of_the_cpu() -> None:
     if not torch.cuda.is_available():
         pytest.skip("no CUDA device here")
-    teacher = teacher_of(Pooled())
-    images = student_view(pixels())
-    on_cpu = teacher(images)
+    teacher, images = teacher_of(Pooled()), student_view(pixels())
     on_gpu = teacher(images.cuda())
     assert on_gpu.is_cuda
-    torch.testing.assert_close(on_gpu.cpu(), on_cpu, rtol=1e-3, atol=1e-4)
+    torch.testing.assert_close(on_gpu.cpu(), teacher(images), rtol=1e-3, atol=1e-4)
 
 
 def test_precision_is_the_teachers_own_whatever_the_step_runs_in() -> None:
@@ -183,11 +166,10 @@ def test_no_images_give_no_embeddings() -> None:
 
 
 @pytest.mark.parametrize(
-    "images",
-    [torch.zeros((3, 112, 112)), torch.zeros((1, 1, 112, 112)), torch.zeros((1, 3, 112, 112), dtype=torch.uint8)],
+    "images", [torch.zeros(3, 112, 112), torch.zeros(1, 1, 112, 112), torch.zeros(1, 3, 112, 112, dtype=torch.uint8)]
 )
-def test_images_of_another_kind_are_refused_by_shape_and_type(images: Tensor) -> None:
-    with pytest.raises(TeacherError, match=r"takes \(B, 3, H, W\) floating-point images.*got \("):
+def test_images_of_another_kind_are_refused(images: Tensor) -> None:
+    with pytest.raises(TeacherError, match=r"\(B, 3, H, W\)"):
         teacher_of(Pooled())(images)
 
 
@@ -209,14 +191,10 @@ def test_a_network_that_embeds_nothing_is_refused_at_once(network: Any, message:
     assert "\n" not in str(caught.value)
 
 
-def test_a_network_may_return_a_1x1_map() -> None:
+def test_the_dimension_is_that_of_the_embeddings() -> None:
     assert teacher_of(lambda images: images.mean((2, 3), keepdim=True)).embedding_size == 3
-
-
-def test_another_dimension_than_asked_for_is_refused() -> None:
     with pytest.raises(TeacherError, match="dimension 8, wanted 512"):
         teacher_of(Pooled(8), embedding_size=512)
-    assert teacher_of(Pooled(8), embedding_size=8).embedding_size == 8
 
 
 def test_fingerprint_depends_on_all_that_decides_the_embedding_and_on_nothing_else() -> None:
@@ -284,40 +262,19 @@ def test_tensors_digest_knows_names_shapes_types_and_bytes() -> None:
     assert tensors_digest({"x": tensors["a"], "b": tensors["b"], "c": tensors["c"]}) != tensors_digest(tensors)
 
 
-def test_fingerprint_is_the_same_in_another_process(tmp_path: Path) -> None:
-    network = nn.Sequential(nn.Flatten(), nn.Linear(192, 4, bias=False))
-    torch.save(network.state_dict(), tmp_path / "weights.pt")
-    program = f"""
-import torch
-from torch import nn
-from arcface_kd.teachers import load_teacher
-network = nn.Sequential(nn.Flatten(), nn.Linear(192, 4, bias=False))
-network.load_state_dict(torch.load({str(tmp_path / "weights.pt")!r}, weights_only=True))
-print(load_teacher(network, {{"size": 8}}).fingerprint)
-"""
-    other = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True).stdout.strip()
-    assert other == load_teacher(network, {"size": 8}).fingerprint
-
-
-def test_a_missing_teacher_is_an_error_and_never_made_up(tmp_path: Path) -> None:
-    for name in ("model.pt", "model.onnx", "model-symbol.json", "model"):
-        with pytest.raises(TeacherError, match="does not exist"):
-            load_teacher(tmp_path / name)
-        with pytest.raises(TeacherError, match="does not exist"):
-            load_teacher(str(tmp_path / name))
+@pytest.mark.parametrize("name", ["model.pt", "model.onnx", "model-symbol.json", "model"])
+def test_a_missing_teacher_is_an_error_and_never_made_up(tmp_path: Path, name: str) -> None:
+    for source in (tmp_path / name, str(tmp_path / name)):
+        with pytest.raises(TeacherError, match=rf"{name} does not exist"):
+            load_teacher(source)
 
 
 def test_a_file_that_nobody_takes_names_what_it_is_and_which_kinds_there_are(tmp_path: Path) -> None:
     path = tmp_path / "notes.txt"
     path.write_text("hello")
-    with pytest.raises(
-        TeacherError, match=r"notes\.txt is a file of 5 bytes.*checkpoint:.*mxnet_checkpoint:.*onnx:.*timm:"
-    ):
+    with pytest.raises(TeacherError, match=r"notes\.txt is a file of 5 bytes.*checkpoint:.*mxnet_checkpoint:.*onnx:"):
         load_teacher(path)
-    path.write_text("version https://git-lfs.github.com/spec/v1")
-    with pytest.raises(TeacherError, match="git lfs pull"):
-        load_teacher(path)
-    with pytest.raises(TeacherError, match="is a folder, which no teacher source takes"):
+    with pytest.raises(TeacherError, match="is a folder"):
         load_teacher(tmp_path)
 
 
@@ -355,9 +312,7 @@ def test_a_strangers_source_is_asked_like_our_own(monkeypatch: pytest.MonkeyPatc
     teacher = load_teacher("stranger:any", {"mean": "0"}, device="meta")
     assert teacher.preprocessing == Preprocessing("bgr", mean=(0.0, 0.0, 0.0))
     assert teacher.device == torch.device("meta")
-    with pytest.raises(
-        TeacherError, match=r"no teacher source takes 'other:any'; there are stranger: a stranger's kind"
-    ):
+    with pytest.raises(TeacherError, match=r"'other:any'; there are stranger: a stranger's kind"):
         load_teacher("other:any")
 
 
@@ -377,19 +332,8 @@ def test_a_source_that_fails_keeps_no_other_from_its_teacher(
 
 def test_two_sources_for_one_teacher_are_not_chosen_between(monkeypatch: pytest.MonkeyPatch) -> None:
     _sources(monkeypatch, one=StrangerSource, two=StrangerSource)
-    with pytest.raises(TeacherError, match="claimed by several sources: one, two"):
+    with pytest.raises(TeacherError, match="one, two"):
         load_teacher("stranger:any")
-
-
-def test_built_in_sources_come_through_the_entry_points() -> None:
-    names = set(registry.entry_points(registry.TEACHERS))
-    assert {"checkpoint", "module", "mxnet_checkpoint", "onnx", "timm"} <= names
-
-
-def test_first_line_folds_and_cuts() -> None:
-    assert first_line(ValueError("a\n  b\tc")) == "a b c"
-    assert first_line(KeyError()) == "KeyError"
-    assert len(first_line(ValueError("x" * 1000))) == 240
 
 
 def test_local_path_tells_places_from_schemes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -405,13 +349,8 @@ def test_local_path_tells_places_from_schemes(tmp_path: Path, monkeypatch: pytes
 
 
 def test_a_place_that_the_system_refuses_is_one_clear_line(tmp_path: Path) -> None:
-    with pytest.raises(TeacherError, match="cannot be read: File name too long"):
+    with pytest.raises(TeacherError, match="cannot be read: "):
         load_teacher("x" * 5000)
     (tmp_path / "loop.pt").symlink_to(tmp_path / "loop.pt")
-    with pytest.raises(TeacherError, match=r"loop\.pt: cannot be read: Too many levels of symbolic links"):
+    with pytest.raises(TeacherError, match=r"loop\.pt: cannot be read: "):
         load_teacher(tmp_path / "loop.pt")
-
-
-def test_read_bytes_refuses_what_is_no_file(tmp_path: Path) -> None:
-    with pytest.raises(TeacherError, match="a folder; wanted a file"):
-        read_bytes(tmp_path)

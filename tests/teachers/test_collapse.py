@@ -2,7 +2,6 @@
 
 import logging
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -36,16 +35,6 @@ class Network(nn.Module):
 @pytest.fixture(scope="module")
 def faces(tmp_path_factory: pytest.TempPathFactory) -> Faces:
     return draw_faces(tmp_path_factory.mktemp("faces"), identities=12, images=2)
-
-
-def config(faces: Faces, folder: Path) -> dict[str, Any]:
-    return {
-        "rec": str(faces.folder),
-        "num_classes": 12,
-        "batch_size": 8,
-        "num_workers": 0,
-        "kd_cache": str(folder / "c"),
-    }
 
 
 @pytest.mark.parametrize(("offset", "warned"), [(0.0, False), (100.0, True)])
@@ -82,12 +71,13 @@ def test_filling_a_cache_warns_and_a_full_cache_is_not_looked_at(
 ) -> None:
     network = Network(100.0)
     teacher = load_teacher(network)
+    config = {"rec": str(faces.folder), "num_classes": 12, "num_workers": 0, "kd_cache": str(tmp_path / "c")}
     with caplog.at_level(logging.WARNING):
-        fill_cache(config(faces, tmp_path), teacher=teacher)
+        fill_cache(config, teacher=teacher)
         assert "the teacher's embeddings of 12 different faces are all alike" in caplog.text
         caplog.clear()
         network.shown = 0
-        fill_cache(config(faces, tmp_path), teacher=teacher)
+        fill_cache(config, teacher=teacher)
     assert network.shown == 0
     assert caplog.text == ""
 

@@ -8,7 +8,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from onnx import TensorProto, helper, numpy_helper
 from torch import Tensor, nn
 
 from arcface_kd.backbones import get_backbone
@@ -29,51 +28,28 @@ def _beside_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def _onnx_with_everything_that_is_read() -> Any:
     """Swapped channels, computed bounds, padding by a number, a mask, a long index, a factor made of a shape."""
-    model = face_network(batch=None, tail="flatten")
-    arrays = {
-        "backwards": np.array([2, 1, 0]),
-        "from": np.array([-1]),
-        "to": np.array([-9]),
-        "axis": np.array([1]),
-        "step": np.array([-1]),
-        "low": np.array([-2], np.float32),
-        "no_axes": np.array([0]),
-        "high": np.array(2, np.float32),
-        "pads": np.array([0, 0, 0, 0, 0, 0, 0, 0]),
-        "filling": np.array(0.5, np.float32),
+    before = """
+        g = Gather <axis = 1> (image, backwards) s = Slice (g, minus, end, one, minus) lowest = Squeeze (low, zero)
+        c = Clip (s, lowest, high) prepared = Pad (c, pads, filling)
+    """
+    behind = """
+        shape = Shape (raw) size = Gather (shape, width) length = Cast <to = 1> (size) root = Sqrt (length)
+        d = Div (raw, root) w = Where (mask, d, raw) embedding = Gather <axis = 1> (w, places)
+    """
+    whole = {"backwards": [2, 1, 0], "minus": [-1], "end": [-9], "one": [1], "zero": [0], "pads": [0] * 8, "width": 1}
+    real = {"low": [-2], "high": 2, "filling": 0.5}
+    arrays: dict[str, np.ndarray] = {
+        **{name: np.array(value, np.int64) for name, value in whole.items()},
+        **{name: np.array(value, np.float32) for name, value in real.items()},
         "mask": np.arange(16) % 3 > 0,
         "places": np.arange(16)[::-1].copy(),
     }
-    model.graph.initializer.extend(numpy_helper.from_array(array, name) for name, array in arrays.items())
-    first = [
-        helper.make_node("Gather", ["image", "backwards"], ["g"], axis=1),
-        helper.make_node("Slice", ["g", "from", "to", "axis", "step"], ["s"]),
-        helper.make_node("Squeeze", ["low", "no_axes"], ["lowest"]),
-        helper.make_node("Clip", ["s", "lowest", "high"], ["c"]),
-        helper.make_node("Pad", ["c", "pads", "filling"], ["p"]),
-    ]
-    model.graph.node[0].input[0] = "p"
-    for node in reversed(first):
-        model.graph.node.insert(0, node)
-    model.graph.node[-1].output[0] = "e"
-    model.graph.node.extend(
-        [
-            helper.make_node("Shape", ["e"], ["shape"]),
-            helper.make_node("Gather", ["shape", "width"], ["size"]),
-            helper.make_node("Cast", ["size"], ["length"], to=TensorProto.FLOAT),
-            helper.make_node("Sqrt", ["length"], ["root"]),
-            helper.make_node("Div", ["e", "root"], ["d"]),
-            helper.make_node("Where", ["mask", "d", "e"], ["w"]),
-            helper.make_node("Gather", ["w", "places"], ["embedding"], axis=1),
-        ]
-    )
-    model.graph.initializer.append(numpy_helper.from_array(np.array(1), "width"))
-    return model
+    return face_network(batch=None, tail="flatten", before=before, behind=behind, more=arrays)
 
 
 def onnx_teacher(folder: Path) -> Teacher:
-    (folder / "teacher.onnx").write_bytes(_onnx_with_everything_that_is_read().SerializeToString())
-    teacher = load_teacher(folder / "teacher.onnx", {"mean": "123.675,116.28,103.53", "std": "58.395,57.12,57.375"})
+    options = {"mean": "123.675,116.28,103.53", "std": "58.395,57.12,57.375"}
+    teacher = load_teacher(saved(folder, _onnx_with_everything_that_is_read()), options)
     assert isinstance(teacher.network, TorchGraph)
     return teacher
 
@@ -83,7 +59,7 @@ def mxnet_teacher(folder: Path) -> Teacher:
 
 
 def checkpoint_teacher(folder: Path) -> Teacher:
-    torch.save(get_backbone("thin_r18", num_features=16).eval().state_dict(), folder / "model.pt")
+    torch.save(get_backbone("thin_r10", num_features=16).eval().state_dict(), folder / "model.pt")
     return load_teacher(folder / "model.pt", {"mean": [120, 110, 100]})
 
 
@@ -107,9 +83,7 @@ def test_a_step_neither_waits_nor_mixes(load: Callable[[Path], Teacher], tmp_pat
 def test_a_graph_that_torch_cannot_run_is_run_on_the_host_and_said_so(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    model = face_network(batch=None, tail="flatten")
-    model.graph.node[1].op_type = "Softsign"
-    del model.graph.node[1].input[1]
+    model = face_network(batch=None, tail="flatten", behind="embedding = Softsign (raw)")
     teacher = load_teacher(saved(tmp_path, model))
     wanted = teacher(IMAGES)
     with make_believe_gpu(), caplog.at_level(logging.WARNING):

@@ -9,7 +9,6 @@ from torch import Tensor, nn
 
 from arcface_kd.errors import ConfigError, TeacherError
 from arcface_kd.teachers import Preprocessing, load_teacher
-from arcface_kd.teachers.module import ModuleSource, TimmSource
 
 
 def network(seed: int = 0, size: int = 8) -> nn.Module:
@@ -35,19 +34,20 @@ def test_a_module_is_a_teacher_with_the_students_view() -> None:
 
 def test_options_apply_to_a_module() -> None:
     module = network()
-    options = {"channels": "bgr", "mean": 0, "std": 255, "size": 32, "embedding_size": 8, "precision": "bf16"}
-    teacher = load_teacher(module, options)
+    teacher = load_teacher(module, {"channels": "bgr", "mean": 0, "std": 255, "size": 32, "precision": "bf16"})
     assert teacher.preprocessing == Preprocessing("bgr", (0.0,) * 3, (255.0,) * 3, 32)
     assert teacher.precision == "bf16"
     with pytest.raises(TeacherError, match="dimension 8, wanted 512"):
         load_teacher(module, {"embedding_size": 512})
-    with pytest.raises(ConfigError, match=r"teacher\.network='r50' does not apply"):
+    with pytest.raises(ConfigError, match=r"teacher\.network='r50'"):
         load_teacher(module, {"network": "r50"})
 
 
 def test_a_modules_fingerprint_follows_its_weights() -> None:
     assert load_teacher(network(0)).fingerprint == load_teacher(network(0)).fingerprint
     assert load_teacher(network(0)).fingerprint != load_teacher(network(1)).fingerprint
+    pools = [nn.Sequential(pool(2), nn.Flatten()) for pool in (nn.AdaptiveAvgPool2d, nn.AdaptiveMaxPool2d)]
+    assert load_teacher(pools[0]).fingerprint != load_teacher(pools[1]).fingerprint
 
 
 def test_a_callable_is_a_teacher() -> None:
@@ -78,12 +78,6 @@ def test_a_callables_fingerprint_follows_its_answers_or_is_its_own() -> None:
     assert load_teacher(Named()).fingerprint == load_teacher(Named()).fingerprint
 
 
-def test_a_module_without_weights_is_known_by_its_answers() -> None:
-    first = nn.Sequential(nn.AdaptiveAvgPool2d(2), nn.Flatten())
-    second = nn.Sequential(nn.AdaptiveMaxPool2d(2), nn.Flatten())
-    assert load_teacher(first).fingerprint != load_teacher(second).fingerprint
-
-
 def test_a_teacher_is_returned_as_it_is() -> None:
     teacher = load_teacher(network())
     assert load_teacher(teacher) is teacher
@@ -95,19 +89,10 @@ def test_a_network_that_fails_ends_in_one_line() -> None:
     def broken(batch: Tensor) -> Tensor:
         raise KeyError("first\nsecond")
 
-    for bad in (broken, nn.Linear(5, 5)):
-        with pytest.raises(TeacherError, match="cannot embed 112x112 images") as caught:
+    for bad in (broken, nn.Linear(5, 5), lambda batch: None):
+        with pytest.raises(TeacherError) as caught:
             load_teacher(bad)
         assert "\n" not in str(caught.value)
-    with pytest.raises(TeacherError, match="returns NoneType"):
-        load_teacher(lambda batch: None)
-
-
-def test_names_are_not_modules() -> None:
-    assert not ModuleSource.accepts("torch.nn.Linear")
-    assert ModuleSource.accepts(nn.Identity())
-    assert TimmSource.accepts("timm:resnet18")
-    assert not TimmSource.accepts("resnet18")
 
 
 def test_a_missing_timm_names_the_pip_line(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -152,14 +137,6 @@ def test_a_timm_model_comes_with_its_weights_and_its_own_preprocessing(monkeypat
     assert load_teacher("timm:small", {"mean": 0}).preprocessing.mean == (0.0, 0.0, 0.0)
 
 
-@pytest.mark.parametrize("scheme", ["hf-hub", "hf_hub"])
-def test_a_model_on_the_hub_is_none_of_timm_s_list(scheme: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    timm = FakeTimm()
-    monkeypatch.setitem(sys.modules, "timm", timm)
-    load_teacher(f"timm:{scheme}:somebody/face_vit")
-    assert timm.asked == [(f"{scheme}:somebody/face_vit", {"pretrained": True, "num_classes": 0})]
-
-
 def test_timm_never_makes_a_random_teacher(monkeypatch: pytest.MonkeyPatch) -> None:
     timm = FakeTimm()
     monkeypatch.setitem(sys.modules, "timm", timm)
@@ -168,6 +145,10 @@ def test_timm_never_makes_a_random_teacher(monkeypatch: pytest.MonkeyPatch) -> N
     assert timm.asked == []
     with pytest.raises(TeacherError, match="cannot be loaded by timm: no route to host"):
         load_teacher("timm:offline")
+    # Models on the hub are none of timm's list.
+    for scheme in ("hf-hub", "hf_hub"):
+        load_teacher(f"timm:{scheme}:somebody/face_vit")
+        assert timm.asked[-1] == (f"{scheme}:somebody/face_vit", {"pretrained": True, "num_classes": 0})
 
 
 @pytest.mark.timm

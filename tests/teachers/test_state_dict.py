@@ -33,16 +33,8 @@ WEIGHTS = {"a": torch.arange(6.0).view(2, 3), "b.c": torch.ones(2)}
 @pytest.mark.parametrize(
     "beside",
     [
-        np.float64(0.99),
-        np.float32(0.5),
-        np.int64(7),
-        np.bool_(True),
-        np.arange(3.0),
-        0.99,
-        10**12,
-        "r50",
-        None,
-        [1, "two", (3.0,)],
+        *(np.float64(0.99), np.float32(0.5), np.int64(7), np.bool_(True), np.arange(3.0)),
+        [0.99, 10**12, "r50", None, (3.0,)],
         {"lr": 0.1, "scores": {"lfw": np.float64(0.9)}},
         Namespace(lr=0.1, output=Path("work_dirs/run")),
         EasyDict(lr=0.1, network=EasyDict(name="r50")),
@@ -96,48 +88,43 @@ def test_state_dicts_are_found_under_any_key_and_the_trained_one_first() -> None
     assert state_dicts({}) == state_dicts(3) == state_dicts({1: torch.zeros(1)}) == {}
 
 
-def safetensors_file(path: Path, header: object, content: bytes) -> Path:
+def safetensors_file(path: Path, content: bytes, **changes: object) -> Path:
+    header = {"a": {"dtype": "F32", "shape": [2, 3], "data_offsets": [0, 24], **changes}}
     text = json.dumps(header).encode()
     path.write_bytes(struct.pack("<Q", len(text)) + text + content)
     return path
 
 
 def test_safetensors_are_read(tmp_path: Path) -> None:
-    entry = {"dtype": "F32", "shape": [2, 3], "data_offsets": [0, 24]}
-    path = safetensors_file(tmp_path / "w.safetensors", {"a": entry}, torch.arange(6.0).numpy().tobytes())
+    path = safetensors_file(tmp_path / "w.safetensors", torch.arange(6.0).numpy().tobytes())
     assert torch.equal(state_dicts(read_content(path))[""]["a"], WEIGHTS["a"])
 
 
 @pytest.mark.parametrize(
-    ("header", "size"),
-    [
-        ({"a": {"dtype": "F32", "shape": [2, 3], "data_offsets": [0, 24]}}, 20),
-        ({"a": {"dtype": "F32", "shape": [2, 300], "data_offsets": [0, 24]}}, 24),
-        ({"a": {"dtype": "X9", "shape": [6], "data_offsets": [0, 24]}}, 24),
-        ({"a": 3}, 0),
-    ],
+    ("changes", "size"), [({}, 20), ({"shape": [2, 300]}, 24), ({"dtype": "X9"}, 24), ({"data_offsets": 3}, 24)]
 )
-def test_damaged_safetensors_are_refused_by_name(tmp_path: Path, header: object, size: int) -> None:
-    path = safetensors_file(tmp_path / "w.safetensors", header, bytes(size))
+def test_damaged_safetensors_are_refused_by_name(tmp_path: Path, changes: dict[str, object], size: int) -> None:
+    path = safetensors_file(tmp_path / "w.safetensors", bytes(size), **changes)
     with pytest.raises(TeacherError, match=r"w\.safetensors"):
         load_teacher(path)
 
 
-def test_a_torchscript_archive_is_called_that(tmp_path: Path) -> None:
+def test_programs_are_called_that(tmp_path: Path) -> None:
     path = tmp_path / "model.pt"
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)
         torch.jit.trace(nn.Linear(2, 3), torch.zeros(1, 2)).save(str(path))
-    with pytest.raises(TeacherError, match=r"model\.pt.*TorchScript.*state_dict\(\)"):
+    with pytest.raises(TeacherError, match=r"model\.pt.*TorchScript"):
         load_teacher(path)
-
-
-def test_a_program_of_torch_export_is_called_that(tmp_path: Path) -> None:
-    path = tmp_path / "model.pt2"
-    with zipfile.ZipFile(path, "w") as archive:
-        archive.writestr("model/models/model.json", b"{}")
-    with pytest.raises(TeacherError, match=r"model\.pt2.*torch\.export"):
-        load_teacher(path)
+    for name, said in (
+        ("model/models/model.json", r"torch\.export"),
+        ("w600k_r50.onnx", "InsightFace pack"),
+        ("a", ""),
+    ):
+        with zipfile.ZipFile(path, "w") as archive:
+            archive.writestr(name, b"{}")
+        with pytest.raises(TeacherError, match=rf"model\.pt.*{said}"):
+            load_teacher(path)
 
 
 def test_another_pickle_protocol_is_called_that(tmp_path: Path) -> None:
@@ -151,39 +138,24 @@ def test_tensors_that_are_not_dense_are_refused(tmp_path: Path) -> None:
         read_content(saved(tmp_path, {"a": torch.eye(3).to_sparse()}))
 
 
-class Malicious:
-    """Runs a command when unpickled."""
-
-    def __init__(self, mark: Path) -> None:
-        self.mark = mark
-
-    def __reduce__(self) -> Any:
-        return subprocess.call, ([sys.executable, "-c", f"open({str(self.mark)!r}, 'w')"],)
-
-
-@pytest.mark.parametrize("legacy", [False, True])
-def test_a_malicious_checkpoint_runs_nothing(tmp_path: Path, legacy: bool) -> None:
-    mark = tmp_path / "mark"
-    path = saved(tmp_path, {"a": Malicious(mark)}, _use_new_zipfile_serialization=not legacy)
-    with pytest.raises(TeacherError, match=r"could run code: an object of commands\.call") as caught:
+@pytest.mark.parametrize("form", ["zip", "legacy", "pickle"])
+def test_a_malicious_checkpoint_runs_nothing(tmp_path: Path, form: str) -> None:
+    mark, path = tmp_path / "mark", tmp_path / "model.pt"
+    content = {"a": Calls(subprocess.call, [sys.executable, "-c", f"open({str(mark)!r}, 'w')"])}
+    if form == "pickle":
+        path.write_bytes(pickle.dumps(content, protocol=2))
+    else:
+        torch.save(content, path, _use_new_zipfile_serialization=form == "zip")
+    with pytest.raises(TeacherError, match=r"model\.pt" if form == "pickle" else r"commands\.call") as caught:
         load_teacher(path)
     assert not mark.exists()
     assert not {"\n", "\x1b"} & set(str(caught.value))
 
 
-def test_a_malicious_plain_pickle_runs_nothing(tmp_path: Path) -> None:
-    mark = tmp_path / "mark"
-    path = tmp_path / "model.pt"
-    path.write_bytes(pickle.dumps({"a": Malicious(mark)}, protocol=2))
-    with pytest.raises(TeacherError):
-        load_teacher(path)
-    assert not mark.exists()
-
-
 def test_a_verification_set_is_no_checkpoint(tmp_path: Path) -> None:
     path = tmp_path / "lfw.bin"
     path.write_bytes(pickle.dumps(([b"jpeg"] * 2, [True]), protocol=2))
-    with pytest.raises(TeacherError, match="damaged or not a PyTorch checkpoint"):
+    with pytest.raises(TeacherError, match=r"lfw\.bin"):
         load_teacher(path)
 
 
@@ -227,18 +199,6 @@ def test_a_tensor_larger_than_its_record_is_refused(tmp_path: Path, claimed: byt
         read_content(path)
 
 
-def test_a_zip_that_is_no_checkpoint_says_what_it_may_be(tmp_path: Path) -> None:
-    path = tmp_path / "buffalo_l.zip"
-    with zipfile.ZipFile(path, "w") as archive:
-        archive.writestr("w600k_r50.onnx", b"x")
-    with pytest.raises(TeacherError, match=r"an InsightFace pack\? unpack it"):
-        load_teacher(path)
-    with zipfile.ZipFile(path, "w") as archive:
-        archive.writestr("notes.txt", b"x")
-    with pytest.raises(TeacherError, match=r"no data\.pkl in it"):
-        load_teacher(path)
-
-
 def test_mangled_files_end_in_an_error_of_ours(tmp_path: Path) -> None:
     stream = io.BytesIO()
     torch.save({"a": torch.arange(10.0), "b": torch.ones(2, 2)}, stream)
@@ -246,7 +206,7 @@ def test_mangled_files_end_in_an_error_of_ours(tmp_path: Path) -> None:
     generator = torch.Generator().manual_seed(0)
     path = tmp_path / "model.pt"
     refused = 0
-    for _ in range(300):
+    for _ in range(100):
         content = bytearray(whole)
         for place, value in torch.randint(0, 1 << 30, (2, 2), generator=generator).tolist():
             content[place % len(content)] = value % 256
@@ -259,4 +219,4 @@ def test_mangled_files_end_in_an_error_of_ours(tmp_path: Path) -> None:
             assert all(
                 isinstance(tensor, Tensor) for tensors in state_dicts(state).values() for tensor in tensors.values()
             )
-    assert refused > 150
+    assert refused > 50

@@ -1,6 +1,7 @@
 """Teachers cut at a feature map: the halves make up the whole, and the tail has the gradient of the network's own."""
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -8,11 +9,13 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from arcface_kd.backbones import get_backbone
+from arcface_kd.backbones import FaceBackbone, get_backbone
 from arcface_kd.errors import TeacherError
 from arcface_kd.teachers.base import Teacher, load_teacher
 from arcface_kd.teachers.student_init import TrainedGraph, start_from, trained_graph_file
 from arcface_kd.teachers.trunk_and_tail import CutTeacher, cut_teacher
+from tests.teachers import onnx_models
+from tests.teachers.checkpoint_files import saved
 from tests.teachers.feature_networks import Around, Iresnet, Plain, Vit, seeded
 from tests.teachers.onnx_models import face_network, weights
 
@@ -38,26 +41,21 @@ def assert_makes_up(cut: CutTeacher, teacher: Teacher, tail: Callable[[Tensor], 
     assert gradients[0].abs().max() > 0
 
 
-def test_a_checkpoint_s_own_tail(tmp_path: Path) -> None:
-    network = seeded(get_backbone("thin_r18", num_features=16), 1)
-    torch.save(network.state_dict(), tmp_path / "model.pt")
-    teacher = load_teacher(tmp_path / "model.pt", {"channels": "bgr", "mean": 100, "std": 64})
-    cut = cut_teacher(teacher)
-    assert cut.map_shape == (192, 4, 4)
-    assert_makes_up(cut, teacher, network.tail)
+@pytest.fixture
+def backbone() -> FaceBackbone:
+    return seeded(get_backbone("thin_r10", num_features=16), 1)
 
 
-def test_a_checkpoint_at_an_earlier_map(tmp_path: Path) -> None:
-    network = seeded(get_backbone("thin_r18", num_features=16), 1)
-    torch.save(network.state_dict(), tmp_path / "model.pt")
-    teacher = load_teacher(tmp_path / "model.pt")
-
-    def tail(feature_map: Tensor) -> Tensor:
-        return network.tail(network.get_submodule("stages.3")(feature_map))
-
-    for cut in (cut_teacher(teacher, tap=1), cut_teacher(teacher, "stages.2")):
-        assert cut.map_shape == (128, 7, 7)
-        assert_makes_up(cut, teacher, tail)
+@pytest.mark.parametrize("how", [{}, {"tap": 1}, {"name": "stages.2"}], ids=str)
+def test_a_checkpoint_at_its_last_map_and_at_an_earlier_one(
+    how: dict[str, Any], backbone: FaceBackbone, tmp_path: Path
+) -> None:
+    options = {"channels": "bgr", "mean": 100, "std": 64}
+    teacher = load_teacher(saved(tmp_path, backbone.state_dict()), options)
+    cut = cut_teacher(teacher, **how)
+    last_stage = backbone.get_submodule("stages.3") if how else nn.Identity()
+    assert cut.map_shape == ((64, 7, 7) if how else (96, 4, 4))
+    assert_makes_up(cut, teacher, lambda feature_map: backbone.tail(last_stage(feature_map)))
 
 
 @pytest.mark.parametrize("tap", [0, 1, 3])
@@ -75,24 +73,19 @@ def test_somebody_s_iresnet(tap: int) -> None:
     assert_makes_up(cut, teacher, tail)
 
 
-def test_a_vit_s_own_head() -> None:
+def vit_tail(network: Vit, feature_map: Tensor) -> Tensor:
+    embeddings: Tensor = network.feature(feature_map.flatten(2).transpose(1, 2).flatten(1))
+    return embeddings
+
+
+@pytest.mark.parametrize("name", [None, "norm"])
+def test_a_vit_at_its_head_and_at_a_named_module(name: str | None) -> None:
+    """It counts its images: what lies before the named place is run on as many empty images as there are maps."""
     network = seeded(Vit(), 1)
     teacher = load_teacher(network, {"size": 16})
-    cut = cut_teacher(teacher)
+    cut = cut_teacher(teacher, name)
     assert cut.map_shape == (8, 4, 4)
-    assert_makes_up(cut, teacher, lambda each: network.feature(each.flatten(2).transpose(1, 2).flatten(1)))
-
-
-def test_tokens_behind_a_named_block_of_a_network_that_counts_its_images() -> None:
-    """What lies before the place is then run on as many empty images as there are maps."""
-    network = seeded(Vit(), 1)
-    teacher = load_teacher(network, {"size": 16})
-
-    cut = cut_teacher(teacher, "norm")
-    assert_makes_up(cut, teacher, lambda each: network.feature(each.flatten(2).transpose(1, 2).flatten(1)))
-    # A block's own output is not all that follows it is made of: there is a way around it.
-    with pytest.raises(TeacherError, match=r"at the output of 'blocks\.0': the embedding is not made of it"):
-        cut_teacher(teacher, "blocks.0")
+    assert_makes_up(cut, teacher, partial(vit_tail, network))
 
 
 def test_anybody_s_network_at_a_named_module() -> None:
@@ -104,46 +97,47 @@ def test_anybody_s_network_at_a_named_module() -> None:
     assert not network.second[0]._forward_hooks
 
 
+@pytest.fixture
+def graph_file(tmp_path: Path) -> Path:
+    return onnx_models.saved(tmp_path, face_network())
+
+
+def graph_tail(feature_map: Tensor) -> Tensor:
+    return feature_map.flatten(1) @ torch.from_numpy(weights()["matrix"])
+
+
 @pytest.mark.parametrize("batch", [1, None])
 def test_an_onnx_graph_at_its_last_map(batch: int | None, tmp_path: Path) -> None:
-    path = tmp_path / "network.onnx"
-    path.write_bytes(face_network(batch=batch).SerializeToString())
+    path = onnx_models.saved(tmp_path, face_network(batch=batch))
     teacher = load_teacher(path, {"channels": "bgr", "mean": 100, "std": 64})
     cut = cut_teacher(teacher)
     assert cut.map_shape == (16, 2, 2)
     assert cut.place == "the tensor 'map2'"
-    matrix = torch.from_numpy(weights()["matrix"])
-    assert_makes_up(cut, teacher, lambda each: each.flatten(1) @ matrix)
-
-
-def test_a_graph_that_torch_runs_is_cut_and_trained_as_one_that_onnxruntime_does(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """As on a GPU: the weights are there once, and a run may start from them."""
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    path = tmp_path / "network.onnx"
-    path.write_bytes(face_network().SerializeToString())
-    teacher = load_teacher(path)
-    cut = cut_teacher(teacher)
-    assert cut._cut.network is teacher.network
-    matrix = torch.from_numpy(weights()["matrix"])
-    assert_makes_up(cut, teacher, lambda each: each.flatten(1) @ matrix)
-    student, _ = start_from(path, None, nn.Identity, 16)
-    assert isinstance(student, TrainedGraph)
-    assert all(parameter.requires_grad for parameter in student.parameters())
-    content = trained_graph_file(teacher, student.state_dict())
-    path.write_bytes(content)
-    given = images(2, 112)
-    torch.testing.assert_close(load_teacher(path)(given), teacher(given))
+    assert_makes_up(cut, teacher, graph_tail)
 
 
 @pytest.mark.parametrize("how", [{"tap": 1}, {"name": "active"}])
-def test_an_onnx_graph_at_an_earlier_map(how: dict[str, Any], tmp_path: Path) -> None:
-    path = tmp_path / "network.onnx"
-    path.write_bytes(face_network().SerializeToString())
-    cut = cut_teacher(load_teacher(path), **how)
+def test_an_onnx_graph_at_an_earlier_map(how: dict[str, Any], graph_file: Path) -> None:
+    cut = cut_teacher(load_teacher(graph_file), **how)
     assert cut.map_shape == (8, 14, 14)
     assert cut.place == "the tensor 'active'"
+
+
+def test_a_graph_that_torch_runs_is_cut_and_trained_as_one_that_onnxruntime_does(
+    graph_file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on a GPU: the weights are there once, and a run may start from them."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    teacher = load_teacher(graph_file)
+    cut = cut_teacher(teacher)
+    assert cut._cut.network is teacher.network
+    assert_makes_up(cut, teacher, graph_tail)
+    student, _ = start_from(graph_file, None, nn.Identity, 16)
+    assert isinstance(student, TrainedGraph)
+    assert all(parameter.requires_grad for parameter in student.parameters())
+    graph_file.write_bytes(trained_graph_file(teacher, student.state_dict()))
+    given = images(2, 112)
+    torch.testing.assert_close(load_teacher(graph_file)(given), teacher(given))
 
 
 @pytest.mark.real
@@ -177,29 +171,30 @@ def test_no_images_and_no_maps() -> None:
     embeddings.sum().backward()
 
 
-def test_half_precision_is_the_teacher_s_own(tmp_path: Path) -> None:
-    network = seeded(get_backbone("thin_r18", num_features=16), 1)
-    torch.save(network.state_dict(), tmp_path / "model.pt")
-    teacher = load_teacher(tmp_path / "model.pt", {"precision": "bf16"})
-    feature_map = torch.randn(2, 128, 7, 7)
-    wanted = network.tail(network.get_submodule("stages.3")(feature_map))
+def test_half_precision_is_the_teacher_s_own(backbone: FaceBackbone, tmp_path: Path) -> None:
+    teacher = load_teacher(saved(tmp_path, backbone.state_dict()), {"precision": "bf16"})
+    feature_map = torch.randn(2, 64, 7, 7)
     met = cut_teacher(teacher, tap=1).tail(feature_map)
+    wanted = backbone.tail(backbone.get_submodule("stages.3")(feature_map))
     assert met.dtype == torch.float32
     assert 0 < (met - wanted).abs().max() < 0.05 * wanted.abs().max()
     # The student's autocast does not reach into it.
+    cut = cut_teacher(load_teacher(seeded(Iresnet(), 1), {"size": 32}))
+    full = cut.tail(torch.ones(1, 8, 2, 2))
     with torch.autocast("cpu", torch.bfloat16):
-        full = cut_teacher(load_teacher(seeded(Iresnet(), 1), {"size": 32})).tail(torch.ones(1, 8, 2, 2))
-    assert torch.equal(full, cut_teacher(load_teacher(seeded(Iresnet(), 1), {"size": 32})).tail(torch.ones(1, 8, 2, 2)))
+        assert torch.equal(cut.tail(torch.ones(1, 8, 2, 2)), full)
 
 
 @pytest.mark.parametrize(
     ("make", "name", "said"),
     [
-        (lambda: seeded(Plain(), 1), None, "where Plain has its feature map is not known"),
+        (lambda: seeded(Plain(), 1), None, "where Plain has its feature map"),
         (lambda: seeded(Plain(), 1), "third", "Plain has no module 'third'"),
-        (lambda: seeded(Plain(), 1), "head", r"the output of 'head' is no feature map but \(3, 5\)"),
-        (lambda: seeded(Around(), 1), "second", "cannot be cut at the output of 'second': the embedding is not made"),
-        (lambda: lambda given: given.flatten(1)[:, :5] + 1, None, "is a function and cannot be cut"),
+        (lambda: seeded(Plain(), 1), "head", r"'head' is no feature map but \(3, 5\)"),
+        (lambda: seeded(Around(), 1), "second", "cannot be cut at the output of 'second'"),
+        # There is a way around a block of a ViT.
+        (lambda: seeded(Vit(), 1), "blocks.0", r"cannot be cut at the output of 'blocks\.0'"),
+        (lambda: lambda given: given.flatten(1)[:, :5] + 1, None, "is a function"),
     ],
 )
 def test_what_cannot_be_cut_is_said(make: Callable[[], Any], name: str | None, said: str) -> None:
@@ -212,24 +207,18 @@ def test_what_cannot_be_cut_is_said(make: Callable[[], Any], name: str | None, s
 @pytest.mark.parametrize(
     ("how", "said"),
     [
-        (
-            {"name": "nothing"},
-            "no feature map 'nothing' .* there are map1 8x14x14, active 8x14x14, map2 16x2x2",
-        ),
+        ({"name": "nothing"}, "'nothing'.* there are map1 8x14x14, active 8x14x14, map2 16x2x2"),
         ({"name": "row"}, "no feature map 'row'"),
-        ({"tap": 2}, "no feature map 2 sizes before its last; there are map1"),
+        ({"tap": 2}, "no feature map 2 sizes before its last"),
     ],
 )
-def test_what_an_onnx_graph_does_not_have_is_said(how: dict[str, Any], said: str, tmp_path: Path) -> None:
-    path = tmp_path / "network.onnx"
-    path.write_bytes(face_network().SerializeToString())
+def test_what_an_onnx_graph_does_not_have_is_said(how: dict[str, Any], said: str, graph_file: Path) -> None:
     with pytest.raises(TeacherError, match=said):
-        cut_teacher(load_teacher(path), **how)
+        cut_teacher(load_teacher(graph_file), **how)
 
 
 def test_a_graph_that_mixes_its_images_is_not_cut(tmp_path: Path) -> None:
     """Batch norm would; here it is a softmax over the batch. onnxruntime embeds image by image."""
-    path = tmp_path / "network.onnx"
-    path.write_bytes(face_network(tail="mixing").SerializeToString())
-    with pytest.raises(TeacherError, match="cannot be cut at the tensor 'map2': the embedding is not made of it alone"):
+    path = onnx_models.saved(tmp_path, face_network(tail="mixing"))
+    with pytest.raises(TeacherError, match="cannot be cut at the tensor 'map2'"):
         cut_teacher(load_teacher(path))

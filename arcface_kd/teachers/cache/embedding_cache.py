@@ -1,31 +1,29 @@
-"""The teacher's embeddings of every image, plain and mirrored, in a file: after one epoch the teacher is free.
+"""The cache: the teacher's embeddings of every image, plain and mirrored, in a file; after one epoch it is full.
 
 Training shows the teacher each image plain or mirrored and nothing else, so two embeddings an image replace it. A cache
-is two files: FILE, fp16 numbers (images, 2, D) that readers map, and FILE.json, the header, which says whose embeddings
-these are. They are unit vectors, rounded to fp16: within 2.5e-4 of the teacher's own. MS1MV2 (5,822,653 images) at 512
-dimensions takes 11.9 GB.
+is two files: FILE, fp16 numbers (images, 2, D), and FILE.json, the header, which says whose embeddings these are. Rows
+are unit vectors, rounded to fp16: within 2.5e-4 of the teacher's own. MS1MV2 (5,822,653 images) at 512 dimensions takes
+11.9 GB.
 
-A row that is there is whole. The numbers are kept with all bits inverted, so that the zeros of a new file read as NaN;
-a row that is no unit vector, because a killed process left half of it or a disk damaged it, counts as missing. The
-header is written last: FILE without it is a cache that was never finished, and is finished by the next run if it holds
-nothing but zeros. The space is reserved when the file is made, where the file system can: a full disk shows then, not
-in the middle of a run.
+Numbers are kept with all bits inverted, so that the zeros of a new file read as NaN. A row that is no unit vector,
+because a killed process left half of it or a disk damaged it, counts as missing. The header is written last: FILE
+without it was never finished, and the next run finishes it if it holds nothing but zeros. The space is reserved when
+the file is made, where the file system can, so that a full disk shows then.
 
-All processes of a machine may fill one file at once. On a network file system, several machines that write one file may
-overwrite each other's neighbouring rows with zeros or see them late: such rows count as missing and are made again,
-never wrong. Fill it from one machine, or give each machine a file of its own.
+All processes of a machine may fill one file at once: two that find the same row missing write the same numbers. On a
+network file system, several machines that write one file may overwrite each other's neighbouring rows with zeros or see
+them late: such rows count as missing and are made again, never wrong.
 """
 
+import contextlib
 import dataclasses
 import errno
 import json
 import os
 import shlex
 import shutil
-import stat
 import weakref
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from io import FileIO
 from pathlib import Path
 from typing import IO, Any, cast, get_args
@@ -39,6 +37,7 @@ from torch.nn.functional import normalize
 from arcface_kd.errors import TeacherError
 from arcface_kd.system.files import atomic_write, reserve_space
 from arcface_kd.teachers.base import Teacher
+from arcface_kd.teachers.file_type import describe
 from arcface_kd.teachers.options import Precision, TeacherOptions
 
 _FORMAT = 1
@@ -53,7 +52,6 @@ _ENTRIES = {
     "precision": "precision",
     "teacher": "teacher",
 }
-_ROWS_AT_ONCE = 1 << 14
 # Numbers that `blocks` reads at a time: 17 MB of fp16, or 4,096 images of 512 dimensions.
 _NUMBERS_AT_ONCE = 1 << 22
 _LARGEST_DIMENSION = 1 << 16
@@ -63,11 +61,11 @@ _NORM_TOLERANCE = 5e-3
 
 
 def identity_of(teacher: Teacher, data_fingerprint: str, images: int) -> dict[str, object]:
-    """What makes two caches exchangeable: what the header of such a cache says."""
+    """What the header of a cache of this teacher and data says."""
     return {
         "format": _FORMAT,
         "teacher": teacher.fingerprint,
-        "preprocessing": {name: value for name, value in vars(teacher.preprocessing).items()},
+        "preprocessing": dict(vars(teacher.preprocessing)),
         "precision": teacher.precision,
         "data": data_fingerprint,
         "images": images,
@@ -78,7 +76,7 @@ def identity_of(teacher: Teacher, data_fingerprint: str, images: int) -> dict[st
 def identity_in(
     path: str | os.PathLike[str], data_fingerprint: str, images: int, flags: Sequence[str] = ()
 ) -> dict[str, object]:
-    """Cache identity when no teacher is loaded: the teacher that the header names, and the run's data."""
+    """Cache identity where no teacher is loaded: the teacher that the header names, and the run's data."""
     return {**header_of(path, flags), "format": _FORMAT, "data": data_fingerprint, "images": images}
 
 
@@ -96,22 +94,16 @@ def header_of(path: str | os.PathLike[str], flags: Sequence[str] = ()) -> dict[s
     for name, most in (("embedding_size", _LARGEST_DIMENSION), ("images", _MOST_IMAGES)):
         value = found.get(name)
         if isinstance(value, bool) or not (isinstance(value, int) and 0 < value <= most):
-            raise TeacherError(
-                f"{header} names {_short(value)} as {_ENTRIES[name]}: it is damaged; delete it and {path} to start anew"
-            )
+            raise TeacherError(f"{header} has the {_ENTRIES[name]} {_short(value)}; delete it and {path} to start anew")
     return found
 
 
 def in_cached_precision(
     options: TeacherOptions | Mapping[str, object] | None, path: str | os.PathLike[str]
 ) -> TeacherOptions:
-    """Options of a teacher that name a precision: where they do not, that of the cache, if there is one.
+    """The ``teacher.*`` options with the precision of a cache, where they name none and there is a cache.
 
     The default differs between a CPU and a GPU, and a cache is often filled on the one and read beside the other.
-
-    Args:
-        options: the ``teacher.*`` options.
-        path: of the cache, which need not exist.
     """
     chosen = TeacherOptions.of(options)
     if chosen.precision is not None:
@@ -142,14 +134,11 @@ def readable_size(count: float) -> str:
 class EmbeddingCache:
     """Rows of one teacher over one data set.
 
-    Several processes may read and write at once: two that find the same row missing write the same numbers.
-
     Attributes:
         path: the file; its header stands beside it as ``path.json``.
         images: number of images.
         embedding_size: dimension D.
         size: bytes of the file.
-        read_only: whether the file cannot be written: a full one serves all the same.
         fill_hint: how to fill it, for messages.
 
     Args:
@@ -185,9 +174,7 @@ class EmbeddingCache:
                 if not create:
                     raise TeacherError(_not_there(self.path, flags))
                 if not self.path.parent.is_dir():
-                    raise TeacherError(
-                        f"the cache {self.path} cannot be made: there is no folder {self.path.parent}; make it first"
-                    )
+                    raise TeacherError(f"the cache {self.path}: there is no folder {self.path.parent}; make it first")
                 self._create()
             self._check_header()
             self._check_size()
@@ -203,7 +190,7 @@ class EmbeddingCache:
 
     @property
     def read_only(self) -> bool:
-        """Whether the file cannot be written."""
+        """Whether the file cannot be written: a full one serves all the same."""
         return self._file is None
 
     def _create(self) -> None:
@@ -230,7 +217,7 @@ class EmbeddingCache:
                     f"and {free} are free"
                 ) from error
 
-    @contextmanager
+    @contextlib.contextmanager
     def _claimed(self) -> Iterator[IO[bytes]]:
         """The file, open and locked against other processes that want to make it."""
         while True:
@@ -284,7 +271,11 @@ class EmbeddingCache:
         return _decoded(self._rows[self._positions(index, flipped)])
 
     def store(self, index: Tensor, flipped: Tensor, embeddings: Tensor) -> None:
-        """Keep the teacher's embeddings (B, D), of any norm, of some views; NaN, inf and 0 are refused."""
+        """Keep the teacher's embeddings (B, D), of any norm, of some views.
+
+        Raises:
+            TeacherError: one is zero, NaN or inf, or the file is read-only.
+        """
         positions = self._positions(index, flipped)
         rows = ~normalize(embeddings.detach().float()).to("cpu", torch.float16).numpy().view(np.uint16)
         _, sound = _decoded(rows)
@@ -296,25 +287,18 @@ class EmbeddingCache:
                 f"the cache {self.path} is read-only and not full: let somebody who may write it fill it with "
                 "`arcface-kd cache`, or name another file"
             )
-        # Written, not assigned through the map: a full disk is then an error, where the map would end the process, and
-        # no kill comes between the bytes of a number.
+        # Through the map, a full disk would end the process and a kill could come between the bytes of a number.
         for position, row in zip(positions.tolist(), rows, strict=True):
             _write_at(self._file, position * 2 * self.embedding_size, row.tobytes())
 
     def known(self, start: int, stop: int) -> NDArray[Any]:
         """Which rows of images ``start`` to ``stop`` are there, (n, 2) bool: plain, mirrored; reads them all."""
-        found = np.zeros((max(0, stop - start), 2), dtype=bool)
-        for first in range(start, stop, _ROWS_AT_ONCE):
-            last = min(stop, first + _ROWS_AT_ONCE)
-            _, known = _decoded(self._rows[2 * first : 2 * last])
-            found[first - start : last - start] = known.numpy().reshape(-1, 2)
+        none = torch.zeros(0, dtype=torch.bool)
+        found: NDArray[Any] = torch.cat([none, *(known for _, known in self.blocks(start, stop))]).view(-1, 2).numpy()
         return found
 
     def blocks(self, start: int, stop: int) -> Iterator[tuple[Tensor, Tensor]]:
-        """All rows of a range of images as :meth:`look_up` gives them, a few thousand at a time.
-
-        The file is read, not mapped, which takes little memory.
-        """
+        """All rows of a range of images as :meth:`look_up` gives them, a few thousand at a time, in little memory."""
         rows_at_once = max(2, _NUMBERS_AT_ONCE // self.embedding_size)
         for first in range(2 * start, 2 * stop, rows_at_once):
             count = min(2 * stop - first, rows_at_once) * self.embedding_size
@@ -332,7 +316,7 @@ class EmbeddingCache:
 
 
 def _header_of(path: Path) -> Path:
-    # Not by its name: a folder such as "." has none, and is refused later.
+    # A folder such as "." has no name; it is refused later.
     return Path(f"{path}.json")
 
 
@@ -343,28 +327,19 @@ def _not_there(path: Path, flags: Sequence[str]) -> str:
 def _refuse_special_files(*paths: Path) -> None:
     """A pipe would wait for ever and a device has no end."""
     for path in paths:
-        try:
-            mode = path.stat().st_mode
-        except FileNotFoundError:
-            continue
-        if not stat.S_ISREG(mode):
-            what = "a folder" if stat.S_ISDIR(mode) else "no regular file"
-            raise TeacherError(f"the cache {path} is {what}: name a file for the teacher's embeddings")
+        if path.exists() and not path.is_file():
+            raise TeacherError(f"the cache {path} is {describe(path)}: name a file for the teacher's embeddings")
 
 
 def _read_header(path: Path, header: Path) -> dict[str, Any]:
     with open(header, "rb") as stream:
         text = stream.read(_LARGEST_HEADER)
-    try:
-        found = json.loads(text)
     # The JSON reader answers deep nesting with a RecursionError.
-    except (ValueError, RecursionError) as error:
-        raise TeacherError(
-            f"{header} is no cache header ({type(error).__name__}); delete it and {path} to start anew"
-        ) from None
-    if not isinstance(found, dict):
-        raise TeacherError(f"{header} is no cache header; delete it and {path} to start anew")
-    return found
+    with contextlib.suppress(ValueError, RecursionError):
+        found = json.loads(text)
+        if isinstance(found, dict):
+            return found
+    raise TeacherError(f"{header} is no cache header; delete it and {path} to start anew")
 
 
 def _decoded(rows: NDArray[Any]) -> tuple[Tensor, Tensor]:

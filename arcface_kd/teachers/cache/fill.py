@@ -1,6 +1,6 @@
-"""Filling a cache of the teacher's embeddings before a run, on any number of ranks, from wherever the last one stopped.
+"""``arcface-kd cache``: fill a cache of the teacher's embeddings before a run, on any number of ranks.
 
-Each image is decoded once; its mirror image is made from the pixels, which are those that training would see.
+Each image is decoded once; its mirror image is made from the pixels that training would see.
 """
 
 import sys
@@ -77,9 +77,8 @@ class _PlainViews(ViewSampler):
 def fill_cache(config: Mapping[str, Any], *, teacher: Teacher | None = None) -> CacheReport:
     """Write the teacher's embeddings of every training image, plain and mirrored, into ``kd_cache``.
 
-    Rows that are there already stay; the missing ones are shared out evenly among the ranks, so a run that was killed
-    goes on where it stopped, with as many ranks as there are now. Where ``kd_on_bad_record`` is ``skip``, records that
-    cannot be read are told and left out: their rows stay missing, and a run that skips them too never asks for them.
+    Only missing rows are computed, shared out evenly among the ranks. Where ``kd_on_bad_record`` is ``skip``, the rows
+    of records that cannot be read stay missing; a run that skips them too never asks for them.
     """
     kd = KDConfig.from_config(config)
     if kd.cache is None:
@@ -87,9 +86,7 @@ def fill_cache(config: Mapping[str, Any], *, teacher: Teacher | None = None) -> 
     if config.get("rec") is None:
         raise ConfigError("the config sets no rec, the folder with the training images")
     if config.get("dali"):
-        raise ConfigError(
-            "dali=True: DALI does not say which records a batch shows, so a run with it reads no cache; set dali=False"
-        )
+        raise ConfigError("dali=True: DALI does not say which records a batch holds, as a cache needs; set dali=False")
     place = f"filling {kd.cache}"
     with process_group() as (rank, local_rank, _), named_shortages(lambda: place, "lower batch_size"):
         if torch.cuda.is_available():
@@ -140,17 +137,17 @@ def fill_cache(config: Mapping[str, Any], *, teacher: Teacher | None = None) -> 
 
 
 def load_run_teacher(kd: KDConfig) -> Teacher:
-    """Load the teacher that a run's keys name, in its cache's precision where they name none.
+    """Load the teacher that a run's keys name, in its cache's precision where they name no precision.
 
     Raises:
-        TeacherError: the keys name none, or see :func:`arcface_kd.teachers.base.load_teacher`.
+        TeacherError: the keys name no teacher, or see :func:`arcface_kd.teachers.base.load_teacher`.
     """
     if kd.teacher is None:
         raise TeacherError("a cache keeps a teacher's embeddings: give a teacher with --kd-teacher FILE")
-    options = kd.options.get("teacher")
-    # Of several teachers as one, each has a precision of its own, which the cache's header does not name.
+    options: Any = kd.options.get("teacher")
+    # Several teachers as one have precisions of their own, which the cache's header does not name.
     if kd.cache is not None and not isinstance(kd.teacher, tuple):
-        return load_teacher(kd.teacher, in_cached_precision(options, kd.cache))
+        options = in_cached_precision(options, kd.cache)
     return load_teacher(kd.teacher, options)
 
 

@@ -17,7 +17,7 @@ from arcface_kd.teachers.cache.embedding_cache import EmbeddingCache, header_of,
 from arcface_kd.teachers.cache.principal_components import StreamingPCA
 from arcface_kd.teachers.merged import PRECISION, SHOWN, Merge, axes_file
 
-# What may differ between caches that are merged; all else says that they show other images, or show them otherwise.
+# Entries that may differ between merged caches; the others tell which images are shown, and how.
 _OF_THE_TEACHER = ("teacher", "preprocessing", "precision", "embedding_size", "merged")
 _IMAGES_AT_ONCE = 4096
 
@@ -50,8 +50,8 @@ def merge_caches(paths: Sequence[str | os.PathLike[str]], how: How, out: str | o
         The report.
 
     Raises:
-        TeacherError: a cache that is missing or damaged, of other images, another order or other views than the first,
-            of a teacher that is there already, or without a row; a mean of unequal dimensions; no room.
+        TeacherError: a cache is missing or damaged, of other images, another order or other views than the first, of
+            a teacher that is there already, or empty; a mean of unequal dimensions; no room.
     """
     headers = [header_of(path) for path in paths]
     for path, header in zip(paths, headers, strict=True):
@@ -101,7 +101,7 @@ def _with_axes(caches: Sequence[EmbeddingCache], count: int) -> tuple[Merge, flo
 
 
 def _rows(caches: Sequence[EmbeddingCache]) -> Iterator[tuple[Tensor, Tensor, list[Tensor], Tensor]]:
-    """Index and side of some views, each teacher's unit vectors, and which views all of them know; block by block."""
+    """Block by block: index and side of views, each teacher's unit vectors, and which views all caches have."""
     images = caches[0].images
     for start in tqdm(range(0, images, _IMAGES_AT_ONCE), desc="merging", disable=None, leave=False):
         index = torch.arange(start, min(images, start + _IMAGES_AT_ONCE)).repeat_interleave(2)

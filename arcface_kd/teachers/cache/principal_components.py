@@ -1,12 +1,10 @@
 """Principal components of a teacher's embeddings, found in one pass over the cache, block by block.
 
-Three sums are kept (the number of rows, their sum, the sum of their outer products, in fp64), whatever the number of
-rows. Ranks read disjoint parts of the file and add up their sums; the eigenvectors of the covariance are then those of
-scikit-learn's ``PCA``, up to sign. A block takes 26 bytes a number beside the sums: 0.12 GB at 512 dimensions, for
-MS1MV2's 11.6 million rows as for a thousand.
+Three sums are kept in fp64: the number of rows, their sum, the sum of their outer products. Ranks read disjoint parts
+of the file and add up their sums; the eigenvectors of the covariance are those of scikit-learn's ``PCA``, up to sign. A
+block takes 26 bytes a number beside the sums: 0.12 GB at 512 dimensions, for any number of rows.
 
-What was found is kept beside the cache (FILE.pca.npz), with the cache's fingerprints of teacher and data, so that the
-next run over the same cache does not read it all again.
+The components are kept beside the cache (FILE.pca.npz) with its header, for the next run over the same cache.
 """
 
 import json
@@ -80,25 +78,33 @@ class StreamingPCA:
         count, size = int(sums[-1, -1]), self.dimension
         if count < 2:
             raise ValueError(f"principal components of {count} rows: at least two are needed")
-        mean = sums[size, :size] / count * centered
-        found = torch.zeros(size + 2, size, dtype=torch.float64)
+        found = None
         # Found on one rank: another processor's eigenvectors may differ in the last bits, or in sign.
         if ranks.rank == 0:
+            mean = sums[size, :size] / count * centered
             covariance = (sums[:size, :size] - count * torch.outer(mean, mean)) / (count - 1)
             variances, vectors = torch.linalg.eigh(covariance)
             axes = vectors.T.flip(0)
             largest = axes.gather(1, axes.abs().argmax(1, keepdim=True))
-            found[:size] = axes * largest.sign()
-            found[size], found[size + 1] = variances.flip(0).clamp_min(0), mean
-        found = _summed(found, ranks)
-        return PrincipalComponents(found[size + 1], found[:size], found[size], count)
+            found = PrincipalComponents(mean, axes * largest.sign(), variances.flip(0).clamp_min(0), count)
+        shared = _from_first_rank(found, size, ranks)
+        assert shared is not None
+        return shared
 
 
 def _summed(values: Tensor, ranks: RankGroup) -> Tensor:
-    """Summed over ranks; rank 0's values where the others bring zeros."""
-    if ranks.world_size == 1:
-        return values
-    return ranks.sum_on_hosts(values)
+    return values if ranks.world_size == 1 else ranks.sum_on_hosts(values)
+
+
+def _from_first_rank(found: PrincipalComponents | None, size: int, ranks: RankGroup) -> PrincipalComponents | None:
+    """What rank 0 has found, on all ranks."""
+    packed = torch.zeros(size + 2, size + 1, dtype=torch.float64)
+    if found is not None:
+        packed[:size, :size], packed[size, :size], packed[size + 1, :size] = found.axes, found.variances, found.mean
+        packed[-1, -1] = found.count
+    packed = _summed(packed, ranks)
+    axes, count = packed[:size, :size].contiguous(), int(packed[-1, -1])
+    return PrincipalComponents(packed[size + 1, :size], axes, packed[size, :size], count) if count else None
 
 
 def components_of_blocks(blocks: Iterable[Tensor], dimension: int) -> PrincipalComponents:
@@ -117,25 +123,17 @@ def components_file(cache: EmbeddingCache) -> Path:
 def components_of_cache(cache: EmbeddingCache, ranks: RankGroup | None = None) -> PrincipalComponents:
     """Principal components of a teacher's embeddings of all images, plain and mirrored.
 
-    Read from the file beside the full cache where it fits; found and written there elsewhere. Where nothing can be
-    written, they are found anew by the next run.
+    Read from the file beside the full cache where it fits, else found and written there, if it can be written.
     """
     ranks = ranks or RankGroup()
-    path, size = components_file(cache), cache.embedding_size
-    # Ranks on other machines may not see the file: the first one's answer is everybody's.
+    path = components_file(cache)
+    # Ranks on other machines may not see the file.
     kept = _read(path, cache) if ranks.rank == 0 else None
-    packed = torch.zeros(size + 2, size + 1, dtype=torch.float64)
-    if kept is not None:
-        packed[:size, :size], packed[size, :size], packed[size + 1, :size] = kept.axes, kept.variances, kept.mean
-        packed[-1, -1] = kept.count
-    packed = _summed(packed, ranks)
-    if packed[-1, -1] > 0:
-        return PrincipalComponents(
-            packed[size + 1, :size], packed[:size, :size].contiguous(), packed[size, :size], int(packed[-1, -1])
-        )
-    components = _found(cache, ranks)
-    if ranks.rank == 0:
-        _write(path, cache, components)
+    components = _from_first_rank(kept, cache.embedding_size, ranks)
+    if components is None:
+        components = _found(cache, ranks)
+        if ranks.rank == 0:
+            _write(path, cache, components)
     return components
 
 

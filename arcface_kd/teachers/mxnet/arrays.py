@@ -39,10 +39,8 @@ class _Cursor:
     def take(self, count: int, what: str) -> memoryview:
         left = len(self.content) - self.position
         if count > left:
-            raise TeacherError(
-                f"teacher {self.path} is damaged or cut short: {what} at byte {self.position} needs {count} "
-                f"bytes, {left} left"
-            )
+            met = f"{what} at byte {self.position} needs {count} bytes, {left} left"
+            raise TeacherError(f"teacher {self.path} is damaged or cut short: {met}")
         start = self.position
         self.position += count
         return memoryview(self.content)[start : self.position]

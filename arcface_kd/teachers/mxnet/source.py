@@ -72,10 +72,7 @@ class MXNetSource:
         path = local_path(source)
         assert path is not None
         if path.is_file() and not _is_named(path):
-            raise TeacherError(
-                f"teacher {path} holds MXNet arrays, but its name does not tell whose; wanted NAME-0000.params beside "
-                "NAME-symbol.json"
-            )
+            raise TeacherError(f"teacher {path} holds MXNet arrays; wanted NAME-0000.params beside NAME-symbol.json")
         symbol, params = (existing_file(file) for file in _files(path))
         network = SymbolGraph(symbol, read_arrays(params))
         known = Preprocessing("rgb", (0.0, 0.0, 0.0), (1.0, 1.0, 1.0))

@@ -5,7 +5,7 @@ import math
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from functools import partial
+from functools import reduce
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +18,6 @@ from torch.nn import functional as F
 from arcface_kd.errors import TeacherError, first_line
 from arcface_kd.teachers.base import read_bytes
 
-Operation = Callable[..., Tensor]
-
 _MOST_NODES = 20_000
 # Of JSON, which takes up to forty times its size in memory; r100's has half a megabyte.
 _LARGEST_SYMBOL = 1 << 24
@@ -29,18 +27,23 @@ _LOSSES = frozenset(("SoftmaxOutput", "Softmax", "softmax", "LinearRegressionOut
 _EMBEDDING = "fc1"
 
 
-class _Attributes:
-    """One node's attributes, which MXNet keeps as text."""
+@dataclass(frozen=True)
+class _Node:
+    """A node of the graph; its attributes are text in MXNet."""
 
-    def __init__(self, node: str, texts: Mapping[str, str]) -> None:
-        self.node = node
-        self.texts = texts
+    operator: str
+    name: str
+    texts: Mapping[str, str]
+    inputs: tuple[int, ...]
 
     def _wrong(self, key: str, wanted: str) -> TeacherError:
-        return TeacherError(f"node {self.node!r} has {key}={self.texts.get(key)!r}; wanted {wanted}")
+        return TeacherError(f"node {self.name!r} has {key}={self.texts.get(key)!r}; wanted {wanted}")
 
-    def word(self, key: str, default: str) -> str:
-        return self.texts.get(key, default)
+    def word(self, key: str, default: str, *known: str) -> str:
+        text = self.texts.get(key, default)
+        if text not in known:
+            raise self._wrong(key, f"one of {', '.join(known)}")
+        return text
 
     def flag(self, key: str, default: bool) -> bool:
         text = self.texts.get(key, str(default)).lower()
@@ -73,193 +76,110 @@ class _Attributes:
             raise self._wrong(key, "two whole numbers, as in (3, 3)")
         return int(numbers[1]), int(numbers[2])
 
-
-def _convolution(attributes: _Attributes) -> Operation:
-    kernel = attributes.pair("kernel")
-    groups = attributes.whole("num_group", 1)
-    filters = attributes.whole("num_filter", 0)
-    stride, padding = attributes.pair("stride", (1, 1)), attributes.pair("pad", (0, 0))
-    dilation = attributes.pair("dilate", (1, 1))
-    if attributes.word("layout", "NCHW") not in ("NCHW", "None"):
-        raise TeacherError(f"node {attributes.node!r} has layout {attributes.word('layout', '')}; wanted NCHW")
-
-    def run(data: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-        if weight.shape[0] != filters or tuple(weight.shape[2:]) != kernel:
-            raise TeacherError(
-                f"node {attributes.node!r} has weights {tuple(weight.shape)}; wanted {filters} filters of {kernel}"
-            )
-        return F.conv2d(data, weight, bias, stride, padding, dilation, groups)
-
-    return run
+    def run(self, *inputs: Tensor) -> Tensor:
+        return _OPERATORS[self.operator](self, *inputs)
 
 
-def _batch_norm(attributes: _Attributes) -> Operation:
-    epsilon = attributes.number("eps", 1e-3)
-    fixed_gamma = attributes.flag("fix_gamma", True)
-    if attributes.whole("axis", 1) != 1:
-        raise TeacherError(f"node {attributes.node!r} normalises axis {attributes.whole('axis', 1)}; wanted 1")
-
-    def run(data: Tensor, gamma: Tensor, beta: Tensor, mean: Tensor, variance: Tensor) -> Tensor:
-        # With fix_gamma MXNet computes with 1, whatever the file says gamma is.
-        return F.batch_norm(data, mean, variance, None if fixed_gamma else gamma, beta, eps=epsilon)
-
-    return run
+def _convolution(node: _Node, data: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    kernel, filters = node.pair("kernel"), node.whole("num_filter", 0)
+    node.word("layout", "NCHW", "NCHW", "None")
+    if weight.shape[0] != filters or tuple(weight.shape[2:]) != kernel:
+        raise TeacherError(f"node {node.name!r} has weights {tuple(weight.shape)}; wanted {filters} of {kernel}")
+    stride, padding, dilation = node.pair("stride", (1, 1)), node.pair("pad", (0, 0)), node.pair("dilate", (1, 1))
+    return F.conv2d(data, weight, bias, stride, padding, dilation, node.whole("num_group", 1))
 
 
-def _leaky_relu(attributes: _Attributes) -> Operation:
-    kind = attributes.word("act_type", "leaky")
-    slope = attributes.number("slope", 0.25)
-    if kind == "prelu":
-        return lambda data, gamma: F.prelu(data, gamma.flatten())
-    if kind == "leaky":
-        return lambda data: F.leaky_relu(data, slope)
-    if kind == "elu":
-        return lambda data: F.elu(data, slope)
-    raise TeacherError(f"node {attributes.node!r} is a LeakyReLU of act_type {kind!r}; known are prelu, leaky, elu")
+def _batch_norm(node: _Node, data: Tensor, gamma: Tensor, beta: Tensor, mean: Tensor, variance: Tensor) -> Tensor:
+    if node.whole("axis", 1) != 1:
+        raise TeacherError(f"node {node.name!r} normalises axis {node.whole('axis', 1)}; wanted 1")
+    # With fix_gamma MXNet computes with 1, whatever the file says gamma is.
+    scale = None if node.flag("fix_gamma", True) else gamma
+    return F.batch_norm(data, mean, variance, scale, beta, eps=node.number("eps", 1e-3))
 
 
-def _activation(attributes: _Attributes) -> Operation:
-    known: dict[str, Operation] = {
-        "relu": F.relu,
-        "sigmoid": torch.sigmoid,
-        "tanh": torch.tanh,
-        "softrelu": F.softplus,
-        "softsign": F.softsign,
+def _leaky_relu(node: _Node, *inputs: Tensor) -> Tensor:
+    slope = node.number("slope", 0.25)
+    known: dict[str, Callable[..., Tensor]] = {
+        "prelu": lambda data, gamma: F.prelu(data, gamma.flatten()),
+        "leaky": lambda data: F.leaky_relu(data, slope),
+        "elu": lambda data: F.elu(data, slope),
     }
-    kind = attributes.word("act_type", "")
-    if kind not in known:
-        raise TeacherError(
-            f"node {attributes.node!r} is an Activation of act_type {kind!r}; known are {', '.join(known)}"
-        )
-    return known[kind]
+    return known[node.word("act_type", "leaky", *known)](*inputs)
 
 
-def _fully_connected(attributes: _Attributes) -> Operation:
-    flatten = attributes.flag("flatten", True)
-
-    def run(data: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-        return F.linear(data.flatten(1) if flatten else data, weight, bias)
-
-    return run
-
-
-def _pooling(attributes: _Attributes) -> Operation:
-    kind = attributes.word("pool_type", "max")
-    if kind not in ("max", "avg"):
-        raise TeacherError(f"node {attributes.node!r} pools by {kind!r}; known are max, avg")
-    if attributes.flag("global_pool", False):
-        return lambda data: data.amax((2, 3), keepdim=True) if kind == "max" else data.mean((2, 3), keepdim=True)
-    kernel, stride = attributes.pair("kernel"), attributes.pair("stride", (1, 1))
-    padding = attributes.pair("pad", (0, 0))
-    convention = attributes.word("pooling_convention", "valid")
-    if convention not in ("valid", "full") or 0 in stride:
-        raise TeacherError(f"node {attributes.node!r} pools with convention {convention!r} and stride {stride}")
-    whole_windows = convention == "valid"
-    counted = attributes.flag("count_include_pad", True)
-
-    def run(data: Tensor) -> Tensor:
-        if kind == "max":
-            pooled = F.max_pool2d(data, kernel, stride, padding, ceil_mode=not whole_windows)
-        else:
-            pooled = F.avg_pool2d(data, kernel, stride, padding, not whole_windows, counted)
-        # torch drops a last window that begins in the padding, MXNet's "full" keeps it.
-        spans = [size + 2 * pad - width for size, pad, width in zip(data.shape[2:], padding, kernel, strict=True)]
-        wanted = [
-            (span if whole_windows else span + step - 1) // step + 1 for span, step in zip(spans, stride, strict=True)
-        ]
-        if list(pooled.shape[2:]) != wanted:
-            raise TeacherError(f"node {attributes.node!r} pools {tuple(data.shape[2:])} in a way that torch has not")
-        return pooled
-
-    return run
-
-
-def _normalise(attributes: _Attributes) -> Operation:
-    epsilon = attributes.number("eps", 1e-10)
-    mode = attributes.word("mode", "instance")
-    if mode not in ("instance", "channel"):
-        raise TeacherError(f"node {attributes.node!r} normalises per {mode!r}; known are instance, channel")
-
-    def run(data: Tensor) -> Tensor:
-        axes = [1] if mode == "channel" else list(range(1, data.dim()))
-        return data / (data.square().sum(axes, keepdim=True) + epsilon).sqrt()
-
-    return run
-
-
-def _with_scalar(operation: Callable[[Tensor, float], Tensor], attributes: _Attributes) -> Operation:
-    scalar = attributes.number("scalar")
-    return lambda data: operation(data, scalar)
-
-
-def _concat(attributes: _Attributes) -> Operation:
-    axis = attributes.whole("dim", 1)
-    return lambda *data: torch.cat(data, axis)
-
-
-def _clip(attributes: _Attributes) -> Operation:
-    low, high = attributes.number("a_min"), attributes.number("a_max")
-    return lambda data: data.clamp(low, high)
-
-
-def _cast(attributes: _Attributes) -> Operation:
-    kind = attributes.word("dtype", "")
-    if kind not in ("float16", "float32", "float64"):
-        raise TeacherError(f"node {attributes.node!r} casts to {kind!r}; known are float16, float32, float64")
-    # Graphs for float16 training narrow their input and widen their embedding; in between all is float32 here.
-    return lambda data: data
-
-
-def _as_is(attributes: _Attributes) -> Operation:
-    return lambda data: data
-
-
-def _sum(*data: Tensor) -> Tensor:
-    total = data[0]
-    for other in data[1:]:
-        total = total + other
-    return total
-
-
-def _always(operation: Operation, attributes: _Attributes) -> Operation:
-    return operation
-
-
-_ADD, _SUBTRACT, _MULTIPLY = (partial(_always, operation) for operation in (torch.add, torch.sub, torch.mul))
-_OPERATORS: dict[str, Callable[[_Attributes], Operation]] = {
-    "Convolution": _convolution,
-    "BatchNorm": _batch_norm,
-    "LeakyReLU": _leaky_relu,
-    "Activation": _activation,
-    "FullyConnected": _fully_connected,
-    "Pooling": _pooling,
-    "L2Normalization": _normalise,
-    "Flatten": partial(_always, lambda data: data.flatten(1)),
-    "flatten": partial(_always, lambda data: data.flatten(1)),
-    "Concat": _concat,
-    "concat": _concat,
-    "clip": _clip,
-    **dict.fromkeys(("Cast", "cast", "amp_cast"), _cast),
-    "relu": partial(_always, F.relu),
-    "sigmoid": partial(_always, torch.sigmoid),
-    **dict.fromkeys(("Dropout", "_copy", "identity", "BlockGrad"), _as_is),
-    **dict.fromkeys(("elemwise_add", "_Plus", "_plus", "_add", "broadcast_add", "broadcast_plus"), _ADD),
-    **dict.fromkeys(("elemwise_sub", "_Minus", "_minus", "_sub", "broadcast_sub", "broadcast_minus"), _SUBTRACT),
-    **dict.fromkeys(("elemwise_mul", "_Mul", "_mul", "broadcast_mul"), _MULTIPLY),
-    **dict.fromkeys(("add_n", "ElementWiseSum"), partial(_always, _sum)),
-    **dict.fromkeys(("_plus_scalar", "_PlusScalar"), partial(_with_scalar, torch.add)),
-    **dict.fromkeys(("_minus_scalar", "_MinusScalar"), partial(_with_scalar, torch.sub)),
-    **dict.fromkeys(("_mul_scalar", "_MulScalar"), partial(_with_scalar, torch.mul)),
-    **dict.fromkeys(("_div_scalar", "_DivScalar"), partial(_with_scalar, torch.div)),
+_ACTIVATIONS: dict[str, Callable[..., Tensor]] = {
+    "relu": F.relu,
+    "sigmoid": torch.sigmoid,
+    "tanh": torch.tanh,
+    "softrelu": F.softplus,
+    "softsign": F.softsign,
 }
 
 
-@dataclass(frozen=True)
-class _Node:
-    operator: str
-    name: str
-    attributes: Mapping[str, str]
-    inputs: tuple[int, ...]
+def _fully_connected(node: _Node, data: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    return F.linear(data.flatten(1) if node.flag("flatten", True) else data, weight, bias)
+
+
+def _pooling(node: _Node, data: Tensor) -> Tensor:
+    largest = node.word("pool_type", "max", "max", "avg") == "max"
+    if node.flag("global_pool", False):
+        return data.amax((2, 3), keepdim=True) if largest else data.mean((2, 3), keepdim=True)
+    kernel, stride, padding = node.pair("kernel"), node.pair("stride", (1, 1)), node.pair("pad", (0, 0))
+    full = node.word("pooling_convention", "valid", "valid", "full") == "full"
+    if largest:
+        pooled = F.max_pool2d(data, kernel, stride, padding, ceil_mode=full)
+    else:
+        pooled = F.avg_pool2d(data, kernel, stride, padding, full, node.flag("count_include_pad", True))
+    # torch drops a last window that begins in the padding, MXNet's "full" keeps it.
+    wanted = [
+        (size + 2 * pad - width + (step - 1 if full else 0)) // step + 1
+        for size, pad, width, step in zip(data.shape[2:], padding, kernel, stride, strict=True)
+    ]
+    if list(pooled.shape[2:]) != wanted:
+        raise TeacherError(f"node {node.name!r} pools {tuple(data.shape[2:])} in a way that torch has not")
+    return pooled
+
+
+def _normalise(node: _Node, data: Tensor) -> Tensor:
+    channels = node.word("mode", "instance", "instance", "channel") == "channel"
+    axes = [1] if channels else list(range(1, data.dim()))
+    return data / (data.square().sum(axes, keepdim=True) + node.number("eps", 1e-10)).sqrt()
+
+
+def _cast(node: _Node, data: Tensor) -> Tensor:
+    node.word("dtype", "", "float16", "float32", "float64")
+    # Graphs for float16 training narrow their input and widen their embedding; in between all is float32 here.
+    return data
+
+
+def _alike(names: str, function: Callable[..., Tensor]) -> dict[str, Callable[..., Tensor]]:
+    return dict.fromkeys(names.split(), function)
+
+
+_OPERATORS: dict[str, Callable[..., Tensor]] = {
+    "Convolution": _convolution,
+    "BatchNorm": _batch_norm,
+    "LeakyReLU": _leaky_relu,
+    "Activation": lambda node, data: _ACTIVATIONS[node.word("act_type", "", *_ACTIVATIONS)](data),
+    "FullyConnected": _fully_connected,
+    "Pooling": _pooling,
+    "L2Normalization": _normalise,
+    "clip": lambda node, data: data.clamp(node.number("a_min"), node.number("a_max")),
+    "relu": lambda node, data: F.relu(data),
+    "sigmoid": lambda node, data: torch.sigmoid(data),
+    **_alike("Flatten flatten", lambda node, data: data.flatten(1)),
+    **_alike("Concat concat", lambda node, *data: torch.cat(data, node.whole("dim", 1))),
+    **_alike("Cast cast amp_cast", _cast),
+    **_alike("Dropout _copy identity BlockGrad", lambda node, data: data),
+    **_alike("elemwise_add _Plus _plus _add broadcast_add broadcast_plus", lambda node, one, other: one + other),
+    **_alike("elemwise_sub _Minus _minus _sub broadcast_sub broadcast_minus", lambda node, one, other: one - other),
+    **_alike("elemwise_mul _Mul _mul broadcast_mul", lambda node, one, other: one * other),
+    **_alike("add_n ElementWiseSum", lambda node, *data: reduce(torch.add, data)),
+    **_alike("_plus_scalar _PlusScalar", lambda node, data: data + node.number("scalar")),
+    **_alike("_minus_scalar _MinusScalar", lambda node, data: data - node.number("scalar")),
+    **_alike("_mul_scalar _MulScalar", lambda node, data: data * node.number("scalar")),
+    **_alike("_div_scalar _DivScalar", lambda node, data: data / node.number("scalar")),
+}
 
 
 def _nodes(content: bytes, path: Path) -> tuple[list[_Node], int]:
@@ -275,9 +195,7 @@ def _nodes(content: bytes, path: Path) -> tuple[list[_Node], int]:
             texts = entry.get("attrs") or entry.get("param") or entry.get("attr") or {}
             inputs = [(int(origin), int(output)) for origin, output, *_ in entry["inputs"]]
             if any(not 0 <= origin < number or output != 0 for origin, output in inputs):
-                raise TeacherError(
-                    f"{broken}: node {number} takes input from {inputs}; wanted first outputs of earlier nodes"
-                )
+                raise TeacherError(f"{broken}: node {number} takes {inputs}; wanted first outputs of earlier nodes")
             attributes = {str(key): str(value) for key, value in texts.items()}
             nodes.append(_Node(str(entry["op"]), str(entry["name"]), attributes, tuple(origin for origin, _ in inputs)))
         head = int(heads[0][0])
@@ -314,51 +232,25 @@ class SymbolGraph(nn.Module):
         nodes, head = _nodes(read_bytes(path, _LARGEST_SYMBOL), path)
         self._path = path
         self._output = _embedding_node(nodes, head)
-        self._nodes = nodes
         self._data: int | None = None
         self._weights: dict[int, str] = {}
-        self._operations: dict[int, Operation] = {}
         self.arrays: dict[str, Tensor] = {}
-        self._last_use: dict[int, int] = {}
-        for number in self._needed():
-            node = nodes[number]
-            for origin in node.inputs:
-                self._last_use[origin] = max(number, self._last_use.get(origin, 0))
-            if node.operator == "null":
-                self._bind(number, node.name, arrays)
-            else:
-                self._operations[number] = self._operation(node)
-        if self._data is None:
-            raise TeacherError(
-                f"teacher {path}: the embedding {nodes[self._output].name!r} does not depend on an image"
-            )
-
-    def _operation(self, node: _Node) -> Operation:
-        if node.operator not in _OPERATORS:
-            raise TeacherError(
-                f"teacher {self._path}: node {node.name!r} is a {node.operator!r}, an operator that is not known here; "
-                f"known are {', '.join(sorted(_OPERATORS))}"
-            )
-        try:
-            return _OPERATORS[node.operator](_Attributes(node.name, node.attributes))
-        except TeacherError as error:
-            raise TeacherError(f"teacher {self._path}: {error}") from error
-
-    def __getstate__(self) -> dict[str, Any]:
-        # Operations are closures; their numbers are enough to make them again.
-        return {**self.__dict__, "_operations": list(self._operations)}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)  # type: ignore[no-untyped-call]
-        self._operations = {number: self._operation(self._nodes[number]) for number in state["_operations"]}
-
-    def _needed(self) -> list[int]:
-        """Nodes that the embedding depends on, in the order of the file, which is topological."""
         needed = {self._output}
+        # Nodes stand in topological order.
         for number in range(self._output, -1, -1):
             if number in needed:
-                needed.update(self._nodes[number].inputs)
-        return sorted(needed)
+                needed.update(nodes[number].inputs)
+        self._nodes = {number: nodes[number] for number in sorted(needed) if nodes[number].operator != "null"}
+        self._last_use = {origin: number for number, node in self._nodes.items() for origin in node.inputs}
+        for number in sorted(needed - self._nodes.keys()):
+            self._bind(number, nodes[number].name, arrays)
+        for node in self._nodes.values():
+            if node.operator not in _OPERATORS:
+                met = f"node {node.name!r} is a {node.operator!r}"
+                raise TeacherError(f"teacher {path}: {met}; operators known here are {', '.join(sorted(_OPERATORS))}")
+        if self._data is None:
+            name = nodes[self._output].name
+            raise TeacherError(f"teacher {path}: the embedding {name!r} does not depend on an image")
 
     def _bind(self, number: int, name: str, arrays: Mapping[str, NDArray[Any]]) -> None:
         array = arrays.get(f"arg:{name}", arrays.get(f"aux:{name}"))
@@ -376,43 +268,31 @@ class SymbolGraph(nn.Module):
 
     def check(self, size: int) -> None:
         """Follow the shapes of one image through the graph, without computing or allocating anything."""
-        weights = {number: torch.empty_like(self._weight(number), device="meta") for number in self._weights}
 
-        def watched(node: _Node, operation: Operation, inputs: list[Tensor]) -> Tensor:
+        def watched(node: _Node, *inputs: Tensor) -> Tensor:
+            what = f"teacher {self._path}: node {node.name!r}"
             try:
-                output = operation(*inputs)
+                output = node.run(*inputs)
             except TeacherError as error:
                 raise TeacherError(f"teacher {self._path}: {error}") from error
             # torch reports shapes that do not fit, and strides of 0, in any of these; TypeError: wrongly many inputs.
             except (RuntimeError, ValueError, TypeError, IndexError, ArithmeticError) as error:
                 shapes = ", ".join(str(tuple(tensor.shape)) for tensor in inputs)
-                raise TeacherError(
-                    f"teacher {self._path}: node {node.name!r} ({node.operator}) cannot take {shapes}: "
-                    f"{first_line(error)}"
-                ) from error
+                raise TeacherError(f"{what} ({node.operator}) cannot take {shapes}: {first_line(error)}") from error
             if output.numel() > _MOST_ELEMENTS:
-                raise TeacherError(
-                    f"teacher {self._path}: node {node.name!r} would be {tuple(output.shape)}, larger than any "
-                    "face network needs"
-                )
+                raise TeacherError(f"{what} would be {tuple(output.shape)}, larger than any face network needs")
             return output
 
-        self._execute(torch.empty((1, 3, size, size), device="meta"), weights, watched)
+        self._execute(torch.empty((1, 3, size, size), device="meta"), watched)
 
-    def _weight(self, number: int) -> Tensor:
-        return self.get_parameter(self._weights[number])
-
-    def _execute(
-        self,
-        images: Tensor,
-        weights: Mapping[int, Tensor],
-        step: Callable[[_Node, Operation, list[Tensor]], Tensor],
-    ) -> Tensor:
+    def _execute(self, images: Tensor, step: Callable[..., Tensor]) -> Tensor:
         assert self._data is not None
-        values = {self._data: images, **weights}
-        for number, operation in self._operations.items():
-            node = self._nodes[number]
-            values[number] = step(node, operation, [values[origin] for origin in node.inputs])
+        values = {self._data: images}
+        for number, name in self._weights.items():
+            weight = self.get_parameter(name)
+            values[number] = weight.to("meta") if images.is_meta else weight
+        for number, node in self._nodes.items():
+            values[number] = step(node, *(values[origin] for origin in node.inputs))
             for origin in set(node.inputs):
                 if self._last_use[origin] == number:
                     del values[origin]
@@ -420,5 +300,4 @@ class SymbolGraph(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         """Embed prepared images (B, 3, S, S): (B, D), or whatever shape the embedding's node has."""
-        weights = {number: self._weight(number) for number in self._weights}
-        return self._execute(images, weights, lambda node, operation, inputs: operation(*inputs))
+        return self._execute(images, _Node.run)

@@ -1,7 +1,6 @@
 """An ONNX model brought into one form: an image with channels first in, one embedding out, no outdated operators.
 
-Models are rewritten in memory when they are read, so that everything that runs, cuts, trains or writes a graph meets
-this form alone.
+Models are rewritten in memory when they are read: what runs, cuts, trains or writes a graph meets this form alone.
 """
 
 import math
@@ -73,7 +72,7 @@ def inputs(model: Any) -> list[Any]:
 
 
 def drop_weights_from_inputs(model: Any) -> None:
-    """Take weights out of the inputs: they could be overridden, so onnxruntime would not fold them."""
+    """Take weights out of the inputs: onnxruntime does not fold what could be overridden."""
     images = inputs(model)
     if len(images) != len(model.graph.input):
         del model.graph.input[:]
@@ -82,9 +81,9 @@ def drop_weights_from_inputs(model: Any) -> None:
 
 
 def row_width(shape: "list[int | None] | None") -> int | None:
-    """How many numbers a value has for each image, where all lie along one axis: (N, D), (N, 1, D), ...
+    """The length D of a value that is one row of numbers an image: (N, D), (N, 1, D), ...
 
-    0 where the value is no row of numbers, None where its shape does not tell.
+    0 where it is none, None where its shape does not tell.
     """
     if not shape or None in shape[1:]:
         return None
@@ -99,10 +98,10 @@ def _told(shape: "list[int | None] | None") -> str:
 
 
 def choose_output(model: Any, shapes: Shapes, wanted: str | None, path: Path) -> str | None:
-    """Leave a graph the output that is the embedding, and nothing that is not needed for it.
+    """Leave a graph the output that is the embedding, and what it is made of.
 
     ``wanted`` None takes the only output, the only one that is a row of more than one number, or the only such row
-    whose length is a multiple of 16. The output in words is returned, where there was a choice.
+    whose length is a multiple of 16. Where there was a choice, it is returned in words.
     """
     names = [value.name for value in model.graph.output]
     listed = ", ".join(f"{name} ({_told(shapes.get(name))})" for name in names)
@@ -124,7 +123,7 @@ def choose_output(model: Any, shapes: Shapes, wanted: str | None, path: Path) ->
 
 
 def keep_only(model: Any, outputs: Sequence[str]) -> None:
-    """Give a graph other outputs, and leave it what they are made of."""
+    """Give a graph other outputs, and drop what they are not made of."""
     import onnx
 
     described = {value.name: value for value in (*model.graph.value_info, *model.graph.output)}
@@ -150,19 +149,15 @@ def image_input(model: Any, path: Path) -> Any:
     """The one input of a graph, with channels first: a transposition is put behind one that has them last."""
     found = inputs(model)
     if len(found) != 1:
-        raise TeacherError(
-            f"teacher {path} has {len(found)} inputs ({', '.join(value.name for value in found)}); wanted a "
-            "recognition network with one, the image"
-        )
+        names = ", ".join(value.name for value in found)
+        raise TeacherError(f"teacher {path} has {len(found)} inputs ({names}); wanted one, the image")
     (value,) = found
     shape = dimensions(value)
     if _channels_last(model, value.name, shape):
         _put_channels_first(model, value)
         shape = dimensions(value)
     if shape and (len(shape) != 4 or shape[1] not in (3, None) or shape[2] != shape[3]):
-        raise TeacherError(
-            f"teacher {path} takes input of {_told(shape)}; wanted Nx3xSxS or NxSxSx3, square colour images"
-        )
+        raise TeacherError(f"teacher {path} takes input of {_told(shape)}; wanted Nx3xSxS or NxSxSx3, square images")
     return value
 
 
@@ -204,8 +199,8 @@ def _put_channels_first(model: Any, value: Any) -> None:
 def modernise(model: Any, shapes: Shapes) -> None:
     """Write operators of old exporters as onnxruntime takes them.
 
-    MXNet's exporter says ``spatial=0`` of batch norms that have a scale a channel, and gives PReLU a vector of slopes
-    that cannot be broadcast; both mean what they mean in MXNet: one number a channel.
+    MXNet's exporter writes ``spatial=0`` for batch norms that have one scale a channel, and a vector of slopes, one a
+    channel, that cannot be broadcast.
     """
     held = constants(model)
     for node in model.graph.node:
@@ -223,8 +218,7 @@ def modernise(model: Any, shapes: Shapes) -> None:
 def raise_opset(model: Any) -> None:
     """Write a graph of operator set 5 or 6, which onnxruntime does not run, in operator set 7.
 
-    There nothing says any more that it is not training. Arithmetic that names its axis is left for onnxruntime to
-    refuse.
+    Arithmetic that names its axis is left for onnxruntime to refuse.
     """
     sets = [entry for entry in model.opset_import if entry.domain in OWN_DOMAIN]
     if not sets or max(entry.version for entry in sets) not in (5, 6):

@@ -1,4 +1,4 @@
-"""An ONNX file made fit for a teacher: read safely, batch size freed, denormal weights flushed. All of it in memory."""
+"""ONNX files read safely and made fit for a teacher, in memory: denormal weights flushed, the batch size freed."""
 
 import contextlib
 import hashlib
@@ -58,7 +58,7 @@ class OnnxGraph:
 
 
 def _holds_bytes_for_text(message: Any) -> bool:
-    """Whether protobuf found a string that is not UTF-8, and gives bytes where everybody expects text."""
+    """Whether a string is not UTF-8: protobuf gives bytes for it."""
     return any(
         field.type == field.TYPE_STRING
         and any(isinstance(text, bytes) for text in ([value] if isinstance(value, str | bytes) else value))
@@ -72,7 +72,7 @@ def _parse(content: bytes, path: Path) -> Any:
 
     try:
         model = onnx.load_model_from_string(content)
-    # protobuf's DecodeError has moved between modules; whatever is raised here means the same.
+    # protobuf's DecodeError has moved between modules.
     except Exception as error:
         raise TeacherError(f"teacher {path} is damaged or no ONNX file: {first_line(error)}") from error
     if not model.graph.node or not model.graph.output:
@@ -83,7 +83,7 @@ def _parse(content: bytes, path: Path) -> Any:
 
 
 def _take_in_external_data(model: Any, path: Path) -> bytes:
-    """Replace references to files by their bytes; only files inside the model's own folder are read."""
+    """Replace references to files by their bytes, and digest these; only files in the model's folder are read."""
     import onnx
 
     folder = path.parent.resolve()
@@ -111,17 +111,14 @@ def _take_in_external_data(model: Any, path: Path) -> bytes:
             offset = int(entries.get("offset", "0"))
             length = int(entries.get("length", size - offset))
         except ValueError:
-            raise TeacherError(
-                f"{where} at offset {entries.get('offset')!r}, length {entries.get('length')!r}"
-            ) from None
+            met = f"offset {entries.get('offset')!r}, length {entries.get('length')!r}"
+            raise TeacherError(f"{where} at {met}") from None
         if offset < 0 or length < 0 or offset + length > size:
             raise TeacherError(f"{where}, {length} bytes from {offset}, but it has {size}")
         # Several tensors may name one file.
         taken += length
         if taken > LARGEST_FILE:
-            raise TeacherError(
-                f"{where}: tensors of {taken} bytes in all; no face network has more than {LARGEST_FILE}"
-            )
+            raise TeacherError(f"{where}: {taken} bytes of tensors; no face network has more than {LARGEST_FILE}")
         with place.open("rb") as stream:
             stream.seek(offset)
             content = stream.read(length)
@@ -150,7 +147,7 @@ def _flush_denormals(model: Any, path: Path) -> None:
 
 
 def _nodes_in_place(model: Any) -> int:
-    """Nodes of the graph once its functions are put in place; more than allowed where a function calls itself."""
+    """Nodes of the graph with its functions inlined; more than allowed where a function calls itself."""
     import onnx
 
     def calls(message: Any) -> Counter[tuple[str, str]]:
@@ -160,7 +157,7 @@ def _nodes_in_place(model: Any) -> int:
     sizes = dict.fromkeys(functions, 1)
     for _ in range(_DEEPEST_CALL):
         before = sizes
-        # A call counts too, so that one that leads back to itself never settles; capped, since sizes may double.
+        # A call counts too, so that a circle never settles; capped, since sizes may double.
         sizes = {
             name: min(_MOST_NODES, 1 + sum(times * before.get(each, 1) for each, times in called.items()))
             for name, called in functions.items()
@@ -171,7 +168,7 @@ def _nodes_in_place(model: Any) -> int:
 
 
 def _refuse_hostile(model: Any, path: Path) -> None:
-    """Stop before anything runs: operators that may not end, activations that no face network has."""
+    """Refuse, before anything runs, operators that may not end and graphs of too many nodes."""
     import onnx
 
     for node in messages(model, onnx.NodeProto):
@@ -182,7 +179,7 @@ def _refuse_hostile(model: Any, path: Path) -> None:
 
 
 def _shapes(model: Any, path: Path) -> Shapes:
-    """The shapes of a graph's values for one image, none of which may be larger than any face network needs."""
+    """The shapes of a graph's values for one image; values larger than any face network needs are refused."""
     import onnx
 
     single = onnx.ModelProto()
@@ -199,7 +196,7 @@ def _shapes(model: Any, path: Path) -> Shapes:
             shape[0].dim_value = 1
     try:
         inferred = onnx.shape_inference.infer_shapes(single, data_prop=True)
-    # A graph that the shape inference cannot follow is for onnxruntime to judge.
+    # onnxruntime judges a graph that the shape inference cannot follow.
     except Exception:
         inferred = single
     shapes = {value.name: dimensions(value) for value in messages(inferred.graph, onnx.ValueInfoProto)}
@@ -213,7 +210,7 @@ def _shapes(model: Any, path: Path) -> Shapes:
 def read_graph(path: Path, output: str | None = None) -> OnnxGraph:
     """Read an ONNX file, bring it into one form, and flush weights below 1e-20 in magnitude to zero.
 
-    ``output`` names the value that is the embedding, where it is not the only output. The batch size stays as declared.
+    ``output`` names the value that is the embedding. The batch size stays as declared.
     """
     from onnx import inliner
 
@@ -272,7 +269,7 @@ def _integers(model: Any) -> dict[str, NDArray[np.int64]]:
     vectors = {}
     for name, tensor in constants(model).items():
         if tensor.data_type == onnx.TensorProto.INT64 and len(tensor.dims) == 1:
-            # A damaged one is for onnxruntime to refuse.
+            # onnxruntime refuses a damaged one.
             with contextlib.suppress(ValueError, TypeError):
                 vectors[name] = numpy_helper.to_array(tensor)
     return vectors
@@ -281,11 +278,10 @@ def _integers(model: Any) -> dict[str, NDArray[np.int64]]:
 def free_batch(graph: OnnxGraph) -> OnnxGraph:
     """Free a graph from the batch size it was exported with (insightface#2879).
 
-    The input and the output get a symbolic first dimension, and every ``Reshape`` of something computed from the image
-    whose constant shape begins with the declared batch size begins with 0 instead, which copies the first dimension.
-    That is right wherever the first dimension is the batch, as in every exported face network known; it is proved by
-    nothing here, so whoever uses the result compares a batch with its images one by one. A graph that had nothing to
-    free is returned itself.
+    Input and output get a symbolic first dimension. A ``Reshape`` of what is computed from the image, to a constant
+    shape that begins with the declared batch size, begins with 0 instead, which copies the first dimension. That is
+    right where the first dimension is the batch; the caller proves it by comparing a batch with its images one by one.
+    A graph that had nothing to free is returned itself.
     """
     import onnx
     from onnx import numpy_helper
@@ -312,6 +308,6 @@ def free_batch(graph: OnnxGraph) -> OnnxGraph:
         dimensions = value.type.tensor_type.shape.dim
         if dimensions:
             dimensions[0].dim_param = "batch"
-    # Shapes noted for the old batch size would contradict the new one.
+    # They hold the old batch size.
     del model.graph.value_info[:]
     return replace(graph, model=bytes(model.SerializeToString()), fixed_batch=None)

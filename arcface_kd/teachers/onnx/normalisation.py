@@ -1,8 +1,8 @@
 """The normalisation that an ONNX graph does itself, before its first layer: found by trying, not by nodes' names.
 
-The image is followed through arithmetic and changes of layout. What comes out is computed for a few images; where each
-channel is ``a x + b`` of one channel of the input, that is a normalisation. Its constants tell which input it is for,
-since what comes out has one of a few usual ranges.
+The image is followed through arithmetic and changes of layout, and what comes out is computed for a few images. Where
+each channel is ``a x + b`` of one channel of the input, that is a normalisation. Its constants tell which input it is
+for, since its results have one of a few usual ranges.
 """
 
 import math
@@ -115,10 +115,7 @@ def _in_words(values: Iterable[float]) -> str:
 
 
 def find_normalisation(graph: OnnxGraph, size: int) -> InputNormalisation | None:
-    """Find out what a graph does to its image before the first layer.
-
-    None where it does nothing, or not the same for every pixel.
-    """
+    """What a graph does to its image before the first layer; None where nothing, or not the same for every pixel."""
     import onnx
 
     model = onnx.load_model_from_string(graph.model)

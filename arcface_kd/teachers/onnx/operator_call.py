@@ -1,4 +1,4 @@
-"""A node of an ONNX graph as the function that computes it sees it."""
+"""The table of ONNX operators, and a node as the function that computes it sees it."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -9,9 +9,12 @@ from torch import Tensor
 
 Operator = Callable[..., Tensor | tuple[Tensor, ...]]
 
+OPERATORS: dict[str, Operator] = {}
+"""Operators of ONNX's own domain by name; ``torch_operators`` and ``torch_layout`` fill it."""
+
 
 class UnsupportedError(ValueError):
-    """A use of an operator that this file does not know; the message says which."""
+    """A use of an operator that torch has not or that is not written here; the message says which."""
 
 
 @dataclass(frozen=True)
@@ -30,17 +33,14 @@ class Call:
         return self.attributes.get(name, default)
 
 
-def registering(table: dict[str, Operator]) -> Callable[..., Callable[[Operator], Operator]]:
-    """A decorator that puts functions into a table under their operators' names."""
+def operator(name: str) -> Callable[[Operator], Operator]:
+    """A decorator that puts a function into the table."""
 
-    def operator(*names: str) -> Callable[[Operator], Operator]:
-        def register(function: Operator) -> Operator:
-            table.update(dict.fromkeys(names, function))
-            return function
+    def register(function: Operator) -> Operator:
+        OPERATORS[name] = function
+        return function
 
-        return register
-
-    return operator
+    return register
 
 
 def numbers(values: Tensor | Sequence[int]) -> list[int]:

@@ -27,10 +27,7 @@ def pack_files(folder: Path) -> list[Path]:
 
 
 def from_manifest(folder: Path) -> tuple[Path, Preprocessing] | None:
-    """The recognition network of a pack with a manifest, read and verified by the insightface package.
-
-    None where there is no manifest, or no package to read it.
-    """
+    """The recognition network of a pack with a manifest, read and verified by the insightface package; None without."""
     if not (folder / "manifest.json").is_file():
         return None
     try:
@@ -51,10 +48,9 @@ def from_manifest(folder: Path) -> tuple[Path, Preprocessing] | None:
 
 
 def recognition_network(folder: Path, output: str | None) -> tuple[Path, OnnxGraph]:
-    """The one network of a folder that puts out embeddings.
+    """The one network of a folder that puts out embeddings: rows of numbers, a multiple of 16, of a square image.
 
-    That is a row of numbers whose count is a multiple of 16, of a square colour image: landmarks, attributes, liveness
-    and expressions come in other counts, and detectors and restorers put out no row.
+    Landmarks, attributes, liveness and expressions come in other counts; detectors and restorers put out no row.
     """
     found: dict[Path, OnnxGraph] = {}
     others: dict[Path, str] = {}
@@ -75,16 +71,12 @@ def recognition_network(folder: Path, output: str | None) -> tuple[Path, OnnxGra
             found[file] = graph
     listed = "; ".join(f"{file.name} {why}" for file, why in others.items())
     if not found:
-        raise TeacherError(
-            f"teacher {folder} has no recognition network among its .onnx files ({listed or 'there are none'}); name "
-            "the file itself"
-        )
+        met = listed or "there are no .onnx files"
+        raise TeacherError(f"teacher {folder} has no recognition network ({met}); name the file itself")
     if len(found) > 1:
         names = ", ".join(f"{file.name} ({graph.width or 'open'} numbers)" for file, graph in found.items())
-        raise TeacherError(
-            f"teacher {folder} has {len(found)} recognition networks: {names}; name one, as --kd-teacher "
-            f"{next(iter(found))}"
-        )
+        one = next(iter(found))
+        raise TeacherError(f"teacher {folder} has {len(found)} recognition networks: {names}; name --kd-teacher {one}")
     ((file, graph),) = found.items()
     if others:
         logger.log(level, "teacher %s: %s is taken as the recognition network; %s", folder, file.name, listed)
@@ -117,7 +109,6 @@ def pack_folder(name: str) -> Path:
             storage.download("models", name, force=True)
     # requests, urllib3, zipfile and insightface each raise their own.
     except Exception as error:
-        raise TeacherError(
-            f"teacher {PREFIX}{name} is not in {folder.parent} and cannot be downloaded: {first_line(error)}"
-        ) from error
+        where = f"teacher {PREFIX}{name} is not in {folder.parent}"
+        raise TeacherError(f"{where} and cannot be downloaded: {first_line(error)}") from error
     return folder

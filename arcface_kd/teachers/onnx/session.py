@@ -1,6 +1,7 @@
 """An ONNX graph run by onnxruntime, for batches of any size."""
 
 import logging
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -25,10 +26,7 @@ _INPUT_TYPES: dict[str, torch.dtype] = {
 
 
 def _providers(device: torch.device) -> list[tuple[str, dict[str, object]]]:
-    """CUDA for a GPU where onnxruntime has it, and the CPU behind it.
-
-    CoreML, which InsightFace prefers on a Mac, is left out: it rounds to float16, and no teacher should depend on that.
-    """
+    """CUDA for a GPU where onnxruntime has it, and the CPU behind it; no CoreML, which rounds to float16."""
     import onnxruntime
 
     chosen: list[tuple[str, dict[str, object]]] = []
@@ -43,8 +41,8 @@ def _providers(device: torch.device) -> list[tuple[str, dict[str, object]]]:
 class OnnxNetwork(nn.Module):
     """An ONNX graph as a module without parameters.
 
-    It begins on the CPU and follows its images to their GPU where onnxruntime has CUDA: which GPU is a rank's own is
-    not known when a teacher is loaded. The session is made anew there, and after pickling.
+    It begins on the CPU and follows its images to their GPU, which is not known when a teacher is loaded, where
+    onnxruntime has CUDA. The session is made anew there, and after pickling.
 
     Attributes:
         graph: what is computed.
@@ -62,13 +60,13 @@ class OnnxNetwork(nn.Module):
 
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = torch.get_num_threads()
-        # Idle threads that spin would take the cores from torch, which trains the student on them.
+        # Idle threads that spin would take the cores from torch.
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")
-        # Errors arrive as exceptions; warnings tell of optimisations not taken.
+        # Errors are exceptions; warnings tell of optimisations not taken.
         options.log_severity_level = 4
         providers = _providers(self._asked)
         try:
-            # Its fallback would print to stdout, and try the same providers once more.
+            # The fallback would print to stdout and try the same providers again.
             session = onnxruntime.InferenceSession(self.graph.model, options, providers=providers, enable_fallback=0)
         # onnxruntime's exceptions share no base class of their own.
         except Exception as error:
@@ -140,11 +138,11 @@ def _agrees(network: OnnxNetwork, wanted: Preprocessing) -> bool:
     try:
         together = network(images)
         alone = torch.cat([network(image[None]) for image in images])
-    # A graph that does not take a batch says so in any of onnxruntime's exceptions.
+    # A graph that takes no batch may raise any of onnxruntime's exceptions.
     except Exception:
         return False
     if not alone.numel() or not torch.isfinite(alone).all():
-        # No matter of batches; what tries the teacher says so.
+        # Not for the batch size; the teacher's own test reports it.
         return bool(together.shape == alone.shape)
     scale = float(alone.abs().max())
     return together.shape == alone.shape and bool(torch.allclose(together, alone, rtol=1e-3, atol=1e-3 * scale))
@@ -153,8 +151,8 @@ def _agrees(network: OnnxNetwork, wanted: Preprocessing) -> bool:
 def any_batch(graph: OnnxGraph, wanted: Preprocessing) -> OnnxNetwork:
     """A session that takes batches of any size and embeds each image as it would alone.
 
-    The graph is freed from its batch size where that is proved on test images, else run in portions of the batch size
-    it declares (one image at a time where it declares none).
+    The batch size is freed where test images prove it right; else images are run in portions of the declared batch
+    size, or one by one where none is declared.
     """
     freed = free_batch(graph)
     try:
@@ -167,4 +165,4 @@ def any_batch(graph: OnnxGraph, wanted: Preprocessing) -> OnnxNetwork:
     if (graph.fixed_batch or 1) * 3 * wanted.size**2 > MOST_ELEMENTS:
         raise TeacherError(f"the graph takes {graph.fixed_batch} images at a time and no others; wanted any number")
     logger.warning("the ONNX teacher's batch size cannot be freed; images are embedded in portions of it, more slowly")
-    return OnnxNetwork(OnnxGraph(**{**vars(graph), "fixed_batch": graph.fixed_batch or 1}))
+    return OnnxNetwork(replace(graph, fixed_batch=graph.fixed_batch or 1))

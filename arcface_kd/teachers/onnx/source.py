@@ -35,8 +35,8 @@ def _input_of(graph: OnnxGraph, size: int | str | None) -> tuple[Preprocessing, 
 def _network(graph: OnnxGraph, known: Preprocessing, wanted: str | None) -> tuple[nn.Module, str]:
     """The graph as torch runs it where there is a GPU or a narrow precision is wanted, else as onnxruntime does.
 
-    Torch's embeddings are held against onnxruntime's on a few images. On a GPU onnxruntime would need a package of its
-    own, and a copy to the host in each step.
+    Torch's embeddings must be onnxruntime's on a few images. On a GPU onnxruntime would need a package of its own, and
+    a copy to the host in each step.
     """
     session = any_batch(graph, known)
     narrow = wanted in ("bf16", "fp16")
@@ -53,7 +53,7 @@ def _network(graph: OnnxGraph, known: Preprocessing, wanted: str | None) -> tupl
                 met = normalize(as_rows(module(images), len(images)).float())
         difference = float((met - told).abs().max()) if met.shape == told.shape else float("inf")
         fault = f"its embeddings differ from onnxruntime's by {difference:.1g}"
-        # Beside a GPU the CPU computes in fp32; the GPU is held against it when the first images come.
+        # Beside a GPU the CPU computes in fp32; the GPU is compared with it when the first images come.
         if difference < TOLERANCE["fp32" if torch.cuda.is_available() else precision]:
             return module, precision
     except TeacherError as error:
@@ -74,7 +74,7 @@ class OnnxSource:
 
     @staticmethod
     def accepts(source: object) -> bool:
-        """Whether this is an ONNX file by its content (or by its name, where the content says nothing) or a pack."""
+        """Whether this is an ONNX file, by its content or else by its name, or a pack."""
         if is_pack(source):
             return True
         path = local_path(source)
@@ -105,9 +105,7 @@ class OnnxSource:
             notes += note
         preprocessing = options.preprocessing(known)
         if graph.size not in (None, preprocessing.size):
-            raise TeacherError(
-                f"teacher {path} takes {graph.size}x{graph.size} images, not teacher.size={options.size}"
-            )
+            raise TeacherError(f"teacher {path} takes images of size {graph.size}, not teacher.size={options.size}")
         try:
             network, precision = _network(graph, preprocessing, options.precision)
         except TeacherError as error:

@@ -1,4 +1,4 @@
-"""ONNX operators that change the layout of values and not their numbers: shapes, slices, padding, broadcasting."""
+"""ONNX operators that move values and do not compute with them: shapes, slices, padding, broadcasting."""
 
 import itertools
 import math
@@ -9,12 +9,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from arcface_kd.teachers.onnx.operator_call import Call, Operator, UnsupportedError, axes_of, numbers, registering
+from arcface_kd.teachers.onnx.operator_call import OPERATORS, Call, UnsupportedError, axes_of, numbers, operator
 
-LAYOUT_OPERATORS: dict[str, Operator] = {}
-"""Operators of ONNX's own domain by name."""
-
-_operator = registering(LAYOUT_OPERATORS)
 ONE_BY_ONE = 8
 """Up to so many slices are gathered one by one, which needs no index on the device."""
 
@@ -25,19 +21,19 @@ def pad_by(x: Tensor, before: Sequence[int], behind: Sequence[int], value: float
     return functional.pad(x, list(itertools.chain.from_iterable(reversed(pairs))), value=value)
 
 
-@_operator("Shape")
+@operator("Shape")
 def _shape(call: Call, x: Tensor) -> Tensor:
     return torch.tensor(x.shape[call.get("start", 0) : call.get("end", None)], dtype=torch.int64)
 
 
-@_operator("Flatten")
+@operator("Flatten")
 def _flatten(call: Call, x: Tensor) -> Tensor:
     axis = call.get("axis", 1)
     axis = axis + x.dim() if axis < 0 else axis
     return x.reshape(math.prod(x.shape[:axis]), math.prod(x.shape[axis:]))
 
 
-@_operator("Reshape")
+@operator("Reshape")
 def _reshape(call: Call, x: Tensor, given: Tensor | None = None) -> Tensor:
     shape = numbers(call.attributes["shape"] if given is None else given)
     if not call.get("allowzero", 0):
@@ -45,18 +41,13 @@ def _reshape(call: Call, x: Tensor, given: Tensor | None = None) -> Tensor:
     return x.reshape(shape)
 
 
-@_operator("Transpose")
-def _transpose(call: Call, x: Tensor) -> Tensor:
-    return x.permute(numbers(call.get("perm", range(x.dim() - 1, -1, -1))))
-
-
-@_operator("Squeeze")
+@operator("Squeeze")
 def _squeeze(call: Call, x: Tensor, given: Tensor | None = None) -> Tensor:
     axes = axes_of(call, given)
     return x.squeeze() if axes is None else x.squeeze(axes)
 
 
-@_operator("Unsqueeze")
+@operator("Unsqueeze")
 def _unsqueeze(call: Call, x: Tensor, given: Tensor | None = None) -> Tensor:
     axes = axes_of(call, given) or []
     rank = x.dim() + len(axes)
@@ -65,12 +56,7 @@ def _unsqueeze(call: Call, x: Tensor, given: Tensor | None = None) -> Tensor:
     return x
 
 
-@_operator("Concat")
-def _concat(call: Call, *inputs: Tensor) -> Tensor:
-    return torch.cat(inputs, call.attributes["axis"])
-
-
-@_operator("Split")
+@operator("Split")
 def _split(call: Call, x: Tensor, given: Tensor | None = None) -> tuple[Tensor, ...]:
     axis = call.get("axis", 0)
     sizes = given if given is not None else call.get("split", None)
@@ -79,7 +65,7 @@ def _split(call: Call, x: Tensor, given: Tensor | None = None) -> tuple[Tensor, 
     return cast("tuple[Tensor, ...]", x.split(numbers(sizes), axis))
 
 
-@_operator("Slice")
+@operator("Slice")
 def _slice(
     call: Call,
     x: Tensor,
@@ -105,28 +91,18 @@ def _slice(
     return x
 
 
-@_operator("Gather")
+@operator("Gather")
 def _gather(call: Call, x: Tensor, index: Tensor) -> Tensor:
     axis = call.get("axis", 0) % x.dim()
     if index.device.type == "cpu" and 0 < index.numel() <= ONE_BY_ONE:
         rows = torch.stack([x.select(axis, place) for place in numbers(index.reshape(-1))], axis)
-        return rows.reshape([*x.shape[:axis], *index.shape, *x.shape[axis + 1 :]])
-    index = torch.where(index < 0, index + x.shape[axis], index).long()
-    rows = x.index_select(axis, index.reshape(-1).to(x.device))
+    else:
+        index = torch.where(index < 0, index + x.shape[axis], index).long()
+        rows = x.index_select(axis, index.reshape(-1).to(x.device))
     return rows.reshape([*x.shape[:axis], *index.shape, *x.shape[axis + 1 :]])
 
 
-@_operator("Expand")
-def _expand(call: Call, x: Tensor, shape: Tensor) -> Tensor:
-    return x.expand(torch.broadcast_shapes(x.shape, numbers(shape)))
-
-
-@_operator("Tile")
-def _tile(call: Call, x: Tensor, repeats: Tensor) -> Tensor:
-    return x.repeat(numbers(repeats))
-
-
-@_operator("ConstantOfShape")
+@operator("ConstantOfShape")
 def _constant_of_shape(call: Call, shape: Tensor) -> Tensor:
     value = call.get("value", torch.zeros(1)).reshape(())
     if value.is_floating_point():
@@ -134,12 +110,7 @@ def _constant_of_shape(call: Call, shape: Tensor) -> Tensor:
     return cast(Tensor, value.expand(numbers(shape)))
 
 
-@_operator("Range")
-def _range(call: Call, start: Tensor, limit: Tensor, delta: Tensor) -> Tensor:
-    return torch.arange(start.item(), limit.item(), delta.item(), dtype=start.dtype)
-
-
-@_operator("Pad")
+@operator("Pad")
 def _pad(
     call: Call, x: Tensor, pads: Tensor | None = None, value: Tensor | None = None, axes: Tensor | None = None
 ) -> Tensor:
@@ -156,3 +127,12 @@ def _pad(
     if mode not in modes or x.dim() != 4 or any(axis < 2 for axis in touched):
         raise UnsupportedError(f"mode {mode!r} for {x.dim()} dimensions, of which {touched} are padded")
     return functional.pad(x, [before[3], behind[3], before[2], behind[2]], mode=modes[mode])
+
+
+OPERATORS.update(
+    Concat=lambda call, *inputs: torch.cat(inputs, call.attributes["axis"]),
+    Expand=lambda call, x, shape: x.expand(torch.broadcast_shapes(x.shape, numbers(shape))),
+    Range=lambda call, start, limit, step: torch.arange(start.item(), limit.item(), step.item(), dtype=start.dtype),
+    Tile=lambda call, x, repeats: x.repeat(numbers(repeats)),
+    Transpose=lambda call, x: x.permute(numbers(call.get("perm", range(x.dim() - 1, -1, -1)))),
+)

@@ -1,8 +1,7 @@
 """An ONNX graph as a torch module: its weights can be trained, and a gradient passes through any part of it.
 
-onnxruntime runs a graph and has no gradient. The public converters (onnx2torch, onnx2pytorch) import torchvision, which
-nothing else here needs; a face network is made of a few dozen operators, which
-:mod:`arcface_kd.teachers.onnx.torch_operators` holds.
+onnxruntime has no gradient. The public converters (onnx2torch, onnx2pytorch) import torchvision, which nothing else
+here needs; a face network is made of the few dozen operators in :mod:`arcface_kd.teachers.onnx.torch_operators`.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -15,20 +14,21 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from arcface_kd.errors import TeacherError, first_line
+from arcface_kd.teachers.onnx.form import OWN_DOMAIN
 from arcface_kd.teachers.onnx.graph import OnnxGraph, free_batch
 from arcface_kd.teachers.onnx.operator_call import Call, UnsupportedError
 from arcface_kd.teachers.onnx.torch_layout import ONE_BY_ONE
 from arcface_kd.teachers.onnx.torch_operators import OPERATORS
 
-# What multiplies an image with weights; sums and factors before the first of these are a normalisation of the input.
+# Products with weights: sums and factors before the first of these are a normalisation of the input.
 _MIXING = frozenset(("Conv", "Gemm", "MatMul"))
 _ARITHMETIC = frozenset(("Add", "Sub", "Mul", "Div"))
 # Inputs that are no weights although they may be floating-point tensors: settings and running statistics.
 _SETTINGS = {"BatchNormalization": (3, 4), "Clip": (1, 2), "Pad": (2,), "Pow": (1,), "Where": (0,)}
-# Numbers that the functions read: on a GPU, reading them in each step would wait for it.
+# Inputs that the functions read as numbers: on a GPU, each step would wait for them.
 _READ = {"Clip": {1: "min", 2: "max"}, "Pad": {2: "value"}}
 _FOLDED = _ARITHMETIC | {"Cast", "Identity", "Neg", "Reciprocal", "Reshape", "Sqrt", "Squeeze", "Unsqueeze"}
-# Whole numbers that go where the values are; all others are shapes and places, which are read on the CPU.
+# Operators whose whole numbers go to the values' device; all others are shapes and places, which are read on the CPU.
 _ON_DEVICE = frozenset(("Where", "Gather", "GatherElements"))
 
 
@@ -44,19 +44,18 @@ class _Node:
 class TorchGraph(nn.Module):
     """An ONNX graph that torch runs node by node, in float32.
 
-    Weights are parameters, so that the graph can be trained and its state saved; running statistics of batch norms and
-    single numbers are buffers. In training mode batch norms behave as torch's own; dropout does nothing. The batch size
-    is freed as :func:`arcface_kd.teachers.onnx.graph.free_batch` does it, which proves nothing: whoever uses the module
-    compares it with the graph.
+    Weights are parameters; running statistics of batch norms and single numbers are buffers. In training mode batch
+    norms behave as torch's own; dropout does nothing. The batch size is freed by
+    :func:`arcface_kd.teachers.onnx.graph.free_batch`, which proves nothing: the caller compares module and graph.
 
     Attributes:
         graph: what is computed, its batch size freed and its constants among its initializers.
 
     Args:
-        graph: the graph, as :func:`arcface_kd.teachers.onnx.graph.read_graph` returns it.
+        graph: from :func:`arcface_kd.teachers.onnx.graph.read_graph`.
 
     Raises:
-        TeacherError: an operator that is not known here, or a graph that is damaged.
+        TeacherError: an operator that is not known here, or a damaged graph.
     """
 
     def __init__(self, graph: OnnxGraph) -> None:
@@ -67,8 +66,8 @@ class TorchGraph(nn.Module):
         freed = free_batch(graph)
         model = onnx.load_model_from_string(freed.model)
         _constants_to_initializers(model)
-        self.graph = OnnxGraph(**{**vars(freed), "model": bytes(model.SerializeToString())})
-        self._opset = max((entry.version for entry in model.opset_import if entry.domain in _OWN_DOMAIN), default=1)
+        self.graph = replace(freed, model=bytes(model.SerializeToString()))
+        self._opset = max((entry.version for entry in model.opset_import if entry.domain in OWN_DOMAIN), default=1)
         constants = {tensor.name: numpy_helper.to_array(tensor) for tensor in model.graph.initializer}
         self._nodes = [_node(node, number) for number, node in enumerate(model.graph.node)]
         self._check(constants)
@@ -80,31 +79,26 @@ class TorchGraph(nn.Module):
         self._whole: dict[str, Tensor] = {}
         self._copies: dict[tuple[str, torch.device], Tensor] = {}
         self._plans: dict[tuple[frozenset[str], tuple[str, ...]], tuple[list[_Node], dict[str, int]]] = {}
-        for name, array in constants.items():
-            # What no node takes would be a parameter without a gradient.
-            if name not in taken:
-                continue
-            if not np.issubdtype(array.dtype, np.integer) and array.dtype != np.bool_:
-                place = f"{len(self._places)}_{name.replace('.', '_')}"
-                self._places[name] = place
-                value = torch.from_numpy(array.astype(np.float32))
-                if name in settings or value.numel() == 1:
-                    self.weights.register_buffer(place, value)
-                else:
-                    self.weights.register_parameter(place, nn.Parameter(value))
-            else:
-                # Whole numbers are shapes and places, which are read on the CPU.
+        # What no node takes would be a parameter without a gradient.
+        for name in (name for name in constants if name in taken):
+            array = constants[name]
+            if np.issubdtype(array.dtype, np.integer) or array.dtype == np.bool_:
                 self._whole[name] = torch.from_numpy(array.copy())
+                continue
+            place = self._places[name] = f"{len(self._places)}_{name.replace('.', '_')}"
+            value = torch.from_numpy(array.astype(np.float32))
+            if name in settings or value.numel() == 1:
+                self.weights.register_buffer(place, value)
+            else:
+                self.weights.register_parameter(place, nn.Parameter(value))
 
     def _check(self, constants: Mapping[str, NDArray[Any]]) -> None:
         """Refuse, before anything runs, what cannot be run."""
         known = {self.graph.input_name, "", *constants}
         for node in self._nodes:
             if node.operator not in OPERATORS:
-                raise TeacherError(
-                    f"the ONNX operator {node.operator} of node {node.name!r} cannot be turned into torch; known are "
-                    f"{', '.join(sorted(OPERATORS))}"
-                )
+                what = f"the ONNX operator {node.operator} of node {node.name!r}"
+                raise TeacherError(f"{what} cannot be turned into torch; known are {', '.join(sorted(OPERATORS))}")
             for name in node.inputs:
                 if name not in known:
                     raise TeacherError(f"the ONNX node {node.name!r} takes {name!r}, which no node before it returns")
@@ -122,7 +116,7 @@ class TorchGraph(nn.Module):
         weights = {name: self.weight(name) for name in self._places}
         first = next(iter(given.values()))
         size = self.graph.size or 1
-        # Where the input is not given, its shape may be asked for all the same, to reshape by its batch size.
+        # A graph may ask for the shape of an input that is not given, to reshape by its batch size.
         stand_in = first.new_zeros(()).expand(first.shape[0], 3, size, size)
         values: dict[str, Tensor] = {self.graph.input_name: stand_in, **self._whole, **weights, **given}
         floats = next(iter(weights.values()), torch.empty(0)).new_empty(0)
@@ -134,19 +128,19 @@ class TorchGraph(nn.Module):
             results = _run_node(node, call, inputs)
             for name, result in zip(node.outputs, results, strict=False):
                 values[name] = self.activation(name, result)
-            # Activations go as soon as nobody wants them.
+            # An activation is freed after its last use.
             for name in node.inputs:
                 if last[name] == number and name not in wanted:
                     values.pop(name, None)
         return [values[name] for name in wanted]
 
     def weight(self, name: str) -> Tensor:
-        """What the graph computes with for a constant of floating-point numbers; a subclass may change it."""
+        """The value of a floating-point constant; a subclass may change it."""
         weight: Tensor = getattr(self.weights, self._places[name])
         return weight
 
     def activation(self, name: str, value: Tensor) -> Tensor:
-        """What follows from a value that a node has returned; a subclass may change it."""
+        """A value that a node has returned; a subclass may change it."""
         return value
 
     def _plan(self, given: frozenset[str], wanted: tuple[str, ...]) -> tuple[list[_Node], dict[str, int]]:
@@ -159,7 +153,7 @@ class TorchGraph(nn.Module):
         return plan
 
     def _on_device(self, node: _Node, inputs: list[Tensor | None]) -> list[Tensor | None]:
-        """Masks and long indices where the values are, copied once."""
+        """Inputs with masks and long indices on the values' device, copied once."""
         device = next((each.device for each in inputs if each is not None and each.is_floating_point()), None)
         if device is None or device.type == "cpu":
             return inputs
@@ -184,16 +178,14 @@ class TorchGraph(nn.Module):
                     missing.update(name for name in node.inputs if name and name not in given)
         missing.difference_update(self._places, self._whole)
         if missing:
-            raise TeacherError(
-                f"the ONNX graph cannot compute {', '.join(wanted)} from {', '.join(sorted(given))}: it needs "
-                f"{', '.join(sorted(missing))} as well"
-            )
+            what = f"the ONNX graph cannot compute {', '.join(wanted)} from {', '.join(sorted(given))}"
+            raise TeacherError(f"{what}: it needs {', '.join(sorted(missing))} as well")
         return chosen[::-1]
 
     def bottlenecks(self) -> list[str]:
-        """Names of the activations that all of the embedding is made of, in order: nothing leads around them.
+        """Names of the activations that all of the embedding passes through, in order.
 
-        That a graph asks for the shape of its input, in order to reshape by the batch size, is no way around.
+        Asking for the shape of the input, in order to reshape by the batch size, is no way around them.
         """
         end, last, depends = self.graph.output_name, dict[str, int](), {self.graph.input_name}
         for number, node in enumerate(self._nodes):
@@ -211,7 +203,7 @@ class TorchGraph(nn.Module):
         return found
 
     def embedding_layer_input(self) -> str | None:
-        """Name of the activation that the last product with weights is made of; None where others lead around it."""
+        """Name of the last product's input; None where not all of the embedding passes through it."""
         bottlenecks = set(self.bottlenecks())
         mixing = [node.inputs[0] for node in self._nodes if node.operator in _MIXING]
         return mixing[-1] if mixing and mixing[-1] in bottlenecks else None
@@ -220,11 +212,11 @@ class TorchGraph(nn.Module):
         return node.operator == "Shape" and node.inputs[0] == self.graph.input_name
 
     def behind(self, name: str, activation: Tensor) -> Tensor:
-        """Run what lies behind an activation (B, ...), one of :meth:`bottlenecks`."""
+        """Compute the embedding of an activation (B, ...), one of :meth:`bottlenecks`."""
         return self.run({name: activation}, [self.graph.output_name])[0]
 
     def serialised(self) -> bytes:
-        """The graph as the bytes of an ONNX file that takes any batch size, with the weights as they are now."""
+        """The bytes of an ONNX file of the graph with its present weights, for any batch size."""
         import onnx
         from onnx import numpy_helper
 
@@ -237,16 +229,13 @@ class TorchGraph(nn.Module):
         return bytes(model.SerializeToString())
 
 
-_OWN_DOMAIN = ("", "ai.onnx")
-
-
 def _constants_to_initializers(model: Any) -> None:
-    """Constants as initializers: then there is one place for everything that a graph computes with."""
+    """Turn ``Constant`` nodes into initializers, the one place for all that a graph computes with."""
     from onnx import helper, numpy_helper
 
     kept = []
     for node in model.graph.node:
-        if node.op_type != "Constant" or node.domain not in _OWN_DOMAIN:
+        if node.op_type != "Constant" or node.domain not in OWN_DOMAIN:
             kept.append(node)
             continue
         (attribute,) = node.attribute
@@ -274,13 +263,13 @@ def _node(node: Any, number: int) -> _Node:
         elif isinstance(value, TensorProto):
             value = torch.from_numpy(numpy_helper.to_array(value).copy())
         attributes[attribute.name] = value
-    operator = node.op_type if node.domain in _OWN_DOMAIN else f"{node.domain}.{node.op_type}"
+    operator = node.op_type if node.domain in OWN_DOMAIN else f"{node.domain}.{node.op_type}"
     name = node.name or f"{node.op_type}_{number}"
     return _Node(operator, name, tuple(node.input), tuple(node.output), attributes)
 
 
 def _settings(nodes: Sequence[_Node], constants: Iterable[str], image: str) -> set[str]:
-    """Names of constants that are not to be trained: the normalisation of the input, running statistics, bounds."""
+    """Names of constants that are not trained: the normalisation of the input, running statistics, bounds."""
     found: set[str] = set()
     made_of = {name: {name} for name in constants}
     before_weights = {image}
@@ -324,19 +313,15 @@ def _value(
 
 
 def _run_node(node: _Node, call: Call, inputs: Sequence[Tensor | None]) -> tuple[Tensor, ...]:
+    what = f"the ONNX operator {node.operator} of node {node.name!r}"
     try:
         results = OPERATORS[node.operator](call, *inputs)
     except UnsupportedError as error:
-        raise TeacherError(
-            f"the ONNX operator {node.operator} of node {node.name!r} is used with {error}, which "
-            "cannot be turned into torch"
-        ) from error
+        raise TeacherError(f"{what} is used with {error}, which cannot be turned into torch") from error
     except torch.cuda.OutOfMemoryError:
         raise
     # Whatever torch says of shapes, types and counts that do not go together.
     except (RuntimeError, ValueError, TypeError, KeyError, IndexError) as error:
         shapes = ", ".join("none" if each is None else str(tuple(each.shape)) for each in inputs)
-        raise TeacherError(
-            f"the ONNX operator {node.operator} of node {node.name!r} cannot be run on {shapes}: {first_line(error)}"
-        ) from error
+        raise TeacherError(f"{what} cannot be run on {shapes}: {first_line(error)}") from error
     return results if isinstance(results, tuple) else (results,)

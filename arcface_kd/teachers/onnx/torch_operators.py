@@ -1,109 +1,70 @@
-"""ONNX operators as torch functions, with gradient: those that face networks are exported with.
+"""ONNX operators that compute, as torch functions with gradient: those that face networks are exported with.
 
-Each function takes a :class:`~arcface_kd.teachers.onnx.operator_call.Call` and the node's inputs (None where an
-optional one is left out) and returns its first output, or a tuple of outputs. Integers, which shapes are made of, stay
-on the CPU, and nothing here waits for a GPU. Semantics are those of ONNX's operator specification, at the opset that
-the graph declares.
+Each takes a :class:`~arcface_kd.teachers.onnx.operator_call.Call` and the node's inputs (None where an optional one is
+left out) and returns its first output, or a tuple of outputs, as ONNX's specification says for the graph's opset.
+Integers, which shapes are made of, stay on the CPU, and nothing here waits for a GPU.
 """
 
 import math
 from collections.abc import Callable, Sequence
+from functools import reduce
 from typing import Any, cast
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
-from arcface_kd.teachers.onnx.operator_call import Call, Operator, UnsupportedError, axes_of, numbers, registering
-from arcface_kd.teachers.onnx.torch_layout import LAYOUT_OPERATORS, pad_by
+from arcface_kd.teachers.onnx.operator_call import (
+    OPERATORS,
+    Call,
+    Operator,
+    UnsupportedError,
+    axes_of,
+    numbers,
+    operator,
+)
+from arcface_kd.teachers.onnx.torch_layout import pad_by
 
-OPERATORS: dict[str, Operator] = dict(LAYOUT_OPERATORS)
-"""Operators of ONNX's own domain by name."""
-
-_operator = registering(OPERATORS)
+__all__ = ["OPERATORS"]
 
 # Types of ONNX's TensorProto that are whole numbers or truth values; every other one is a floating-point type.
-_DISCRETE = {
-    2: torch.uint8,
-    3: torch.int8,
-    5: torch.int16,
-    6: torch.int32,
-    7: torch.int64,
-    9: torch.bool,
-}
+_DISCRETE = {2: torch.uint8, 3: torch.int8, 5: torch.int16, 6: torch.int32, 7: torch.int64, 9: torch.bool}
 
 
 # ---- element by element
 
 
+_NAMED_ALIKE = (
+    *("Abs", "Add", "Ceil", "Erf", "Exp", "Floor", "Log", "MatMul", "Mul", "Neg", "Pow", "Reciprocal", "Relu"),
+    *("Sigmoid", "Sqrt", "Sub", "Tanh", "Where"),
+)
 _PLAIN: dict[str, Any] = {
-    "Relu": torch.relu,
-    "Sigmoid": torch.sigmoid,
-    "Tanh": torch.tanh,
-    "Erf": torch.erf,
-    "Exp": torch.exp,
-    "Log": torch.log,
-    "Sqrt": torch.sqrt,
-    "Abs": torch.abs,
-    "Neg": torch.neg,
-    "Floor": torch.floor,
-    "Ceil": torch.ceil,
-    "Reciprocal": torch.reciprocal,
-    "Softplus": functional.softplus,
-    "HardSwish": functional.hardswish,
-    "Not": torch.logical_not,
-    "Add": torch.add,
-    "Sub": torch.sub,
-    "Mul": torch.mul,
-    "Pow": torch.pow,
-    "MatMul": torch.matmul,
-    "Equal": torch.eq,
-    "Less": torch.lt,
-    "Greater": torch.gt,
-    "And": torch.logical_and,
-    "Or": torch.logical_or,
-    "Where": torch.where,
+    **{name: getattr(torch, name.lower()) for name in _NAMED_ALIKE},
+    **{"And": torch.logical_and, "Or": torch.logical_or, "Not": torch.logical_not},
+    **{"Equal": torch.eq, "Less": torch.lt, "Greater": torch.gt},
+    **{"HardSwish": functional.hardswish, "Softplus": functional.softplus},
 }
 for _name, _function in _PLAIN.items():
     OPERATORS[_name] = lambda call, *inputs, function=_function: function(*inputs)
+OPERATORS.update(
+    Dropout=lambda call, x, *unused: x,
+    Elu=lambda call, x: functional.elu(x, call.get("alpha", 1.0)),
+    Gelu=lambda call, x: functional.gelu(x, approximate=call.get("approximate", "none")),
+    HardSigmoid=lambda call, x: (x * call.get("alpha", 0.2) + call.get("beta", 0.5)).clamp(0, 1),
+    Identity=lambda call, x: x,
+    LeakyRelu=lambda call, x: functional.leaky_relu(x, call.get("alpha", 0.01)),
+    Max=lambda call, x, *others: reduce(torch.maximum, (other.to(x.device) for other in others), x),
+    Min=lambda call, x, *others: reduce(torch.minimum, (other.to(x.device) for other in others), x),
+)
 
 
-@_operator("Identity", "Dropout")
-def _identity(call: Call, x: Tensor, *unused: Tensor) -> Tensor:
-    return x
-
-
-@_operator("Div")
+@operator("Div")
 def _div(call: Call, x: Tensor, y: Tensor) -> Tensor:
     whole = not x.is_floating_point() and not y.is_floating_point()
     return torch.div(x, y, rounding_mode="trunc" if whole else None)
 
 
-@_operator("Max")
-def _max(call: Call, x: Tensor, *others: Tensor) -> Tensor:
-    for other in others:
-        x = torch.maximum(x, other.to(x.device))
-    return x
-
-
-@_operator("Min")
-def _min(call: Call, x: Tensor, *others: Tensor) -> Tensor:
-    for other in others:
-        x = torch.minimum(x, other.to(x.device))
-    return x
-
-
-@_operator("LeakyRelu")
-def _leaky_relu(call: Call, x: Tensor) -> Tensor:
-    return functional.leaky_relu(x, call.get("alpha", 0.01))
-
-
-@_operator("Elu")
-def _elu(call: Call, x: Tensor) -> Tensor:
-    return functional.elu(x, call.get("alpha", 1.0))
-
-
-@_operator("PRelu")
+@operator("PRelu")
 def _prelu(call: Call, x: Tensor, slope: Tensor) -> Tensor:
     slope = slope.to(x.dtype)
     if slope.numel() == 1 or slope.shape == (x.shape[1], *[1] * (x.dim() - 2)):
@@ -111,24 +72,14 @@ def _prelu(call: Call, x: Tensor, slope: Tensor) -> Tensor:
     return x.clamp_min(0) + slope * x.clamp_max(0)
 
 
-@_operator("Clip")
+@operator("Clip")
 def _clip(call: Call, x: Tensor, low: Tensor | None = None, high: Tensor | None = None) -> Tensor:
     least = call.get("min", None) if low is None else float(low)
     most = call.get("max", None) if high is None else float(high)
     return x if least is None and most is None else x.clamp(least, most)
 
 
-@_operator("HardSigmoid")
-def _hard_sigmoid(call: Call, x: Tensor) -> Tensor:
-    return cast(Tensor, (x * call.get("alpha", 0.2) + call.get("beta", 0.5)).clamp(0, 1))
-
-
-@_operator("Gelu")
-def _gelu(call: Call, x: Tensor) -> Tensor:
-    return functional.gelu(x, approximate=call.get("approximate", "none"))
-
-
-@_operator("Cast")
+@operator("Cast")
 def _cast(call: Call, x: Tensor) -> Tensor:
     kind = _DISCRETE.get(call.attributes["to"])
     if kind is not None:
@@ -164,7 +115,7 @@ def _padding(
     return (less, more) if mode == "SAME_UPPER" else (more, less)
 
 
-@_operator("Conv")
+@operator("Conv")
 def _conv(call: Call, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     dimensions = weight.dim() - 2
     stride = numbers(call.get("strides", [1] * dimensions))
@@ -180,7 +131,7 @@ def _conv(call: Call, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> 
     return result
 
 
-@_operator("Gemm")
+@operator("Gemm")
 def _gemm(call: Call, a: Tensor, b: Tensor, c: Tensor | None = None) -> Tensor:
     a = a.T if call.get("transA", 0) else a
     b = b.T if call.get("transB", 0) else b
@@ -188,11 +139,6 @@ def _gemm(call: Call, a: Tensor, b: Tensor, c: Tensor | None = None) -> Tensor:
     alpha, beta = call.get("alpha", 1.0), call.get("beta", 1.0)
     product = product if alpha == 1 else alpha * product
     return product if c is None else product + (c if beta == 1 else beta * c)
-
-
-@_operator("Einsum")
-def _einsum(call: Call, *inputs: Tensor) -> Tensor:
-    return torch.einsum(call.attributes["equation"], *inputs)
 
 
 def _pool_shape(call: Call, x: Tensor) -> tuple[list[int], list[int], list[int], list[int], list[int]]:
@@ -204,7 +150,7 @@ def _pool_shape(call: Call, x: Tensor) -> tuple[list[int], list[int], list[int],
     return kernel, stride, dilation, *_padding(call, x.shape[2:], kernel, stride, dilation)
 
 
-@_operator("MaxPool")
+@operator("MaxPool")
 def _max_pool(call: Call, x: Tensor) -> Tensor:
     if call.outputs > 1:
         raise UnsupportedError("the places of the maxima")
@@ -214,7 +160,7 @@ def _max_pool(call: Call, x: Tensor) -> Tensor:
     return functional.max_pool2d(x, kernel, stride, before, dilation, bool(call.get("ceil_mode", 0)))
 
 
-@_operator("AveragePool")
+@operator("AveragePool")
 def _average_pool(call: Call, x: Tensor) -> Tensor:
     kernel, stride, dilation, before, behind = _pool_shape(call, x)
     count_padding = bool(call.get("count_include_pad", 0))
@@ -227,20 +173,10 @@ def _average_pool(call: Call, x: Tensor) -> Tensor:
     return functional.avg_pool2d(x, kernel, stride, before, bool(call.get("ceil_mode", 0)), count_padding)
 
 
-@_operator("GlobalAveragePool")
-def _global_average_pool(call: Call, x: Tensor) -> Tensor:
-    return x.mean(list(range(2, x.dim())), keepdim=True)
-
-
-@_operator("GlobalMaxPool")
-def _global_max_pool(call: Call, x: Tensor) -> Tensor:
-    return x.amax(list(range(2, x.dim())), keepdim=True)
-
-
 # ---- normalisations
 
 
-@_operator("BatchNormalization")
+@operator("BatchNormalization")
 def _batch_norm(call: Call, x: Tensor, scale: Tensor, bias: Tensor, mean: Tensor, variance: Tensor) -> Tensor:
     if call.get("training_mode", 0):
         raise UnsupportedError("the batch's own statistics as outputs")
@@ -252,12 +188,7 @@ def _batch_norm(call: Call, x: Tensor, scale: Tensor, bias: Tensor, mean: Tensor
     return functional.batch_norm(x, mean, variance, scale, bias, call.training, new, call.get("epsilon", 1e-5))
 
 
-@_operator("InstanceNormalization")
-def _instance_norm(call: Call, x: Tensor, scale: Tensor, bias: Tensor) -> Tensor:
-    return functional.instance_norm(x, weight=scale, bias=bias, eps=call.get("epsilon", 1e-5))
-
-
-@_operator("LayerNormalization")
+@operator("LayerNormalization")
 def _layer_norm(call: Call, x: Tensor, scale: Tensor, bias: Tensor | None = None) -> Tensor:
     if call.outputs > 1:
         raise UnsupportedError("mean and deviation as outputs")
@@ -265,11 +196,6 @@ def _layer_norm(call: Call, x: Tensor, scale: Tensor, bias: Tensor | None = None
     return functional.layer_norm(
         x, shape, scale.expand(shape), None if bias is None else bias.expand(shape), call.get("epsilon", 1e-5)
     )
-
-
-@_operator("LpNormalization")
-def _lp_normalization(call: Call, x: Tensor) -> Tensor:
-    return functional.normalize(x, call.get("p", 2), call.get("axis", -1))
 
 
 def _over_rows(call: Call, x: Tensor, function: Callable[[Tensor, int], Tensor]) -> Tensor:
@@ -280,18 +206,8 @@ def _over_rows(call: Call, x: Tensor, function: Callable[[Tensor, int], Tensor])
     return function(x.flatten(axis), axis).reshape(x.shape)
 
 
-@_operator("Softmax")
-def _softmax(call: Call, x: Tensor) -> Tensor:
-    return _over_rows(call, x, torch.softmax)
-
-
-@_operator("LogSoftmax")
-def _log_softmax(call: Call, x: Tensor) -> Tensor:
-    return _over_rows(call, x, torch.log_softmax)
-
-
 def _reduction(function: Callable[[Tensor, list[int], bool], Tensor]) -> Operator:
-    def reduce(call: Call, x: Tensor, given: Tensor | None = None) -> Tensor:
+    def over_axes(call: Call, x: Tensor, given: Tensor | None = None) -> Tensor:
         axes = axes_of(call, given)
         if not axes:
             if call.get("noop_with_empty_axes", 0):
@@ -299,7 +215,7 @@ def _reduction(function: Callable[[Tensor, list[int], bool], Tensor]) -> Operato
             axes = list(range(x.dim()))
         return function(x, axes, bool(call.get("keepdims", 1)))
 
-    return reduce
+    return over_axes
 
 
 def _product(x: Tensor, axes: list[int], keep: bool) -> Tensor:
@@ -309,6 +225,15 @@ def _product(x: Tensor, axes: list[int], keep: bool) -> Tensor:
 
 
 OPERATORS.update(
+    Einsum=lambda call, *inputs: torch.einsum(call.attributes["equation"], *inputs),
+    GlobalAveragePool=lambda call, x: x.mean(list(range(2, x.dim())), keepdim=True),
+    GlobalMaxPool=lambda call, x: x.amax(list(range(2, x.dim())), keepdim=True),
+    InstanceNormalization=lambda call, x, scale, bias: functional.instance_norm(
+        x, weight=scale, bias=bias, eps=call.get("epsilon", 1e-5)
+    ),
+    LogSoftmax=lambda call, x: _over_rows(call, x, torch.log_softmax),
+    LpNormalization=lambda call, x: functional.normalize(x, call.get("p", 2), call.get("axis", -1)),
+    Softmax=lambda call, x: _over_rows(call, x, torch.softmax),
     ReduceMean=_reduction(lambda x, axes, keep: x.mean(axes, keepdim=keep)),
     ReduceSum=_reduction(lambda x, axes, keep: x.sum(axes, keepdim=keep)),
     ReduceSumSquare=_reduction(lambda x, axes, keep: x.pow(2).sum(axes, keepdim=keep)),

@@ -1,12 +1,9 @@
-import contextlib
 import struct
 from pathlib import Path
 from types import ModuleType
 
 import numpy as np
 import pytest
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
 
 from arcface_kd.errors import TeacherError
 from arcface_kd.teachers.mxnet.arrays import read_arrays
@@ -108,22 +105,3 @@ def test_what_cannot_be_is_named(tmp_path: Path, content: bytes, message: str) -
     with pytest.raises(TeacherError, match=message) as caught:
         read_arrays(written(tmp_path, content))
     assert "\n" not in str(caught.value)
-
-
-_CONTENT = params_bytes({"arg:a": np.zeros((2, 3), np.float32), "aux:b": np.ones(2, np.float16)})
-
-
-@settings(max_examples=500, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(
-    changes=st.lists(st.tuples(st.integers(0, len(_CONTENT) - 1), st.integers(0, 255)), min_size=1, max_size=4),
-    length=st.integers(0, len(_CONTENT)),
-)
-def test_mangled_files_end_in_an_error_of_ours_or_in_arrays(
-    tmp_path: Path, changes: list[tuple[int, int]], length: int
-) -> None:
-    content = bytearray(_CONTENT)
-    for place, value in changes:
-        content[place] = value
-    path = written(tmp_path, bytes(content[: length or None]))
-    with contextlib.suppress(TeacherError):
-        assert sum(array.nbytes for array in read_arrays(path).values()) <= len(_CONTENT)

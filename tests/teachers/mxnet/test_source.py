@@ -11,17 +11,9 @@ from arcface_kd.data.formats.verification_bin import VerificationSet
 from arcface_kd.errors import ConfigError, TeacherError
 from arcface_kd.evaluation.verification import evaluate
 from arcface_kd.teachers import Preprocessing, load_teacher
-from arcface_kd.teachers.mxnet.source import MXNetSource
 from tests.mxnet_oracle import silently
 from tests.teachers.mxnet_files import face_arrays, params_bytes, write_checkpoint
-
-
-def pixels(count: int = 2) -> np.ndarray:
-    return np.random.default_rng(0).integers(0, 256, (count, 3, 112, 112), dtype=np.uint8)
-
-
-def student_view(images: np.ndarray) -> torch.Tensor:
-    return torch.from_numpy(images.astype(np.float32) / 127.5 - 1)
+from tests.teachers.onnx_models import pixels, student_view
 
 
 @pytest.mark.parametrize("source", ["model", "model-symbol.json", "model-0000.params", "model,0"])
@@ -59,7 +51,7 @@ def test_the_epoch_given_is_taken_and_the_last_one_otherwise(tmp_path: Path) -> 
 
 def test_a_checkpoint_with_a_similar_name_is_another_one(tmp_path: Path) -> None:
     write_checkpoint(tmp_path, prefix="y1")
-    write_checkpoint(tmp_path, prefix="y1-large", arrays=face_arrays(seed=1), epoch=9)
+    write_checkpoint(tmp_path, prefix="y1-large", epoch=9)
     assert load_teacher(tmp_path / "y1").description == f"MXNet {tmp_path / 'y1-0000.params'}"
     assert load_teacher(tmp_path / "y1-large").description == f"MXNet {tmp_path / 'y1-large-0009.params'}"
 
@@ -76,29 +68,27 @@ def test_half_a_checkpoint_names_the_missing_file(tmp_path: Path, missing: str, 
 def test_arrays_under_another_name_ask_for_their_symbol(tmp_path: Path) -> None:
     path = tmp_path / "weights.bin"
     path.write_bytes(params_bytes(face_arrays()))
-    with pytest.raises(TeacherError, match=r"its name does not tell whose; wanted NAME-0000\.params"):
+    with pytest.raises(TeacherError, match=r"weights\.bin .* wanted NAME-0000\.params"):
         load_teacher(path)
 
 
 def test_a_stray_json_file_is_not_taken(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps({"nodes": []}))
-    assert not MXNetSource.accepts(tmp_path / "config.json")
-    assert not MXNetSource.accepts(tmp_path)
     with pytest.raises(TeacherError, match="is a JSON file, which no teacher source takes"):
         load_teacher(tmp_path / "config.json")
 
 
 def test_options(tmp_path: Path) -> None:
     prefix = write_checkpoint(tmp_path)
-    with pytest.raises(ConfigError, match=r"teacher\.network='r50' does not apply"):
+    with pytest.raises(ConfigError, match=r"teacher\.network"):
         load_teacher(prefix, {"network": "r50"})
     with pytest.raises(TeacherError, match=r"'pre_fc1' \(FullyConnected\) cannot take"):
         load_teacher(prefix, {"size": "224"})
     half = load_teacher(prefix, {"precision": "bf16", "mean": "0", "std": "1"})
     images = student_view(pixels())
-    cosine = torch.nn.functional.cosine_similarity(half(images), load_teacher(prefix)(images))
-    assert not torch.equal(half(images), load_teacher(prefix)(images))
-    assert cosine.min() > 0.99
+    full = load_teacher(prefix)(images)
+    assert not torch.equal(half(images), full)
+    assert torch.nn.functional.cosine_similarity(half(images), full).min() > 0.99
 
 
 def test_damaged_files_end_in_one_line(tmp_path: Path) -> None:
@@ -114,10 +104,6 @@ def test_damaged_files_end_in_one_line(tmp_path: Path) -> None:
         load_teacher(params)
 
 
-def _load(prefix: Path) -> torch.Tensor:
-    return load_teacher(prefix)(student_view(pixels(4)))
-
-
 @pytest.mark.real
 def test_y1_equals_mxnet(real_data: Path, mxnet: ModuleType) -> None:
     prefix = real_data / "teachers" / "y1"
@@ -130,7 +116,7 @@ def test_y1_equals_mxnet(real_data: Path, mxnet: ModuleType) -> None:
         executor = symbols.bind(mxnet.cpu(), {**arguments, "data": data}, aux_states=states, grad_req="null")
         return np.asarray(executor.forward(is_train=False)[0].asnumpy())
 
-    answer = _load(prefix).numpy()
+    answer = load_teacher(prefix)(student_view(pixels(4))).numpy()
     assert answer.shape == (4, 128)
     np.testing.assert_allclose(answer, expected(), rtol=1e-3, atol=1e-3)
 

@@ -4,17 +4,26 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import onnx
 import pytest
 import torch
-from onnx import TensorProto, helper, numpy_helper
+from onnx import helper, numpy_helper
+from onnxruntime.quantization import CalibrationDataReader, QuantFormat, QuantType, quantize_dynamic, quantize_static
 
 from arcface_kd.errors import ConfigError, TeacherError
 from arcface_kd.teachers import load_teacher
 from arcface_kd.teachers.onnx.graph import read_graph
 from arcface_kd.teachers.onnx.torch_module import TorchGraph
 from arcface_kd.teachers.student_init import TrainedGraph
-from tests.teachers.onnx_models import EMBEDDING_SIZE, embed_one_by_one, face_network, saved, weights
+from tests.teachers.onnx_models import (
+    EMBEDDING_SIZE,
+    embed_one_by_one,
+    face_network,
+    saved,
+    weights,
+)
+
+EMBEDDING = "float[N, 16] embedding"
+CLASSES = np.ones((EMBEDDING_SIZE, 48), np.float32)
 
 
 def images(count: int = 3) -> torch.Tensor:
@@ -41,97 +50,53 @@ def wanted() -> np.ndarray:
     return embed_one_by_one(plain(), images().numpy())
 
 
-def channels_last(*, declared: bool = True, side: int | None = 112, before: tuple[str, ...] = ()) -> Any:
-    """As tf2onnx writes Keras networks: N x S x S x 3, and a transposition behind what is done to the image."""
-    model = plain()
-    nodes, last = [], "image"
-    for operator in before:
-        others = ["nothing"] if operator in ("Add", "Sub") else []
-        attributes: dict[str, Any] = {"to": TensorProto.FLOAT} if operator == "Cast" else {}
-        nodes.append(helper.make_node(operator, [last, *others], [f"{operator}_out"], **attributes))
-        last = f"{operator}_out"
-    nodes.append(helper.make_node("Transpose", [last], ["nchw"], perm=[0, 3, 1, 2]))
-    model.graph.node[0].input[0] = "nchw"
-    for node in reversed(nodes):
-        model.graph.node.insert(0, node)
-    model.graph.initializer.append(numpy_helper.from_array(np.zeros(3, np.float32), "nothing"))
-    shape = ["batch", side or "h", side or "w", 3 if declared else "c"]
-    model.graph.input[0].CopyFrom(helper.make_tensor_value_info("image", TensorProto.FLOAT, shape))
-    return model
+TRANSPOSED = "prepared = Transpose <perm = [0, 3, 1, 2]> "
+CAST_FIRST = f"cast = Cast <to = 1> (image) same = Add (cast, nothing) last = Identity (same) {TRANSPOSED} (last)"
 
 
 @pytest.mark.parametrize(
-    "model",
+    ("inputs", "before", "size", "batch"),
     [
-        channels_last(),
-        channels_last(side=None),
-        channels_last(declared=False, before=("Cast", "Add", "Identity")),
+        ("float[N, 112, 112, 3] image", f"{TRANSPOSED} (image)", 112, None),
+        ("float[1, 112, 112, 3] image", f"{TRANSPOSED} (image)", 112, 1),
+        ("float[N, H, W, 3] image", f"{TRANSPOSED} (image)", None, None),
+        ("float[N, 112, 112, C] image", CAST_FIRST, 112, None),
     ],
-    ids=["declared", "any_size", "told_by_the_transposition"],
+    ids=["declared", "batch_too", "any_size", "told_by_the_transposition"],
 )
-def test_channels_last(model: Any, wanted: np.ndarray, tmp_path: Path) -> None:
-    path = saved(tmp_path, model)
-    assert (read_graph(path).size or 0) == model.graph.input[0].type.tensor_type.shape.dim[1].dim_value
+def test_channels_last(
+    inputs: str, before: str, size: int | None, batch: int | None, wanted: np.ndarray, tmp_path: Path
+) -> None:
+    """As tf2onnx writes Keras networks, with a transposition behind what is done to the image."""
+    path = saved(tmp_path, plain(inputs=inputs, before=before, more={"nothing": np.zeros(3, np.float32)}))
+    assert (read_graph(path).size, read_graph(path).fixed_batch) == (size, batch)
     assert_embeds_as(wanted, path)
 
 
-def test_channels_last_of_a_declared_batch_size(wanted: np.ndarray, tmp_path: Path) -> None:
-    model = channels_last()
-    model.graph.input[0].type.tensor_type.shape.dim[0].dim_value = 1
-    assert read_graph(saved(tmp_path, model)).fixed_batch == 1
-    assert_embeds_as(wanted, tmp_path / "model.onnx")
-
-
-def ended(operator: str, shape: list[Any], axes: list[int]) -> Any:
-    """The network with one more node behind the embedding."""
-    model = plain()
-    model.graph.node[-1].output[0] = "before"
-    taken = ["before"]
-    if axes:
-        model.graph.initializer.append(numpy_helper.from_array(np.array(axes), "axes"))
-        taken.append("axes")
-    model.graph.node.append(helper.make_node(operator, taken, ["embedding"]))
-    model.graph.output[0].CopyFrom(helper.make_tensor_value_info("embedding", TensorProto.FLOAT, shape))
-    return model
-
-
 @pytest.mark.parametrize(
-    ("axes", "shape"),
-    [
-        ([1], ["batch", 1, 16]),
-        ([2], ["batch", 16, 1]),
-        ([2, 3], ["batch", 16, 1, 1]),
-        ([1, 2], ["batch", 1, 1, 16]),
-    ],
+    ("axes", "shape"), [([1], "N, 1, 16"), ([2], "N, 16, 1"), ([2, 3], "N, 16, 1, 1"), ([1, 2], "N, 1, 1, 16")]
 )
 def test_axes_of_length_one_beside_the_embedding(
-    axes: list[int], shape: list[Any], wanted: np.ndarray, tmp_path: Path
+    axes: list[int], shape: str, wanted: np.ndarray, tmp_path: Path
 ) -> None:
-    path = saved(tmp_path, ended("Unsqueeze", shape, axes))
+    model = plain(
+        behind="embedding = Unsqueeze (raw, axes)", more={"axes": np.array(axes)}, outputs=f"float[{shape}] embedding"
+    )
+    path = saved(tmp_path, model)
     assert read_graph(path).width == EMBEDDING_SIZE
     assert_embeds_as(wanted, path)
 
 
 def test_an_embedding_without_a_batch_axis(wanted: np.ndarray, tmp_path: Path) -> None:
     """A graph of one image whose last node takes away all axes of length 1."""
-    model = ended("Squeeze", [16], [])
-    model.graph.input[0].type.tensor_type.shape.dim[0].dim_value = 1
+    model = face_network(tail="flatten", behind="embedding = Squeeze (raw)", outputs="float[16] embedding")
     assert_embeds_as(wanted, saved(tmp_path, model))
 
 
-def with_norm() -> Any:
-    """Embedding and norm, as AdaFace gives them."""
-    model = plain()
-    model.graph.node.append(helper.make_node("ReduceL2", ["embedding"], ["norm"], axes=[1], keepdims=1))
-    model.graph.node.append(helper.make_node("Div", ["embedding", "norm"], ["feature"]))
-    del model.graph.output[:]
-    for name, size in (("norm", 1), ("feature", EMBEDDING_SIZE)):
-        model.graph.output.append(helper.make_tensor_value_info(name, TensorProto.FLOAT, ["batch", size]))
-    return model
-
-
 def test_of_two_outputs_the_embedding_is_taken(wanted: np.ndarray, tmp_path: Path) -> None:
-    path = saved(tmp_path, with_norm())
+    """Embedding and norm, as AdaFace gives them."""
+    behind = "norm = ReduceL2 <axes = [1], keepdims = 1> (raw) feature = Div (raw, norm)"
+    path = saved(tmp_path, plain(behind=behind, outputs="float[N, 1] norm, float[N, 16] feature"))
     assert_embeds_as(wanted / np.linalg.norm(wanted, axis=1, keepdims=True), path)
     assert load_teacher(path).description == f"ONNX {path} (output feature of norm, feature)"
     graph = read_graph(path)
@@ -139,56 +104,47 @@ def test_of_two_outputs_the_embedding_is_taken(wanted: np.ndarray, tmp_path: Pat
 
 
 def test_an_output_of_a_few_attributes_is_no_embedding(wanted: np.ndarray, tmp_path: Path) -> None:
-    model = plain()
-    model.graph.initializer.append(numpy_helper.from_array(np.ones((EMBEDDING_SIZE, 3), np.float32), "poses"))
-    model.graph.node.append(helper.make_node("MatMul", ["embedding", "poses"], ["pose"]))
-    model.graph.output.insert(0, helper.make_tensor_value_info("pose", TensorProto.FLOAT, ["batch", 3]))
+    model = plain(
+        behind="embedding = Identity (raw) pose = MatMul (raw, poses)",
+        outputs=f"float[N, 3] pose, {EMBEDDING}",
+        more={"poses": CLASSES[:, :3]},
+    )
     assert_embeds_as(wanted, saved(tmp_path, model))
 
 
-def with_logits() -> Any:
-    """A classifier's logits beside the embedding, and labels among the inputs."""
-    model = plain()
-    model.graph.initializer.append(numpy_helper.from_array(np.ones((EMBEDDING_SIZE, 48), np.float32), "classes"))
-    model.graph.node.append(helper.make_node("MatMul", ["embedding", "classes"], ["cosines"]))
-    model.graph.node.append(helper.make_node("Sub", ["cosines", "label"], ["logits"]))
-    model.graph.input.append(helper.make_tensor_value_info("label", TensorProto.FLOAT, ["batch", 48]))
-    model.graph.output.append(helper.make_tensor_value_info("logits", TensorProto.FLOAT, ["batch", 48]))
-    return model
-
-
 def test_an_option_names_the_output(wanted: np.ndarray, tmp_path: Path) -> None:
-    path = saved(tmp_path, with_logits())
+    """A classifier's logits beside the embedding, and labels among the inputs: neither is needed any more."""
+    model = plain(
+        behind="embedding = Identity (raw) cosines = MatMul (raw, classes) logits = Sub (cosines, label)",
+        inputs="float[N, 3, 112, 112] image, float[N, 48] label",
+        outputs=f"{EMBEDDING}, float[N, 48] logits",
+        more={"classes": CLASSES},
+    )
+    path = saved(tmp_path, model)
     with pytest.raises(TeacherError, match=r"embedding \(1x16\), logits \(1x48\).*teacher\.output=NAME"):
         load_teacher(path)
     assert_embeds_as(wanted, path, output="embedding")
-    teacher = load_teacher(path, {"output": "embedding"})
-    # Neither the classifier nor the labels are needed any more.
+    teacher, inner = load_teacher(path, {"output": "embedding"}), load_teacher(path, {"output": "row"})
     assert teacher.parameter_count == sum(array.size for array in weights().values())
-    inner = load_teacher(path, {"output": "row"})
     assert inner.embedding_size == 64
     assert inner.fingerprint != teacher.fingerprint
-
-
-def test_an_output_that_is_not_there_is_refused_with_those_that_are(tmp_path: Path) -> None:
     with pytest.raises(TeacherError, match=r"no output 'feature'; there are embedding \(1x16\)"):
-        load_teacher(saved(tmp_path, plain()), {"output": "feature"})
+        load_teacher(path, {"output": "feature"})
     with pytest.raises(ConfigError, match=r"teacher\.output"):
         load_teacher(torch.nn.Flatten(), {"output": "feature"})
 
 
 def batch_norm(shape: tuple[int, ...], opset: int, **attributes: Any) -> Any:
     """The network with a batch norm behind its first convolution, and weights among the inputs, as MXNet writes it."""
-    model = plain()
     generator = np.random.default_rng(5)
-    for name in ("scale", "bias", "mean", "variance"):
-        array = generator.uniform(0.5, 1.5, shape).astype(np.float32)
-        model.graph.initializer.append(numpy_helper.from_array(array, name))
-    taken = ["map1", "scale", "bias", "mean", "variance"]
+    names = ("scale", "bias", "mean", "variance")
+    model = plain(more={name: generator.uniform(0.5, 1.5, shape).astype(np.float32) for name in names})
     if opset < 7:
         attributes |= {"is_test": 1}
-    made = helper.make_node("BatchNormalization", taken, ["normal"], epsilon=2e-5, momentum=0.9, **attributes)
-    model.graph.node.insert(1, made)
+    norm = helper.make_node(
+        "BatchNormalization", ["map1", *names], ["normal"], epsilon=2e-5, momentum=0.9, **attributes
+    )
+    model.graph.node.insert(1, norm)
     model.graph.node[2].input[0] = "normal"
     model.opset_import[0].version, model.ir_version = opset, 3
     for tensor in model.graph.initializer:
@@ -224,30 +180,24 @@ def test_functions_are_put_in_place(wanted: np.ndarray, tmp_path: Path) -> None:
     assert_embeds_as(wanted, saved(tmp_path, model))
 
 
+class CalibrationFaces(CalibrationDataReader):
+    """Images for onnxruntime's static quantisation, once."""
+
+    def __init__(self, name: str, images: np.ndarray) -> None:
+        self.batches = iter([{name: images}])
+
+    def get_next(self) -> dict[str, np.ndarray] | None:
+        """The batch, then None."""
+        return next(self.batches, None)
+
+
 @pytest.mark.parametrize("kind", ["dynamic", "QDQ", "QOperator"])
 def test_quantised_weights_count_as_those_that_they_were_made_of(kind: str, tmp_path: Path) -> None:
-    from onnxruntime.quantization import (
-        CalibrationDataReader,
-        QuantFormat,
-        QuantType,
-        quantize_dynamic,
-        quantize_static,
-    )
-
-    class Faces(CalibrationDataReader):
-        given: int = 0
-
-        def get_next(self) -> dict[str, np.ndarray] | None:
-            self.given += 1
-            return {"image": images().numpy()} if self.given == 1 else None
-
-    source = saved(tmp_path, batch_norm((8,), 13), "float.onnx")
-    plain_model = onnx.load(str(source))
-    plain_model.ir_version = 8
-    plain_model.graph.node[0].input.append("conv_bias")
-    plain_model.graph.initializer.append(numpy_helper.from_array(np.ones(8, np.float32), "conv_bias"))
-    onnx.save(plain_model, str(source))
-    path = tmp_path / "int8.onnx"
+    model = batch_norm((8,), 13)
+    model.ir_version = 8
+    model.graph.node[0].input.append("conv_bias")
+    model.graph.initializer.append(numpy_helper.from_array(np.ones(8, np.float32), "conv_bias"))
+    source, path = saved(tmp_path, model, "float.onnx"), tmp_path / "int8.onnx"
     if kind == "dynamic":
         quantize_dynamic(source, path, weight_type=QuantType.QUInt8)
     else:
@@ -255,22 +205,23 @@ def test_quantised_weights_count_as_those_that_they_were_made_of(kind: str, tmp_
         quantize_static(
             source,
             path,
-            Faces(),
+            CalibrationFaces("image", images().numpy()),
             quant_format=QuantFormat[kind],
             per_channel=True,
             activation_type=QuantType.QUInt8,
             weight_type=QuantType.QInt8,
         )
-    count = read_graph(path).parameter_count
-    assert count == read_graph(source).parameter_count
-    assert load_teacher(path).parameter_count == count
+    assert load_teacher(path).parameter_count == read_graph(source).parameter_count
 
 
 def test_a_trained_graph_goes_back_to_a_file_in_the_same_form(wanted: np.ndarray, tmp_path: Path) -> None:
     """Channels last and two outputs in; one image with channels first and the embedding out."""
-    model = channels_last()
-    model.graph.node.append(helper.make_node("ReduceL2", ["embedding"], ["norm"], axes=[1]))
-    model.graph.output.append(helper.make_tensor_value_info("norm", TensorProto.FLOAT, ["batch", 1]))
+    model = plain(
+        inputs="float[N, 112, 112, 3] image",
+        before=f"{TRANSPOSED} (image)",
+        behind="embedding = Identity (raw) norm = ReduceL2 <axes = [1]> (raw)",
+        outputs=f"{EMBEDDING}, float[N, 1] norm",
+    )
     graph = TrainedGraph(read_graph(saved(tmp_path, model)))
     (tmp_path / "trained.onnx").write_bytes(graph.serialised())
     assert_embeds_as(wanted, tmp_path / "trained.onnx")

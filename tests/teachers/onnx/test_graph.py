@@ -1,12 +1,8 @@
-import contextlib
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import onnx
 import pytest
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
 from onnx import TensorProto, helper, numpy_helper
 
 from arcface_kd.errors import TeacherError
@@ -33,34 +29,14 @@ def test_a_graph_is_read_as_it_stands(tmp_path: Path) -> None:
     assert (graph.input_name, graph.output_name, graph.size, graph.fixed_batch) == ("image", "embedding", 112, 1)
     assert graph.parameter_count == sum(array.size for array in weights().values())
     np.testing.assert_array_equal(embed_one_by_one(parsed(graph.model), images()), embed_one_by_one(model, images()))
-
-
-def test_an_open_size_and_batch_are_left_open(tmp_path: Path) -> None:
-    graph = read_graph(saved(tmp_path, face_network(batch=None, tail="flatten", size=None)))
-    assert graph.size is None
-    assert graph.fixed_batch is None
-    assert free_batch(graph) is graph
-
-
-@pytest.mark.parametrize("tail", ["reshape", "constant_node", "flatten"])
-@pytest.mark.parametrize("batch", [1, 4])
-def test_a_freed_graph_embeds_a_batch_as_the_original_embeds_each_image(tmp_path: Path, tail: Any, batch: int) -> None:
-    import onnxruntime
-
-    model = face_network(batch=batch, tail=tail)
-    freed = free_batch(read_graph(saved(tmp_path, model)))
-    assert freed.fixed_batch is None
-    session = onnxruntime.InferenceSession(freed.model, providers=["CPUExecutionProvider"])
-    (answer,) = session.run(None, {"image": images(5)})
-    np.testing.assert_allclose(answer, embed_one_by_one(model, images(5)), rtol=1e-4, atol=1e-5)
+    open_one = read_graph(saved(tmp_path, face_network(batch=None, tail="flatten", size=None)))
+    assert (open_one.size, open_one.fixed_batch) == (None, None)
+    assert free_batch(open_one) is open_one
 
 
 def test_a_reshape_of_weights_that_shares_the_shape_is_left_alone(tmp_path: Path) -> None:
-    model = face_network()
-    model.graph.initializer.append(numpy_helper.from_array(np.ones((2, 32), np.float32), "gain"))
-    model.graph.node.insert(0, helper.make_node("Reshape", ["gain", "shape"], ["gain_row"]))
-    model.graph.node[-1].input[0] = "gained"
-    model.graph.node.insert(len(model.graph.node) - 1, helper.make_node("Mul", ["row", "gain_row"], ["gained"]))
+    behind = "gain_row = Reshape (gain, shape) gained = Mul (row, gain_row) embedding = MatMul (gained, matrix)"
+    model = face_network(behind=behind, more={"gain": np.full((2, 32), 2, np.float32)})
     freed = parsed(free_batch(read_graph(saved(tmp_path, model))).model)
     assert shape_constants(freed)["shape"] == [1, -1]
     reshapes = {node.input[0]: node.input[1] for node in freed.graph.node if node.op_type == "Reshape"}
@@ -86,27 +62,12 @@ def test_denormal_weights_are_flushed_and_nothing_else_is(tmp_path: Path) -> Non
 
 
 def test_denormals_in_constant_nodes_and_float_lists_are_flushed_too(tmp_path: Path) -> None:
-    model = face_network()
-    model.graph.node[-1].output[0] = "bare"
+    model = face_network(behind="bias = Constant () embedding = Add (raw, bias)")
     constant = helper.make_tensor("bias", TensorProto.FLOAT, [16], [1e-40] * 16)
-    model.graph.node.append(helper.make_node("Constant", [], ["bias"], value=constant))
-    model.graph.node.append(helper.make_node("Add", ["bare", "bias"], ["embedding"]))
+    model.graph.node[-2].attribute.append(helper.make_attribute("value", constant))
     read = parsed(read_graph(saved(tmp_path, model)).model)
     (node,) = (node for node in read.graph.node if node.op_type == "Constant")
     assert np.all(numpy_helper.to_array(node.attribute[0].t) == 0)
-
-
-def test_weights_listed_as_inputs_are_no_inputs(tmp_path: Path) -> None:
-    model = face_network()
-    model.ir_version = 3
-    for name, array in weights().items():
-        model.graph.input.append(helper.make_tensor_value_info(name, TensorProto.FLOAT, array.shape))
-    graph = read_graph(saved(tmp_path, model))
-    assert graph.input_name == "image"
-    assert [value.name for value in parsed(graph.model).graph.input] == ["image"]
-    np.testing.assert_array_equal(
-        embed_one_by_one(parsed(graph.model), images()), embed_one_by_one(face_network(), images())
-    )
 
 
 def _external(folder: Path, location: str, **entries: str) -> Path:
@@ -125,10 +86,8 @@ def _external(folder: Path, location: str, **entries: str) -> Path:
 def test_external_data_inside_the_folder_is_taken_in(tmp_path: Path) -> None:
     path = _external(tmp_path, "weights.bin", offset="4")
     graph = read_graph(path)
-    assert not any(tensor.external_data for tensor in parsed(graph.model).graph.initializer)
-    np.testing.assert_array_equal(
-        embed_one_by_one(parsed(graph.model), images()), embed_one_by_one(face_network(), images())
-    )
+    rows = embed_one_by_one(parsed(graph.model), images())
+    np.testing.assert_array_equal(rows, embed_one_by_one(face_network(), images()))
     (tmp_path / "weights.bin").write_bytes((tmp_path / "weights.bin").read_bytes()[:-4] + b"\0\0\0\0")
     assert read_graph(path).digest != graph.digest
 
@@ -136,10 +95,10 @@ def test_external_data_inside_the_folder_is_taken_in(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("location", "entries", "message"),
     [
-        ("../secret.bin", {}, "outside the model's folder"),
-        ("/etc/hostname", {}, "outside the model's folder"),
-        ("sub/../../secret.bin", {}, "outside the model's folder"),
-        ("link.bin", {}, "outside the model's folder"),
+        ("../secret.bin", {}, "outside"),
+        ("/etc/hostname", {}, "outside"),
+        ("sub/../../secret.bin", {}, "outside"),
+        ("link.bin", {}, "outside"),
         ("*/_ORT_MEM_ADDR_/*", {"offset": "4096", "length": "4096"}, "not there"),
         ("..\\secret.bin", {}, "names no file"),
         ("", {}, "names no file"),
@@ -179,20 +138,14 @@ def test_one_file_cannot_be_taken_in_again_and_again(tmp_path: Path, monkeypatch
     monkeypatch.setattr(onnx_graph, "LARGEST_FILE", 1 << 13)
     assert read_graph(path).parameter_count > 8 << 8
     monkeypatch.setattr(onnx_graph, "LARGEST_FILE", (1 << 13) - 1)
-    with pytest.raises(
-        TeacherError, match=r"'w0' keeps its data in 'hole\.bin': tensors of 8192 bytes in all; no face"
-    ):
+    with pytest.raises(TeacherError, match=r"'w0' .* 'hole\.bin': 8192 bytes"):
         read_graph(path)
 
 
 def _calling(functions: dict[str, list[str]]) -> Any:
     """A network that ends in a call of the first function; each is a chain of calls of others."""
-    model = face_network()
-    model.graph.node[-1].output[0] = "before"
-    first = next(iter(functions))
-    model.graph.node.append(helper.make_node(first, ["before"], ["embedding"], domain="ours"))
+    model = face_network(behind=f"embedding = ours.{next(iter(functions))} (raw)")
     opsets = [helper.make_opsetid("", 13), helper.make_opsetid("ours", 1)]
-    model.opset_import.append(opsets[1])
     for name, called in functions.items():
         nodes = [
             helper.make_node(each, [f"v{place}"], [f"v{place + 1}"], domain="" if each == "Identity" else "ours")
@@ -235,49 +188,31 @@ def test_what_may_not_end_or_names_files_of_its_own_is_not_run(tmp_path: Path, o
         model.functions.append(helper.make_function("ours", "hidden", [], [], [node], []))
     else:
         model.graph.node.append(node)
-    with pytest.raises(TeacherError, match=f"uses the operator {operator}, which is not run from a file"):
+    with pytest.raises(TeacherError, match=f"uses the operator {operator}"):
         read_graph(saved(tmp_path, model))
 
 
 def test_a_giant_activation_is_refused_before_anything_runs(tmp_path: Path) -> None:
     model = face_network()
-    convolution = model.graph.node[0]
-    convolution.attribute.append(helper.make_attribute("pads", [10**6] * 4))
-    with pytest.raises(TeacherError, match="larger than any face network needs"):
+    model.graph.node[0].attribute.append(helper.make_attribute("pads", [10**6] * 4))
+    with pytest.raises(TeacherError, match="larger than any"):
         read_graph(saved(tmp_path, model))
-    model = face_network()
-    model.graph.initializer.append(numpy_helper.from_array(np.array([1 << 40], np.int64), "many"))
-    model.graph.node.append(helper.make_node("ConstantOfShape", ["many"], ["bomb"]))
+    model = face_network(
+        behind="bomb = ConstantOfShape (many) embedding = Identity (raw)", more={"many": np.array([1 << 40])}
+    )
     with pytest.raises(TeacherError, match="'bomb' would be 1099511627776"):
         read_graph(saved(tmp_path, model))
     # What counts is one image: as many as the graph declares are freed.
     assert read_graph(saved(tmp_path, face_network(batch=200_000))).fixed_batch == 200_000
 
 
-@pytest.mark.parametrize(
-    ("model", "message"),
-    [
-        (other_network(640, 9), r"has 9 outputs, output0 \(1x3x1x1\).*teacher\.output=NAME"),
-        (face_network(size=None, batch=None), None),
-    ],
-)
-def test_other_networks_are_told_apart(tmp_path: Path, model: Any, message: str | None) -> None:
-    path = saved(tmp_path, model)
-    if message is None:
-        assert read_graph(path).size is None
-    else:
-        with pytest.raises(TeacherError, match=message):
-            read_graph(path)
-
-
-def test_input_that_is_no_square_colour_image_is_named(tmp_path: Path) -> None:
-    model = face_network()
-    for axis, size, words in ((3, 96, "1x3x112x96"), (1, 1, "1x1x112x112")):
-        changed = onnx.ModelProto()
-        changed.CopyFrom(model)
-        changed.graph.input[0].type.tensor_type.shape.dim[axis].dim_value = size
-        with pytest.raises(TeacherError, match=f"takes input of {words}; wanted Nx3xSxS"):
-            read_graph(saved(tmp_path, changed))
+def test_other_networks_are_told_apart(tmp_path: Path) -> None:
+    with pytest.raises(TeacherError, match=r"has 9 outputs, output0 \(1x3x1x1\)"):
+        read_graph(saved(tmp_path, other_network(640, 9)))
+    for shape in ("1x3x112x96", "1x1x112x112"):
+        model = face_network(inputs=f"float[{shape.replace('x', ', ')}] image")
+        with pytest.raises(TeacherError, match=f"takes input of {shape}; wanted Nx3xSxS"):
+            read_graph(saved(tmp_path, model))
 
 
 @pytest.mark.parametrize("content", [b"", b"hello", b"\x08\x07\x12\x03abc", b"\x08", bytes(100)])
@@ -303,25 +238,3 @@ def test_a_tensor_whose_bytes_do_not_fill_its_shape_is_named(tmp_path: Path) -> 
     tensor.raw_data = tensor.raw_data[:-4]
     with pytest.raises(TeacherError, match="'matrix' is damaged"):
         read_graph(saved(tmp_path, model))
-
-
-_CONTENT = face_network().SerializeToString()
-
-
-@settings(
-    max_examples=150,
-    deadline=None,
-    suppress_health_check=[HealthCheck.function_scoped_fixture],
-)
-@given(data=st.data())
-def test_mangled_files_end_in_an_error_of_ours_or_a_graph(tmp_path: Path, data: st.DataObject) -> None:
-    content = bytearray(_CONTENT)
-    # The weights are most of the file; its structure stands behind them, and before.
-    places = st.one_of(st.integers(0, 700), st.integers(len(content) - 600, len(content) - 1))
-    for _ in range(data.draw(st.integers(1, 3))):
-        content[data.draw(places)] = data.draw(st.integers(0, 255))
-    del content[data.draw(st.integers(1, len(content))) if data.draw(st.booleans()) else len(content) :]
-    path = tmp_path / "mangled.onnx"
-    path.write_bytes(bytes(content))
-    with contextlib.suppress(TeacherError):
-        assert free_batch(read_graph(path)).model

@@ -9,20 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import onnx
 import pytest
-from onnx import TensorProto
 
 from arcface_kd.errors import TeacherError
 from arcface_kd.teachers import Preprocessing, load_teacher
 from arcface_kd.teachers.onnx.pack import pack_folder
-from tests.teachers.onnx_models import (
-    EMBEDDING_SIZE,
-    face_network,
-    other_network,
-    saved,
-    weights,
-)
+from tests.teachers.onnx_models import EMBEDDING_SIZE, face_network, other_network, saved, weights
 
 
 @pytest.fixture
@@ -55,44 +47,34 @@ def test_the_recognition_network_of_a_pack_is_the_one_insightface_routes_to(tmp_
     folder = _pack(tmp_path / "buffalo")
     routed = {file.name: type(get_model(str(file))).__name__ for file in sorted(folder.iterdir())}
     assert [name for name, kind in routed.items() if kind == "ArcFaceONNX"] == ["w600k_r50.onnx"]
+    # A damaged neighbour hides nothing.
+    (folder / "a.onnx").write_bytes(b"damaged")
     assert load_teacher(folder).fingerprint == load_teacher(folder / "w600k_r50.onnx").fingerprint
     assert load_teacher(folder).description == f"ONNX {folder / 'w600k_r50.onnx'}"
-
-
-def test_a_damaged_neighbour_does_not_hide_the_recognition_network(tmp_path: Path) -> None:
-    folder = _pack(tmp_path / "buffalo")
-    (folder / "a.onnx").write_bytes(b"damaged")
-    assert load_teacher(folder).embedding_size == EMBEDDING_SIZE
 
 
 def test_a_pack_without_a_recognition_network_lists_its_files(tmp_path: Path) -> None:
     saved(tmp_path, other_network(640, 9), "det.onnx")
     saved(tmp_path, other_network(96, 1), "genderage.onnx")
-    with pytest.raises(TeacherError, match=r"\(det\.onnx has 9 outputs; genderage\.onnx puts out 3 numbers\)"):
+    with pytest.raises(TeacherError, match=r"det\.onnx has 9 outputs; genderage\.onnx puts out 3 numbers"):
         load_teacher(tmp_path)
 
 
 def test_two_recognition_networks_are_named_with_how_to_choose(tmp_path: Path) -> None:
     for name in ("glintr100.onnx", "w600k_r50.onnx"):
         saved(tmp_path, face_network(batch=None, tail="flatten"), name)
-    with pytest.raises(TeacherError, match=r"glintr100\.onnx \(16 numbers\), w600k_r50\.onnx") as caught:
+    with pytest.raises(TeacherError, match=r"w600k_r50\.onnx.*--kd-teacher .*glintr100\.onnx"):
         load_teacher(tmp_path)
-    assert f"--kd-teacher {tmp_path / 'glintr100.onnx'}" in str(caught.value)
 
 
 def _putting_out(numbers: int) -> Any:
     """A network of the recogniser's input that puts out so many numbers: liveness, expressions, attributes."""
-    model = face_network(arrays={**weights(), "matrix": np.ones((64, numbers), np.float32)})
-    model.graph.output[0].type.tensor_type.shape.dim[1].dim_value = numbers
-    return model
+    arrays = {**weights(), "matrix": np.ones((64, numbers), np.float32)}
+    return face_network(arrays=arrays, outputs=f"float[1, {numbers}] embedding")
 
 
 def _restorer() -> Any:
-    model = face_network(size=512)
-    del model.graph.node[1:]
-    model.graph.node[0].output[0] = "embedding"
-    model.graph.output[0].CopyFrom(onnx.helper.make_tensor_value_info("embedding", TensorProto.FLOAT, [1, 8, 64, 64]))
-    return model
+    return face_network(size=512, behind="ignored = Identity (raw)", outputs="float[1, 8, 64, 64] map1")
 
 
 @pytest.mark.parametrize(
@@ -156,7 +138,7 @@ def test_one_rank_of_a_machine_downloads(home: Path, monkeypatch: pytest.MonkeyP
 
 
 def test_a_failed_download_is_one_clear_line(home: Path) -> None:
-    with pytest.raises(TeacherError, match=r"insightface:buffalo_l is not in .* and cannot be downloaded") as caught:
+    with pytest.raises(TeacherError, match=r"insightface:buffalo_l .*cannot be downloaded") as caught:
         load_teacher("insightface:buffalo_l")
     assert "\n" not in str(caught.value)
 

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnxruntime
 import pytest
 import torch
 
@@ -15,7 +16,6 @@ from arcface_kd.teachers import Preprocessing, load_teacher
 from arcface_kd.teachers.onnx.graph import read_graph
 from arcface_kd.teachers.onnx.session import OnnxNetwork, any_batch
 from tests.teachers.onnx_models import (
-    EMBEDDING_SIZE,
     embed_one_by_one,
     face_network,
     pixels,
@@ -51,15 +51,6 @@ def test_a_batch_size_is_freed_only_where_that_is_proved(
     assert ("cannot be freed" in caplog.text) is not freed
 
 
-def test_a_declared_batch_is_filled_up_and_the_filling_thrown_away(tmp_path: Path) -> None:
-    network = any_batch(read_graph(saved(tmp_path, face_network(batch=3, tail="merged"))), Preprocessing())
-    assert network.graph.fixed_batch == 3
-    images = torch.randn(7, 3, 112, 112)
-    everything = network(images)
-    assert everything.shape == (7, EMBEDDING_SIZE)
-    torch.testing.assert_close(network(images[6:]), everything[6:], rtol=1e-4, atol=1e-5)
-
-
 def test_a_graph_that_onnxruntime_cannot_run_ends_in_one_line(
     tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
@@ -73,7 +64,7 @@ def test_a_graph_that_onnxruntime_cannot_run_ends_in_one_line(
 
 def test_a_batch_size_that_nobody_can_fill_is_refused(tmp_path: Path) -> None:
     """One image would be embedded among a million copies of itself: 150 GB."""
-    with pytest.raises(TeacherError, match="takes 1000000 images at a time and no others; wanted any number"):
+    with pytest.raises(TeacherError, match="takes 1000000 images at a time"):
         load_teacher(saved(tmp_path, face_network(batch=1_000_000, tail="merged")))
 
 
@@ -85,61 +76,23 @@ def test_a_session_survives_copying_and_pickling(tmp_path: Path) -> None:
 
 
 def test_sessions_take_as_many_threads_as_torch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    import onnxruntime
-
-    made: list[Any] = []
-    original = onnxruntime.SessionOptions
-
-    def watched() -> Any:
-        made.append(original())
-        return made[-1]
-
-    monkeypatch.setattr(onnxruntime, "SessionOptions", watched)
     monkeypatch.setattr(torch, "get_num_threads", lambda: 3)
-    load_teacher(saved(tmp_path, face_network()))
-    assert [options.intra_op_num_threads for options in made] == [3]
+    teacher: Any = load_teacher(saved(tmp_path, face_network()))
+    assert teacher.network._session.get_session_options().intra_op_num_threads == 3
 
 
-@pytest.mark.parametrize(
-    ("device", "available", "chosen"),
-    [
-        ("cpu", ["CUDAExecutionProvider", "CPUExecutionProvider"], ["CPUExecutionProvider"]),
-        ("cuda:3", ["AzureExecutionProvider", "CPUExecutionProvider"], ["CPUExecutionProvider"]),
-        (
-            "cuda:3",
-            ["CUDAExecutionProvider", "CPUExecutionProvider"],
-            ["CUDAExecutionProvider", "CPUExecutionProvider"],
-        ),
-    ],
-)
-def test_providers_are_those_of_the_images_own_device(
-    monkeypatch: pytest.MonkeyPatch, device: str, available: list[str], chosen: list[str]
-) -> None:
-    import onnxruntime
-    from insightface.model_zoo.onnxruntime_utils import get_default_providers
-
-    from arcface_kd.teachers.onnx.session import _providers
-
-    monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: available)
-    monkeypatch.setattr(onnxruntime, "preload_dlls", lambda: None, raising=False)
-    providers = _providers(torch.device(device))
-    assert [name for name, _ in providers] == chosen
-    if device == "cuda:3":
-        assert chosen == get_default_providers(available)
-        assert providers[0][1] == ({"device_id": 3} if len(chosen) == 2 else {})
+CUDA, CPU = "CUDAExecutionProvider", "CPUExecutionProvider"
 
 
 def test_a_session_follows_its_images_to_their_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Not to the GPU that happens to be current when the teacher is loaded, which is the same one on all ranks."""
-    import onnxruntime
-
     asked: list[Any] = []
     original = onnxruntime.InferenceSession
 
     class Session:
         def __init__(self, model: bytes, options: Any, providers: list[Any], enable_fallback: int) -> None:
             asked.append(providers)
-            self.inner = original(model, options, providers=["CPUExecutionProvider"])
+            self.inner = original(model, options, providers=[CPU])
 
         def get_providers(self) -> list[str]:
             return [name for name, _ in asked[-1]]
@@ -148,21 +101,18 @@ def test_a_session_follows_its_images_to_their_gpu(tmp_path: Path, monkeypatch: 
             return self.inner.get_inputs()
 
     monkeypatch.setattr(onnxruntime, "InferenceSession", Session)
-    available = ["CUDAExecutionProvider", "CPUExecutionProvider"]
-    monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: available)
+    monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: [CUDA, CPU])
     monkeypatch.setattr(onnxruntime, "preload_dlls", lambda: None, raising=False)
     network = OnnxNetwork(read_graph(saved(tmp_path, face_network())))
-    assert asked == [[("CPUExecutionProvider", {})]]
+    assert asked == [[(CPU, {})]]
     for _ in range(2):
         network._follow(torch.device("cuda", 2))
     assert len(asked) == 2
-    assert asked[1][0] == ("CUDAExecutionProvider", {"device_id": 2})
+    assert asked[1][0] == (CUDA, {"device_id": 2})
 
 
 def test_asking_for_a_gpu_that_onnxruntime_lacks_changes_nothing(tmp_path: Path) -> None:
-    import onnxruntime
-
-    if "CUDAExecutionProvider" in onnxruntime.get_available_providers():
+    if CUDA in onnxruntime.get_available_providers():
         pytest.skip("onnxruntime has CUDA here")
     teacher = load_teacher(saved(tmp_path, face_network()))
     images = student_view(pixels())
