@@ -15,7 +15,7 @@ from arcface_kd.distributed.class_shard import ClassShard
 from arcface_kd.distributed.ranks import RankGroup
 from arcface_kd.methods.base import RunContext
 from arcface_kd.methods.class_centers import initial_centers
-from arcface_kd.methods.class_sampling import sample_classes
+from tests.distributed.drawn_classes import drawn_classes
 from tests.distributed.pool import RankPool
 from tests.reference.margin_softmax import dense_margin_softmax
 from tests.reference.problems import ARCFACE, random_problem
@@ -72,17 +72,10 @@ def _twin(sizes: list[int], index: Tensor | None) -> tuple[Tensor, Tensor, Tenso
     return loss.detach(), in_embeddings, in_weight
 
 
-def _sampled(sizes: list[int], sample_rate: float, step: int) -> Tensor:
-    """The classes that all ranks draw in a step, found without them."""
+def _sampled(sizes: list[int], sample_rate: float, step: int) -> Tensor | None:
     labels = random_problem(sum(sizes), sum(sizes), CLASSES).labels
-    drawn = []
-    for rank in range(len(sizes)):
-        shard = ClassShard(CLASSES, rank, len(sizes))
-        context = RunContext(CLASSES, 6, ARCFACE, RankGroup(), sample_rate=sample_rate, seed=5)
-        index = sample_classes(shard, shard.local(labels), context, step)
-        assert index is not None
-        drawn.append(index + shard.start)
-    return torch.cat(drawn)
+    context = RunContext(CLASSES, 6, ARCFACE, RankGroup(), sample_rate=sample_rate, seed=5)
+    return drawn_classes(context, labels, len(sizes), step)
 
 
 @pytest.mark.parametrize("sample_rate", [1.0, 0.3])
@@ -93,7 +86,7 @@ def test_classifier_shards_and_embeddings_get_the_gradients_of_one_process(
     for sizes in SIZES[world_size]:
         answers = ranks.run(world_size, _run, sizes, sample_rate)
         for step in range(2):
-            index = None if sample_rate == 1.0 else _sampled(sizes, sample_rate, step)
+            index = _sampled(sizes, sample_rate, step)
             loss, in_embeddings, in_classifier = _twin(sizes, index)
             for answer in answers:
                 torch.testing.assert_close(answer.losses[step], loss, rtol=1e-10, atol=1e-10)
@@ -108,7 +101,10 @@ def test_classifier_shards_and_embeddings_get_the_gradients_of_one_process(
 
 
 def test_another_step_draws_other_classes() -> None:
-    assert not torch.equal(_sampled([3, 3], 0.5, 0), _sampled([3, 3], 0.5, 1))
+    first, second = (_sampled([3, 3], 0.5, step) for step in (0, 1))
+    assert first is not None
+    assert second is not None
+    assert not torch.equal(first, second)
 
 
 def test_a_log_changes_no_number_and_keeps_the_ranks_in_step(ranks: RankPool, tmp_path: Path) -> None:

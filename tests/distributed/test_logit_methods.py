@@ -6,14 +6,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from arcface_kd.distributed.class_shard import ClassShard
 from arcface_kd.distributed.ranks import RankGroup
 from arcface_kd.losses.logit_distillation import Grouping
 from arcface_kd.methods.base import Batch, Method
-from arcface_kd.methods.class_sampling import sample_classes
 from arcface_kd.methods.gkd import GKD, GKDConfig
 from arcface_kd.methods.kd import LogitKD, LogitKDConfig
 from arcface_kd.methods.thkd import THKD, THKDConfig
+from tests.distributed.drawn_classes import drawn_classes
 from tests.distributed.pool import RankPool
 from tests.reference.logit_distillation import dense_distillation
 from tests.reference.problems import COSFACE
@@ -76,25 +75,12 @@ def _run(ranks: RankGroup, sizes: list[int], sample_rate: float) -> dict[str, An
     return answers
 
 
-def _drawn(sizes: list[int], sample_rate: float) -> Tensor | None:
-    """The classes that all ranks draw, found without them."""
-    if sample_rate == 1.0:
-        return None
-    given, drawn = _problem(sizes), []
-    for rank in range(len(sizes)):
-        shard = ClassShard(CLASSES, rank, len(sizes))
-        context = given.context(RankGroup(alone=True), COSFACE, sample_rate=sample_rate)
-        index = sample_classes(shard, shard.local(given.labels), context, 0)
-        assert index is not None
-        drawn.append(index + shard.start)
-    return torch.cat(drawn)
-
-
 def _twin(name: str, sizes: list[int], sample_rate: float) -> tuple[dict[str, Tensor], Tensor, Tensor]:
     """(terms, gradient in the embeddings, gradient in the classifier), dense and in one process."""
     given = _problem(sizes)
     student, weight = given.student.clone().requires_grad_(), given.weight.clone().requires_grad_()
-    index = _drawn(sizes, sample_rate)
+    context = given.context(RankGroup(alone=True), COSFACE, sample_rate=sample_rate)
+    index = drawn_classes(context, given.labels, len(sizes), 0)
     config = GKD_CONFIGS.get(name)
 
     def terms_of(centers: Tensor) -> tuple[Tensor, ...]:

@@ -1,4 +1,4 @@
-"""Methods whose losses are over rows, on several ranks: terms, gradients, thresholds and the log of one process."""
+"""Losses over rows, and over frozen classes of a file, on several ranks: what one process has, and its log."""
 
 from pathlib import Path
 from typing import NamedTuple
@@ -21,11 +21,12 @@ from tests.reference.ekd import ekd_step
 from tests.reference.margin_softmax import dense_margin_softmax
 from tests.reference.margindistillation import margindistillation_loss
 from tests.reference.problems import ARCFACE, Problem, random_problem
+from tests.reference.proxylesskd import proxylesskd_loss
 from tests.reference.rkd import rkd_angle, rkd_distance
 
 CLASSES, DIMENSION = 11, 6
 # Alone, together with another loss over rows, and beside class centers that are split.
-METHODS = ["embedding", "rkd", "ekd", "margindistillation", "margindistillation+embedding+rkd"]
+METHODS = ["embedding", "rkd", "ekd", "proxylesskd", "margindistillation", "margindistillation+embedding+rkd"]
 SIZES = [[8], [5, 3], [0, 7], [1, 5, 2], [3, 0, 5]]
 
 
@@ -67,6 +68,8 @@ def _steps(ranks: RankGroup, methods: str, sizes: list[int], file: Path, log: Pa
         ranks=ranks,
         log=None if log is None else TensorBoardLog(log, 1, ranks.rank == 0),
     ).double()
+    if methods == "proxylesskd":
+        assert len(head.methods["proxylesskd"].get_buffer("centers.weight")) == ranks.shard(CLASSES).size
     if "classifier" in head.methods:
         shard = ranks.shard(CLASSES)
         with torch.no_grad():
@@ -91,6 +94,8 @@ def _twin_terms(methods: str, problem: Problem, teacher: Tensor) -> dict[str, Te
     terms: dict[str, Tensor] = {}
     if "margindistillation" in methods:
         terms["ce"] = margindistillation_loss(student, teacher, labels, classifier, ARCFACE.scale)
+    elif methods == "proxylesskd":
+        terms["ce"] = proxylesskd_loss(student, labels, classifier, ARCFACE)
     else:
         terms["ce"] = dense_margin_softmax(student, labels, problem.centers, ARCFACE)
     if "embedding" in methods:
