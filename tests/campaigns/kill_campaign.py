@@ -8,7 +8,7 @@ import shutil
 import signal
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from multiprocessing.process import BaseProcess
 from pathlib import Path
@@ -44,15 +44,7 @@ _CHANGES = ("open", "os.rename", "os.remove", "os.truncate", "os.chmod", "os.mkd
 
 
 def count_changes(folder: str, kill_at: int | None) -> Callable[[], int]:
-    """Count this process's changes to a folder, and kill it before the one of that number.
-
-    Args:
-        folder: whatever is named below it counts.
-        kill_at: 1 for the first change; None for never.
-
-    Returns:
-        What gives the number so far.
-    """
+    """Count this process's changes below a folder, and kill it before change ``kill_at``, from 1; None for never."""
     changes = 0
 
     def hook(event: str, arguments: tuple[Any, ...]) -> None:
@@ -69,7 +61,7 @@ def count_changes(folder: str, kill_at: int | None) -> Callable[[], int]:
     return lambda: changes
 
 
-def _run(work: Callable[..., None], arguments: Sequence[Any], folder: str, kill_at: int | None, tally: str) -> int:
+def _run(work: Callable[..., Any], arguments: Sequence[Any], folder: str, kill_at: int | None, tally: str) -> int:
     changes = count_changes(folder, kill_at)
     try:
         work(*arguments)
@@ -81,32 +73,20 @@ def _run(work: Callable[..., None], arguments: Sequence[Any], folder: str, kill_
 
 @dataclass
 class Job:
-    """Something that is begun, killed and begun again until it is done.
+    """Something that is begun, killed and begun again until it is done."""
 
-    Attributes:
-        folder: what it writes; the campaign's own.
-        faces: what it reads.
-        teacher: of the same.
-        ranks: processes.
-        seconds: that it takes undisturbed.
-        changes: to its folder that it makes undisturbed.
-        name: for messages.
-        codes: how its processes may end when one of them was killed.
-        always_a_group: whether a lone process meets itself too.
-    """
-
-    folder: Path
+    folder: Path  # what it writes; the campaign's own
     faces: Faces
     teacher: Path
     ranks: int = 1
-    seconds: float = field(default=0.0, init=False)
-    changes: int = field(default=1, init=False)
+    seconds: float = field(default=0.0, init=False)  # that it takes undisturbed
+    changes: int = field(default=1, init=False)  # to its folder that it makes undisturbed
     name: ClassVar[str] = ""
-    codes: ClassVar[frozenset[int]] = frozenset({0, 3, -signal.SIGKILL})
-    always_a_group: ClassVar[bool] = False
+    codes: ClassVar[frozenset[int]] = frozenset({0, 3, -signal.SIGKILL})  # of its processes when one was killed
+    always_a_group: ClassVar[bool] = False  # whether a lone process meets itself too
 
-    def work(self) -> tuple[Callable[..., None], Sequence[Any]]:
-        """A function of this module and its arguments, which begin the job or go on with it."""
+    def work(self) -> tuple[Callable[..., Any], Sequence[Any]]:
+        """A function and its arguments, which begin the job or go on with it."""
         raise NotImplementedError
 
     def check_whole(self) -> None:
@@ -119,7 +99,7 @@ class Job:
 
     def agrees(self, found: Any, wanted: Any) -> bool:
         """Whether an outcome is that of the undisturbed job."""
-        return _same(found, wanted)
+        return same(found, wanted)
 
     def _start(self, kill_at: int | None = None, killed_rank: int = 0) -> list[BaseProcess]:
         function, arguments = self.work()
@@ -148,11 +128,7 @@ class Job:
         self.changes = int((self.folder.parent / f"{self.name}0.changes").read_text())
 
     def kill(self, draw: random.Random) -> bool:
-        """Run it and kill it: one of its ranks or all, at a moment or before a change.
-
-        Returns:
-            Whether it was killed; False where it had ended before.
-        """
+        """Run it and kill one of its ranks or all, at a moment or before a change; False where it had ended before."""
         if draw.random() < 0.5:
             victim = draw.randrange(self.ranks)
             # Ranks other than 0 write less, and what goes on writes less than what begins.
@@ -167,7 +143,6 @@ class Job:
         return any(code != 0 for code in codes)
 
     def clear(self) -> None:
-        """Take everything away that it has written."""
         shutil.rmtree(self.folder, ignore_errors=True)
         self.folder.mkdir()
 
@@ -183,17 +158,14 @@ def _config(faces: Faces, output: Path, teacher: Path, **keys: Any) -> EasyDict:
     return EasyDict({**made, **keys})
 
 
-def _train(keys: dict[str, Any]) -> None:
-    train(EasyDict(keys))
-
-
-def _same(one: Any, other: Any) -> bool:
+def same(one: Any, other: Any) -> bool:
+    """Whether two nested values are equal, tensors to the bit."""
     if isinstance(one, torch.Tensor):
         return isinstance(other, torch.Tensor) and one.dtype == other.dtype and torch.equal(one, other)
-    if isinstance(one, dict):
-        return isinstance(other, dict) and one.keys() == other.keys() and all(_same(one[k], other[k]) for k in one)
+    if isinstance(one, Mapping):
+        return isinstance(other, Mapping) and one.keys() == other.keys() and all(same(one[k], other[k]) for k in one)
     if isinstance(one, list | tuple):
-        return len(one) == len(other) and all(_same(a, b) for a, b in zip(one, other, strict=True))
+        return len(one) == len(other) and all(same(a, b) for a, b in zip(one, other, strict=True))
     return bool(one == other)
 
 
@@ -202,11 +174,11 @@ class Training(Job):
 
     name = "training"
 
-    def work(self) -> tuple[Callable[..., None], Sequence[Any]]:
+    def work(self) -> tuple[Callable[..., Any], Sequence[Any]]:
         output = self.folder / "run"
         resume = (output / "checkpoint_gpu_0.pt").exists()
         keys = {"resume": resume, "kd_cache": str(self.folder / "rows"), "gradient_acc": 3}
-        return _train, [dict(_config(self.faces, output, self.teacher, **keys))]
+        return train, [_config(self.faces, output, self.teacher, **keys)]
 
     def check_whole(self) -> None:
         output = self.folder / "run"
@@ -235,12 +207,6 @@ class Training(Job):
         ]
 
 
-class TrainingOnTwoRanks(Training):
-    """The same on two ranks, of which one or both are killed."""
-
-    name = "two-ranks"
-
-
 def _check_cache(file: Path, faces: Faces) -> None:
     header = file.with_name(file.name + ".json")
     if header.exists():
@@ -248,10 +214,6 @@ def _check_cache(file: Path, faces: Faces) -> None:
         assert file.stat().st_size == 4 * faces.num_image * 16
         # A row is there or it is not: half of one, which only a machine that lost its power leaves, counts as missing.
         EmbeddingCache(file, identity, create=False).filled()
-
-
-def _fill(keys: dict[str, Any]) -> None:
-    fill_cache(EasyDict(keys))
 
 
 def _train_in_host(checkout: str, config: str, arguments: Sequence[str]) -> None:
@@ -274,7 +236,7 @@ class TrainingInTheHost(Job):
     always_a_group = True
     steps = 6
 
-    def work(self) -> tuple[Callable[..., None], Sequence[Any]]:
+    def work(self) -> tuple[Callable[..., Any], Sequence[Any]]:
         output = self.folder / "run"
         self.resumed_at = self._saved_step()
         keys = {"num_epoch": 3, "num_workers": 0, "embedding_size": 16, "resume": self.resumed_at > 0}
@@ -324,15 +286,9 @@ class TrainingInTheHost(Job):
 
     def agrees(self, found: Any, wanted: Any) -> bool:
         (traces, files), (straight, wanted_files) = found, wanted
-        return _same(files, wanted_files) and all(
+        return same(files, wanted_files) and all(
             value == straight[tag][step] for tag, trace in traces.items() for step, value in trace.items()
         )
-
-
-class TrainingInTheHostOnTwoRanks(TrainingInTheHost):
-    """The same on two ranks, of which one or both are killed."""
-
-    name = "host-two-ranks"
 
 
 class CacheBuilding(Job):
@@ -340,8 +296,8 @@ class CacheBuilding(Job):
 
     name = "cache"
 
-    def work(self) -> tuple[Callable[..., None], Sequence[Any]]:
-        return _fill, [dict(_config(self.faces, self.folder, self.teacher, kd_cache=str(self.folder / "rows")))]
+    def work(self) -> tuple[Callable[..., Any], Sequence[Any]]:
+        return fill_cache, [_config(self.faces, self.folder, self.teacher, kd_cache=str(self.folder / "rows"))]
 
     def check_whole(self) -> None:
         _check_cache(self.folder / "rows", self.faces)
@@ -355,12 +311,6 @@ class CacheBuilding(Job):
         rows, _ = cache.look_up(index, torch.tensor([False, True]).repeat(len(faces)))
         # An image may stand in a batch of another size, which the last bits of its embedding may depend on.
         return (rows * 500).round()
-
-
-class CacheBuildingOnTwoRanks(CacheBuilding):
-    """The same on two ranks, of which one or both are killed."""
-
-    name = "cache-two-ranks"
 
 
 def _pack(source: str, out: str) -> None:
@@ -379,7 +329,7 @@ class Packing(Job):
 
     name = "packing"
 
-    def work(self) -> tuple[Callable[..., None], Sequence[Any]]:
+    def work(self) -> tuple[Callable[..., Any], Sequence[Any]]:
         source = self.folder.parent / "images"
         if not source.exists():
             faces = RecordDataset(self.faces.folder)
@@ -424,7 +374,7 @@ class Exporting(Job):
     name = "exporting"
     older: ClassVar[bytes] = b"an older file"
 
-    def work(self) -> tuple[Callable[..., None], Sequence[Any]]:
+    def work(self) -> tuple[Callable[..., Any], Sequence[Any]]:
         out = self.folder / "student.onnx"
         if not out.exists():
             out.write_bytes(self.older)
@@ -441,16 +391,7 @@ class Exporting(Job):
 
 
 def campaign(job: Job, kills: int, draw: random.Random) -> tuple[int, int]:
-    """Kill a job until it has died so often, and see that it always comes to what it comes to undisturbed.
-
-    Args:
-        job: any.
-        kills: how often.
-        draw: decides when.
-
-    Returns:
-        ``(kills, finished)``: how often it was killed, and how often it came to its end in spite of it.
-    """
+    """Kill a job so often, and see that it always comes to what it comes to undisturbed: kills and ends."""
     job.clear()
     job.finish()
     wanted = job.outcome()

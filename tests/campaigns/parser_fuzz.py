@@ -14,7 +14,7 @@ import signal
 import traceback
 import warnings
 import zipfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -38,6 +38,7 @@ from arcface_kd.teachers.cache.embedding_cache import EmbeddingCache
 from arcface_kd.teachers.cache.principal_components import components_file, components_of_cache
 from arcface_kd.teachers.options import TeacherOptions
 from arcface_kd.teachers.state_dict import read_content
+from tests.campaigns.kill_campaign import same
 from tests.data.record_sets import encoded, insightface_records, write_records
 from tests.teachers.mxnet_files import write_checkpoint
 from tests.teachers.onnx_models import face_network
@@ -53,15 +54,7 @@ class Hang(BaseException):
 
 
 def mutated(data: bytes, draw: random.Random) -> bytes:
-    """Change some bytes of a file: bits, bytes, whole numbers, cuts, repetitions, insertions.
-
-    Args:
-        data: a good file, not empty.
-        draw: decides what.
-
-    Returns:
-        Another file as a rule.
-    """
+    """Change some bytes of a file: bits, bytes, whole numbers, cuts, repetitions, insertions."""
     changed = bytearray(data)
     for _ in range(draw.choice((1, 1, 1, 2, 3, 8))):
         size = len(changed)
@@ -94,15 +87,7 @@ def mutated(data: bytes, draw: random.Random) -> bytes:
 
 
 def mutated_inside(data: bytes, draw: random.Random) -> bytes:
-    """Change a record of a zip archive and give it the right checksum, as somebody would who means harm.
-
-    Args:
-        data: a file of ``torch.save``.
-        draw: decides what.
-
-    Returns:
-        Another archive.
-    """
+    """Change a record of a zip archive of ``torch.save`` and give it the right checksum, as an attacker would."""
     changed = io.BytesIO()
     with zipfile.ZipFile(io.BytesIO(data)) as whole, zipfile.ZipFile(changed, "w", zipfile.ZIP_STORED) as other:
         records = whole.infolist()
@@ -115,32 +100,18 @@ def mutated_inside(data: bytes, draw: random.Random) -> bytes:
 
 @dataclass(frozen=True)
 class Format:
-    """A kind of file.
+    """A kind of file."""
 
-    Attributes:
-        write: makes good files in a folder and returns the names of those to mutate.
-        read: reads a folder to the end and returns what it holds.
-        holds: from what the good files hold, what the mutated ones hold and the name of the mutated one with its size
-            before and after: whether that may be accepted.
-        mutate: changes a file's bytes.
-    """
-
-    write: Callable[[Path], list[str]]
-    read: Callable[[Path], Any]
+    write: Callable[[Path], list[str]]  # makes good files in a folder and returns the names of those to mutate
+    read: Callable[[Path], Any]  # reads a folder to the end and returns what it holds
+    # From what the good files hold, what the mutated ones hold and the name of the mutated one with its size before and
+    # after: whether that may be accepted.
     holds: Callable[[Any, Any, str, int, int], bool]
     mutate: Callable[[bytes, random.Random], bytes] = mutated
 
 
 def _anything(good: Any, found: Any, name: str, before: int, after: int) -> bool:
     return True
-
-
-def _same(one: Any, other: Any) -> bool:
-    if isinstance(one, torch.Tensor):
-        return isinstance(other, torch.Tensor) and one.dtype == other.dtype and torch.equal(one, other)
-    if isinstance(one, Mapping):
-        return isinstance(other, Mapping) and one.keys() == other.keys() and all(_same(one[k], other[k]) for k in one)
-    return bool(one == other)
 
 
 # Records ------------------------------------------------------------------------------------------------------------
@@ -260,7 +231,7 @@ def _read_run(folder: Path) -> Any:
 
 
 def _run_holds(good: Any, found: Any, name: str, before: int, after: int) -> bool:
-    return _same(good, found)
+    return same(good, found)
 
 
 def _write_state(folder: Path) -> list[str]:
@@ -359,18 +330,9 @@ FORMATS: dict[str, Format] = {
 
 
 def attempt(form: Format, folder: Path, good: Any, name: str, data: bytes, content: bytes) -> tuple[str | None, bool]:
-    """Read a folder with one mutated file.
+    """Read a folder with one file mutated from ``data`` to ``content``; the caller restores it.
 
-    Args:
-        form: its kind.
-        folder: the good files; the mutated one is written over its original, which the caller restores.
-        good: what they hold.
-        name: of the mutated file.
-        data: its original.
-        content: what it is now.
-
-    Returns:
-        None for a message of ours or an answer that may be accepted, else what happened; whether there was an answer.
+    None for a message of ours or an answer that may be accepted, else what happened; whether there was an answer.
     """
     (folder / name).write_bytes(content)
     try:
@@ -391,16 +353,9 @@ def _hang(signum: int, frame: object) -> None:
 
 
 def campaign(kind: str, work: str, seed: int, count: int) -> int:
-    """Mutate and read so many files, in this process, with bounds on its time and memory.
+    """Mutate and read so many files, in this process, with bounds on its time and memory; 1 where one is at fault.
 
-    Args:
-        kind: of ``FORMATS``.
-        work: a folder for it; ``progress`` in it says which file is being read, ``faults`` what went wrong.
-        seed: of the mutations.
-        count: files.
-
-    Returns:
-        0 without a fault, else 1.
+    In the folder ``work``, ``progress`` says which file is being read, ``faults`` what went wrong.
     """
     warnings.simplefilter("ignore")
     form, root = FORMATS[kind], Path(work)

@@ -11,29 +11,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
-from arcface_kd.backbones import get_backbone
 from arcface_kd.checkpoints.tensor_file import archive_fault
 from arcface_kd.cli import main as cli
+from tests.data.record_sets import encoded
 from tests.forked import start, wait
-from tests.host.trainer.faces import Faces, draw_faces
+from tests.host.trainer.faces import Faces
 
 PATIENCE = 300.0
 _ROOM = 60 << 20
-
-
-@pytest.fixture(scope="module")
-def faces(tmp_path_factory: pytest.TempPathFactory) -> Faces:
-    return draw_faces(tmp_path_factory.mktemp("faces"), identities=4, images=4)
-
-
-@pytest.fixture(scope="module")
-def teacher(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    torch.manual_seed(7)
-    path = tmp_path_factory.mktemp("teacher") / "teacher.pt"
-    torch.save(get_backbone("thin_r18", num_features=16).state_dict(), path)
-    return path
 
 
 @pytest.fixture
@@ -98,37 +84,24 @@ def everything_in(folder: Path) -> dict[str, bytes]:
 
 
 @pytest.mark.slow
-def test_training_ends_and_the_checkpoint_before_is_good(faces: Faces, disk: Path, tmp_path: Path) -> None:
-    config = write_config(faces, tmp_path / "small.py", output=str(disk / "run"))
+@pytest.mark.parametrize("leave", [1 << 20, 0], ids=["a megabyte", "not even the log"])
+def test_training_ends_and_the_checkpoint_before_is_good(faces: Faces, disk: Path, tmp_path: Path, leave: int) -> None:
+    config = write_config(faces, tmp_path / "small.py", output=str(disk / "run"), frequent=1)
+    resume = ["train", str(config), "--set", "resume=True", "num_epoch=2"]
     assert run(["train", str(config)], tmp_path / "log")[0] == 0
     before = everything_in(disk)
     assert {"run/model.pt", "run/checkpoint_gpu_0.pt"} == before.keys()
-    fill(disk, leave=1 << 20)
-    code, said = run(["train", str(config), "--set", "resume=True", "num_epoch=2"], tmp_path / "log")
-    assert code == 2, said
-    assert said == (
-        f"arcface-kd: cannot write {disk}/run/model.pt: No space left on device; what was there before is untouched"
-    )
-    (disk / "filler").unlink()
-    assert everything_in(disk) == before
-    # With room again, it goes on.
-    assert run(["train", str(config), "--set", "resume=True", "num_epoch=2"], tmp_path / "log")[0] == 0
-    assert archive_fault(disk / "run" / "checkpoint_gpu_0.pt") is None
-
-
-@pytest.mark.slow
-def test_a_disk_that_takes_nothing_more_at_all(faces: Faces, disk: Path, tmp_path: Path) -> None:
-    """Not even the log."""
-    config = write_config(faces, tmp_path / "small.py", output=str(disk / "run"), frequent=1)
-    assert run(["train", str(config)], tmp_path / "log")[0] == 0
-    before = everything_in(disk)
-    fill(disk, leave=0)
-    code, said = run(["train", str(config), "--set", "resume=True", "num_epoch=2"], tmp_path / "log")
+    fill(disk, leave)
+    code, said = run(resume, tmp_path / "log")
     assert code == 2, said
     assert said.splitlines()[-1].startswith("arcface-kd: ")
     assert "No space left on device" in said.splitlines()[-1]
+    assert not leave or f"{disk}/run/model.pt" in said
     (disk / "filler").unlink()
     assert everything_in(disk) == before
+    # With room again, it goes on.
+    assert run(resume, tmp_path / "log")[0] == 0
+    assert archive_fault(disk / "run" / "checkpoint_gpu_0.pt") is None
 
 
 @pytest.mark.slow
@@ -147,8 +120,6 @@ def test_a_disk_that_is_mounted_for_reading(faces: Faces, teacher: Path, disk: P
         other = write_config(faces, tmp_path / "other.py", output=str(tmp_path / "run"))
         assert run(["train", str(other)], tmp_path / "log")[0] == 0
     if what == "pack":
-        from tests.data.record_sets import encoded
-
         (images / "1.jpg").write_bytes(encoded(1))
     subprocess.run(["mount", "-o", "remount,ro", str(disk)], check=True)
     code, said = run(words, tmp_path / "log")
@@ -184,6 +155,5 @@ def test_a_file_that_may_not_grow(faces: Faces, tmp_path: Path) -> None:
     before = everything_in(tmp_path / "run")
     code, said = run(["train", str(config), "--set", "resume=True", "num_epoch=2"], tmp_path / "log", 1 << 20)
     assert code == 2, said
-    wanted = f"arcface-kd: cannot write {tmp_path}/run/model.pt: File too large; what was there before is untouched"
-    assert said == wanted
+    assert said.startswith(f"arcface-kd: cannot write {tmp_path}/run/model.pt: File too large")
     assert everything_in(tmp_path / "run") == before
