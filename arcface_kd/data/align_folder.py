@@ -1,9 +1,8 @@
 """Cut the faces out of a folder of photographs, as every network here wants them."""
 
 import os
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -21,7 +20,7 @@ _JPEG_QUALITY = 95
 
 
 class AlignCounts(NamedTuple):
-    """What came of a folder."""
+    """Counts of an aligned folder."""
 
     written: int  # faces that were cut out now
     there: int  # faces that an earlier run had cut out
@@ -52,14 +51,12 @@ def align_folder(
         detector: see :func:`~arcface_kd.data.face_detector.open_detector`.
         which: of several faces the largest, or the one whose middle is nearest to that of the photograph.
 
-    Returns:
-        How many there were.
-
     Raises:
         ConfigError: ``out`` lies in ``folder``.
         DataError: no image in the folder.
         OSError: ``out`` cannot be written.
     """
+    import cv2
     from tqdm import tqdm
 
     source, target = Path(folder), Path(out)
@@ -83,10 +80,13 @@ def align_folder(
         if not len(faces.boxes):
             missing[place] = "no face found"
             continue
-        _write(face, align(pixels, fit_similarity(faces.landmarks[[_choose(faces, pixels, which)]])[0]))
+        aligned = align(pixels, fit_similarity(faces.landmarks[[_choose(faces, pixels, which)]])[0])
+        jpeg = cv2.imencode(".jpg", aligned[..., ::-1], [cv2.IMWRITE_JPEG_QUALITY, _JPEG_QUALITY])[1]
+        _write(face, jpeg.tobytes())
         written += 1
         several += len(faces.boxes) > 1
-    _list(target / "not_found.txt", missing)
+    listed = "".join(f"{place}\t{reason}\n" for place, reason in missing.items())
+    _write(target / "not_found.txt", listed.encode(errors="surrogateescape"))
     return AlignCounts(written, there, several, len(missing), target / "not_found.txt")
 
 
@@ -98,17 +98,7 @@ def _choose(faces: DetectedFaces, pixels: NDArray[np.uint8], which: Which) -> in
     return int((((low + high) / 2 - middle) ** 2).sum(axis=1).argmin())
 
 
-def _write(path: Path, face: NDArray[Any]) -> None:
-    import cv2
-
-    path.parent.mkdir(parents=True, exist_ok=True)
-    encoded = cv2.imencode(".jpg", face[..., ::-1], [cv2.IMWRITE_JPEG_QUALITY, _JPEG_QUALITY])[1]
-    with atomic_write(path) as stream:
-        stream.write(encoded.tobytes())
-
-
-def _list(path: Path, missing: Mapping[str, str]) -> None:
+def _write(path: Path, content: bytes) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     with atomic_write(path) as stream:
-        for place, reason in missing.items():
-            stream.write(f"{place}\t{reason}\n".encode(errors="surrogateescape"))
+        stream.write(content)

@@ -1,4 +1,4 @@
-"""The bad records that a run has passed over: told one by one as they are met, and counted at the end of an epoch."""
+"""Bad records that a run has skipped: each is logged when it is met, and all are counted at the end of an epoch."""
 
 import logging
 from collections.abc import Sequence
@@ -24,17 +24,17 @@ class BadRecord(NamedTuple):
 
 
 class SkippedRecords:
-    """What one loader has passed over.
+    """The bad records that one loader has skipped.
 
-    Every record is told once by the rank that meets it, with its key, its place and what is wrong with it. At the end
-    of an epoch rank 0 tells those that other ranks have met and it has not heard of, and the number of them all.
+    The rank that meets a record logs it once, with its key, its place and what is wrong with it. At the end of an epoch
+    rank 0 logs those that only other ranks have met, and how many there were in all.
 
     Attributes:
-        found: every bad record that was met so far, by its index.
+        found: every bad record so far, by its index.
 
     Args:
-        of_all_ranks: whether an epoch's end brings together what the ranks of the default process group have met; all
-            of them must then get there.
+        of_all_ranks: whether the ranks of the default process group share their records at an epoch's end, which all
+            of them must then reach.
     """
 
     def __init__(self, *, of_all_ranks: bool = False) -> None:
@@ -43,18 +43,18 @@ class SkippedRecords:
         self._of_epoch: dict[int, str] = {}
 
     def note(self, bad: Sequence[BadRecord]) -> None:
-        """Keep what a batch has passed over."""
+        """Keep what a batch has skipped."""
         for index, message in bad:
             self._of_epoch[index] = message
-            self._tell(index, message)
+            self._log(index, message)
 
-    def _tell(self, index: int, message: str) -> None:
+    def _log(self, index: int, message: str) -> None:
         if index not in self.found:
             self.found[index] = message
             logger.warning("skipped: %s", printable(message))
 
     def end_epoch(self) -> int:
-        """Count and tell what the epoch has passed over, each record once, and begin a new one."""
+        """Count and log what the epoch has skipped, each record once, and begin a new one."""
         of_ranks = [self._of_epoch]
         rank = 0
         if self._of_all_ranks and distributed.is_available() and distributed.is_initialized():
@@ -65,7 +65,7 @@ class SkippedRecords:
         every = {index: message for found in of_ranks for index, message in found.items()}
         if rank == 0:
             for index in sorted(every):
-                self._tell(index, every[index])
+                self._log(index, every[index])
             if every:
                 shares = f" ({' + '.join(str(len(found)) for found in of_ranks)})" if len(of_ranks) > 1 else ""
                 logger.warning(

@@ -56,9 +56,9 @@ class FaceDataset(Dataset[Sample], ABC):
     ``dataset[i]`` and ``dataset[View(i, flipped)]`` give a ``Sample``.
 
     Attributes:
-        on_bad_record: what becomes of a record or image that cannot be read. ``stop`` raises ``BadRecordError``.
-            ``skip`` shows the next good one in the order of the data set in its place, which depends on nothing but the
-            data: not on ranks, workers or batches. A wrong label is not a bad record but a wrong ``num_classes``.
+        on_bad_record: what to do with a record or image that cannot be read. ``stop`` raises ``BadRecordError``.
+            ``skip`` shows the next good one of the data set instead, whatever the ranks, workers and batches. A wrong
+            label is not a bad record but a wrong ``num_classes``.
     """
 
     on_bad_record: OnBadRecord = "stop"
@@ -149,8 +149,8 @@ class FaceDataset(Dataset[Sample], ABC):
 class RecordDataset(FaceDataset):
     """Images in MXNet RecordIO: ``train.rec``, ``train.idx`` and, where it exists, ``property``.
 
-    See ``find_images`` for the layouts. With ``num_classes``, all labels are read at the start, so that a wrong one is
-    told before the first step; this takes the time of reading the file once at most.
+    See ``find_images`` for the layouts. With ``num_classes``, all labels are read at the start, so that a wrong one
+    shows before the first step; this takes at most the time of reading the file once.
 
     Attributes:
         stated_classes: the number of classes that the file ``property`` states, or None.
@@ -158,8 +158,8 @@ class RecordDataset(FaceDataset):
     Args:
         root: the folder.
         num_classes: labels must be below it; None for no limit.
-        on_bad_record: what becomes of a bad record; the first one, which tells the layout, and the last one, which
-            tells whether the file is whole, must be good in any case.
+        on_bad_record: what to do with a bad record. The first one, which shows the layout, and the last one, which
+            shows whether the file is whole, must be good in any case.
 
     Raises:
         BadRecordError: a bad record is met at the start, and they are not skipped.
@@ -167,11 +167,7 @@ class RecordDataset(FaceDataset):
     """
 
     def __init__(
-        self,
-        root: str | os.PathLike[str],
-        *,
-        num_classes: int | None = None,
-        on_bad_record: OnBadRecord = "stop",
+        self, root: str | os.PathLike[str], *, num_classes: int | None = None, on_bad_record: OnBadRecord = "stop"
     ) -> None:
         folder = Path(root)
         self.num_classes = num_classes
@@ -200,14 +196,11 @@ class RecordDataset(FaceDataset):
         return self._reader.keys[self._images]
 
     def _position(self, index: int) -> int:
-        if isinstance(self._images, slice):
-            return int(self._images.start + index)
-        return int(self._images[index])
+        return int(self._images.start + index if isinstance(self._images, slice) else self._images[index])
 
     def __len__(self) -> int:
-        if isinstance(self._images, slice):
-            return int(self._images.stop - self._images.start)
-        return len(self._images)
+        images = self._images
+        return int(images.stop - images.start) if isinstance(images, slice) else len(images)
 
     def labels(self) -> NDArray[np.int64]:
         """The labels of all images, read in one pass over the file."""
@@ -227,21 +220,12 @@ class RecordDataset(FaceDataset):
 class FolderDataset(FaceDataset):
     """Images in folders, one folder per identity; labels number the folders in the order of their names.
 
-    Args:
-        root: the folder with the identities' folders.
-        num_classes: there must be no more identities than this; None for no limit.
-        on_bad_record: what becomes of an image that cannot be read.
-
     Raises:
         DataError: see ``list_identities``; or more identities than ``num_classes``.
     """
 
     def __init__(
-        self,
-        root: str | os.PathLike[str],
-        *,
-        num_classes: int | None = None,
-        on_bad_record: OnBadRecord = "stop",
+        self, root: str | os.PathLike[str], *, num_classes: int | None = None, on_bad_record: OnBadRecord = "stop"
     ) -> None:
         self.on_bad_record = on_bad_record
         identities = list_identities(root)
@@ -267,22 +251,11 @@ class FolderDataset(FaceDataset):
         return self._labels.astype(np.int64)
 
     def _load(self, index: int) -> tuple[int, bytes]:
-        try:
-            return int(self._labels[index]), read_image_file(self._paths[index])
-        except DataError as error:
-            raise BadRecordError(str(error)) from None
+        return int(self._labels[index]), read_image_file(self._paths[index])
 
 
 class UnlabelledFolder(FolderDataset):
-    """Images in a folder, at any depth, without labels.
-
-    Args:
-        root: the folder.
-        on_bad_record: what becomes of an image that cannot be read.
-
-    Raises:
-        DataError: see ``list_images``.
-    """
+    """Images in a folder, at any depth, without labels; see ``list_images`` for what is refused."""
 
     def __init__(self, root: str | os.PathLike[str], *, on_bad_record: OnBadRecord = "stop") -> None:
         self.on_bad_record = on_bad_record
@@ -293,20 +266,11 @@ class UnlabelledFolder(FolderDataset):
 
 
 class SyntheticDataset(FaceDataset):
-    """The host's ``rec = "synthetic"``: one random image a million times, label 1, for measuring speed.
-
-    Args:
-        num_classes: must be above the label; None for no limit.
-
-    Raises:
-        DataError: ``num_classes`` leaves no room for label 1.
-    """
+    """The host's ``rec = "synthetic"``: one random image a million times, label 1, for measuring speed."""
 
     def __init__(self, *, num_classes: int | None = None) -> None:
         if num_classes is not None and num_classes < 2:
-            raise DataError(
-                f"the synthetic data set has label 1, but num_classes is {num_classes}; set it to 2 or more"
-            )
+            raise DataError(f"the synthetic data have label 1, but num_classes is {num_classes}; set it to 2 or more")
         self._image = np.random.default_rng(0).integers(0, 255, (*IMAGE_SIZE, 3), dtype=np.uint8)
 
     def __len__(self) -> int:
@@ -339,7 +303,7 @@ def open_dataset(
             identity; a folder of images, which have no labels then, nor have those of ``FOLDER/**``, at any depth.
         num_classes: labels must be below it; 0 takes all images of a folder, at any depth, without labels; None for no
             limit.
-        on_bad_record: what becomes of a record or image that cannot be read, see ``FaceDataset``.
+        on_bad_record: see ``FaceDataset``.
 
     Returns:
         A ``SyntheticDataset``, a ``RecordDataset``, a ``FolderDataset`` or an ``UnlabelledFolder``.

@@ -23,7 +23,7 @@ def shows_two_views(dataset: FaceDataset) -> bool:
 
 
 def fingerprint(dataset: FaceDataset) -> str:
-    """SHA-256 over what tells a data set's images and their order from others', in hexadecimal.
+    """SHA-256 of a data set's images and their order, in hexadecimal.
 
     Records: every key, every byte offset and with it every record's length, and the bytes of 256 images spread over the
     set. Folders: every file's place and length, and the bytes of 256. Reading all of a set would take as long as an
@@ -55,8 +55,8 @@ def fingerprint(dataset: FaceDataset) -> str:
 def outline(dataset: FaceDataset) -> str:
     """A digest of a data set's images and their order, found without reading any of them.
 
-    Records' keys and places count, of folders the identities' names, of several sets the people's numbers too, of
-    others their number.
+    Records count by key and place, folders by the identities' names, several sets also by the people's numbers, others
+    by the number of images.
     """
     return _outlined(dataset).hexdigest()
 

@@ -37,14 +37,7 @@ class BatchViews(NamedTuple):
     clean: torch.Tensor | None = None
 
     def clean_images(self, device: torch.device) -> torch.Tensor:
-        """The images before they were degraded, as the loader hands out its batches.
-
-        Args:
-            device: where they are wanted.
-
-        Returns:
-            float32 (B, 3, 112, 112), RGB, -1 .. 1.
-        """
+        """The images before they were degraded, on a device: float32 (B, 3, 112, 112), RGB, -1 .. 1."""
         assert self.clean is not None
         return _normalise(self.clean.to(device, non_blocking=True))
 
@@ -155,7 +148,7 @@ class FaceLoader(DataLoader[Any]):
         num_workers: worker processes; 0 reads in this one.
         device: where batches go; the CPU when None.
         drop_last: whether to leave out a last batch that is not full.
-        skipped: keeps and tells which bad records were passed over; None takes one that speaks for this rank alone.
+        skipped: logs the bad records that were skipped; None takes one for this rank alone.
 
     Raises:
         ConfigError: a batch size or a number of workers that cannot be, or not one full batch when ``drop_last``.
@@ -228,14 +221,7 @@ class FaceLoader(DataLoader[Any]):
         reader.augmentation, reader.keeps_clean = augmentation or None, keeps
 
     def __iter__(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:  # type: ignore[override]
-        """Start an epoch.
-
-        Returns:
-            An iterator over ``(images, labels)``.
-
-        Raises:
-            DataError: while iterating, on a bad record; the message names it.
-        """
+        """Start an epoch of ``(images, labels)``; a bad record raises a ``DataError`` that names it."""
         self._has_workers = self.num_workers > 0
         with warnings.catch_warnings():
             # Python 3.12 warns of every fork beside threads; the workers touch none of the parent's.
@@ -362,9 +348,8 @@ def get_dataloader(
         num_workers: worker processes a rank.
         num_classes: labels must be below it; None for no limit.
         drop_last: whether to leave out a last batch that is not full.
-        on_bad_record: what becomes of a record or image that cannot be read: ``stop`` ends the run and names it;
-            ``skip`` shows the next good one in its place, and tells at the end of each epoch which ones were passed
-            over on all ranks, which then must all go through it.
+        on_bad_record: what to do with a record or image that cannot be read: ``stop`` ends the run and names it;
+            ``skip`` shows the next good one instead, and logs at the end of each epoch what all ranks have skipped.
         identities: a table of the people who occur in several data sets, see ``read_identities``.
 
     Returns:
@@ -378,7 +363,7 @@ def get_dataloader(
         raise ConfigError("dali = True needs the host's own loader; set dali = False to read with arcface_kd's")
     grouped = distributed.is_available() and distributed.is_initialized()
     rank, world_size = (distributed.get_rank(), distributed.get_world_size()) if grouped else (0, 1)
-    # What is odd about the data is told once.
+    # One warning about the data is enough.
     with nullcontext() if rank == 0 else errors_only("arcface_kd.data"):
         dataset = open_rec(root_dir, num_classes, on_bad_record, identities)
     sampler = ViewSampler(len(dataset), rank=rank, world_size=world_size, seed=_shared_seed(seed))

@@ -44,27 +44,13 @@ class PackCounts(NamedTuple):
         return words
 
 
-def _as_stored(path: str) -> tuple[bytes, bool]:
-    """The bytes to store for an image file, and whether it had to be scaled."""
-    try:
-        data = read_image_file(path)
-    except DataError as error:
-        raise BadRecordError(str(error)) from None
-    return stored_form(data, path)
-
-
 def stored_form(data: bytes, where: str) -> tuple[bytes, bool]:
-    """What is stored for an image: the file itself where it has 112x112 pixels and mxnet reads it.
+    """What is stored for an image file, and whether it had to be scaled.
 
-    Args:
-        data: an image file.
-        where: its name, for messages.
-
-    Returns:
-        An image file of 112x112 pixels, and whether it had to be scaled.
+    The file itself is stored where it has 112x112 pixels and mxnet reads it.
 
     Raises:
-        BadRecordError: it is no image.
+        BadRecordError: it is no image; the message names it ``where``.
     """
     import cv2
 
@@ -164,8 +150,8 @@ def pack_folder(
     Args:
         folder: one sub-folder of images per identity.
         out: where the three files go; made when missing. It must not hold records already.
-        on_bad_record: what becomes of images that cannot be read, each of which is told with a warning: ``stop`` looks
-            at all images and packs nothing, ``skip`` leaves the bad ones out.
+        on_bad_record: what to do with images that cannot be read, each of which is logged: ``stop`` looks at all images
+            and packs nothing, ``skip`` leaves the bad ones out.
         follow_links: whether symbolic links are followed; they are refused otherwise.
 
     Returns:
@@ -175,6 +161,8 @@ def pack_folder(
         DataError: nothing to pack, images that cannot be read, or ``out`` cannot be written; ``out`` is as it was
             before.
     """
+    from tqdm import tqdm
+
     identities = list_identities(folder, follow_links=follow_links)
     refuse_records(out)
     sizes = [len(identity.images) for identity in identities]
@@ -184,12 +172,12 @@ def pack_folder(
     def stored() -> Iterator[bytes | None]:
         nonlocal resized
         first = None
-        for label, path in _with_progress(
-            [(label, path) for label, (_, paths) in enumerate(identities) for path in paths]
-        ):
+        images = [(label, path) for label, (_, paths) in enumerate(identities) for path in paths]
+        # None shows the bar on a terminal only.
+        for label, path in tqdm(images, desc="packing", unit="image", disable=None):
             try:
-                payload, scaled = _as_stored(path)
-            except BadRecordError as error:
+                payload, scaled = stored_form(read_image_file(path), path)
+            except DataError as error:
                 logger.warning("cannot be packed: %s", printable(error))
                 first = first or error
                 bad[label] += 1
@@ -206,11 +194,3 @@ def pack_folder(
     write_identities(out, sizes, stored())
     emptied = int((bad == sizes).sum())
     return PackCounts(len(identities), sum(sizes) - int(bad.sum()), resized, int(bad.sum()), emptied)
-
-
-def _with_progress(images: list[tuple[int, str]]) -> Iterable[tuple[int, str]]:
-    from tqdm import tqdm
-
-    # None shows the bar on a terminal only.
-    bar: Iterable[tuple[int, str]] = tqdm(images, desc="packing", unit="image", disable=None)
-    return bar

@@ -20,7 +20,7 @@ FOLDS = 10
 
 
 class PairCounts(NamedTuple):
-    """What came of drawing pairs, half of them of one person."""
+    """Counts of drawn pairs, half of them of one person."""
 
     pairs: int
     people: int

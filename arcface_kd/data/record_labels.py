@@ -16,7 +16,7 @@ FLOAT32_EXACT = 1 << 24
 
 
 class RecordLabels:
-    """Reads records with their labels, which must be below ``num_classes``; None for no limit."""
+    """Reads records with their labels, which must be below ``num_classes``, where that is not None."""
 
     def __init__(self, reader: RecordReader, num_classes: int | None) -> None:
         self._reader = reader
@@ -25,10 +25,7 @@ class RecordLabels:
 
     def read(self, position: int) -> tuple[int, memoryview]:
         """The label, -1 for none, and the encoded image at a position in the index."""
-        try:
-            record = self._reader.read_at(position)
-        except DataError as error:
-            raise BadRecordError(str(error)) from None
+        record = self._reader.read_at(position)
         try:
             value, payload = unpack_label(record)
         except DataError as error:
@@ -56,7 +53,7 @@ class RecordLabels:
             sound = ~headers.odd[rows] & headers.images[rows] & (values >= -1) & (np.floor(values) == values)
             above = np.flatnonzero(sound & (values >= self._limit) & np.isfinite(values))
             if len(above):
-                # All are counted before the first is told: the largest says what num_classes has to be.
+                # All are counted before the first is named: the largest says what num_classes has to be.
                 first = first if count else (int(positions[above[0]]), float(values[above[0]]))
                 count, largest = count + len(above), max(largest, float(values[above].max()))
             known = sound & np.isfinite(values)

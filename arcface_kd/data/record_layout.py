@@ -51,16 +51,14 @@ def find_images(reader: RecordReader, on_bad_record: OnBadRecord) -> NDArray[np.
     return slice(1, low) if order is None else order[1:low]
 
 
-def unpack_at(reader: RecordReader, position: int) -> tuple[RecordHeader, memoryview]:
-    """Read the record at a position of the index and take it apart."""
+def _imageless(reader: RecordReader, position: int) -> RecordHeader | None:
+    """The header of a record that carries labels and no image, else None."""
+    record = reader.read_at(position)
     try:
-        record = reader.read_at(position)
-    except DataError as error:
-        raise BadRecordError(str(error)) from None
-    try:
-        return unpack(record)
+        header, payload = unpack(record)
     except DataError as error:
         raise BadRecordError(f"{reader.where(position)}: {error}") from None
+    return header if header.flag > 0 and not len(payload) else None
 
 
 def _refuse_identities(reader: RecordReader) -> None:
@@ -74,14 +72,8 @@ def _refuse_identities(reader: RecordReader) -> None:
             )
 
 
-def _imageless(reader: RecordReader, position: int) -> RecordHeader | None:
-    """The header of a record that carries labels and no image, else None."""
-    header, payload = unpack_at(reader, position)
-    return header if header.flag > 0 and not len(payload) else None
-
-
 def _is_image(reader: RecordReader, position: int, end: float, on_bad_record: OnBadRecord) -> bool:
-    """Whether a record is an image; of a bad one that is skipped, the header's end of the images has to tell."""
+    """Whether a record is an image; a bad one that is skipped counts as one below the header's end of the images."""
     try:
         return _imageless(reader, position) is None
     except BadRecordError:
@@ -111,7 +103,7 @@ def _images_of_all_sets(
     labels, images = np.zeros(len(reader), dtype=np.float32), np.zeros(len(reader), dtype=bool)
     for headers in read_headers(reader):
         labels[headers.positions] = np.where(headers.odd | (headers.labels < 0), np.nan, headers.labels)
-        # A damaged record is taken for an image, and told when its label is read.
+        # A damaged record is taken for an image, and named when its label is read.
         images[headers.positions] = headers.images | headers.odd
     if order is not None:
         labels, images = labels[order], images[order]
@@ -131,14 +123,14 @@ def _images_of_all_sets(
 def _check_labels_of_sets(reader: RecordReader, labels: NDArray[Any], starts: NDArray[np.int64], second: int) -> None:
     """Refuse sets that share labels: they were numbered apart, and a label would mean several people."""
     every = zip(np.fmin.reduceat(labels, starts), np.fmax.reduceat(labels, starts), strict=True)
-    # Sets of faces of nobody have NaN for a range.
+    # Sets without any label have NaN for a range.
     ranges = sorted(pair for pair in every if pair[0] <= pair[1])
     if any(largest >= least for (_, largest), (least, _) in pairwise(ranges)):
         shown = ", ".join(f"{least:.0f} to {largest:.0f}" for least, largest in ranges)
         raise DataError(
-            f"{reader.where(second)}: here the first image of another set begins; {len(starts)} sets stand behind each "
-            f"other under one index, and their labels ({shown}) overlap, so that different people would share a class: "
-            "shift the labels of the later sets, or train on one"
+            f"{reader.where(second)}: here another set begins; {len(starts)} sets under one index have labels that "
+            f"overlap ({shown}), so that different people would share a class: shift those of the later sets, or train "
+            "on one"
         )
     logger.warning(
         "%s: %d sets stand behind each other under one index; all %d images are read, where arcface_torch reads those "

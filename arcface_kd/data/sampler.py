@@ -13,7 +13,6 @@ from arcface_kd.errors import ConfigError
 
 _WORD = (1 << 64) - 1
 _GAMMA = 0x9E3779B97F4A7C15
-
 _VIEWS_AT_ONCE = 1 << 14
 
 

@@ -2,7 +2,6 @@
 
 import os
 import shutil
-from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple, cast
@@ -71,11 +70,7 @@ def write_subset(
     classes = max(int(labels.max()) + 1, faces.stated_classes or 0)
     sizes = np.bincount(labels[chosen], minlength=classes)
 
-    def images() -> Iterator[bytes]:
-        for index in chosen.tolist():
-            yield faces.image_bytes(index)
-
-    write_identities(target, sizes.tolist(), images())
+    write_identities(target, sizes.tolist(), map(faces.image_bytes, chosen.tolist()))
     for verification_set in verification_sets:
         _bring_along(verification_set, target / verification_set.name)
     there = np.bincount(labels[labels >= 0], minlength=classes)

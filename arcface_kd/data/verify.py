@@ -5,6 +5,7 @@ import os
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from typing import NamedTuple
 
 import numpy as np
@@ -75,14 +76,11 @@ def _listed(lines: list[str]) -> list[str]:
 
 
 def verify(rec: Rec, *, num_classes: int | None = None) -> DataReport:
-    """Decode every image of a data set, and count what may be wrong with it.
+    """Decode every image of one data set or several, and count what may be wrong with it.
 
     Args:
-        rec: one data set or several, see :func:`~arcface_kd.data.joined.open_rec`.
+        rec: see :func:`~arcface_kd.data.joined.open_rec`.
         num_classes: labels must be below it; None for no limit.
-
-    Returns:
-        The report.
 
     Raises:
         DataError: the set cannot be opened.
@@ -91,18 +89,15 @@ def verify(rec: Rec, *, num_classes: int | None = None) -> DataReport:
 
     # Several sets read all labels when they are opened: what is wrong with one must not be the end.
     faces = open_rec(rec, on_bad_record="skip")
-    labels, digests = np.full(len(faces), -1, dtype=np.int64), np.zeros(len(faces), dtype=np.uint64)
+    labels, digests = np.empty(len(faces), dtype=np.int64), np.empty(len(faces), dtype=np.uint64)
     sizes: Counter[tuple[int, int]] = Counter()
     faults = []
-
-    def look(index: int) -> _Seen:
-        return _look(faces, index, num_classes)
 
     # OpenCV and hashlib let other threads run.
     with ThreadPoolExecutor(os.cpu_count()) as pool, tqdm(total=len(faces), unit="image", disable=None) as bar:
         for start in range(0, len(faces), _AT_ONCE):
             batch = range(start, min(start + _AT_ONCE, len(faces)))
-            for index, seen in zip(batch, pool.map(look, batch), strict=True):
+            for index, seen in zip(batch, pool.map(partial(_look, faces, num_classes), batch), strict=True):
                 labels[index], digests[index] = seen.label, seen.digest
                 sizes[seen.size] += 1
                 if seen.fault is not None:
@@ -127,7 +122,7 @@ def verify(rec: Rec, *, num_classes: int | None = None) -> DataReport:
     )
 
 
-def _look(faces: FaceDataset, index: int, num_classes: int | None) -> _Seen:
+def _look(faces: FaceDataset, num_classes: int | None, index: int) -> _Seen:
     try:
         data, label = faces.image_bytes(index), faces.label(index)
         digest = int.from_bytes(hashlib.blake2b(data, digest_size=8).digest(), "little")

@@ -10,7 +10,7 @@ _LONGEST_MESSAGE = 4000
 
 
 def flush_or_stop() -> None:
-    """Print what waits in the buffer, or nothing more: Python would end with a traceback over it."""
+    """Flush standard output, or stop printing: Python would end with a traceback."""
     try:
         sys.stdout.flush()
     except OSError:

@@ -1,4 +1,4 @@
-"""Recognise what stands in place of a file: Git LFS pointers, HTML of a failed download, archives not yet unpacked."""
+"""Recognise files that were not downloaded or unpacked: Git LFS pointers, HTML pages, archives."""
 
 _ARCHIVES = {
     b"PK\x03\x04": "a zip archive",
@@ -24,7 +24,7 @@ def is_html(head: bytes) -> bool:
 
 
 def is_archive(head: bytes) -> bool:
-    """Whether a file is an archive; 512 bytes tell all kinds."""
+    """Whether a file is an archive, by its first 512 bytes."""
     return head.startswith(tuple(_ARCHIVES)) or head[_TAR_MAGIC] == b"ustar"
 
 

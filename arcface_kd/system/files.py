@@ -64,9 +64,10 @@ def _make_temporary(target: Path) -> tuple[int, Path]:
 
 
 def _name(error: BaseException, target: Path, temporary: Path | None = None) -> None:
-    """Let an error of the system say which file it is about, where it names none or one that nobody has heard of."""
-    unknown = isinstance(error, OSError) and (temporary is None or error.filename in (None, os.fspath(temporary)))
-    if unknown and isinstance(error, OSError) and error.errno is not None:
+    """Let an error of the system say which file it is about, where it names none or the temporary one."""
+    if not isinstance(error, OSError) or error.errno is None:
+        return
+    if temporary is None or error.filename in (None, os.fspath(temporary)):
         error.filename = os.fspath(target)
 
 
@@ -114,7 +115,7 @@ def atomic_write(path: str | os.PathLike[str]) -> Iterator[IO[bytes]]:
 
 
 def open_regular(path: str | os.PathLike[str]) -> IO[bytes]:
-    """Open a file for reading if it is one, and no folder, pipe, socket or device; links are followed."""
+    """Open a file for reading; folders, pipes, sockets and devices are refused, links are followed."""
     # Without O_NONBLOCK the very opening of a pipe waits for somebody to write to it; regular files do not mind it.
     descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
     mode = os.fstat(descriptor).st_mode
@@ -143,7 +144,7 @@ def run_lock(folder: Path) -> Iterator[None]:
 
 
 def reserve_space(stream: IO[bytes], size: int) -> None:
-    """Make a file of zeros that has its room on the disk, where the file system can promise that."""
+    """Fill a file with zeros and reserve its room on the disk, where the file system can."""
     stream.truncate(0)
     try:
         os.posix_fallocate(stream.fileno(), 0, size)

@@ -1,4 +1,4 @@
-"""Turn out-of-memory errors into one line, and those of processes that were ended to free memory."""
+"""Turn errors of memory into one line: out of memory, or a process that the system has ended to free some."""
 
 import contextlib
 from collections.abc import Callable, Iterator

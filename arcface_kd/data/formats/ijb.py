@@ -43,7 +43,7 @@ class Enrolment:
 
 @dataclass(frozen=True, eq=False)
 class IJBSet:
-    """Faces, their grouping into templates, and what is to be told apart."""
+    """Faces, their grouping into templates, and the pairs and searches to judge."""
 
     name: str  # ``ijbb``, ``ijbc`` or what else the files' names begin with
     folder: Path  # where the images are
@@ -120,7 +120,7 @@ def read_ijb(folder: str | os.PathLike[str]) -> IJBSet:
 
 
 def _require_images(folder: Path, files: list[str]) -> None:
-    """Refuse lists whose images are not all there; a listing tells it at once, and embedding takes hours."""
+    """Refuse lists whose images are not all there, before hours of embedding."""
     there: dict[str, set[str]] = {}
     missing = []
     for file in files:
@@ -193,7 +193,7 @@ def _integers(path: Path, columns: int, *, delimiter: str | None = None, header:
     """The first columns of a table; numpy's parser, for 1:1 lists have millions of lines."""
     try:
         with io.TextIOWrapper(open_regular(path), encoding="utf-8") as stream, warnings.catch_warnings():
-            # Of an empty list, which whoever asks for it refuses.
+            # Of an empty list, which the callers refuse.
             warnings.simplefilter("ignore", UserWarning)
             return np.loadtxt(
                 stream, np.int64, comments=None, delimiter=delimiter, skiprows=header, usecols=range(columns), ndmin=2

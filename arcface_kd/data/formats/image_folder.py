@@ -6,7 +6,7 @@ from collections import Counter
 from pathlib import Path
 from typing import NamedTuple
 
-from arcface_kd.errors import DataError
+from arcface_kd.errors import BadRecordError, DataError
 from arcface_kd.system.console import printable
 from arcface_kd.system.files import open_regular
 
@@ -99,9 +99,9 @@ def list_identities(root: str | os.PathLike[str], *, follow_links: bool = False)
     """List a folder of identities as torchvision's ``ImageFolder`` orders it, so that labels are the host's.
 
     The label of an identity is its place in the list. Images may lie in sub-folders of an identity's folder. Hidden
-    files and folders, those of systems (``@eaDir``, ``__MACOSX``, ...) and files that are no images are passed over; a
-    warning counts them. Another one tells of identities whose images lie in sub-folders only, as those of a folder one
-    level too high do. Symbolic links are refused unless they are to be followed.
+    files and folders, those of systems (``@eaDir``, ``__MACOSX``, ...) and files that are no images are skipped and
+    counted in a warning. Identities whose images all lie in sub-folders are named in another: the folder may be one
+    level too high. Symbolic links are refused unless they are to be followed.
     """
     listing = _Listing(follow_links)
     identities, nested, empty, outside = [], [], [], 0
@@ -172,12 +172,16 @@ def _warn(root: str | os.PathLike[str], listing: _Listing, outside: int, nested:
 
 
 def read_image_file(path: str | os.PathLike[str]) -> bytes:
-    """Read an image file's bytes, unless it is larger than any image of a face."""
+    """Read an image file's bytes.
+
+    Raises:
+        BadRecordError: it cannot be read, or is larger than any image of a face.
+    """
     try:
         with open_regular(path) as stream:
             size = os.fstat(stream.fileno()).st_size
             if size > _LARGEST_FILE:
-                raise DataError(f"{path} has {size} bytes; no image of a face has more than {_LARGEST_FILE}")
+                raise BadRecordError(f"{path} has {size} bytes; no image of a face has more than {_LARGEST_FILE}")
             return stream.read()
     except OSError as error:
-        raise DataError(f"cannot read {path}: {error.strerror}") from None
+        raise BadRecordError(f"cannot read {path}: {error.strerror}") from None

@@ -1,4 +1,4 @@
-"""Who is on the images of verification pairs, as far as a data set tells.
+"""Who is on the images of verification pairs, as far as it is known.
 
 A ``.bin`` says of each pair only whether it shows one person. Pairs share persons, though, so their scores are not
 independent of each other, and a confidence interval has to know. A text file beside the ``.bin`` may name the persons;
@@ -26,8 +26,7 @@ class PairIdentities(NamedTuple):
     # (P, 2) int64, a number for each person; equal within a genuine pair. Without a file that states them one person
     # may have several numbers, never two persons one.
     numbers: NDArray[np.int64]
-    # ``stated`` in a file; from ``shared images``; ``unknown`` where no image occurs twice, so that no two pairs can be
-    # told to have a person in common.
+    # ``stated`` in a file; from ``shared images``; ``unknown`` where no image occurs twice.
     source: Source
 
 

@@ -12,73 +12,24 @@ from arcface_kd.errors import DataError
 from arcface_kd.system.downloads import found_instead
 from arcface_kd.system.files import open_regular
 
-_TAB, _NEWLINE, _RETURN, _ZERO = b"\t\n\r0"
+LARGEST_KEY = 10**18 - 1
 _INDEX_LINE = re.compile(rb"[0-9]{1,18}\t[0-9]{1,18}\r?")
-_MAX_DIGITS = 18
 # Large enough to amortise numpy's calls, small enough that the working arrays stay in the processor's cache.
 _INDEX_CHUNK = 1 << 20
 _COMPARED_AT_ONCE = 1 << 16
 BUILD_ANEW = "build it anew with `arcface-kd data index`"
 
 
-def _column(digits: NDArray[Any], stops: NDArray[np.int64], widths: NDArray[np.int64]) -> NDArray[Any]:
-    """Decimal numbers that end before ``stops`` and are ``widths`` digits long, as int64."""
-    values = np.zeros(len(stops), dtype=np.int64)
-    narrowest = int(widths.min())
-    for place in range(int(widths.max())):
-        digit = digits.take(stops - (1 + place), mode="clip").astype(np.int64)
-        if place >= narrowest:
-            digit[widths <= place] = 0
-        digit *= 10**place
-        values += digit
-    return values
-
-
-def _parse_even_lines(text: NDArray[Any]) -> tuple[NDArray[Any], NDArray[Any]] | None:
-    """Keys and offsets of lines of one width with the tab in one place, as nearly all chunks are; else None."""
-    width = int((text == _NEWLINE).argmax()) + 1
-    tab = int((text[:width] == _TAB).argmax())
-    if len(text) % width or not 1 <= tab <= _MAX_DIGITS or not 1 <= width - tab - 2 <= _MAX_DIGITS:
+def _parse_index_chunk(chunk: bytes) -> NDArray[np.int64] | None:
+    """Keys and offsets of whole lines, int64 (2, N), or None where a line is not ``digits<TAB>digits``."""
+    lines = chunk.count(b"\n")
+    if chunk.replace(b"\r\n", b"\n").translate(None, b"0123456789") != b"\t\n" * lines:
         return None
-    lines = text.reshape(-1, width)
-    if not (np.all(lines[:, tab] == _TAB) and np.all(lines[:, -1] == _NEWLINE)):
+    # Numbers that int64 cannot hold become its largest.
+    numbers = np.fromstring(chunk, dtype=np.int64, sep=" ")
+    if len(numbers) != 2 * lines or numbers.max() > LARGEST_KEY:
         return None
-    # One row a digit place, so that the arithmetic below runs along memory.
-    columns = np.subtract(lines.T, np.uint8(_ZERO), order="C")
-    numbers = []
-    for places in (columns[:tab], columns[tab + 1 : -1]):
-        if places.max() > 9:
-            return None
-        values = np.zeros(columns.shape[1], dtype=np.int64)
-        for place in places:
-            values *= 10
-            values += place
-        numbers.append(values)
-    return numbers[0], numbers[1]
-
-
-def _parse_index_chunk(chunk: bytes) -> tuple[NDArray[Any], NDArray[Any]] | None:
-    """Keys and offsets of whole lines, or None when a line is not ``digits<TAB>digits``."""
-    text = np.frombuffer(chunk, dtype=np.uint8)
-    even = _parse_even_lines(text)
-    if even is not None:
-        return even
-    ends = np.flatnonzero(text == _NEWLINE)
-    tabs = np.flatnonzero(text == _TAB)
-    if len(tabs) != len(ends):
-        return None
-    starts = np.concatenate(([0], ends[:-1] + 1))
-    stops = ends - (text.take(ends - 1, mode="clip") == _RETURN)
-    key_widths = tabs - starts
-    offset_widths = stops - tabs - 1
-    narrowest = min(int(key_widths.min()), int(offset_widths.min()))
-    widest = max(int(key_widths.max()), int(offset_widths.max()))
-    if narrowest < 1 or widest > _MAX_DIGITS:
-        return None
-    digits = text - np.uint8(_ZERO)
-    if np.count_nonzero(digits <= 9) != int(key_widths.sum()) + int(offset_widths.sum()):
-        return None
-    return _column(digits, tabs, key_widths), _column(digits, stops, offset_widths)
+    return numbers.reshape(-1, 2).T
 
 
 def _bad_index_line(path: Path, lines_before: int, chunk: bytes) -> DataError:
@@ -119,8 +70,8 @@ def read_index(path: Path) -> NDArray[np.int64]:
             parsed = _parse_index_chunk(chunk)
             if parsed is None:
                 raise _bad_index_line(path, lines, chunk)
-            index[:, lines : lines + len(parsed[0])] = parsed
-            lines += len(parsed[0])
+            index[:, lines : lines + parsed.shape[1]] = parsed
+            lines += parsed.shape[1]
     if not lines:
         raise DataError(f"{path} is empty; {BUILD_ANEW}")
     return index
@@ -143,7 +94,7 @@ def _repeated(values: NDArray[Any]) -> int | None:
 
 
 def check_index(keys: NDArray[np.int64], offsets: NDArray[np.int64], size: int, rec_path: Path, idx_path: Path) -> None:
-    """Check what can be told without reading a record: keys and offsets occur once, and offsets fit the file."""
+    """Check without reading a record: keys and offsets occur once, and offsets fit the file."""
     last = int(offsets.argmax())
     if int(offsets[last]) >= size:
         raise DataError(

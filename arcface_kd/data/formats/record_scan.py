@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from arcface_kd.data.formats.record import HEADER
-from arcface_kd.data.formats.record_index import ascending, read_index
+from arcface_kd.data.formats.record_index import LARGEST_KEY, ascending, read_index
 from arcface_kd.data.formats.recordio import FIRST, LENGTH_BITS, LENGTH_MASK, MAGIC, MIDDLE, PART, WHOLE, RecordReader
 from arcface_kd.errors import DataError
 from arcface_kd.system.downloads import found_instead
@@ -20,7 +20,6 @@ from arcface_kd.system.files import atomic_write, open_regular
 # Records at once: large enough to amortise numpy's calls, small enough that the working arrays take some megabytes.
 _CHUNK = 1 << 17
 _WORD = 4
-_LARGEST_KEY = 10**18 - 1
 
 
 class Headers(NamedTuple):
@@ -86,7 +85,7 @@ def _headers(
 
 
 class BuiltIndex(NamedTuple):
-    """What came of building an index."""
+    """Result of building an index."""
 
     path: Path  # the index
     records: int  # number of records
@@ -157,7 +156,7 @@ def _keys(numbers: NDArray[np.int64], imageless: NDArray[Any]) -> NDArray[np.int
     """The numbers that records carry where they can be keys, else the records' places in the file."""
     places = np.arange(len(numbers))
     header_first = imageless[0] and numbers[0] == 0
-    if header_first or len(np.unique(numbers)) < len(numbers) or numbers.max() > _LARGEST_KEY:
+    if header_first or len(np.unique(numbers)) < len(numbers) or numbers.max() > LARGEST_KEY:
         return places
     return numbers if numbers.min() == 0 or not imageless.any() else places
 

@@ -14,7 +14,6 @@ from contextlib import ExitStack, suppress
 from functools import cached_property
 from multiprocessing.context import get_spawning_popen
 from pathlib import Path
-from types import TracebackType
 from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
@@ -22,7 +21,7 @@ import torch
 from numpy.typing import NDArray
 
 from arcface_kd.data.formats.record_index import BUILD_ANEW, ascending, check_index, read_index
-from arcface_kd.errors import DataError
+from arcface_kd.errors import BadRecordError, DataError
 from arcface_kd.system.downloads import found_instead
 from arcface_kd.system.files import atomic_write, open_regular
 
@@ -45,14 +44,9 @@ class RecordReader:
     index is one int64 array of 16 bytes a record. Workers made by fork share it as it is; when a reader is sent to a
     worker made by spawn or forkserver, the index moves to shared memory once and every worker maps it.
 
-    Opening checks what can be told without touching every record: the index is well formed, no key or offset occurs
-    twice, every offset lies in the file, the first record begins where the file does and the last one ends where it
-    ends. Reading checks the rest: no record reaches over one that the index lists, so that records of many parts, which
-    have to be put together, are never longer in all than the file.
-
-    Attributes:
-        rec_path: the ``.rec`` file.
-        idx_path: the ``.idx`` file.
+    Opening checks all but the records: the index is well formed, no key or offset occurs twice, every offset lies in
+    the file, the first record begins where the file does and the last one ends where it ends. Reading checks the rest:
+    no record reaches into the next, so that records put together of many parts are never longer in all than the file.
 
     Args:
         rec_path: the ``.rec`` file.
@@ -65,26 +59,28 @@ class RecordReader:
     def __init__(self, rec_path: str | os.PathLike[str], idx_path: str | os.PathLike[str]) -> None:
         self.rec_path = Path(rec_path)
         self.idx_path = Path(idx_path)
-        self._shared: torch.Tensor | None = None
         self._open_map()
         try:
-            try:
-                self._hold(read_index(self.idx_path))
-            except FileNotFoundError:
-                raise DataError(
-                    f"{self.rec_path} has lost its index, {self.idx_path.name}: build it with `arcface-kd data index "
-                    f"{self.rec_path.parent}`"
-                ) from None
-            except OSError as error:
-                raise DataError(f"cannot read {self.idx_path}: {error.strerror}") from None
+            self._hold(torch.from_numpy(self._read_index()))
             self._check_index()
         except DataError:
             self.close()
             raise
 
-    def _hold(self, index: NDArray[Any]) -> None:
+    def _read_index(self) -> NDArray[np.int64]:
+        try:
+            return read_index(self.idx_path)
+        except FileNotFoundError:
+            raise DataError(
+                f"{self.rec_path} has lost its index, {self.idx_path.name}: build it with `arcface-kd data index "
+                f"{self.rec_path.parent}`"
+            ) from None
+        except OSError as error:
+            raise DataError(f"cannot read {self.idx_path}: {error.strerror}") from None
+
+    def _hold(self, index: torch.Tensor) -> None:
         self._index = index
-        self._keys, self._offsets = index
+        self._keys, self._offsets = index.numpy()
 
     def _open_map(self) -> None:
         try:
@@ -150,16 +146,11 @@ class RecordReader:
         return np.where(self.keys[positions] == keys, positions, -1)
 
     def read(self, key: int) -> bytes | memoryview:
-        """Read the record with a key.
-
-        Args:
-            key: one of ``keys``.
-
-        Returns:
-            The record: a view of the map, or bytes where a record of several parts had to be put together.
+        """Read the record with a key: a view of the map, or bytes where several parts had to be put together.
 
         Raises:
-            DataError: no such key, or a damaged record; the message names key, byte offset and reason.
+            DataError: no such key.
+            BadRecordError: a damaged record; the message names key, byte offset and reason.
         """
         position = int(self.find(np.array([key], dtype=np.int64))[0])
         if position < 0:
@@ -167,17 +158,7 @@ class RecordReader:
         return self.read_at(position)
 
     def read_at(self, position: int) -> bytes | memoryview:
-        """Read the record at a position of the index.
-
-        Args:
-            position: 0 .. ``len(self) - 1``, in the order of the ``.idx`` file.
-
-        Returns:
-            The record, as ``read`` gives it.
-
-        Raises:
-            DataError: a damaged record; the message names key, byte offset and reason.
-        """
+        """Read the record at a position of the index, 0 .. ``len(self) - 1``; see ``read``."""
         return self._record(position)[0]
 
     def where(self, position: int) -> str:
@@ -199,7 +180,7 @@ class RecordReader:
             record = _MAGIC_BYTES.join(parts)
         elif flag != WHOLE:
             raise self._damaged(position, f"it starts with a part flagged {flag}, wanted 0 or 1")
-        # The next record's magic number tells a wrong length, which would otherwise hand on half an image.
+        # The next record's magic number shows a wrong length, which would otherwise hand on half an image.
         if end < self._size and self._view[end : end + 4] != _MAGIC_BYTES:
             raise self._damaged(position, f"no record follows at byte {end}, so that its length is wrong")
         return record, end
@@ -222,8 +203,8 @@ class RecordReader:
             raise self._damaged(position, reason)
         return word >> LENGTH_BITS, self._view[start : start + length], end
 
-    def _damaged(self, position: int, reason: str) -> DataError:
-        return DataError(f"{self.where(position)}: {reason}")
+    def _damaged(self, position: int, reason: str) -> BadRecordError:
+        return BadRecordError(f"{self.where(position)}: {reason}")
 
     def close(self) -> None:
         """Close the file; the map itself goes when the last record that views it is gone."""
@@ -234,52 +215,35 @@ class RecordReader:
     def __enter__(self) -> "Self":
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
-    def __getstate__(self) -> dict[str, Any]:
-        if get_spawning_popen() is not None and self._shared is None:
+    def __getstate__(self) -> tuple[Path, Path, int, object]:
+        if get_spawning_popen() is not None and not self._index.is_shared():
             # Without room in /dev/shm every worker gets a copy of its own, which costs memory but is right.
             with suppress(RuntimeError):
-                self._shared = torch.from_numpy(self._index).clone().share_memory_()
-                self._hold(self._shared.numpy())
-        return {
-            "rec_path": self.rec_path,
-            "idx_path": self.idx_path,
-            "size": self._size,
-            "index": self._index if self._shared is None else self._shared,
-        }
+                self._hold(self._index.clone().share_memory_())
+        index = self._index if self._index.is_shared() else self._index.numpy()
+        return self.rec_path, self.idx_path, self._size, index
 
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self.rec_path = state["rec_path"]
-        self.idx_path = state["idx_path"]
-        index = state["index"]
-        self._shared = index if isinstance(index, torch.Tensor) else None
-        self._hold(index if self._shared is None else self._shared.numpy())
+    def __setstate__(self, state: tuple[Path, Path, int, Any]) -> None:
+        self.rec_path, self.idx_path, size, index = state
+        self._hold(torch.as_tensor(index))
         self._open_map()
-        if self._size != state["size"]:
-            size = self._size
+        if self._size != size:
             self.close()
-            raise DataError(f"{self.rec_path} had {state['size']} bytes when it was opened and has {size} now")
+            raise DataError(f"{self.rec_path} had {size} bytes when it was opened and has {self._size} now")
 
 
 class RecordWriter:
     """Write a ``.rec`` file and its ``.idx``, byte for byte as mxnet's ``MXIndexedRecordIO`` does.
 
-    A context manager: both files appear when the block ends, and neither does when it raises.
-
-    Args:
-        rec_path: the ``.rec`` file; its folder must exist.
-        idx_path: its index.
+    A context manager: both files appear when the block ends, and neither does when it raises. Their folder must exist.
     """
 
     def __init__(self, rec_path: str | os.PathLike[str], idx_path: str | os.PathLike[str]) -> None:
         self.rec_path = Path(rec_path)
         self.idx_path = Path(idx_path)
-        self._offset = 0
-        self._files = ExitStack()
 
     def __enter__(self) -> "Self":
         with ExitStack() as files:
@@ -290,11 +254,9 @@ class RecordWriter:
         self._offset = 0
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        if error is not None:
-            self._files.__exit__(kind, error, trace)
+    def __exit__(self, *raised: Any) -> None:
+        if raised[1] is not None:
+            self._files.__exit__(*raised)
             return
         with self._files:
             self.sync()
@@ -306,11 +268,7 @@ class RecordWriter:
             os.fsync(stream.fileno())
 
     def write(self, key: int, record: bytes) -> None:
-        """Append a record.
-
-        Args:
-            key: its key in the index, not negative; each key once.
-            record: its bytes, less than 2**29, as ``pack`` returns them.
+        """Append a record of less than 2**29 bytes, as ``pack`` returns them, under a key of its own, 0 or more.
 
         Raises:
             DataError: the record is too long or the key is negative.

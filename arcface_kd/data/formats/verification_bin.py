@@ -38,15 +38,6 @@ class VerificationSet:
     path: Path | None = None  # the file that it was read from
 
 
-def _refuse_repetition(images: Sequence[bytes], size: int, name: Path) -> None:
-    """A pickle may name one image any number of times, for two bytes each, and each is decoded to 38 kB."""
-    if len(images) > FREE_IMAGES + size // BYTES_PER_IMAGE:
-        raise DataError(
-            f"{name} names {len(images)} images in {size} bytes: the same ones again and again; wanted a verification "
-            "set of some thousand pairs"
-        )
-
-
 def _check(images: Sequence[bytes], is_same: NDArray[np.bool_], name: str) -> None:
     if len(images) != 2 * len(is_same) or not len(images):
         raise DataError(
@@ -59,7 +50,7 @@ def list_bins(folder: str | os.PathLike[str]) -> list[Path]:
     """List the verification sets of a folder.
 
     Other files that end in ``.bin`` (macOS's ``._lfw.bin``, weights such as ``pytorch_model.bin``) are passed over with
-    a warning. A damaged or empty set, a Git LFS pointer and an HTML page are not: whoever reads them is told.
+    a warning. A damaged or empty set, a Git LFS pointer and an HTML page are listed, and refused when they are read.
     """
     found = []
     for path in sorted(Path(folder).glob("*.bin")):
@@ -72,7 +63,7 @@ def list_bins(folder: str | os.PathLike[str]) -> list[Path]:
 
 
 def _other_kind(path: Path) -> str | None:
-    """What a file is that nobody meant for a verification set, or None."""
+    """What a file is that was not meant for a verification set, or None."""
     try:
         with open_regular(path) as stream:
             head = stream.read(_HEAD)
@@ -114,7 +105,9 @@ def read_bin(path: str | os.PathLike[str]) -> VerificationSet:
             f"{name} is no verification set: it holds {refusal}; wanted a pickled list of images and one of booleans"
         ) from None
     _check(images, is_same, str(name))
-    _refuse_repetition(images, size, name)
+    # A pickle may name one image any number of times, for two bytes each, and each is decoded to 38 kB.
+    if len(images) > FREE_IMAGES + size // BYTES_PER_IMAGE:
+        raise DataError(f"{name} names {len(images)} images in {size} bytes: the same ones again and again")
     return VerificationSet(name.stem, images, is_same, name)
 
 

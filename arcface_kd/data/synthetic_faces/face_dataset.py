@@ -58,7 +58,7 @@ def write_dataset(
     title: str | None = None,
     processes: int = 1,
 ) -> None:
-    """Draw a training set and a verification set.
+    """Draw a training set and a verification set; the same seed gives the same files.
 
     ``train.rec``, ``train.idx`` and ``property`` hold identities 0 .. ``identities`` - 1 of the population in
     InsightFace's layout, labelled by number. ``synthetic.bin`` holds pairs of ``heldout_identities`` others;
@@ -67,16 +67,15 @@ def write_dataset(
 
     Args:
         out: folder for the files; made when missing. Files of the same names are replaced.
-        identities: number of training identities, the classes; 2 or more.
+        identities: training identities, the classes; 2 or more.
         images_per_identity: 1 or more.
-        pairs: number of verification pairs, a multiple of 20.
-        heldout_identities: number of verification identities, 2 or more.
-        heldout_from: the first of them in the population, at least ``identities``; None takes the one that follows the
-            training identities. Sets of different sizes can share held-out identities that way.
-        seed: of the population, not negative; the same seed gives the same files.
+        pairs: verification pairs, a multiple of 20.
+        heldout_identities: verification identities, 2 or more.
+        heldout_from: the first of them in the population, at least ``identities``, so that sets of different sizes can
+            share them; None takes the one that follows the training identities.
+        seed: of the population, not negative.
         title: of the progress bar; None shows none.
-        processes: that draw, 1 or more; the files are the same. More than one are started by importing the program's
-            main module, as :mod:`multiprocessing` does it.
+        processes: that draw, 1 or more, started by importing the program's main module.
 
     Raises:
         ConfigError: a number out of range.
