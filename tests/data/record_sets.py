@@ -1,12 +1,43 @@
 """Small data sets, written record by record, for the tests to read."""
 
+import os
+from collections.abc import Sequence
 from pathlib import Path
 
 import cv2
 import numpy as np
+import pytest
 
+from arcface_kd.data.dataset import open_dataset
 from arcface_kd.data.formats.record import RecordHeader, pack
 from arcface_kd.data.formats.recordio import RecordWriter
+from arcface_kd.errors import DataError
+
+MAGIC = b"\x0a\x23\xd7\xce"
+"""What every part of a record begins with."""
+
+
+def one_line(error: BaseException) -> str:
+    """The message of an error, which must be of one line."""
+    assert "\n" not in str(error)
+    return str(error)
+
+
+def make_odd(path: Path, kind: str) -> None:
+    """Put something there that is no file: a pipe, a folder, an endless device, or a link to nothing."""
+    if kind == "pipe":
+        os.mkfifo(path)
+    elif kind == "folder":
+        path.mkdir()
+    else:
+        path.symlink_to("/dev/zero" if kind == "device" else "gone")
+
+
+def refused(root: Path, num_classes: int | None = None) -> str:
+    """The message with which a data set is refused."""
+    with pytest.raises(DataError) as caught:
+        open_dataset(root, num_classes)
+    return one_line(caught.value)
 
 
 def pixels(seed: int, height: int = 112, width: int = 112) -> np.ndarray:
@@ -20,9 +51,9 @@ def encoded(seed: int, suffix: str = ".jpg", height: int = 112, width: int = 112
     return cv2.imencode(suffix, pixels(seed, height, width))[1].tobytes()
 
 
-def record(key: int, label: float | list[float], payload: bytes) -> bytes:
+def record(key: int, label: float | Sequence[float], payload: bytes) -> bytes:
     """A packed record whose id is its key."""
-    return pack(RecordHeader(0, np.array(label) if isinstance(label, list) else label, key, 0), payload)
+    return pack(RecordHeader(0, np.array(label) if isinstance(label, Sequence) else label, key, 0), payload)
 
 
 def write_records(folder: Path, records: list[tuple[int, bytes]], prefix: str = "train") -> Path:

@@ -10,19 +10,7 @@ from PIL import Image
 from arcface_kd.data.dataset import FolderDataset, View, open_dataset
 from arcface_kd.data.formats.image import decode_rgb
 from arcface_kd.errors import DataError
-from tests.data.record_sets import encoded, pixels
-
-
-def one_line(error: BaseException) -> str:
-    assert "\n" not in str(error)
-    return str(error)
-
-
-def refused(root: Path, num_classes: int | None = None) -> str:
-    """The message with which a folder is refused."""
-    with pytest.raises(DataError) as caught:
-        open_dataset(root, num_classes)
-    return one_line(caught.value)
+from tests.data.record_sets import encoded, pixels, refused
 
 
 def write_image(path: Path, seed: int) -> None:
@@ -50,6 +38,7 @@ def test_folders_are_listed_as_the_host_lists_them(tmp_path: Path) -> None:
     (tmp_path / "sheet.jpg").write_text("not in an identity")
     faces = FolderDataset(tmp_path)
     assert [(faces.where(index), faces.label(index)) for index in range(len(faces))] == image_folder_twin(tmp_path)
+    assert faces.labels().tolist() == [label for _, label in image_folder_twin(tmp_path)]
     assert len(faces) == len(places)
     assert faces.names == ["Z", "a", "b", "é"]
     sample = faces[View(1, True)]
@@ -107,8 +96,8 @@ def test_a_clean_folder_is_listed_without_a_word(tmp_path: Path, caplog: pytest.
 
 @pytest.mark.parametrize("suffix", ["jpe", "jfif", "tif", "TIFF", "ppm", "pgm", "pbm", "gif", "jp2", "dib", "bmp"])
 def test_images_of_other_suffixes_are_faces(tmp_path: Path, suffix: str) -> None:
-    kind = {"jpe": "JPEG", "jfif": "JPEG", "tif": "TIFF", "gif": "GIF", "jp2": "JPEG2000"}.get(suffix.lower())
-    kind = kind or {"tiff": "TIFF", "dib": "BMP", "bmp": "BMP"}.get(suffix.lower(), "PPM")
+    kinds = {"jpe": "JPEG", "jfif": "JPEG", "tif": "TIFF", "gif": "GIF", "jp2": "JPEG2000", "dib": "BMP", "bmp": "BMP"}
+    kind = kinds.get(suffix.lower().removesuffix("f"), kinds.get(suffix.lower(), "PPM"))
     picture = Image.fromarray(pixels(1)[..., ::-1])
     picture = picture.convert({"pgm": "L", "pbm": "1", "gif": "P"}.get(suffix, "RGB"))
     (tmp_path / "a").mkdir()

@@ -116,11 +116,7 @@ def test_a_table_that_is_none_is_refused(sets: list[str], tmp_path: Path) -> Non
 
 @pytest.mark.parametrize(
     ("chosen", "classes", "named", "kind"),
-    [
-        ([0, 1], 4, "num_classes=5", DataError),
-        ([], None, "rec", ConfigError),
-        ([0, 1, 0], None, "first", ConfigError),
-    ],
+    [([0, 1], 4, "num_classes=5", DataError), ([], None, "rec", ConfigError), ([0, 1, 0], None, "first", ConfigError)],
 )
 def test_sets_that_cannot_be_joined_are_refused(
     sets: list[str], chosen: list[int], classes: int | None, named: str, kind: type[ArcfaceKDError]

@@ -1,3 +1,5 @@
+"""A folder of images becomes records in InsightFace's layout, or nothing at all."""
+
 import os
 from pathlib import Path
 from types import ModuleType
@@ -14,6 +16,12 @@ from arcface_kd.data.formats.recordio import RecordReader, RecordWriter
 from arcface_kd.data.pack import PackCounts, pack_folder, write_identities
 from arcface_kd.errors import DataError
 from tests.data.record_sets import encoded, pixels
+
+
+def everything_in(root: Path, *, files_only: bool = False) -> dict[str, bytes | None]:
+    """Contents by place; None for folders."""
+    found = {os.path.relpath(path, root): path.read_bytes() if path.is_file() else None for path in root.rglob("*")}
+    return {place: content for place, content in found.items() if content is not None or not files_only}
 
 
 @pytest.fixture
@@ -36,30 +44,19 @@ def folder(tmp_path: Path) -> Path:
     return root
 
 
-def test_what_was_packed_is_told_as_a_config_wants_it() -> None:
-    assert str(PackCounts(identities=3, images=7, resized=0)) == "num_classes=3 num_image=7"
-    assert str(PackCounts(3, 7, 2)).endswith("; 2 images were not 112x112 and have been scaled")
-
-
-def test_a_folder_becomes_records_in_insightface_layout(folder: Path, tmp_path: Path) -> None:
+def test_a_folder_becomes_records_in_insightface_layout(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     out = tmp_path / "new" / "packed"
     assert pack_folder(folder, out) == PackCounts(identities=3, images=7, resized=2)
+    assert capsys.readouterr() == ("", ""), "no progress bar without a terminal"
     assert sorted(path.name for path in out.iterdir()) == ["property", "train.idx", "train.rec"]
     assert (out / "property").read_text() == "3,112,112\n"
 
     faces = RecordDataset(out, num_classes=3)
     assert faces.keys.tolist() == [1, 2, 3, 4, 5, 6, 7]
     assert [faces.label(index) for index in range(7)] == [0, 0, 1, 1, 2, 2, 2]
-    order = [
-        "alice/grey.jpg",
-        "alice/large.jpg",
-        "bob/1.jpg",
-        "bob/2.png",
-        "carol/small.png",
-        "carol/w.webp",
-        "carol/z.bmp",
-    ]
-    for index, place in enumerate(order):
+    for index, place in enumerate(sorted(everything_in(folder, files_only=True))):
         data = (folder / place).read_bytes()
         if place in ("alice/large.jpg", "carol/small.png"):
             way = cv2.INTER_AREA if "large" in place else cv2.INTER_LINEAR
@@ -77,9 +74,7 @@ def test_a_folder_becomes_records_in_insightface_layout(folder: Path, tmp_path: 
         header, payload = unpack(reader.read(0))
         assert np.asarray(header.label).tolist() == [8, 11]
         assert len(payload) == 0
-        for key in range(1, 8):
-            assert unpack(reader.read(key))[0].id == key
-            assert unpack(reader.read(key))[0].flag == 0
+        assert [unpack(reader.read(key))[0].id for key in range(1, 8)] == list(range(1, 8))
         ranges = [np.asarray(unpack(reader.read(key))[0].label).tolist() for key in (8, 9, 10)]
         assert ranges == [[1, 3], [3, 5], [5, 8]]
 
@@ -100,12 +95,6 @@ def test_mxnet_reads_and_writes_the_same(mxnet: ModuleType, folder: Path, tmp_pa
         assert (out / f"train.{end}").read_bytes() == (tmp_path / f"a.{end}").read_bytes()
 
 
-def everything_in(root: Path) -> dict[str, bytes | None]:
-    return {
-        os.path.relpath(path, root): path.read_bytes() if path.is_file() else None for path in sorted(root.rglob("*"))
-    }
-
-
 @pytest.mark.parametrize("there", [False, True])
 def test_a_bad_image_leaves_everything_as_it_was(folder: Path, tmp_path: Path, there: bool) -> None:
     out = tmp_path / "packed"
@@ -115,9 +104,8 @@ def test_a_bad_image_leaves_everything_as_it_was(folder: Path, tmp_path: Path, t
         (out / "property").write_text("old")
     (folder / "carol" / "y.jpg").write_bytes(encoded(0)[:700])
     before = everything_in(tmp_path)
-    with pytest.raises(DataError, match=r"carol/y\.jpg") as caught:
+    with pytest.raises(DataError, match=r"carol/y\.jpg"):
         pack_folder(folder, out)
-    assert "\n" not in str(caught.value)
     assert everything_in(tmp_path) == before
 
 
@@ -131,24 +119,18 @@ def three_bad(folder: Path) -> list[str]:
     return list(bad)
 
 
-def test_all_bad_images_are_named_at_once(
-    folder: Path, three_bad: list[str], tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    with pytest.raises(DataError, match="3 of 10 images"):
-        pack_folder(folder, tmp_path / "packed")
-    assert not (tmp_path / "packed").exists()
-    assert len(caplog.records) == 3
-    for place in three_bad:
-        assert place in caplog.text
-
-
-def test_bad_images_are_left_out_when_asked(
+def test_bad_images_are_named_at_once_and_left_out_when_asked(
     folder: Path, three_bad: list[str], tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     """The records are those of the folder without the bad images, and the labels those of the folder as it is."""
+    with pytest.raises(DataError, match="3 of 10 images"):
+        pack_folder(folder, tmp_path / "packed")
+    assert not (tmp_path / "packed").exists()
+    assert [place for place in three_bad if place in caplog.text] == three_bad
+    caplog.clear()
     counts = pack_folder(folder, tmp_path / "packed", on_bad_record="skip")
     assert counts == PackCounts(identities=4, images=7, resized=2, skipped=3, emptied=1)
-    assert all(place in caplog.text for place in three_bad)
+    assert len(caplog.records) == 3
     faces = RecordDataset(tmp_path / "packed", num_classes=4)
     assert faces.labels().tolist() == [0, 0, 1, 1, 2, 2, 2]
     assert faces.stated_classes == 4
@@ -157,13 +139,6 @@ def test_bad_images_are_left_out_when_asked(
         assert np.asarray(unpack(reader.read(0))[0].label).tolist() == [8, 12]
         ranges = [np.asarray(unpack(reader.read(key))[0].label).tolist() for key in range(8, 12)]
         assert ranges == [[1, 3], [3, 5], [5, 8], [8, 8]]
-
-
-def test_nothing_but_bad_images_is_not_packed(tmp_path: Path) -> None:
-    (tmp_path / "faces" / "a").mkdir(parents=True)
-    (tmp_path / "faces" / "a" / "1.jpg").write_bytes(b"x")
-    with pytest.raises(DataError, match="1 of 1 images"):
-        pack_folder(tmp_path / "faces", tmp_path / "packed", on_bad_record="skip")
 
 
 def test_links_are_followed_when_asked(folder: Path, tmp_path: Path) -> None:
@@ -200,10 +175,8 @@ def test_a_full_disk_or_an_interruption_leaves_everything_as_it_was(
     monkeypatch.setattr(RecordWriter, "write", failing)
     before = everything_in(tmp_path)
     wanted = DataError if isinstance(error, OSError) else KeyboardInterrupt
-    with pytest.raises(wanted) as caught:
+    with pytest.raises(wanted, match="packed: No space left" if wanted is DataError else None):
         pack_folder(folder, tmp_path / "packed")
-    if isinstance(error, OSError):
-        assert str(caught.value) == f"cannot write to {tmp_path}/packed: No space left on device"
     assert everything_in(tmp_path) == before
 
 
@@ -219,26 +192,21 @@ def test_records_are_never_overwritten(folder: Path, tmp_path: Path) -> None:
 
 def test_places_that_cannot_be_are_refused(folder: Path, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("x")
-    with pytest.raises(DataError, match=r"cannot write to .*file: File exists"):
-        pack_folder(folder, tmp_path / "file")
-    with pytest.raises(DataError, match="cannot write to"):
-        pack_folder(folder, tmp_path / "file" / "below")
-    with pytest.raises(DataError, match=r"cannot list .*none: No such file"):
-        pack_folder(tmp_path / "none", tmp_path / "out")
     (tmp_path / "empty").mkdir()
-    with pytest.raises(DataError, match="holds no identity folders"):
-        pack_folder(tmp_path / "empty", tmp_path / "out")
-    (folder / "dave").mkdir()
-    with pytest.raises(DataError, match="dave"):
-        pack_folder(folder, tmp_path / "out")
+    (tmp_path / "hollow" / "dave").mkdir(parents=True)
+    (tmp_path / "bad" / "a").mkdir(parents=True)
+    (tmp_path / "bad" / "a" / "1.jpg").write_bytes(b"x")
+    for source, out, named in [
+        ("faces", "file", "file: File exists"),
+        ("faces", "file/below", "file/below: "),
+        ("none", "out", "none: No such file"),
+        ("empty", "out", "empty holds no identity folders"),
+        ("hollow", "out", "dave"),
+        ("bad", "out", "1 of 1 images"),
+    ]:
+        with pytest.raises(DataError, match=named):
+            pack_folder(tmp_path / source, tmp_path / out, on_bad_record="skip")
     assert not (tmp_path / "out").exists()
-
-
-def test_progress_is_silent_without_a_terminal(
-    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    pack_folder(folder, tmp_path / "packed")
-    assert capsys.readouterr() == ("", "")
 
 
 @pytest.mark.parametrize("images", [3, 5])

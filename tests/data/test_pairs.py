@@ -20,10 +20,10 @@ def labels_of(sizes: list[int]) -> NDArray[np.int64]:
     return np.repeat(np.arange(len(sizes)), sizes)
 
 
-@pytest.mark.parametrize("count", range(8))
-def test_a_ring_has_every_two_items_once(count: int) -> None:
-    found = [frozenset(pair) for pair in _ring(range(count))]
-    assert Counter(found) == Counter(map(frozenset, combinations(range(count), 2)))
+def test_a_ring_has_every_two_items_once() -> None:
+    for count in range(8):
+        found = [frozenset(pair) for pair in _ring(range(count))]
+        assert Counter(found) == Counter(map(frozenset, combinations(range(count), 2)))
 
 
 @pytest.mark.parametrize(
@@ -70,11 +70,7 @@ def test_the_seed_decides_and_nobody_is_left_out() -> None:
 
 @pytest.mark.parametrize(
     ("sizes", "most", "kind"),
-    [
-        ([2] * 19, 100, DataError),
-        ([2] * 9 + [1] * 20, 100, DataError),
-        ([2] * 20, 19, ConfigError),
-    ],
+    [([2] * 19, 100, DataError), ([2] * 9 + [1] * 20, 100, DataError), ([2] * 20, 19, ConfigError)],
 )
 def test_too_few_are_refused(sizes: list[int], most: int, kind: type[ArcfaceKDError]) -> None:
     with pytest.raises(kind, match="20"):

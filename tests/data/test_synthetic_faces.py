@@ -1,7 +1,6 @@
 """The built-in faces: reproducible, aligned, varied, and faces to a network that learned real ones."""
 
 import math
-from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,38 +13,22 @@ from hypothesis import strategies as st
 
 from arcface_kd.data.dataset import RecordDataset
 from arcface_kd.data.formats.face_alignment import TEMPLATE
+from arcface_kd.data.formats.image import decode_rgb
 from arcface_kd.data.formats.pair_identities import pair_identities
 from arcface_kd.data.formats.verification_bin import read_bin
 from arcface_kd.data.synthetic_faces import SyntheticFaces, write_dataset
-from arcface_kd.data.synthetic_faces.canvas import (
-    FIELD_LEFT,
-    FIELD_SIZE,
-    FIELD_TOP,
-    SIDE,
-    sample,
-    to_pixels,
-)
+from arcface_kd.data.synthetic_faces.canvas import FIELD_LEFT, sample
 from arcface_kd.data.synthetic_faces.face_dataset import draw_pairs
 from arcface_kd.data.synthetic_faces.features import Expression, Eyewear, landmarks
 from arcface_kd.data.synthetic_faces.photograph import alignment, visible_points
 from arcface_kd.data.synthetic_faces.portrait import Portrait
-from arcface_kd.data.synthetic_faces.shot import Camera, Light, Shot, draw_shot
-from arcface_kd.data.synthetic_faces.traits import Identity, draw_identity
+from arcface_kd.data.synthetic_faces.shot import Camera, Light, Shot
+from arcface_kd.data.synthetic_faces.traits import draw_identity
 from arcface_kd.errors import ConfigError, DataError
 
 AT_REST = Expression(0.0, 0.0, 0.0, 1.0, (0.0, 0.0), Eyewear.NONE, None)
-FRONTAL = Shot(
-    yaw=0.0,
-    pitch=0.0,
-    roll=0.0,
-    shift=(0.0, 0.0),
-    zoom=1.0,
-    expression=AT_REST,
-    light=Light(np.array([0, 0, 1], np.float32), np.ones(3, np.float32), np.zeros(3, np.float32)),
-    camera=Camera(1.0, 1.0, 1.0, 1.0, 0.0, None, 0.0, 95),
-)
-
-SQUARE = np.array([(-20, -20), (20, -20), (20, 20), (-20, 20)], np.float32)
+LIGHT = Light(np.array([0, 0, 1], np.float32), np.ones(3, np.float32), np.zeros(3, np.float32))
+FRONTAL = Shot(0.0, 0.0, 0.0, (0.0, 0.0), 1.0, AT_REST, LIGHT, Camera(1.0, 1.0, 1.0, 1.0, 0.0, None, 0.0, 95))
 
 
 @pytest.fixture(scope="module")
@@ -53,10 +36,6 @@ def crowd() -> np.ndarray:
     """One image of each of 150 identities, (150, 112, 112, 3)."""
     faces = SyntheticFaces(3)
     return np.stack([faces.image(identity, 0) for identity in range(150)])
-
-
-def people(count: int) -> list[Identity]:
-    return [draw_identity(np.random.default_rng(number)) for number in range(count)]
 
 
 # Reproducible and distinct
@@ -71,53 +50,17 @@ def test_an_image_does_not_depend_on_what_was_drawn_before() -> None:
         second.jpeg(identity, 3)
     backward = {key: second.jpeg(*key) for key in reversed(asked)}
     assert forward == backward
-    assert forward == {key: second.jpeg(*key) for key in asked}
-
-
-@pytest.mark.parametrize(("seed", "identity", "index"), [(1, 5, 2), (0, 6, 2), (0, 5, 3), (0, 2, 5)])
-def test_another_seed_identity_or_index_is_another_image(seed: int, identity: int, index: int) -> None:
-    one, other = SyntheticFaces(0).image(5, 2), SyntheticFaces(seed).image(identity, index)
-    assert np.abs(one.astype(int) - other.astype(int)).mean() > 8
-
-
-def test_many_images_are_all_different() -> None:
-    faces = SyntheticFaces(2)
-    drawn = {faces.jpeg(identity, index) for identity in range(12) for index in range(6)}
-    assert len(drawn) == 12 * 6
-
-
-def test_an_identity_keeps_its_traits_and_populations_differ() -> None:
-    def drawn(seed: int, identity: int) -> str:
-        return repr(SyntheticFaces(seed)._portrait(identity).identity)
-
-    assert drawn(4, 9) == drawn(4, 9)
-    assert len({drawn(seed, identity) for seed in range(3) for identity in range(10)}) == 30
-
-
-@pytest.mark.parametrize(("identity", "index"), [(-1, 0), (0, -1)])
-def test_numbers_are_not_negative(identity: int, index: int) -> None:
-    with pytest.raises(ValueError, match="negative"):
-        SyntheticFaces(0).jpeg(identity, index)
+    others = {SyntheticFaces(12).jpeg(*key) for key in asked}
+    assert len(others | set(forward.values())) == 2 * len(asked), "another seed, identity or index is another image"
+    np.testing.assert_array_equal(first.image(*asked[0]), decode_rgb(forward[asked[0]]))
 
 
 # Pixels
 
 
-def test_image_is_the_decoded_jpeg() -> None:
-    faces = SyntheticFaces(0)
-    pixels, encoded = faces.image(3, 4), faces.jpeg(3, 4)
-    assert encoded[:2] == b"\xff\xd8"
-    decoded = cv2.imdecode(np.frombuffer(encoded, np.uint8), cv2.IMREAD_COLOR)
-    assert decoded is not None
-    assert pixels.dtype == np.uint8
-    assert pixels.shape == (112, 112, 3)
-    assert np.array_equal(pixels, cv2.cvtColor(decoded, cv2.COLOR_BGR2RGB))
-
-
 def test_images_are_neither_flat_nor_saturated(crowd: np.ndarray) -> None:
     brightness = crowd.mean(axis=(1, 2, 3))
-    assert brightness.min() > 12
-    assert brightness.max() < 243
+    assert 12 < brightness.min() < brightness.max() < 243
     assert 80 < brightness.mean() < 160
     assert brightness.std() > 15, "light and skin should vary"
     assert crowd.std(axis=(1, 2, 3)).min() > 8
@@ -148,18 +91,12 @@ def test_a_person_varies_less_than_people_but_does_vary(crowd: np.ndarray) -> No
     assert within < crowd.astype(float).std(axis=0).mean()
 
 
-def test_red_is_the_first_channel() -> None:
-    portraits = [Portrait(np.random.default_rng(number)) for number in range(20)]
-    cheek = to_pixels(np.array([22, 6], np.float32)).astype(int)
-    colours = np.array([portrait.paint(AT_REST)[cheek[1], cheek[0], :3] for portrait in portraits]).mean(axis=0)
-    assert colours[0] > colours[1] + 15 > colours[2] + 20, "skin is redder than green, greener than blue"
-
-
 # Traits
 
 
 def test_anatomy_holds_over_the_population() -> None:
-    for person in people(300):
+    for number in range(300):
+        person = draw_identity(np.random.default_rng(number))
         eyes, brows, nose, mouth, head = person.eyes, person.brows, person.nose, person.mouth, person.head
         assert min(eyes.upper, eyes.lower) > 0.5, "lids must not cross"
         assert eyes.half_spacing - eyes.half_width > 4, "eyes leave room for the nose"
@@ -170,32 +107,14 @@ def test_anatomy_holds_over_the_population() -> None:
         assert head.chin < head.jaw < head.cheek, "the head tapers"
         assert head.cheek + person.hair.volume < -FIELD_LEFT, "the head fits into the field"
         for colour in (person.colours.skin, person.colours.hair, person.colours.lips, person.colours.iris):
-            assert colour.shape == (3,)
-            assert colour.min() >= 0
-            assert colour.max() <= 255
-
-
-def test_the_population_has_every_hair_style_beards_glasses_and_none() -> None:
-    crowd = people(400)
-    styles = Counter(person.hair.style for person in crowd)
-    assert len(styles) == 8
-    assert max(styles.values()) < 0.4 * len(crowd)
-    for share in (
-        np.mean([person.facial_hair.beard > 0 for person in crowd]),
-        np.mean([person.glasses.worn > 0.2 for person in crowd]),
-        np.mean([person.marks.freckles > 0 for person in crowd]),
-    ):
-        assert 0.04 < share < 0.4
-    assert np.std([person.colours.skin.mean() for person in crowd]) > 20
+            assert 0 <= colour.min() <= colour.max() <= 255
 
 
 # Pose and alignment
 
 
 @settings(max_examples=50, deadline=None)
-@given(
-    st.floats(-3.1, 3.1), st.floats(0.2, 5.0), st.floats(-200, 200), st.floats(-200, 200)
-)  # fmt: skip
+@given(st.floats(-3.1, 3.1), st.floats(0.2, 5.0), st.floats(-200, 200), st.floats(-200, 200))
 def test_alignment_undoes_a_similarity(angle: float, scale: float, x: float, y: float) -> None:
     turn = scale * np.array([[math.cos(angle), -math.sin(angle)], [math.sin(angle), math.cos(angle)]])
     moved = TEMPLATE @ turn.T + (x, y)
@@ -203,21 +122,9 @@ def test_alignment_undoes_a_similarity(angle: float, scale: float, x: float, y: 
     assert np.allclose(moved @ fit[:, :2].T + fit[:, 2], TEMPLATE, atol=1e-2)
 
 
-@settings(max_examples=30, deadline=None)
-@given(st.floats(-0.9, 0.9), st.floats(-0.5, 0.5))
-def test_pose_is_a_rotation(yaw: float, pitch: float) -> None:
-    rotation = replace(FRONTAL, yaw=yaw, pitch=pitch).rotation
-    assert np.allclose(rotation @ rotation.T, np.eye(3), atol=1e-6)
-    assert np.linalg.det(rotation) == pytest.approx(1, abs=1e-6)
-    ahead = rotation @ np.array([0, 0, 1], np.float32)
-    assert ahead[0] * yaw >= 0, "positive yaw looks to the viewer's right"
-    assert ahead[1] * pitch >= 0, "positive pitch looks down"
-
-
 def test_every_pixel_shows_the_point_that_projects_to_it() -> None:
-    person = people(3)[2]
-    height = Portrait(np.random.default_rng(2)).relief.rest.height
-    points = landmarks(person, AT_REST)
+    portrait = Portrait(np.random.default_rng(2))
+    height, points = portrait.relief.rest.height, landmarks(portrait.identity, AT_REST)
     for yaw, pitch in ((0, 0), (0.3, 0), (-0.3, 0.1), (0.1, -0.25)):
         shot = replace(FRONTAL, yaw=yaw, pitch=pitch)
         x, y = visible_points(height, points, shot)
@@ -232,73 +139,6 @@ def test_every_pixel_shows_the_point_that_projects_to_it() -> None:
         assert np.median(error[30:100, 30:82]) < 0.15
 
 
-def test_landmarks_lie_on_the_template_in_every_pose() -> None:
-    offsets = []
-    for number, person in enumerate(people(15)):
-        shot = replace(draw_shot(np.random.default_rng(number), person.glasses), roll=0.0, zoom=1.0, shift=(0.0, 0.0))
-        height = Portrait(np.random.default_rng(number)).relief.rest.height
-        points = landmarks(person, shot.expression)
-        x, y = visible_points(height, points, shot)
-        shown = np.array([(x[round(v), round(u)], y[round(v), round(u)]) for u, v in TEMPLATE])
-        offsets.append(np.hypot(*(shown - points).T))
-    assert np.median(offsets) < 2.5
-    assert np.percentile(offsets, 95) < 9
-
-
-def test_a_smile_raises_and_spreads_the_corners_of_the_mouth() -> None:
-    person = people(1)[0]
-    rest, smile = landmarks(person, AT_REST), landmarks(person, replace(AT_REST, smile=1.0))
-    assert np.array_equal(rest[:3], smile[:3])
-    assert (smile[3:, 1] < rest[3:, 1] - 1).all()
-    assert smile[4, 0] - smile[3, 0] > rest[4, 0] - rest[3, 0] + 2
-
-
-def test_an_expression_moves_only_its_features() -> None:
-    portrait = Portrait(np.random.default_rng(8))
-    rest = portrait.paint(AT_REST).astype(int)
-    assert np.array_equal(rest, portrait.paint(AT_REST)), "painting must not wear the portrait"
-
-    def changed(expression: Expression) -> tuple[float, float]:
-        rows = np.flatnonzero((portrait.paint(expression) != rest).any(axis=(1, 2)))
-        return float(rows.min() * FIELD_SIZE / SIDE + FIELD_TOP), float(rows.max() * FIELD_SIZE / SIDE + FIELD_TOP)
-
-    top, bottom = changed(replace(AT_REST, mouth_open=1.0))
-    assert top > 5
-    assert bottom < 45
-    top, bottom = changed(replace(AT_REST, eyes_open=0.2))
-    assert top > -32
-    assert bottom < -8
-    top, bottom = changed(replace(AT_REST, brow_raise=1.0))
-    assert top > -48
-    assert bottom < -18
-    top, bottom = changed(replace(AT_REST, cap=np.array([200, 0, 0], np.float32)))
-    assert bottom < -30
-    top, bottom = changed(replace(AT_REST, eyewear=Eyewear.SUNGLASSES))
-    assert top > -40
-    assert bottom < 0
-
-
-# Relief
-
-
-def test_relief_is_a_face() -> None:
-    for number in range(10):
-        portrait = Portrait(np.random.default_rng(number))
-        person, height = portrait.identity, portrait.relief.rest.height
-
-        def at(x: float, y: float, height: np.ndarray = height) -> float:
-            return float(sample(height, np.array([[x]], np.float32), np.array([[y]], np.float32))[0, 0])
-
-        tip = at(0, person.nose.tip_y)
-        assert tip == pytest.approx(height.max(), abs=1.5), "the nose stands out most"
-        assert tip > at(15, person.nose.tip_y) + 5
-        assert at(0, person.mouth.y) > at(person.head.cheek, person.mouth.y) + 10, "the sides recede"
-        smile = portrait.relief.surface(1.0)
-        assert np.allclose(smile.height, height + portrait.relief.smile.height)
-        assert portrait.relief.surface(0.0) is portrait.relief.rest
-        assert portrait.relief.surface(-0.4) is portrait.relief.rest
-
-
 # Data sets
 
 
@@ -307,24 +147,15 @@ def test_relief_is_a_face() -> None:
 def test_pairs_are_balanced_in_every_fold(twenties: int, identities: int, seed: int) -> None:
     persons, is_same = draw_pairs(20 * twenties, identities, np.random.default_rng(seed))
     assert persons.shape == (20 * twenties, 2)
-    assert persons.min() >= 0
-    assert persons.max() < identities
+    assert 0 <= persons.min() <= persons.max() < identities
     assert np.array_equal(persons[:, 0] == persons[:, 1], is_same)
     for fold in np.split(is_same, 10):
         assert np.array_equal(fold, np.arange(2 * twenties) < twenties)
 
 
-def test_impostors_are_drawn_from_everybody() -> None:
-    persons, is_same = draw_pairs(6000, 5, np.random.default_rng(0))
-    met = Counter(map(tuple, persons[~is_same].tolist()))
-    assert len(met) == 20
-    assert max(met.values()) < 1.5 * min(met.values())
-
-
 def write_small(folder: Path, seed: int, processes: int = 1) -> Path:
-    write_dataset(
-        folder, identities=5, images_per_identity=3, pairs=40, heldout_identities=4, seed=seed, processes=processes
-    )
+    counts: dict[str, Any] = {"identities": 5, "images_per_identity": 3, "pairs": 40, "heldout_identities": 4}
+    write_dataset(folder, seed=seed, processes=processes, **counts)
     return folder
 
 
@@ -348,12 +179,11 @@ def test_training_records_are_the_first_identities(written: Path) -> None:
 def test_verification_pairs_are_of_heldout_identities(written: Path) -> None:
     faces = SyntheticFaces(21)
     pairs = read_bin(written / "synthetic.bin")
-    # Eighty images of four persons: none has nearly forty.
-    known = {faces.jpeg(identity, index): identity for identity in range(9) for index in range(40)}
+    # Eighty images of four persons: none has thirty.
+    known = {faces.jpeg(identity, index): identity for identity in range(5, 9) for index in range(30)}
     assert len(pairs.images) == 80
     assert len(set(pairs.images)) == 80, "no image occurs twice"
     persons = np.array([known[image] for image in pairs.images]).reshape(-1, 2)
-    assert persons.min() >= 5, "no training identity is verified"
     assert set(persons.ravel().tolist()) == {5, 6, 7, 8}
     assert np.array_equal(persons[:, 0] == persons[:, 1], pairs.is_same)
     stated = pair_identities(written / "synthetic.bin", pairs)
@@ -363,37 +193,26 @@ def test_verification_pairs_are_of_heldout_identities(written: Path) -> None:
         assert fold.tolist() == [True, True, False, False]
 
 
-def test_two_processes_draw_the_same_files(written: Path, tmp_path: Path) -> None:
+def test_two_processes_draw_the_same_files_over_others(written: Path, tmp_path: Path) -> None:
+    write_small(tmp_path, 22)
+    before = (tmp_path / "train.rec").read_bytes()
     again = write_small(tmp_path, 21, processes=2)
+    assert before != (written / "train.rec").read_bytes()
     for file in written.iterdir():
         assert (again / file.name).read_bytes() == file.read_bytes()
 
 
-def test_writing_again_gives_the_same_files_and_another_seed_others(written: Path, tmp_path: Path) -> None:
-    def contents(folder: Path) -> dict[str, bytes]:
-        return {path.name: path.read_bytes() for path in folder.iterdir()}
-
-    first = contents(write_small(tmp_path, 22))
-    assert contents(write_small(tmp_path, 21)) == contents(written)
-    assert first["train.rec"] != (written / "train.rec").read_bytes()
-    assert first["synthetic.bin"] != (written / "synthetic.bin").read_bytes()
-
-
 @pytest.mark.parametrize(
-    ("wrong", "named"),
+    ("key", "number"),
     [
-        ({"identities": 1}, "identities is 1; it must be at least 2"),
-        ({"images_per_identity": 0}, "images_per_identity is 0; it must be at least 1"),
-        ({"heldout_identities": 1}, "heldout_identities is 1; it must be at least 2"),
-        ({"pairs": 0}, "pairs is 0"),
-        ({"pairs": 30}, "pairs is 30; it must be a multiple of 20"),
-        ({"seed": -1}, "seed is -1"),
+        *(("identities", 1), ("images_per_identity", 0), ("heldout_identities", 1), ("heldout_from", 299)),
+        *(("pairs", 0), ("pairs", 30), ("seed", -1), ("processes", 0)),
     ],
 )
-def test_a_number_out_of_range_is_named(wrong: dict[str, Any], named: str, tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=named) as caught:
-        write_dataset(tmp_path / "none", **wrong)
-    assert "\n" not in str(caught.value)
+def test_a_number_out_of_range_is_named(key: str, number: int, tmp_path: Path) -> None:
+    keys: dict[str, Any] = {key: number}
+    with pytest.raises(ConfigError, match=f"^{key} is {number}; it must be "):
+        write_dataset(tmp_path / "none", **keys)
     assert not (tmp_path / "none").exists()
 
 

@@ -43,10 +43,7 @@ def test_files_that_occur_again_are_counted_and_told_where_people_differ(tmp_pat
     write_records(tmp_path, [(key, record(key, labels[key], encoded(seed))) for key, seed in pictures.items()])
     report = verify(tmp_path)
     assert report.repeated == 3
-    assert [(one.split("key ")[1][0], two.split("key ")[1][0]) for one, two in report.shared] == [
-        ("0", "4"),
-        ("1", "3"),
-    ]
+    assert [[place.split("key ")[1][0] for place in pair] for pair in report.shared] == [["0", "4"], ["1", "3"]]
     assert "3, 2 of them under another label" in str(report)
 
 

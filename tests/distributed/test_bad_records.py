@@ -23,7 +23,9 @@ def _skip_on_ranks(ranks: RankGroup, folder: str) -> tuple[list[int], int, list[
     listener = Listener()
     logging.getLogger("arcface_kd.data.bad_records").addHandler(listener)
     try:
-        loader = get_dataloader(folder, 0, 2, num_workers=0, on_bad_record="skip", drop_last=False)
+        # The ranks disagree on the seed on purpose: rank 0's counts.
+        seed = 2048 + ranks.rank
+        loader = get_dataloader(folder, 0, 2, seed=seed, num_workers=0, on_bad_record="skip", drop_last=False)
         seen: list[int] = []
         loader.on_batch = lambda views: seen.extend(views.index.tolist())
         batches = sum(1 for _ in loader)

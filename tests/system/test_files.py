@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from arcface_kd.system.files import atomic_write, replace_file
+from arcface_kd.system.files import atomic_write
 
 
 def test_the_file_appears_when_the_block_ends(tmp_path: Path) -> None:
@@ -96,17 +96,9 @@ def test_a_system_without_locks_writes_all_the_same(tmp_path: Path, monkeypatch:
 def test_errors_name_the_file_that_was_asked_for(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError) as caught, atomic_write(tmp_path / "nowhere" / "file"):
         pass
-    assert str(caught.value) == f"[Errno 2] No such file or directory: '{tmp_path / 'nowhere' / 'file'}'"
+    assert caught.value.filename == str(tmp_path / "nowhere" / "file")
     with pytest.raises(OSError, match=r"No space left on device: '.*/file'"), atomic_write(tmp_path / "file"):
         raise OSError(errno.ENOSPC, "No space left on device")
     with pytest.raises(FileNotFoundError, match="'other'"), atomic_write(tmp_path / "file"):
         raise FileNotFoundError(errno.ENOENT, "No such file or directory", "other")
     assert os.listdir(tmp_path) == []
-
-
-def test_a_file_moves_over_another(tmp_path: Path) -> None:
-    (tmp_path / "a").write_bytes(b"a")
-    (tmp_path / "b").write_bytes(b"b")
-    replace_file(tmp_path / "a", tmp_path / "b")
-    assert (tmp_path / "b").read_bytes() == b"a"
-    assert os.listdir(tmp_path) == ["b"]

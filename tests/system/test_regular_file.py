@@ -1,7 +1,6 @@
 """Pipes, devices and endless files where a file should be: one line, at once."""
 
 import os
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -9,12 +8,11 @@ from typing import Any
 import pytest
 
 from arcface_kd.data.dataset import open_dataset
-from arcface_kd.data.formats.ijb import _lines
 from arcface_kd.data.formats.verification_bin import read_bin
 from arcface_kd.errors import ArcfaceKDError, DataError, TeacherError
 from arcface_kd.system.files import open_regular
 from arcface_kd.teachers.base import read_bytes
-from tests.data.record_sets import encoded, plain_records, write_records
+from tests.data.record_sets import encoded, make_odd, one_line, plain_records, write_records
 
 
 def read_image_folder(path: Path) -> None:
@@ -27,7 +25,7 @@ def read_records(path: Path) -> None:
 
 READERS: dict[str, Callable[[Path], Any]] = {
     **{"train.rec": read_records, "train.idx": read_records},
-    **{"pairs.bin": read_bin, "identity/1.jpg": read_image_folder, "faces.txt": _lines, "model.onnx": read_bytes},
+    **{"pairs.bin": read_bin, "identity/1.jpg": read_image_folder, "model.onnx": read_bytes},
 }
 
 
@@ -50,24 +48,11 @@ def place(folder: Path, name: str) -> Path:
 @pytest.mark.parametrize("kind", ["pipe", "device", "folder"])
 def test_what_is_no_file_is_refused_at_once(folder: Path, name: str, kind: str) -> None:
     path = place(folder, name)
-    if kind == "pipe":
-        os.mkfifo(path)
-    elif kind == "device":
-        path.symlink_to("/dev/zero")
-    else:
-        path.mkdir()
-    began = time.monotonic()
+    make_odd(path, kind)
     with pytest.raises(ArcfaceKDError, match=f"{path.stem}|{path.parent.name}") as caught:
         READERS[name](path)
-    assert "\n" not in str(caught.value)
-    assert time.monotonic() - began < 30
-
-
-def test_a_pipe_is_named_for_what_it_is(folder: Path) -> None:
-    path = place(folder, "train.rec")
-    os.mkfifo(path)
-    with pytest.raises(DataError, match=r"cannot read .*train\.rec: it is no regular file"):
-        read_records(path)
+    one_line(caught.value)
+    assert kind != "pipe" or "regular file" in str(caught.value)
 
 
 def test_files_are_opened_through_links_and_may_be_missing(tmp_path: Path) -> None:
@@ -82,10 +67,10 @@ def test_files_are_opened_through_links_and_may_be_missing(tmp_path: Path) -> No
 def test_files_without_end_are_not_read(folder: Path) -> None:
     image = folder / "people" / "identity" / "1.jpg"
     os.truncate(image, 1 << 40)
-    with pytest.raises(DataError, match="has 1099511627776 bytes; no image of a face has more"):
+    with pytest.raises(DataError, match=r"1\.jpg has 1099511627776 bytes"):
         read_image_folder(image)
     model = folder / "model.onnx"
     model.touch()
     os.truncate(model, 1 << 40)
-    with pytest.raises(TeacherError, match="has 1099511627776 bytes; no face network has more"):
+    with pytest.raises(TeacherError, match=r"model\.onnx has 1099511627776 bytes"):
         read_bytes(model)

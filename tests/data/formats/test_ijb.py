@@ -44,13 +44,10 @@ def test_what_is_read(folder: Path) -> None:
     assert abs(int(face[0, 56, 56]) - int(grey(3, 0)[0, 0, 0])) <= 1
 
 
-def test_without_galleries(tmp_path: Path) -> None:
+def test_without_galleries_or_pairs(folder: Path, tmp_path: Path) -> None:
     write_ijb(tmp_path / "a", grey, [1, 2], one_to_many=False)
     met = read_ijb(tmp_path / "a")
     assert (len(met.galleries), met.probes) == (0, None)
-
-
-def test_without_pairs(folder: Path) -> None:
     (folder / "meta" / "ijbt_template_pair_label.txt").unlink()
     assert read_ijb(folder).pairs.shape == (0, 2)
 
@@ -146,20 +143,15 @@ def test_lists_at_odds(folder: Path, damage: Callable[[Path], None], named: list
         assert word in str(caught.value)
 
 
-def test_a_person_enrolled_twice(folder: Path) -> None:
-    lines = (folder / "meta" / PROBES).read_text().splitlines()
-    template = lines[1].split(",")[0]
-    gallery = folder / "meta" / GALLERY
-    gallery.write_text(gallery.read_text() + f"{template},3,a.jpg\n")
-    with pytest.raises(DataError, match="person 3 is enrolled 2 times"):
-        read_ijb(folder)
-
-
-def test_a_template_of_two_persons(folder: Path) -> None:
-    probes = folder / "meta" / PROBES
-    template = probes.read_text().splitlines()[1].split(",")[0]
-    probes.write_text(probes.read_text() + f"{template},77,a.jpg\n")
-    with pytest.raises(DataError, match=f"template {template} is of two persons"):
+@pytest.mark.parametrize(
+    ("file", "person", "said"),
+    [(GALLERY, 3, "person 3 is enrolled 2 times"), (PROBES, 77, "template {} is of two persons")],
+)
+def test_a_person_or_a_template_twice(folder: Path, file: str, person: int, said: str) -> None:
+    template = (folder / "meta" / PROBES).read_text().splitlines()[1].split(",")[0]
+    with open(folder / "meta" / file, "a") as stream:
+        stream.write(f"{template},{person},a.jpg\n")
+    with pytest.raises(DataError, match=said.format(template)):
         read_ijb(folder)
 
 

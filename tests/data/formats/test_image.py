@@ -1,3 +1,5 @@
+"""Images of every format: the same pixels as mxnet, Pillow and OpenCV, or refused before they are decoded."""
+
 import io
 import struct
 import zlib
@@ -11,7 +13,7 @@ from PIL import ExifTags, Image
 
 from arcface_kd.data.formats.image import MAX_PIXELS, decode_rgb, image_size
 from arcface_kd.errors import DataError
-from tests.data.record_sets import encoded, pixels
+from tests.data.record_sets import encoded, one_line, pixels
 
 FORMATS = (".jpg", ".png", ".bmp", ".webp", ".tiff", ".ppm")
 
@@ -22,12 +24,6 @@ def test_the_size_is_that_of_the_decoded_image(suffix: str, height: int, width: 
     data = encoded(3, suffix, height, width)
     assert image_size(data) == (height, width)
     assert decode_rgb(data).shape == (height, width, 3)
-
-
-@pytest.mark.parametrize("quality", [10, 100, 101])
-def test_webp_with_and_without_loss(quality: int) -> None:
-    data = cv2.imencode(".webp", pixels(1, 33, 57), [cv2.IMWRITE_WEBP_QUALITY, quality])[1].tobytes()
-    assert image_size(data) == (33, 57)
 
 
 def test_upside_down_bmp() -> None:
@@ -43,15 +39,9 @@ def test_colours_are_rgb(suffix: str) -> None:
     np.testing.assert_array_equal(decode_rgb(data), expected)
 
 
-def test_colours_are_rgb_with_an_older_opencv(monkeypatch: pytest.MonkeyPatch) -> None:
-    data = encoded(5, ".png")
+def test_colours_are_rgb_with_an_older_opencv_and_of_a_view(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delattr(cv2, "IMREAD_COLOR_RGB")
-    np.testing.assert_array_equal(decode_rgb(data), pixels(5)[..., ::-1])
-
-
-def test_views_are_decoded_without_a_copy_of_the_file() -> None:
-    data = encoded(5)
-    np.testing.assert_array_equal(decode_rgb(memoryview(b"xx" + data)[2:]), decode_rgb(data))
+    np.testing.assert_array_equal(decode_rgb(memoryview(encoded(5, ".png"))), pixels(5)[..., ::-1])
 
 
 def test_grey_transparent_and_deep_images_have_three_channels() -> None:
@@ -74,46 +64,25 @@ def test_jpeg_headers_with_metadata_fill_and_stray_bytes() -> None:
 
 
 @pytest.mark.parametrize(
-    "data",
+    ("data", "named"),
     [
-        b"",
-        b"GIF89a" + bytes(40),
-        bytes(40),
-        b"\xff\xd8",
-        b"\xff\xd8" + b"\xff" * 5000,
-        b"\xff\xd8" + b"\xff\x01" * 5000,
-        b"\xff\xd8" + bytes(5000),
-        b"\x89PNG\r\n\x1a\n",
-        b"BM",
-        b"RIFF\x00\x00\x00\x00WEBP",
-        b"RIFF\x00\x00\x00\x00WEBPVP8 ",
-        b"II*\x00" + bytes(40),
-        b"P6\n112 ",
-    ],
-)
-def test_what_is_no_image_is_refused(data: bytes) -> None:
-    with pytest.raises(DataError) as caught:
-        decode_rgb(data)
-    assert "\n" not in str(caught.value)
-
-
-@pytest.mark.parametrize(
-    ("data", "kind"),
-    [
+        *((data, "no image") for data in (b"", bytes(40))),
+        *((b"\xff\xd8" + data, "header") for data in (b"", b"\xff" * 5000, b"\xff\x01" * 5000, bytes(5000))),
+        # One segment after another, without end.
+        (b"\xff\xd8" + b"\xff\xe1\x00\x02" * 1_000_000, "header"),
+        *((data, "header") for data in (b"\x89PNG\r\n\x1a\n", b"BM", b"RIFF\x00\x00\x00\x00WEBPVP8 ")),
+        *((data, "image") for data in (b"RIFF\x00\x00\x00\x00WEBP", b"GIF89a" + bytes(40), b"II*\x00" + bytes(40))),
+        (b"P6\n112 ", "image"),
         (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n", "Git LFS"),
         (b"\r\n<!DOCTYPE html><html>Quota exceeded</html>", "HTML"),
         (b"PK\x03\x04" + bytes(40), "zip"),
     ],
+    ids=range(17),
 )
-def test_what_stands_in_place_of_an_image_is_named(data: bytes, kind: str) -> None:
-    with pytest.raises(DataError, match=kind):
+def test_what_is_no_image_is_refused_by_name(data: bytes, named: str) -> None:
+    with pytest.raises(DataError, match=named) as caught:
         decode_rgb(data)
-
-
-def test_a_segment_after_another_without_end_is_given_up() -> None:
-    endless = b"\xff\xd8" + b"\xff\xe1\x00\x02" * 1_000_000
-    with pytest.raises(DataError, match="damaged or cut short"):
-        image_size(endless)
+    one_line(caught.value)
 
 
 @pytest.mark.parametrize("suffix", FORMATS)
@@ -137,7 +106,7 @@ def test_an_image_that_claims_to_be_huge_is_refused_before_it_is_decoded(
 
 def test_another_size_is_refused_before_it_is_decoded(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cv2, "imdecode", lambda *_: pytest.fail("decoded"))
-    with pytest.raises(DataError, match="the image is 96x112 pixels, wanted 112x112"):
+    with pytest.raises(DataError, match=r"96x112 .* 112x112"):
         decode_rgb(encoded(0, ".jpg", 96, 112), (112, 112))
 
 
@@ -146,7 +115,7 @@ def test_what_opencv_throws_becomes_one_line(monkeypatch: pytest.MonkeyPatch) ->
         raise cv2.error("first line\nsecond line")
 
     monkeypatch.setattr(cv2, "imdecode", fail)
-    with pytest.raises(DataError, match=r"^OpenCV cannot decode the image: first line second line$"):
+    with pytest.raises(DataError, match="first line second line"):
         decode_rgb(encoded(0))
 
 

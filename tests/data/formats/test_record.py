@@ -1,6 +1,7 @@
 """A record: header, label and payload, byte for byte as mxnet packs them."""
 
 import struct
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 
@@ -57,8 +58,7 @@ def test_what_a_header_cannot_hold_is_refused(header: tuple[int, float, int, int
 
 
 @pytest.mark.parametrize("take_apart", [unpack, unpack_label])
-def test_short_records_are_refused(take_apart: object) -> None:
-    assert callable(take_apart)
+def test_short_records_are_refused(take_apart: Callable[[bytes], object]) -> None:
     with pytest.raises(DataError, match="a record of 23 bytes is too short for its header of 24"):
         take_apart(bytes(23))
     with pytest.raises(DataError, match="a record of 31 bytes is too short for the 2 labels"):

@@ -10,9 +10,7 @@ from arcface_kd.cli.main import main
 from arcface_kd.data.dataset import RecordDataset, open_dataset
 from arcface_kd.data.formats.record_scan import build_index
 from arcface_kd.errors import DataError
-from tests.data.record_sets import encoded, insightface_records, plain_records, record, write_records
-
-MAGIC = b"\x0a\x23\xd7\xce"
+from tests.data.record_sets import MAGIC, encoded, insightface_records, plain_records, record, write_records
 
 
 def lost(folder: Path, records: list[tuple[int, bytes]]) -> tuple[Path, str]:
@@ -71,18 +69,20 @@ def test_damaged_files_get_no_index(tmp_path: Path, content: bytes, said: str) -
     assert not (tmp_path / "train.idx").exists()
 
 
-def test_what_stands_in_place_of_records_or_index_is_named(tmp_path: Path) -> None:
-    write_records(tmp_path, insightface_records([2]))
-    whole = (tmp_path / "train.rec").read_bytes()
-    for name, content, said in [
-        ("train.rec", b"<html>no</html>", "HTML"),
+@pytest.mark.parametrize(
+    ("name", "content", "said"),
+    [
         ("train.idx", b"version https://git-lfs.github.com/spec/v1\n", "Git LFS"),
         ("train.rec", b"PK\x03\x04" + bytes(60), "zip"),
-    ]:
-        (tmp_path / "train.rec").write_bytes(whole)
-        (tmp_path / name).write_bytes(content)
-        with pytest.raises(DataError, match=f"{name} .*{said}"):
-            open_dataset(tmp_path)
+    ],
+)
+def test_what_stands_in_place_of_records_or_index_is_named(
+    tmp_path: Path, name: str, content: bytes, said: str
+) -> None:
+    write_records(tmp_path, insightface_records([2]))
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(DataError, match=f"{name} .*{said}"):
+        open_dataset(tmp_path)
 
 
 WRONG = {

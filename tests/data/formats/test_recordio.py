@@ -1,43 +1,32 @@
+"""RecordIO: byte for byte mxnet's, read through a memory map; every damage is named with key and offset."""
+
 import multiprocessing
 import pickle
 import struct
-import threading
 from pathlib import Path
 from types import ModuleType
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from arcface_kd.data.formats import recordio
 from arcface_kd.data.formats.record import pack, unpack
 from arcface_kd.data.formats.recordio import RecordReader, RecordWriter
 from arcface_kd.errors import DataError
-from tests.data.record_sets import write_records
-
-MAGIC = struct.pack("<I", 0xCED7230A)
+from tests.data.record_sets import MAGIC, one_line, write_records
 
 # Every way for the magic number to stand in a record, and every length of padding.
 PAYLOADS = [
-    b"",
-    b"a",
-    b"ab",
-    b"abc",
-    b"abcd",
-    MAGIC,
-    MAGIC + MAGIC,
-    MAGIC * 5 + b"x",
-    b"x" + MAGIC,
-    b"xy" + MAGIC + b"z",
-    b"abcd" + MAGIC,
-    b"abcd" + MAGIC + b"e",
-    b"abcd" + MAGIC + b"efg" + MAGIC,
-    b"abcdefg" + MAGIC + MAGIC,
-    MAGIC[:3],
-    b"abcd" + MAGIC[:3],
-    MAGIC[:2] + MAGIC + MAGIC[2:],
-    bytes(range(256)) * 40,
+    *(b"abcd"[:size] for size in range(5)),
+    *(
+        start + MAGIC * count + end
+        for start in (b"", b"x", b"abcd")
+        for count in (1, 2)
+        for end in (b"", b"efg" + MAGIC)
+    ),
+    *(MAGIC[:3], b"abcd" + MAGIC[:3], MAGIC[:2] + MAGIC + MAGIC[2:], bytes(range(256)) * 40),
 ]
 
 
@@ -55,12 +44,8 @@ def naive_rec(records: list[bytes]) -> tuple[bytes, list[int]]:
             else:
                 parts[-1] += word
         for number, part in enumerate(parts):
-            if len(parts) == 1:
-                flag = 0
-            elif number == 0:
-                flag = 1
-            else:
-                flag = 3 if number == len(parts) - 1 else 2
+            last = number == len(parts) - 1
+            flag = (0 if last else 1) if number == 0 else (3 if last else 2)
             out += MAGIC + struct.pack("<I", flag * 2**29 + len(part)) + part
             while len(out) % 4:
                 out.append(0)
@@ -75,18 +60,16 @@ def write(folder: Path, records: list[bytes], keys: list[int] | None = None) -> 
 # Writing and reading ------------------------------------------------------------------------------------------------
 
 
-def test_bytes_are_those_of_the_word_by_word_writer(tmp_path: Path) -> None:
-    rec, idx = write(tmp_path, PAYLOADS)
-    expected, offsets = naive_rec(PAYLOADS)
+@settings(max_examples=60, deadline=None)
+@example(records=PAYLOADS)
+@given(records=st.lists(st.lists(st.sampled_from([MAGIC, b"a", b"bcd", b"efgh"])).map(b"".join), min_size=1))
+def test_any_record_comes_back_and_is_written_word_by_word(
+    records: list[bytes], tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    rec, idx = write(tmp_path_factory.getbasetemp() / "any", records)
+    expected, offsets = naive_rec(records)
     assert rec.read_bytes() == expected
     assert idx.read_text() == "".join(f"{key}\t{offset}\n" for key, offset in enumerate(offsets))
-
-
-@settings(max_examples=60, deadline=None)
-@given(records=st.lists(st.lists(st.sampled_from([MAGIC, b"a", b"bcd", b"efgh"])).map(b"".join), min_size=1))
-def test_any_record_comes_back(records: list[bytes], tmp_path_factory: pytest.TempPathFactory) -> None:
-    rec, idx = write(tmp_path_factory.getbasetemp() / "any", records)
-    assert rec.read_bytes() == naive_rec(records)[0]
     with RecordReader(rec, idx) as reader:
         assert [bytes(reader.read(key)) for key in range(len(records))] == records
 
@@ -104,7 +87,6 @@ def test_files_equal_mxnets_and_each_reads_the_others(mxnet: ModuleType, tmp_pat
     oracle = mxnet.recordio.MXIndexedRecordIO(str(idx), str(rec), "r")
     with RecordReader(tmp_path / "mx.rec", tmp_path / "mx.idx") as reader:
         assert reader.keys.tolist() == oracle.keys == keys
-        assert reader.keys.dtype == np.int64
         assert reader.offsets.tolist() == [oracle.idx[key] for key in keys]
         for position, key in enumerate(keys):
             assert bytes(reader.read(key)) == bytes(reader.read_at(position)) == oracle.read_idx(key)
@@ -123,7 +105,6 @@ def test_whole_records_are_views_of_the_map(tmp_path: Path) -> None:
 def test_unordered_keys(tmp_path: Path) -> None:
     keys = [7, 2, 9, 0, 4]
     with RecordReader(*write(tmp_path, [bytes([key]) * key for key in keys], keys)) as reader:
-        assert len(reader) == 5
         assert reader.keys.tolist() == keys
         assert [bytes(reader.read(key)) for key in keys] == [bytes([key]) * key for key in keys]
         assert reader.find(np.array([9, 1, 0, 10, -1])).tolist() == [2, -1, 3, -1, -1]
@@ -144,18 +125,10 @@ def test_an_index_may_list_records_in_any_order_and_leave_some_out(tmp_path: Pat
 def test_nothing_appears_before_the_end_or_after_an_error(tmp_path: Path) -> None:
     rec, idx = tmp_path / "a.rec", tmp_path / "a.idx"
 
-    def interrupted() -> None:
-        with RecordWriter(rec, idx) as writer:
-            writer.write(0, b"x")
-            assert not rec.exists()
-            assert not idx.exists()
-            raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        interrupted()
-    assert list(tmp_path.iterdir()) == []
     with RecordWriter(rec, idx) as writer:
         writer.write(0, b"old")
+        assert not rec.exists()
+        assert not idx.exists()
     before = rec.read_bytes(), idx.read_bytes()
     with pytest.raises(DataError), RecordWriter(rec, idx) as writer:
         writer.write(-1, b"new")
@@ -178,12 +151,6 @@ def test_a_full_disk_leaves_neither_file(tmp_path: Path, monkeypatch: pytest.Mon
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_writer_in_a_missing_folder_leaves_nothing(tmp_path: Path) -> None:
-    with pytest.raises(FileNotFoundError), RecordWriter(tmp_path / "none" / "a.rec", tmp_path / "a.idx"):
-        pytest.fail("opened")
-    assert list(tmp_path.iterdir()) == []
-
-
 def test_too_long_a_record_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(recordio, "LENGTH_MASK", 10)
     with pytest.raises(DataError, match="key 4 has 11 bytes"), RecordWriter(tmp_path / "a", tmp_path / "b") as writer:
@@ -191,11 +158,6 @@ def test_too_long_a_record_is_refused(tmp_path: Path, monkeypatch: pytest.Monkey
 
 
 # Bad files ----------------------------------------------------------------------------------------------------------
-
-
-def one_line(error: BaseException) -> str:
-    assert "\n" not in str(error)
-    return str(error)
 
 
 @pytest.fixture
@@ -303,19 +265,9 @@ def patched(path: Path, offset: int, replacement: bytes) -> None:
         (4, struct.pack("<I", 200), 0, "key 0 at byte 0: it ends at byte 208, but the file has 148"),
         (4, struct.pack("<I", 2 << 29 | 30), 0, "it starts with a part flagged 2, wanted 0 or 1"),
         (4, struct.pack("<I", 7 << 29 | 30), 0, "it starts with a part flagged 7"),
-        (4, struct.pack("<I", 76), 0, r"it goes on to byte 84, into the record that train\.idx lists at byte 40"),
-        (
-            4,
-            struct.pack("<I", 1 << 29 | 30),
-            0,
-            r"it goes on to byte 68, into the record that train\.idx lists at byte 40",
-        ),
-        (
-            72,
-            struct.pack("<I", 2 << 29 | 9),
-            1,
-            "it goes on to byte 148, into the record that train.idx lists at byte 88",
-        ),
+        (4, struct.pack("<I", 76), 0, r"goes on to byte 84, into the record .* at byte 40"),
+        (4, struct.pack("<I", 1 << 29 | 30), 0, r"goes on to byte 68, into the record .* at byte 40"),
+        (72, struct.pack("<I", 2 << 29 | 9), 1, "goes on to byte 148, into the record .* at byte 88"),
         (68, b"\0", 1, "key 1 at byte 40: no record starts at byte 68"),
     ],
 )
@@ -331,64 +283,21 @@ def test_damage_is_named_with_key_and_offset(
     assert one_line(caught.value).startswith(f"{rec}: record with key {key} at byte {0 if key == 0 else 40}")
 
 
-@settings(max_examples=300, deadline=None)
-@given(data=st.data())
-def test_mutated_files_give_records_or_one_clear_line(
-    data: st.DataObject, tmp_path_factory: pytest.TempPathFactory
-) -> None:
-    folder = tmp_path_factory.getbasetemp()
-    rec, idx = folder / "mutated.rec", folder / "mutated.idx"
-    records, offsets = naive_rec([b"a" * 30, b"b" * 20 + MAGIC + b"c" * 9, b"d" * 50])
-    rec.write_bytes(records)
-    idx.write_text("".join(f"{key}\t{offset}\n" for key, offset in enumerate(offsets)))
-    target = data.draw(st.sampled_from([rec, idx]))
-    content = bytearray(target.read_bytes())
-    for _ in range(data.draw(st.integers(1, 3))):
-        place = data.draw(st.integers(0, len(content) - 1))
-        change = data.draw(st.sampled_from(["flip", "cut", "insert"]))
-        if change == "flip":
-            content[place] ^= 1 << data.draw(st.integers(0, 7))
-        elif change == "cut":
-            del content[place : place + data.draw(st.integers(1, 9))]
-        else:
-            content[place:place] = data.draw(st.binary(min_size=1, max_size=9))
-        if not content:
-            break
-    target.write_bytes(bytes(content))
-    try:
-        reader = RecordReader(rec, idx)
-    except DataError as error:
-        one_line(error)
-        return
-    for key in reader.keys.tolist():
-        try:
-            record = bytes(reader.read(key))
-        except DataError as error:
-            one_line(error)
-        else:
-            assert len(record) <= rec.stat().st_size
-    reader.close()
-
-
 # Other processes ----------------------------------------------------------------------------------------------------
 
 
-def test_a_pickled_reader_reads_without_parsing_again(pair: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_pickled_reader_reads_the_file_that_it_was_opened_on(pair: tuple[Path, Path]) -> None:
     reader = RecordReader(*pair)
     sent = pickle.dumps(reader)
-    monkeypatch.setattr(recordio, "read_index", lambda _: pytest.fail("parsed again"))
     copy = pickle.loads(sent)
-    assert copy.keys.tolist() == [0, 1, 2]
     assert [bytes(copy.read(key)) for key in range(3)] == [bytes(reader.read(key)) for key in range(3)]
-    copy.close()
     patched(pair[0], 148, b"longer")
     with pytest.raises(DataError, match="had 148 bytes when it was opened and has 154 now"):
         pickle.loads(sent)
 
 
 def _read_in_worker(reader: RecordReader, results: "multiprocessing.SimpleQueue[object]") -> None:
-    shared = reader._shared is not None and reader._shared.is_shared()
-    results.put((shared, reader.keys.tolist(), [bytes(reader.read(key)) for key in (5, 9)]))
+    results.put((reader._index.is_shared(), reader.keys.tolist(), [bytes(reader.read(key)) for key in (5, 9)]))
     # Two workers see one index: what the first writes, the second reads.
     reader._index[0, 0] += 1
 
@@ -416,25 +325,6 @@ def test_without_shared_memory_the_index_is_copied(tmp_path: Path, monkeypatch: 
     monkeypatch.setattr(recordio, "get_spawning_popen", object)
     copy = pickle.loads(pickle.dumps(reader))
     assert bytes(copy.read(5)) == b"five"
-
-
-def test_threads_read_at_once(tmp_path: Path) -> None:
-    records = [bytes([key]) * (key + 1) for key in range(64)]
-    reader = RecordReader(*write(tmp_path, records))
-    wrong = []
-
-    def work(start: int) -> None:
-        for step in range(2000):
-            key = (start + step * 7) % 64
-            if bytes(reader.read(key)) != records[key]:
-                wrong.append(key)
-
-    threads = [threading.Thread(target=work, args=(start,)) for start in range(4)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert wrong == []
 
 
 @pytest.mark.real

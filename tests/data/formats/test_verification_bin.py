@@ -1,7 +1,10 @@
+"""Verification sets of every pickle protocol, written and read; their images, and the strangers among them."""
+
 import pickle
 import struct
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import cv2
 import numpy as np
@@ -22,10 +25,7 @@ from tests.data.record_sets import encoded
 @pytest.mark.parametrize("outer", [tuple, list])
 def test_every_protocol_of_python_3(tmp_path: Path, protocol: int, outer: type) -> None:
     pair = read_bin(stored(tmp_path, pickle.dumps(outer([IMAGES, SAME]), protocol)))
-    assert pair.name == "set"
-    assert pair.images == IMAGES
-    assert pair.is_same.dtype == bool
-    assert pair.is_same.tolist() == SAME
+    assert (pair.name, pair.images, pair.is_same.tolist()) == ("set", IMAGES, SAME)
     assert read_bin(stored(tmp_path, pickle.dumps((tuple(IMAGES), tuple(SAME)), protocol))).images == IMAGES
 
 
@@ -78,10 +78,7 @@ def test_a_real_set_is_what_pickle_reads(real_data: Path) -> None:
     path = real_data / "faces_real" / "lfw_dev.bin"
     images, same = pickle.loads(path.read_bytes(), encoding="bytes")
     pair = read_bin(path)
-    assert pair.name == "lfw_dev"
-    assert pair.images == images
-    assert pair.is_same.tolist() == list(same)
-    assert pair.is_same.sum() == 600
+    assert (pair.name, pair.images, pair.is_same.tolist()) == ("lfw_dev", images, list(same))
 
 
 def test_the_host_reads_what_is_written(tmp_path: Path) -> None:
@@ -90,23 +87,19 @@ def test_the_host_reads_what_is_written(tmp_path: Path) -> None:
     with open(path, "rb") as stream:
         images, same = pickle.load(stream)
     assert images == IMAGES[1:] + IMAGES[-1:]
-    assert same == SAME
-    assert [type(value) for value in same] == [bool, bool]
-    pair = read_bin(path)
-    assert pair.images == images
-    assert pair.name == "pairs"
+    assert [(type(value), value) for value in same] == [(bool, value) for value in SAME]
+    assert (read_bin(path).name, read_bin(path).images) == ("pairs", images)
 
 
 def test_bad_pairs_are_not_written(tmp_path: Path) -> None:
     path = tmp_path / "pairs.bin"
-    with pytest.raises(DataError, match="3 images and 2 booleans"):
-        write_bin(path, [b"x"] * 3, SAME)
-    with pytest.raises(DataError, match="0 images and 0 booleans"):
-        write_bin(path, [], [])
-    with pytest.raises(DataError, match="image 1 is str, wanted an encoded image as bytes"):
-        write_bin(path, [b"x", "y"], [True])  # type: ignore[list-item]
-    with pytest.raises(DataError, match="image 0 is bytes, wanted an encoded image"):
-        write_bin(path, [b"", b"y"], [True])
+    bad: list[tuple[list[Any], list[bool], str]] = [
+        *(([b"x"] * 3, SAME, "3 images and 2 booleans"), ([], [], "0 images and 0 booleans")),
+        *(([b"x", "y"], [True], "image 1 "), ([b"", b"y"], [True], "image 0 ")),
+    ]
+    for images, same, named in bad:
+        with pytest.raises(DataError, match=named):
+            write_bin(path, images, same)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -123,11 +116,6 @@ def test_decoded_images_are_rgb_in_order() -> None:
         np.testing.assert_array_equal(rows.permute(1, 2, 0).numpy(), decode_rgb(image))
 
 
-def test_grey_images_have_three_channels() -> None:
-    grey = cv2.imencode(".jpg", np.full((112, 112), 77, np.uint8))[1].tobytes()
-    assert torch.equal(decode(VerificationSet("x", [grey], np.array([]))), torch.full((1, 3, 112, 112), 77).byte())
-
-
 @pytest.mark.parametrize("size", [(160, 160), (96, 96), (250, 250), (64, 64)])
 def test_other_sizes_are_scaled_as_the_host_scales_them(mxnet: ModuleType, size: tuple[int, int]) -> None:
     image = encoded(3, ".png", *size)
@@ -138,13 +126,13 @@ def test_other_sizes_are_scaled_as_the_host_scales_them(mxnet: ModuleType, size:
 
 def test_what_does_not_decode_or_fit_is_named() -> None:
     good = encoded(0)
-    for bad, message in [
-        (good[:500], "x: image 1: OpenCV cannot decode the image"),
-        (encoded(0, ".jpg", 112, 96), "x: image 1: it is 130x112 after scaling, wanted 112x112"),
-        (encoded(0, ".jpg", 96, 112), "x: image 1: it is 96x112 after scaling, wanted 112x112"),
-        (encoded(0, ".jpg", 50, 100), "x: image 1: it is 112x224 after scaling, wanted 112x112"),
+    for bad, named in [
+        (good[:500], "decode"),
+        (encoded(0, ".jpg", 112, 96), "130x112"),
+        (encoded(0, ".jpg", 96, 112), "96x112"),
+        (encoded(0, ".jpg", 50, 100), "112x224"),
     ]:
-        with pytest.raises(DataError, match=message):
+        with pytest.raises(DataError, match=f"x: image 1: .*{named}"):
             decode(VerificationSet("x", [good, bad], np.array([True])))
 
 
@@ -152,15 +140,13 @@ def test_an_image_is_never_larger_than_wanted_on_the_way(monkeypatch: pytest.Mon
     """Scaled to a height of 112, a line of 60,000 pixels would be two gigabytes."""
     monkeypatch.setattr(cv2, "resize", lambda *_, **__: pytest.fail("scaled"))
     line = cv2.imencode(".png", np.zeros((1, 60_000, 3), np.uint8))[1].tobytes()
-    with pytest.raises(DataError, match="x: image 0: it is 112x6720000 after scaling, wanted 112x112"):
+    with pytest.raises(DataError, match=r"x: image 0: .*112x6720000"):
         decode(VerificationSet("x", [line], np.array([])))
 
 
 def test_an_image_that_stands_in_many_pairs_is_decoded_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     images = [encoded(0), encoded(1)] * 20 + [encoded(2)] * 2
     write_bin(tmp_path / "x.bin", images, [True] * 21)
-    found = read_bin(tmp_path / "x.bin")
-    whole = decode(found)
     seen: list[bytes] = []
 
     def counted(image: bytes) -> np.ndarray:
@@ -168,10 +154,10 @@ def test_an_image_that_stands_in_many_pairs_is_decoded_once(tmp_path: Path, monk
         return decode_rgb(image)
 
     monkeypatch.setattr(verification_bin, "decode_rgb", counted)
-    again = decode(VerificationSet("x", [images[0], images[1], *images[:40], *images[40:]], np.array([])))
+    decoded = decode(read_bin(tmp_path / "x.bin"))
     assert len(seen) == 3
-    assert torch.equal(again[2:], whole)
-    assert torch.equal(again[:2], whole[:2])
+    for image, rows in zip(images, decoded, strict=True):
+        np.testing.assert_array_equal(rows.permute(1, 2, 0).numpy(), decode_rgb(image))
 
 
 def test_few_images_named_again_and_again_are_refused(tmp_path: Path) -> None:
@@ -186,10 +172,6 @@ def test_few_images_named_again_and_again_are_refused(tmp_path: Path) -> None:
                 read_bin(path)
         else:
             assert len(read_bin(path).images) == images
-
-
-def test_another_size_may_be_asked_for() -> None:
-    assert decode(VerificationSet("x", [encoded(0)], np.array([])), (64, 64)).shape == (1, 3, 64, 64)
 
 
 # Folders ------------------------------------------------------------------------------------------------------------
