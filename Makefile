@@ -29,9 +29,9 @@ demo: $(VENV)/ready
 	$(BIN)/arcface-kd demo --out demo $(ARGS)
 
 # A file's tests stay on one worker, and a worker on one core. Four, also on two cores: most tests wait for processes that
-# they have started.
+# they have started; these take the package's byte code, also where the environment keeps none.
 test: $(VENV)/ready-test
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 4 --dist loadfile $(ARGS)
+	OMP_NUM_THREADS=1 PYTHONDONTWRITEBYTECODE= $(BIN)/python -m pytest -n 4 --dist loadfile $(ARGS)
 
 # Without their dependencies: another torch must not come with them.
 test-timm: $(VENV)/ready-test

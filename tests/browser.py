@@ -3,7 +3,6 @@
 Debian's ``chromium-headless-shell`` or ``chromium``, Chrome or whatever ``CHROMIUM`` names.
 """
 
-import base64
 import json
 import os
 import shutil
@@ -67,11 +66,6 @@ class Page:
         answer = self._send("Runtime.evaluate", expression=script, returnByValue=True, awaitPromise=True)
         assert "exceptionDetails" not in answer, answer["exceptionDetails"]
         return answer["result"].get("value")
-
-    def screenshot(self, path: Path) -> None:
-        """The whole page as PNG."""
-        shot = self._send("Page.captureScreenshot", format="png", captureBeyondViewport=True)
-        path.write_bytes(base64.b64decode(shot["data"]))
 
     def _send(self, method: str, **parameters: Any) -> dict[str, Any]:
         self._count += 1

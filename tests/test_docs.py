@@ -16,7 +16,7 @@ import torch
 
 from arcface_kd import registry
 from arcface_kd.backbones import get_backbone
-from arcface_kd.cli.main import build_parser, main
+from arcface_kd.cli.main import build_parser
 from arcface_kd.config.flags import add_arguments
 from arcface_kd.config.kd import KDConfig
 from arcface_kd.config.options import build
@@ -164,13 +164,6 @@ def test_a_command_is_understood(page: str, command: list[str]) -> None:
     assert program in ("cd", "make") or words[:3] == ["python", "-m", "pytest"], f"{page}: nobody checks {command}"
     for word in words[3:]:
         assert (ROOT / word).exists(), f"{page}: {word}"
-
-
-def test_the_listing_command_runs(capsys: pytest.CaptureFixture[str]) -> None:
-    assert ["arcface-kd", "methods"] in [command for _, command in COMMANDS]
-    assert main(["methods"]) == 0
-    listed = capsys.readouterr().out
-    assert all(name in listed for name in own_methods())
 
 
 def test_methods_and_pages_are_the_same() -> None:
