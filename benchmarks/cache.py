@@ -84,7 +84,7 @@ class Sizes:
     dimension: int = DIMENSION
 
 
-TINY = Sizes((Pair("thin_r18", "thin_r18", 12, images=8, batch=4, rounds=1),), None, dimension=16)
+TINY = Sizes((Pair("thin_r10", "thin_r10", 12, images=8, batch=4, rounds=1),), None, dimension=16)
 
 
 def teacher_of(pair: Pair, dimension: int, device: torch.device) -> Teacher:

@@ -48,7 +48,7 @@ class Sizes:
     dimension: int = DIMENSION
 
 
-TINY = Sizes(Pair("thin_r18", "thin_r18", 8, images=8, batch=4, rounds=1), dimension=16)
+TINY = Sizes(Pair("thin_r10", "thin_r10", 8, images=8, batch=4, rounds=1), dimension=16)
 
 
 def names() -> list[str]:

@@ -49,7 +49,7 @@ class Sizes:
     dimension: int = 512
 
 
-TINY = Sizes((Pair("thin_r18", "thin_r18", 12, images=8, batch=4, rounds=1),), dimension=16)
+TINY = Sizes((Pair("thin_r10", "thin_r10", 12, images=8, batch=4, rounds=1),), dimension=16)
 
 
 def _distiller(kind: str, pair: Pair, dimension: int, device: torch.device, cache: Path) -> Distiller:

@@ -23,10 +23,10 @@ def test_tiny(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatc
     values = {(row.provider, row.size, row.metric): row.value for row in rows}
     where = "C=12 B=4 D=16"
     speed = {
-        name: values[f"{name} thin_r18->thin_r18", where, "images_per_second"] for name in ("alone", "cached", "online")
+        name: values[f"{name} thin_r10->thin_r10", where, "images_per_second"] for name in ("alone", "cached", "online")
     }
-    assert values["cached thin_r18->thin_r18", where, "speed_over_alone"] == speed["cached"] / speed["alone"]
-    assert values["cached thin_r18->thin_r18", where, "speed_over_online"] == speed["cached"] / speed["online"]
+    assert values["cached thin_r10->thin_r10", where, "speed_over_alone"] == speed["cached"] / speed["alone"]
+    assert values["cached thin_r10->thin_r10", where, "speed_over_online"] == speed["cached"] / speed["online"]
     assert values["cache", "MS1MV2 N=5822653 D=512", "gigabytes"] == pytest.approx(11.92, abs=0.01)
     printed = capsys.readouterr().out
     assert "costs at most 3%" in printed
@@ -35,7 +35,7 @@ def test_tiny(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatc
 
 def test_an_epoch_trains_on_every_full_batch(tmp_path: Path) -> None:
     faces = draw_faces(tmp_path, identities=3, images=4)
-    pair = cache.Pair("thin_r18", "thin_r18", 3, images=12, batch=5, rounds=1)
+    pair = cache.Pair("thin_r10", "thin_r10", 3, images=12, batch=5, rounds=1)
     config: EasyDict = cache.config_of(pair, 8, faces.folder)
     distiller = Distiller(KDConfig())
     seen: list[int] = []

@@ -3,20 +3,25 @@
 import csv
 import math
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
+from benchmarks import peak_memory
 from benchmarks.__main__ import BENCHMARKS, main
 from benchmarks.plots import PICTURES
 from benchmarks.record import RESULTS, Row, classes_of, read
+from tests.forked import CONTEXT
 
 PNG = b"\x89PNG\r\n\x1a\n"
 
 
 @pytest.fixture(autouse=True)
-def _without_host(monkeypatch: pytest.MonkeyPatch) -> None:
+def _cheaply(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without the host, and each measured process forked from one that has imported torch."""
     monkeypatch.delenv("ARCFACE_TORCH", raising=False)
+    monkeypatch.setattr(peak_memory, "multiprocessing", SimpleNamespace(get_context=lambda _: CONTEXT))
 
 
 def run(tmp_path: Path, name: str | None = None) -> list[Row]:

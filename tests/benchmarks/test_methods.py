@@ -26,4 +26,4 @@ def test_tiny(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatc
     assert values["alone"] == 1
     assert all(value > 0 for value in values.values())
     assert {row.metric for row in rows} == {"step_over_alone"}
-    assert "thin_r18->thin_r18, C=8 B=4 D=16" in capsys.readouterr().out
+    assert "thin_r10->thin_r10, C=8 B=4 D=16" in capsys.readouterr().out

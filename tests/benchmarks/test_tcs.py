@@ -16,7 +16,7 @@ def test_tiny(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatc
     rows: list[Row] = tcs.run(tcs.TINY, CPU)
     values = {(row.provider, row.metric): row.value for row in rows}
     assert {row.size for row in rows} == {"C=12 B=4 D=16"}
-    whose = "thin_r18->thin_r18"
+    whose = "thin_r10->thin_r10"
     for other in ("alone", "online"):
         ratio = values[f"tcs {whose}", "images_per_second"] / values[f"{other} {whose}", "images_per_second"]
         assert values[f"tcs {whose}", f"speed_over_{other}"] == ratio
