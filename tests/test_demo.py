@@ -53,7 +53,7 @@ def test_verdict_says_what_was_gained_and_whether_the_pairs_tell(
 
 def test_runs_on_given_data_with_a_given_teacher(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "faces").mkdir()
-    faces = draw_faces(tmp_path / "faces", identities=16, images=10)
+    faces = draw_faces(tmp_path / "faces", identities=8, images=4)
     torch.manual_seed(0)
     teacher = tmp_path / "teacher.pt"
     torch.save(get_backbone("thin_r18").state_dict(), teacher)
@@ -100,9 +100,11 @@ def test_fewer_faces_than_a_batch_are_one_batch(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_draws_trains_and_compares(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    sizes = {"_STUDENT_IDENTITIES": 16, "_TEACHER_IDENTITIES": 24, "_IMAGES": 8, "_HELDOUT_IDENTITIES": 12}
-    for name, value in {**sizes, "_PAIRS": 40, "_TEACHER_EPOCHS": 1}.items():
+    sizes = {"_STUDENT_IDENTITIES": 8, "_TEACHER_IDENTITIES": 12, "_IMAGES": 4, "_HELDOUT_IDENTITIES": 6, "_PAIRS": 20}
+    for name, value in {**sizes, "_TEACHER_EPOCHS": 1, "TEACHER_NETWORK": "thin_r10"}.items():
         monkeypatch.setattr(demo, name, value)
+    # Each process that draws would import torch.
+    monkeypatch.setattr("os.cpu_count", lambda: 1)
     rows = run_demo(DemoSettings(out=tmp_path, epochs=1))
     assert [(r.score.model, r.score.set) for r in rows] == [
         ("teacher", "synthetic"),
@@ -115,9 +117,9 @@ def test_draws_trains_and_compares(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 
 def test_a_method_of_class_means_finds_the_cache_filled(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "faces").mkdir()
-    faces = draw_faces(tmp_path / "faces", identities=16, images=10)
+    faces = draw_faces(tmp_path / "faces", identities=8, images=4)
     torch.manual_seed(0)
-    torch.save(get_backbone("thin_r18").state_dict(), tmp_path / "teacher.pt")
+    torch.save(get_backbone("thin_r10").state_dict(), tmp_path / "teacher.pt")
     settings = DemoSettings(
         out=tmp_path / "out",
         data=faces.folder,
