@@ -200,7 +200,7 @@ def _checked(settings: DemoSettings) -> _Job:
     teacher = load_teacher(kd.teacher, kd.options.get("teacher")) if kd.teacher is not None else None
     wiring = Distiller(kd, teacher if teacher is not None else load_teacher(get_backbone(TEACHER_NETWORK)))
     wiring.refuse_dimension(BASE["embedding_size"], wiring.teacher_embedding_size)
-    return _Job(kd, teacher, wiring.from_cache_alone or kd.classifier == CLASS_MEANS)
+    return _Job(kd, teacher, wiring.methods.from_cache_alone or kd.classifier == CLASS_MEANS)
 
 
 class _Stages:

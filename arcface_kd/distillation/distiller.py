@@ -122,7 +122,7 @@ class Distiller:
         loader.on_batch = self._next_views
         self.even_batches = loader.even
         self.cache = open_cache(self.kd, self.methods, self.teacher, loader.faces, ranks)
-        if self.from_cache_alone:
+        if self.methods.from_cache_alone:
             self.teacher = None
         runs_on_clean = (
             self.student_options.teacher_sees_others
@@ -138,33 +138,23 @@ class Distiller:
     read_through_cache = use_cache
 
     @property
-    def from_cache_alone(self) -> bool:
-        """Whether the teacher's embeddings come from a full cache and from nowhere else."""
-        return self.methods.from_cache_alone
-
-    @property
     def teacher_embedding_size(self) -> int | None:
         """The teacher's dimension, whether it is there or its cache stands for it; None without either."""
         if self.teacher is not None:
             return self.teacher.embedding_size
-        return self.cache.embedding_size if self.from_cache_alone and self.cache is not None else None
+        return self.cache.embedding_size if self.methods.from_cache_alone and self.cache is not None else None
 
     @property
     def sources(self) -> dict[str, str | None]:
         """Digests of the run's teacher and images, which must match on resume; None where there are none."""
         teacher = None if self.teacher is None else self.teacher.fingerprint
-        if self.from_cache_alone and self.cache is not None:
+        if self.methods.from_cache_alone and self.cache is not None:
             teacher = str(self.cache.identity["teacher"])
         return {"teacher": teacher, "data": None if self.faces is None else outline(self.faces)}
 
-    @property
-    def compares_embeddings(self) -> bool:
-        """Whether a method compares the student's embeddings with the teacher's, number by number."""
-        return self.methods.compares_embeddings
-
     def refuse_dimension(self, embedding_size: int, teacher_embedding_size: int | None) -> None:
         """Refuse a teacher of another dimension than the student's if the two are compared unprojected."""
-        if teacher_embedding_size in (None, embedding_size) or not self.compares_embeddings:
+        if teacher_embedding_size in (None, embedding_size) or not self.methods.compares_embeddings:
             return
         if self.student_options.projection == "none":
             raise ConfigError(
@@ -175,7 +165,7 @@ class Distiller:
     @property
     def _listens(self) -> bool:
         """Whether each batch needs the teacher's embeddings."""
-        there = self.teacher is not None or self.from_cache_alone
+        there = self.teacher is not None or self.methods.from_cache_alone
         return there and Requirement.TEACHER_EMBEDDINGS in self.methods.needed
 
     def _next_views(self, views: BatchViews) -> None:

@@ -300,7 +300,7 @@ class _Makers:
                 f"student.augment={','.join(self.shared.student_options.augment)} is done by arcface_kd's loader, and "
                 f"{reader} reads the images: set kd_loader=own and dali=False, or leave it out"
             )
-        if self.shared.kd.cache is not None and not self.shared.from_cache_alone:
+        if self.shared.kd.cache is not None and not self.shared.methods.from_cache_alone:
             self.shared.cache_is_off = True
             logger.warning(
                 "kd_cache is off: %s does not say which records a batch shows, nor how; the teacher runs each step",
