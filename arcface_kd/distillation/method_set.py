@@ -15,7 +15,7 @@ from arcface_kd.methods.recipe import Recipe
 
 
 class MethodSet:
-    """The methods that one run trains with, resolved and checked.
+    """The methods that one run trains with, by their registered names, resolved and checked.
 
     Attributes:
         title: their names, as ``kd`` has them: ``adadistill+embedding``.
@@ -24,10 +24,6 @@ class MethodSet:
         needed: what one of them cannot do without.
         replacing: name of the one whose terms take the place of the trainer's learned classifier; None if none does.
         maps_wanted: the feature maps that they look at; None if none does.
-
-    Args:
-        names: as registered.
-        options: ``{method: {option: value}}``; entries of other names are not looked at.
 
     Raises:
         ConfigError: an unknown method, options that it does not have, or methods that cannot be combined.

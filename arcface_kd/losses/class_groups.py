@@ -90,18 +90,12 @@ class _Range(NamedTuple):
 class RankedLogits:
     """The logits that classes are ranked by, over all ranks.
 
-    Args:
-        values: (K, B) this shard's logits over the temperature, but for the targets, which are
-            :data:`~arcface_kd.losses.sharded_logits.HIDDEN`.
-        target: (B,) the targets' own, the same on every rank; anything for rows without label.
-        valid: (B,) bool, rows with a label.
-        classes: which classes of the shard ``values`` are of, and where the targets are.
-        limit: the largest absolute value that a logit over the temperature can have but for rounding.
-        temperature: that they were divided by.
-        shift: (B,) to subtract before an exponential is taken, or None where none can leave the number format.
-        ranks: the ranks that share the classes.
-        chunk: classes at a time.
-        of_each_rank: how many classes each rank holds; None asks the ranks if it must be known.
+    ``values`` (K, B) are this shard's logits over the temperature, but for the targets, which are
+    :data:`~arcface_kd.losses.sharded_logits.HIDDEN`; ``target`` (B,) are the targets' own, the same on every rank, for
+    the ``valid`` rows, those with a label. ``classes`` says which classes of the shard ``values`` are of, and where the
+    targets are. No logit is above ``limit`` in absolute value, but for rounding. ``shift`` (B,) is subtracted before an
+    exponential is taken; None where none can leave the number format. ``chunk`` classes are taken at a time.
+    ``of_each_rank`` is how many classes each rank holds; None asks the ranks if it must be known.
     """
 
     def __init__(

@@ -72,14 +72,7 @@ class Bank(Method):
     """The student sees a bank of cached teacher embeddings as the teacher does: a softmax over it, without labels.
 
     Terms: ``bank``, the weighted divergence, and ``mined``, the weighted difference of cosines; one with a weight of 0
-    is left out. The bank is not saved with the run: the seed draws it again.
-
-    Args:
-        config: the knobs.
-        context: the run, with the cache; with ``of=classes`` the teacher's classifier too.
-
-    Raises:
-        TeacherError: an empty cache.
+    is left out. The bank is not saved with the run: the seed draws it again. An empty cache is a TeacherError.
     """
 
     Config = BankConfig

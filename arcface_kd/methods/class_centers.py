@@ -60,18 +60,10 @@ def repetition_weights(
 class FrozenCenters(nn.Module):
     """This rank's share of class centers that no optimiser moves, with what follows from them.
 
-    Buffers:
-        weight: (shard.size, D) fp32, any norm.
-        inverse_norms: (shard.size,) fp32, one over the norms.
-        units: (shard.size, D) the normalised centers in the products' format where that is a narrow one, else None.
-
-    The latter two follow from ``weight`` whenever it is loaded, moved to a device or cast; they are not saved.
-
-    Args:
-        weight: the centers.
-        shard: the classes of this rank.
-        product_dtype: number format of the head's matrix products, None for that of the centers.
-        saved: whether ``weight`` is part of the state.
+    The buffers ``weight`` (shard.size, D), fp32 and of any norm, ``inverse_norms`` (shard.size,), one over the norms,
+    and ``units``, the normalised centers in ``product_dtype`` where that is a narrow format, else None. The latter two
+    follow from ``weight`` whenever it is loaded, moved to a device or cast; they are not saved, and ``weight`` only if
+    ``saved``.
     """
 
     weight: Tensor

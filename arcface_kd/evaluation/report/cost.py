@@ -118,8 +118,8 @@ def images_per_second(
 ) -> dict[str, float]:
     """How fast models embed images that are already in memory, by name.
 
-    They are timed in turns and the fastest pass of each counts: what else the machine does can only slow one down, and
-    comes and goes. No further pass of a model begins after so many ``seconds`` of it; one pass is always timed.
+    They are timed in turns and the fastest pass of each counts: other work of the machine can only slow one down. No
+    further pass of a model begins after so many ``seconds`` of it; one pass is always timed.
     """
     where = torch.device(device)
     durations: dict[str, list[float]] = {name: [] for name in models}
