@@ -6,8 +6,6 @@ import os
 import shutil
 import stat
 import subprocess
-import sys
-import zipfile
 from contextlib import AbstractContextManager
 from difflib import unified_diff
 from pathlib import Path
@@ -406,26 +404,6 @@ class TestShipping:
             for init in (REPOSITORY / "arcface_kd").rglob("__init__.py")
         }
         assert set(settings["options"]["packages"].split()) == found | {"arcface_kd.patches"}
-
-    @pytest.mark.slow
-    def test_a_wheel_brings_the_patches(self, tmp_path: Path) -> None:
-        source, site = tmp_path / "source", tmp_path / "site"
-        for name in ("arcface_kd", "patches"):
-            shutil.copytree(REPOSITORY / name, source / name, ignore=shutil.ignore_patterns("__pycache__"))
-        for name in ("setup.cfg", "pyproject.toml", "LICENSE", "README.md"):
-            if (REPOSITORY / name).is_file():
-                shutil.copy(REPOSITORY / name, source)
-        build = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation"]
-        subprocess.run([*build, "--wheel-dir", str(tmp_path), str(source)], check=True)
-        (wheel,) = tmp_path.glob("arcface_kd-*.whl")
-        with zipfile.ZipFile(wheel) as archive:
-            archive.extractall(site)
-        probe = "from arcface_kd.host import patching; print(patching.patches_folder(), *patching.available_patches())"
-        run = subprocess.run([sys.executable, "-c", probe], cwd=site, check=True, capture_output=True, text=True)
-        assert run.stdout.split() == [str(site / "arcface_kd" / "patches"), *sorted(NAMES)]
-        for name in NAMES:
-            inside = site / "arcface_kd" / "patches" / f"{name}.patch"
-            assert inside.read_bytes() == (REPOSITORY / "patches" / f"{name}.patch").read_bytes()
 
     def test_a_package_without_patches_says_so(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(patching, "__file__", str(tmp_path / "arcface_kd" / "patching.py"))
