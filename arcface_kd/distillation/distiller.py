@@ -152,9 +152,14 @@ class Distiller:
             teacher = str(self.cache.identity["teacher"])
         return {"teacher": teacher, "data": None if self.faces is None else outline(self.faces)}
 
+    @property
+    def compares_embeddings(self) -> bool:
+        """Whether a method compares the student's embeddings with the teacher's, number by number."""
+        return self.methods.compares_embeddings
+
     def refuse_dimension(self, embedding_size: int, teacher_embedding_size: int | None) -> None:
         """Refuse a teacher of another dimension than the student's if the two are compared unprojected."""
-        if teacher_embedding_size in (None, embedding_size) or not self.methods.compares_embeddings:
+        if teacher_embedding_size in (None, embedding_size) or not self.compares_embeddings:
             return
         if self.student_options.projection == "none":
             raise ConfigError(

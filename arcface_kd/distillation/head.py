@@ -278,6 +278,10 @@ class DistillationHead(nn.Module):
         parameters = dict(self.named_parameters())
         return [parameters[name] for name in self.sharded_entries() if name in parameters]
 
+    def look_at_gradients(self, optimizer: torch.optim.Optimizer) -> None:
+        """Look for NaN and inf in the gradients that an optimiser is about to apply."""
+        self.monitor.weight_gradients(self._distiller.student, optimizer, self._steps_done)
+
     def __deepcopy__(self, memo: dict[int, Any]) -> "DistillationHead":
         twin = memo[id(self)] = object.__new__(type(self))
         twin.__dict__.update(copy.deepcopy(self.__dict__, memo))
@@ -414,7 +418,7 @@ def _before_optimizer_steps(head: DistillationHead) -> None:
     def look(optimizer: torch.optim.Optimizer, arguments: Any, keywords: Any) -> None:
         if (watching := alive()) is not None:
             place_momentum(optimizer, watching._momentum)
-            watching.monitor.weight_gradients(watching._distiller.student, optimizer, watching._steps_done)
+            watching.look_at_gradients(optimizer)
 
     weakref.finalize(head, register_optimizer_step_pre_hook(look).remove)
 

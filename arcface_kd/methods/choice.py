@@ -66,7 +66,8 @@ CHOICES = (
     Choice(
         "under 10,000 identities, with or without further images of nobody",
         "--kd embedding --kd-option embedding.labels=none",
-        "measured on 985 identities: 91.1 % against 84.8 % alone, 89.3 % with adadistill",
+        "measured on 985 identities: 91.1 % against 84.8 % alone, 89.3 % with adadistill; "
+        "92.4 % in 30 epochs, 93.6 % with student.augment=strong",
         lambda records: records.identities > 0 and not records.many and not records.few_images,
     ),
     Choice(
