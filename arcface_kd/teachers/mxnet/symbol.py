@@ -5,7 +5,7 @@ import math
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from functools import reduce
+from functools import lru_cache, reduce
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,19 @@ _LARGEST_SYMBOL = 1 << 24
 _MOST_ELEMENTS = 1 << 25
 _LOSSES = frozenset(("SoftmaxOutput", "Softmax", "softmax", "LinearRegressionOutput", "MakeLoss"))
 _EMBEDDING = "fc1"
+_TEXTS_KEPT = 1024
+
+
+# Every step asks for the same texts again.
+@lru_cache(_TEXTS_KEPT)
+def _whole_in(text: str) -> int | None:
+    return int(text.rstrip("L")) if re.fullmatch(r"-?\d{1,6}L?", text) else None
+
+
+@lru_cache(_TEXTS_KEPT)
+def _pair_in(text: str) -> tuple[int, int] | None:
+    numbers = re.fullmatch(r"[(\[]\s*(\d{1,5})L?\s*,\s*(\d{1,5})L?\s*,?\s*[)\]]", text)
+    return None if numbers is None else (int(numbers[1]), int(numbers[2]))
 
 
 @dataclass(frozen=True)
@@ -62,19 +75,19 @@ class _Node:
         return value
 
     def whole(self, key: str, default: int) -> int:
-        text = self.texts.get(key, str(default))
-        if not re.fullmatch(r"-?\d{1,6}L?", text):
+        number = _whole_in(self.texts.get(key, str(default)))
+        if number is None:
             raise self._wrong(key, "a whole number")
-        return int(text.rstrip("L"))
+        return number
 
     def pair(self, key: str, default: tuple[int, int] | None = None) -> tuple[int, int]:
         text = self.texts.get(key)
         if text in (None, "()", "[]") and default is not None:
             return default
-        numbers = re.fullmatch(r"[(\[]\s*(\d{1,5})L?\s*,\s*(\d{1,5})L?\s*,?\s*[)\]]", str(text))
+        numbers = _pair_in(str(text))
         if numbers is None:
             raise self._wrong(key, "two whole numbers, as in (3, 3)")
-        return int(numbers[1]), int(numbers[2])
+        return numbers
 
     def run(self, *inputs: Tensor) -> Tensor:
         return _OPERATORS[self.operator](self, *inputs)
