@@ -7,7 +7,6 @@ The settings are those of docs/results.md.
 """
 
 import argparse
-import csv
 import json
 import os
 import subprocess
@@ -19,10 +18,10 @@ from itertools import product
 from pathlib import Path
 from statistics import fmean
 
+from benchmarks import record
 from benchmarks.plots import PICTURES, draw_curves
-from benchmarks.record import ROOT, commit
 
-CURVES = ROOT / "benchmarks" / "curves.csv"
+CURVES = record.ROOT / "benchmarks" / "curves.csv"
 
 _LOW_RES = (14, 28, 56)
 _TEACHER = ["teacher.channels=bgr", "teacher.mean=127", "teacher.std=128"]
@@ -63,22 +62,15 @@ class Student:
 
     @property
     def name(self) -> str:
-        """Its folder."""
-        return "-".join(str(value) for value in asdict(self).values()).replace(" ", "_").replace("/", "_")
+        """Its folder, the same for all of its rows."""
+        values = (str(getattr(self, field.name)) for field in fields(Student))
+        return "-".join(values).replace(" ", "_").replace("/", "_")
 
 
 @dataclass(frozen=True)
-class Row:
-    """One student on one set of pairs, accuracy and TAR in percent; ``hours`` is the training's wall time."""
+class Row(Student):
+    """A student on one set of pairs, accuracy and TAR in percent; ``hours`` is the training's wall time."""
 
-    network: str
-    kd: str
-    options: str
-    augment: str
-    sees: str
-    schedule: str
-    epochs: int
-    seed: int
     pairs: str
     accuracy: float
     tar: float
@@ -88,21 +80,7 @@ class Row:
 
 def read(path: Path = CURVES) -> list[Row]:
     """The rows that are there."""
-    if not path.is_file():
-        return []
-    numbers = {"epochs": int, "seed": int, "accuracy": float, "tar": float, "hours": float}
-    with path.open(newline="") as stream:
-        lines = list(csv.DictReader(stream))
-    return [Row(**{name: numbers.get(name, str)(text) for name, text in line.items()}) for line in lines]
-
-
-def _append(path: Path, rows: Sequence[Row]) -> None:
-    begins = not path.is_file()
-    with path.open("a", newline="") as stream:
-        writer = csv.DictWriter(stream, [field.name for field in fields(Row)], lineterminator="\n")
-        if begins:
-            writer.writeheader()
-        writer.writerows(asdict(row) for row in rows)
+    return record.read(path, Row) if path.is_file() else []
 
 
 def _run(*arguments: str) -> None:
@@ -164,7 +142,7 @@ def measure(student: Student, data: Path, work: Path) -> list[Row]:
             accuracy=round(100 * result["accuracy"], 2),
             tar=round(100 * result["tar@far=1e-2"], 2),
             hours=round(hours, 3),
-            commit=commit(),
+            commit=record.commit(),
         )
         for result in json.loads(found.read_text())
         if result.get("protocol") == "pairs"
@@ -203,12 +181,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     data = Path(os.environ["ARCFACE_KD_REAL_DATA"]).resolve()
     for seed, epochs, kd, augment in product(options.seeds, options.epochs, options.kd, options.augment):
         student = Student(options.network, kd, options.options, augment, options.sees, options.schedule, epochs, seed)
-        known = {tuple(asdict(row)[field.name] for field in fields(Student)) for row in read(options.out)}
-        if tuple(asdict(student).values()) in known:
+        if student.name in {row.name for row in read(options.out)}:
             print(f"there already: {student.name}")
             continue
         rows = measure(student, data, options.work)
-        _append(options.out, rows)
+        record.append(options.out, rows, Row)
         print(f"{student.name}: {rows[0].accuracy} / {rows[0].tar}, {rows[0].hours:.2f} h", flush=True)
     if points := curves(read(options.out), options.network):
         print(f"drawn: {draw_curves(points, options.pictures)}")

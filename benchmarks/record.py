@@ -7,6 +7,7 @@ import subprocess
 from collections.abc import Iterable, Sequence
 from dataclasses import astuple, dataclass, fields
 from pathlib import Path
+from typing import Any, get_type_hints
 
 import torch
 
@@ -70,41 +71,29 @@ def classes_of(size: str) -> int:
     return int(size.split()[0].removeprefix("C="))
 
 
-def append(path: Path, rows: Iterable[Row]) -> None:
-    """Append rows to a CSV file; a new file begins with the header."""
+def append(path: Path, rows: Iterable[Any], kind: type[Any] = Row) -> None:
+    """Append rows, dataclasses of one kind, to a CSV file; a new file begins with the header."""
     new = not path.exists()
     with path.open("a", newline="", encoding="utf-8") as stream:
         writer = csv.writer(stream, lineterminator="\n")
         if new:
-            writer.writerow(field.name for field in fields(Row))
+            writer.writerow(field.name for field in fields(kind))
         for row in rows:
             writer.writerow([f"{value:.6g}" if isinstance(value, float) else value for value in astuple(row)])
 
 
-def read(path: Path) -> list[Row]:
+def read(path: Path, kind: type[Any] = Row) -> list[Any]:
     """All rows of a CSV file, the oldest first.
 
     Raises:
         ValueError: the file has other columns.
     """
-    names = [field.name for field in fields(Row)]
+    types = get_type_hints(kind)
     with path.open(newline="", encoding="utf-8") as stream:
         reader = csv.DictReader(stream)
-        if reader.fieldnames != names:
-            raise ValueError(f"{path} has the columns {reader.fieldnames}; {names} are wanted")
-        return [
-            Row(
-                row["benchmark"],
-                row["provider"],
-                row["size"],
-                row["metric"],
-                float(row["value"]),
-                row["device"],
-                row["torch"],
-                row["commit"],
-            )
-            for row in reader
-        ]
+        if reader.fieldnames != list(types):
+            raise ValueError(f"{path} has the columns {reader.fieldnames}; {list(types)} are wanted")
+        return [kind(**{name: types[name](text) for name, text in line.items()}) for line in reader]
 
 
 def latest(rows: Iterable[Row], benchmark: str) -> dict[tuple[str, str, str], float]:
