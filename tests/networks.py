@@ -1,8 +1,12 @@
 """Small networks for tests that train: ``python:tests.networks:tiny``, also in processes that tests start."""
 
+from pathlib import Path
+
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import avg_pool2d
+
+from arcface_kd.backbones import get_backbone
 
 
 class Tiny(nn.Module):
@@ -25,3 +29,11 @@ class Tiny(nn.Module):
 
 def tiny(num_features: int = 512, fp16: bool = False) -> nn.Module:
     return Tiny(num_features, fp16)
+
+
+def untrained_file(folder: Path, network: str, num_features: int) -> Path:
+    """The weights of a backbone that nobody has trained, the same in every run: a teacher for runs of seconds."""
+    torch.manual_seed(7)
+    path = folder / "teacher.pt"
+    torch.save(get_backbone(network, num_features=num_features).state_dict(), path)
+    return path

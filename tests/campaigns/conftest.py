@@ -3,10 +3,9 @@
 from pathlib import Path
 
 import pytest
-import torch
 
-from arcface_kd.backbones import get_backbone
 from tests.host.trainer.faces import Faces, draw_faces
+from tests.networks import untrained_file
 
 
 @pytest.fixture(scope="session")
@@ -17,7 +16,4 @@ def faces(tmp_path_factory: pytest.TempPathFactory) -> Faces:
 
 @pytest.fixture(scope="session")
 def teacher(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    torch.manual_seed(7)
-    path = tmp_path_factory.mktemp("teacher") / "teacher.pt"
-    torch.save(get_backbone("thin_r18", num_features=16).state_dict(), path)
-    return path
+    return untrained_file(tmp_path_factory.mktemp("teacher"), "thin_r18", 16)

@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 import torch
 
-from arcface_kd.backbones import get_backbone
 from arcface_kd.config.kd import KDConfig
 from arcface_kd.data.dataset import RecordDataset
 from arcface_kd.data.formats.record import RecordHeader, pack
@@ -23,6 +22,7 @@ from arcface_kd.evaluation.report.scalars import read_scalars
 from arcface_kd.training.trainer import train
 from tests.data.record_sets import encoded, record, write_records
 from tests.host.trainer.faces import Faces
+from tests.networks import untrained_file
 from tests.reference.problems import ARCFACE
 from tests.training.runs import config_for
 
@@ -31,10 +31,7 @@ BLACK = cv2.imencode(".png", np.zeros((112, 112, 3), np.uint8))[1].tobytes()
 
 @pytest.fixture(scope="module")
 def teacher_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    torch.manual_seed(7)
-    path = tmp_path_factory.mktemp("teacher") / "teacher.pt"
-    torch.save(get_backbone("thin_r10", num_features=16).state_dict(), path)
-    return path
+    return untrained_file(tmp_path_factory.mktemp("teacher"), "thin_r10", 16)
 
 
 def numbered(count: int) -> list[bytes]:

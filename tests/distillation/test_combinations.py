@@ -5,7 +5,6 @@ from pathlib import Path
 import pytest
 import torch
 
-from arcface_kd.backbones import get_backbone
 from arcface_kd.config.kd import KDConfig
 from arcface_kd.distillation.distiller import Distiller
 from arcface_kd.distillation.head import DistillationHead
@@ -18,6 +17,7 @@ from arcface_kd.teachers.options import TeacherOptions
 from arcface_kd.training.trainer import train
 from tests.distillation.test_distiller import CLASSES, LABELS, Embedder, images
 from tests.host.trainer.faces import Faces
+from tests.networks import untrained_file
 from tests.reference.problems import ARCFACE
 from tests.training.runs import config_for
 
@@ -107,10 +107,7 @@ def test_adafaces_margin_where_it_would_have_no_effect(
 
 @pytest.fixture(scope="module")
 def teacher_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    torch.manual_seed(7)
-    path = tmp_path_factory.mktemp("teacher") / "teacher.pt"
-    torch.save(get_backbone("thin_r10", num_features=24).state_dict(), path)
-    return path
+    return untrained_file(tmp_path_factory.mktemp("teacher"), "thin_r10", 24)
 
 
 @pytest.mark.parametrize(

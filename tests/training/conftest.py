@@ -3,10 +3,9 @@
 from pathlib import Path
 
 import pytest
-import torch
 
-from arcface_kd.backbones import get_backbone
 from tests.host.trainer.faces import Faces, draw_faces
+from tests.networks import untrained_file
 
 
 @pytest.fixture(scope="session")
@@ -16,7 +15,4 @@ def faces(tmp_path_factory: pytest.TempPathFactory) -> Faces:
 
 @pytest.fixture(scope="session")
 def teacher_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    torch.manual_seed(7)
-    path = tmp_path_factory.mktemp("teacher") / "teacher.pt"
-    torch.save(get_backbone("thin_r10", num_features=32).state_dict(), path)
-    return path
+    return untrained_file(tmp_path_factory.mktemp("teacher"), "thin_r10", 32)

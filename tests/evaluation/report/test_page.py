@@ -9,9 +9,7 @@ from pathlib import Path
 import cv2
 import numpy as np
 import pytest
-import torch
 
-from arcface_kd.backbones import get_backbone
 from arcface_kd.cli.main import main
 from arcface_kd.config.kd import KDConfig
 from arcface_kd.distillation.distiller import Distiller
@@ -22,6 +20,7 @@ from tests.browser import Page, find_browser, open_browser
 from tests.data.tinyface_folders import write_tinyface
 from tests.evaluation.runs import DIMENSION, NETWORK, write_run
 from tests.host.trainer.faces import Faces, draw_faces
+from tests.networks import untrained_file
 from tests.teachers.onnx_models import face_network, saved, weights
 from tests.training.runs import config_for
 
@@ -47,10 +46,7 @@ def faces(tmp_path_factory: pytest.TempPathFactory) -> Faces:
 
 @pytest.fixture(scope="module")
 def teacher(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    torch.manual_seed(7)
-    path = tmp_path_factory.mktemp("teacher") / "teacher.pt"
-    torch.save(get_backbone(NETWORK, num_features=DIMENSION).state_dict(), path)
-    return path
+    return untrained_file(tmp_path_factory.mktemp("teacher"), NETWORK, DIMENSION)
 
 
 @pytest.fixture(scope="module")

@@ -23,7 +23,7 @@ from arcface_kd.teachers.student_init import start_from
 from arcface_kd.training.stages import train_stages
 from arcface_kd.training.trainer import train
 from tests.host.trainer.faces import Faces, draw_faces
-from tests.networks import tiny
+from tests.networks import tiny, untrained_file
 from tests.teachers.onnx_models import face_network
 from tests.training import runs
 
@@ -38,10 +38,7 @@ def faces(tmp_path_factory: pytest.TempPathFactory) -> Faces:
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A teacher that nobody has trained."""
-    torch.manual_seed(7)
-    path = tmp_path_factory.mktemp("teacher") / "teacher.pt"
-    torch.save(get_backbone("thin_r10", num_features=DIMENSION).state_dict(), path)
-    return path
+    return untrained_file(tmp_path_factory.mktemp("teacher"), "thin_r10", DIMENSION)
 
 
 @pytest.fixture(scope="module")
