@@ -10,12 +10,15 @@ import torch
 from onnx import TensorProto, numpy_helper
 
 EMBEDDING_SIZE = 16
-# How the feature map becomes a row of numbers: Reshape by an initializer or by a Constant node, Flatten, a Reshape that
-# merges the batch with the channels, or one with a term behind it that mixes the batch's images.
+# How the feature map becomes a row of numbers: Reshape by an initializer or a Constant node of either form, Flatten,
+# a Reshape that merges the batch with the channels, or one with a term behind it that mixes the batch's images.
 TAILS = {
     "reshape": "row = Reshape (map2, shape) raw = MatMul (row, matrix)",
     "constant_node": (
         "same = Constant <value = int64[2] {%d, -1}> () row = Reshape (map2, same) raw = MatMul (row, matrix)"
+    ),
+    "constant_numbers": (
+        "same = Constant <value_ints = [%d, -1]> () row = Reshape (map2, same) raw = MatMul (row, matrix)"
     ),
     "flatten": "row = Flatten (map2) raw = MatMul (row, matrix)",
     "merged": "merged = Reshape (map2, merging) row = Reshape (merged, shape) raw = MatMul (row, matrix)",
@@ -24,7 +27,7 @@ TAILS = {
         "shares = Softmax <axis = 0> (projected) raw = Mul (projected, shares)"
     ),
 }
-Tail = Literal["reshape", "constant_node", "flatten", "merged", "mixing"]
+Tail = Literal["reshape", "constant_node", "constant_numbers", "flatten", "merged", "mixing"]
 
 
 def saved(folder: Path, model: Any, name: str = "model.onnx") -> Path:

@@ -8,6 +8,8 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from arcface_kd.errors import TeacherError
 
 Shapes = Mapping[str, "list[int | None]"]
@@ -60,9 +62,21 @@ def constants(model: Any) -> dict[str, Any]:
     """The tensors that a graph holds by name: its initializers, and what its ``Constant`` nodes give."""
     found = {tensor.name: tensor for tensor in model.graph.initializer}
     for node in model.graph.node:
-        if node.op_type == "Constant" and len(node.attribute) == 1 and node.attribute[0].name == "value":
-            found.update(dict.fromkeys(node.output, node.attribute[0].t))
+        if node.op_type == "Constant" and (tensor := constant_tensor(node)) is not None:
+            found.update(dict.fromkeys(node.output, tensor))
     return found
+
+
+def constant_tensor(node: Any) -> Any | None:
+    """What a ``Constant`` node gives, written as a tensor or as numbers; None where it is neither."""
+    from onnx import helper, numpy_helper
+
+    name = node.attribute[0].name if len(node.attribute) == 1 else ""
+    if name not in ("value", "value_float", "value_floats", "value_int", "value_ints"):
+        return None
+    value = helper.get_attribute_value(node.attribute[0])
+    kind = np.float32 if "float" in name else np.int64
+    return value if name == "value" else numpy_helper.from_array(np.array(value, kind))
 
 
 def inputs(model: Any) -> list[Any]:

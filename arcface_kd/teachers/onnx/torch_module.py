@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from arcface_kd.errors import TeacherError, first_line
-from arcface_kd.teachers.onnx.form import OWN_DOMAIN
+from arcface_kd.teachers.onnx.form import OWN_DOMAIN, constant_tensor
 from arcface_kd.teachers.onnx.graph import OnnxGraph, free_batch
 from arcface_kd.teachers.onnx.operator_call import Call, UnsupportedError
 from arcface_kd.teachers.onnx.torch_layout import ONE_BY_ONE
@@ -231,20 +231,14 @@ class TorchGraph(nn.Module):
 
 def _constants_to_initializers(model: Any) -> None:
     """Turn ``Constant`` nodes into initializers, the one place for all that a graph computes with."""
-    from onnx import helper, numpy_helper
-
     kept = []
     for node in model.graph.node:
         if node.op_type != "Constant" or node.domain not in OWN_DOMAIN:
             kept.append(node)
             continue
-        (attribute,) = node.attribute
-        value = helper.get_attribute_value(attribute)
-        if attribute.name != "value":
-            kind = np.float32 if attribute.name.startswith("value_float") else np.int64
-            if not attribute.name.startswith(("value_float", "value_int")):
-                raise TeacherError(f"the ONNX constant {node.output[0]!r} is given as {attribute.name}, no tensor")
-            value = numpy_helper.from_array(np.array(value, kind))
+        value = constant_tensor(node)
+        if value is None:
+            raise TeacherError(f"the ONNX constant {node.output[0]!r} is neither a tensor nor numbers")
         tensor = model.graph.initializer.add()
         tensor.CopyFrom(value)
         tensor.name = node.output[0]

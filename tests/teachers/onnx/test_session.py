@@ -40,7 +40,8 @@ def test_every_image_is_embedded_as_if_it_were_alone(tmp_path: Path, tail: Any, 
 
 
 @pytest.mark.parametrize(
-    ("tail", "freed"), [("reshape", True), ("flatten", True), ("merged", False), ("mixing", False)]
+    ("tail", "freed"),
+    [("reshape", True), ("constant_numbers", True), ("flatten", True), ("merged", False), ("mixing", False)],
 )
 def test_a_batch_size_is_freed_only_where_that_is_proved(
     tmp_path: Path, tail: Any, freed: bool, caplog: pytest.LogCaptureFixture

@@ -199,7 +199,7 @@ def test_constants_given_as_numbers_and_as_text() -> None:
         return OnnxGraph(model.SerializeToString(), "image", "embedding", None, None, 0, "")
 
     assert torch.equal(TorchGraph(graph("value_float = 2.5"))(images(2, 2)), images(2, 2).flatten(1) * 2.5)
-    with pytest.raises(TeacherError, match="'factor' is given as value_string"):
+    with pytest.raises(TeacherError, match="'factor' is neither a tensor nor numbers"):
         TorchGraph(graph('value_string = "two"'))
 
 
