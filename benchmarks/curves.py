@@ -150,16 +150,15 @@ def measure(student: Student, data: Path, work: Path) -> list[Row]:
 
 
 def curves(rows: Sequence[Row], network: str) -> dict[str, dict[int, float]]:
-    """Accuracy on the pairs as they are by epochs, the mean of the seeds; methods with more than one length alone."""
+    """Accuracy on the pairs as they are by student and epochs, the mean of the seeds."""
     found: dict[str, dict[int, list[float]]] = {}
     for row in rows:
         if row.network == network and row.pairs == "as they are":
-            name = " ".join(filter(None, (row.kd or "alone", row.options, row.augment, row.schedule)))
+            views = "" if row.augment == "flip" else row.augment
+            name = " ".join(filter(None, (row.kd or "alone", row.options, views, row.schedule)))
             found.setdefault(name, {}).setdefault(row.epochs, []).append(row.accuracy)
     return {
-        name: {epochs: fmean(accuracies) for epochs, accuracies in lengths.items()}
-        for name, lengths in found.items()
-        if len(lengths) > 1
+        name: {epochs: fmean(accuracies) for epochs, accuracies in lengths.items()} for name, lengths in found.items()
     }
 
 
@@ -187,8 +186,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         rows = measure(student, data, options.work)
         record.append(options.out, rows, Row)
         print(f"{student.name}: {rows[0].accuracy} / {rows[0].tar}, {rows[0].hours:.2f} h", flush=True)
-    if points := curves(read(options.out), options.network):
-        print(f"drawn: {draw_curves(points, options.pictures)}")
+    print(f"drawn: {draw_curves(curves(read(options.out), options.network), options.pictures)}")
 
 
 if __name__ == "__main__":
