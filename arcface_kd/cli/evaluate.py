@@ -123,12 +123,16 @@ def _low_res_of(arguments: argparse.Namespace) -> list[int]:
 
 
 def _groups_of(arguments: argparse.Namespace) -> dict[str, list[Path]]:
-    groups = {}
+    groups: dict[str, list[Path]] = {}
     for word in arguments.groups:
         name, _, files = word.partition("=")
-        groups[name] = [Path(file) for file in files.split(",") if file]
-        if len(groups[name]) < 2:
-            raise ConfigError(f"--groups {word!r}: wanted NAME=FILE,FILE with two verification sets at least")
+        # No shell expands a ~ in the middle of a word.
+        found = [Path(file).expanduser() for file in files.split(",") if file]
+        if not name or name in groups or len({file.resolve() for file in found}) < 2:
+            raise ConfigError(
+                f"--groups {word!r}: wanted NAME=FILE,FILE with a name of its own and two verification sets at least"
+            )
+        groups[name] = found
     return groups
 
 
@@ -181,13 +185,14 @@ def _compare(arguments: argparse.Namespace) -> None:
         compare,
         data_of,
         file_contestant,
+        model_names,
         read_runs,
         run_contestant,
         teacher_contestant,
     )
     from arcface_kd.evaluation.report.page import write_report
     from arcface_kd.evaluation.report.pictures import require_matplotlib
-    from arcface_kd.evaluation.scoring import find_files
+    from arcface_kd.evaluation.scoring import find_files, load_models
     from arcface_kd.system.device import default_device
     from arcface_kd.teachers.base import load_teacher
 
@@ -195,21 +200,20 @@ def _compare(arguments: argparse.Namespace) -> None:
     options = teacher_options_of(arguments)
     if arguments.kd_teacher is None and arguments.gallery_model is None and options:
         raise ConfigError("teacher options were given without a teacher; add --kd-teacher FILE")
+    gallery = arguments.gallery_model
+    names = model_names(arguments.runs, gallery, taken=[] if arguments.kd_teacher is None else ["teacher"])
     exported = [name for name in arguments.runs if name.lower().endswith(".onnx")]
-    runs = read_runs([name for name in arguments.runs if name not in exported])
-    files, others = find_files(arguments.data or [data_of(runs)])
+    runs = read_runs([name for name in arguments.runs if name not in exported], names)
     groups = _groups_of(arguments)
+    files, others = find_files(arguments.data or ([] if groups else [data_of(runs)]))
     device = default_device()
     models = [run_contestant(run, device, arguments.network) for run in runs]
-    models += [file_contestant(file, load_teacher(file, {"precision": "fp32"}, device=device)) for file in exported]
-    teachers = {
-        source: load_teacher(source, {"precision": "fp32", **(options or {})}, device=device)
-        for source in dict.fromkeys((arguments.kd_teacher, arguments.gallery_model))
-        if source is not None
-    }
+    for file in exported:
+        models.append(file_contestant(file, load_teacher(file, {"precision": "fp32"}, device=device), names[file]))
+    wanted = [source for source in dict.fromkeys((arguments.kd_teacher, gallery)) if source is not None]
+    teachers = load_models(wanted, options, device=device)
     if arguments.kd_teacher is not None:
         models.append(teacher_contestant(arguments.kd_teacher, teachers[arguments.kd_teacher]))
-    gallery = arguments.gallery_model
     compared = compare(
         models,
         [*files, *(file for group in groups.values() for file in group)],
@@ -217,7 +221,7 @@ def _compare(arguments: argparse.Namespace) -> None:
         others=others,
         low_res=_low_res_of(arguments),
         groups=groups,
-        gallery=None if gallery is None else (Path(gallery).name, teachers[gallery]),
+        gallery=None if gallery is None else (names[gallery], teachers[gallery]),
         progress=True,
     )
     for path in write_report(compared, arguments.out, faces=not arguments.no_faces):

@@ -41,6 +41,8 @@ class Augmentation(Options):
                     f"student.augment is {','.join(words)!r}; it must be one of {', '.join(PRESETS)}, or a list such "
                     f"as crop:0.2,lowres:0.2{suggestion(word, PRESETS)}"
                 )
+            if name in chances:
+                raise ConfigError(f"student.augment is {','.join(words)!r}; it names {name} twice")
             chances[name] = chance
         return build(cls, chances, "student.augment")
 

@@ -27,7 +27,7 @@ from arcface_kd.evaluation.verification import read_sets, verify
 from arcface_kd.system.device import default_device
 from arcface_kd.system.files import atomic_write, require_folder_of
 from arcface_kd.teachers.base import Teacher, load_teacher, local_path
-from arcface_kd.teachers.checkpoint import backbone_file, is_run_folder, own_network_in_log
+from arcface_kd.teachers.checkpoint import is_run_folder, own_network_in_log, weights_file
 from arcface_kd.teachers.options import Preprocessing, TeacherOptions
 
 Numbers = Mapping[str, int | float | None]
@@ -242,7 +242,7 @@ def _costs(models: Mapping[str, Teacher], device: torch.device) -> Iterator[Scor
     """Latency and file size of each model."""
     for name, model in models.items():
         path = local_path(name)
-        file = path if path is None or path.is_file() else backbone_file(path)
+        file = None if path is None else weights_file(path)
         found = latency(model, file, model.preprocessing.size, device)
         numbers = {
             "p50_ms": None if found is None else found.p50,

@@ -8,7 +8,7 @@ above it, and cumulative counts a fold give the accuracy at every threshold at o
 
 import os
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -184,14 +184,22 @@ def read_pairs(path: str | os.PathLike[str]) -> VerificationSet:
     return pairs
 
 
+def distinct_names(paths: Sequence[Path], taken: Collection[str] = ()) -> list[str]:
+    """The names of different files or folders, with as many of the folders above as tell them and ``taken`` apart."""
+    names = [path.name for path in paths]
+    for depth in range(2, 1 + max((len(path.parts) for path in paths), default=0)):
+        times = Counter([*names, *taken])
+        names = [
+            "/".join(path.parts[-depth:]) if times[name] > 1 else name for path, name in zip(paths, names, strict=True)
+        ]
+    return names
+
+
 def read_sets(files: Sequence[Path]) -> list[VerificationSet]:
-    """Read several verification sets, each once; those of one name get their folder's before it."""
-    sets = [read_pairs(file) for file in {file.resolve(): file for file in files}.values()]
-    names = Counter(one.name for one in sets)
-    return [
-        replace(one, name=f"{one.path.resolve().parent.name}/{one.name}") if one.path and names[one.name] > 1 else one
-        for one in sets
-    ]
+    """Read several verification sets, each once; those of one name get their folders' before it."""
+    different = list({file.resolve(): file for file in files}.values())
+    names = distinct_names([Path(os.path.abspath(file)).with_suffix("") for file in different])
+    return [replace(read_pairs(file), name=name) for file, name in zip(different, names, strict=True)]
 
 
 def _checked(embeddings: NDArray[Any], is_same: NDArray[Any]) -> tuple[NDArray[Any], NDArray[Any]]:

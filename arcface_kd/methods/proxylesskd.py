@@ -81,7 +81,7 @@ class ProxylessKD(Method):
         # Without a classifier the run was stopped before it came here, see `requires`.
         assert context.teacher_classifier is not None
         self.margin = config.applied_to(context.margin)
-        if self.margin != context.margin and isinstance(context.margin, AdaFaceMargin):
+        if type(config) is not ProxylessKDConfig and isinstance(context.margin, AdaFaceMargin):
             raise ConfigError(f"{type(self).__name__} has a margin of its own: leave head.margin=adaface out")
         self.centers = FrozenCenters(context.teacher_classifier, context.shard, context.product_dtype)
 

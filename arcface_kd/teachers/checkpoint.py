@@ -84,6 +84,11 @@ def hub_file(folder: Path) -> Path | None:
     return next((folder / name for name in files if (folder / name).is_file()), None)
 
 
+def weights_file(path: Path) -> Path | None:
+    """The one file that a source on disk is read from: itself, or the weights of a Hugging Face or a run's folder."""
+    return path if path.is_file() else hub_file(path) or backbone_file(path)
+
+
 def is_run_folder(source: object) -> bool:
     """Whether this is the folder of a run of arcface_torch or of ``arcface-kd train``, with its student."""
     path = local_path(source)

@@ -94,6 +94,7 @@ def test_every_method_that_classifies_takes_adafaces_margin(kd: str, tmp_path: P
     [
         ("arcdistill", {"head": {"margin": "adaface"}}),
         ("margindistillation", {"head": {"margin": "adaface"}}),
+        ("cosdistill", {"head": {"margin": "adaface"}, "cosdistill": {"margin": 0.4}}),
         ("embedding", {"head": {"margin": "adaface"}, "embedding": {"labels": "none"}}),
         ("adadistill", {"adadistill": {"geometry": 3}}),
     ],

@@ -127,6 +127,7 @@ def test_the_run_says_what_a_teacher_in_each_step_costs(faces: Faces, caplog: py
         ("", {"augment": "strong", "augment.teacher": "same"}, {}, "without a method"),
         ("embedding", {"augment": "qualty"}, {}, "'quality'"),
         ("embedding", {"augment": "crop:0.2,lowres"}, {}, "crop:0.2,lowres"),
+        ("embedding", {"augment": "crop:0.2,lowres:0.1,crop:0.5"}, {}, "crop twice"),
         ("embedding", {"augment": "crop:1.2"}, {}, "student.augment.crop"),
         ("embedding", {"augment": "blur:0.2"}, {}, "student.augment.blur"),
         ("embedding", {"augment.teacher": "dirty"}, {}, "student.augment.teacher"),

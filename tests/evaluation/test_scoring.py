@@ -164,6 +164,10 @@ def test_the_table_keeps_its_columns_in_line() -> None:
         (["run", "--data", "faces", "--low-res", "14,x"], ["--low-res", "14,x"]),
         (["run", "--data", "faces", "--low-res", "28,112"], ["28,112"]),
         (["run", "--groups", "two=faces/pairs.bin"], ["two=faces/pairs.bin"]),
+        (["run", "--groups", "two=faces/pairs.bin,run/../faces/pairs.bin"], ["two=faces/pairs.bin,run/.."]),
+        (["run", "--groups", "=a.bin,b.bin"], ["'=a.bin,b.bin'"]),
+        (["run", "--groups", "two=a.bin,b.bin", "--groups", "two=c.bin,d.bin"], ["'two=c.bin,d.bin'"]),
+        (["run", "--groups", "two=~/of_nobody/a.bin,b.bin"], [f"{Path.home()}/of_nobody/a.bin"]),
         (["run", "--data", "faces", "--gallery-model", "narrow.pt"], ["16 dimensions", "narrow.pt in 8;"]),
     ],
 )

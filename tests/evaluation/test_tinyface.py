@@ -50,6 +50,23 @@ def test_distractors_are_in_the_way(folder: Path) -> None:
     assert judge_tinyface(faces, embed_tinyface(model, faces))["rank-5"] > with_them  # type: ignore[operator]
 
 
+def test_what_is_an_image_and_whose(folder: Path) -> None:
+    """Upper case and several dots; what systems leave behind is none, nor is a folder that is called as one."""
+    plain = read_tinyface(folder)
+    (folder / "Probe" / "8_0.png").rename(folder / "Probe" / "8_0.v2.PNG")
+    distractors = folder / "Gallery_Distractor"
+    (distractors / "list.txt").write_text("1.png")
+    for name in ("@eaDir/1.png/thumbnail.jpg", ".hidden.png", "Thumbs.db", "more.jpg/26.JPG"):
+        (distractors / name).parent.mkdir(parents=True, exist_ok=True)
+        (distractors / name).write_bytes((distractors / "0.png").read_bytes())
+    met = read_tinyface(folder)
+    assert "Probe/8_0.v2.PNG" in met.files
+    assert "Gallery_Distractor/more.jpg/26.JPG" in met.files
+    assert len(met.files) == len(plain.files) + 1
+    assert sorted(met.persons) == [-1, *sorted(plain.persons)]
+    assert len(embed_tinyface(network(0), met)) == len(met.files)
+
+
 def test_folders_that_are_not_tinyface(folder: Path) -> None:
     (folder / "Probe" / "99_1.png").write_bytes((folder / "Probe" / "8_0.png").read_bytes())
     with pytest.raises(DataError, match=r"99_1\.png"):

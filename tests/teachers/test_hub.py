@@ -14,6 +14,7 @@ from safetensors.torch import save_file
 from arcface_kd.backbones.ir import IRLayout, IRNet
 from arcface_kd.errors import TeacherError
 from arcface_kd.teachers import load_teacher
+from arcface_kd.teachers.checkpoint import weights_file
 from arcface_kd.teachers.hub import HubSource
 from tests.teachers.checkpoint_files import prefixed
 
@@ -44,6 +45,7 @@ def test_weights_and_settings_are_downloaded_and_no_code(
     assert name == "minchul/cvlface_adaface_ir101_webface4m"
     assert {"config.json", "model.safetensors", "model.pt"} <= set(patterns)
     assert not any(pattern.endswith((".py", "*")) for pattern in patterns)
+    assert weights_file(tmp_path) == tmp_path / "model.safetensors"
 
 
 def test_what_cannot_be_had_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

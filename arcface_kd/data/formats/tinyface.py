@@ -19,7 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from arcface_kd.data.formats.image import decode_rgb
-from arcface_kd.data.formats.image_folder import IMAGE_SUFFIXES, read_image_file
+from arcface_kd.data.formats.image_folder import list_images, read_image_file
 from arcface_kd.errors import DataError
 
 _PROBE, _MATCH, _DISTRACTOR = "Probe", "Gallery_Match", "Gallery_Distractor"
@@ -71,11 +71,4 @@ def _images(root: Path, part: str) -> list[str]:
     """The images below one of the folders, by name, relative to the set's."""
     if not (root / part).is_dir():
         raise DataError(f"{root} has no folder {part}; wanted {_PROBE}, {_MATCH} and {_DISTRACTOR}, as in TinyFace")
-    found = sorted(
-        os.fspath(path.relative_to(root))
-        for path in (root / part).rglob("*")
-        if path.suffix.lower() in IMAGE_SUFFIXES and not path.name.startswith(".")
-    )
-    if not found:
-        raise DataError(f"{root / part} holds no image")
-    return found
+    return [os.path.relpath(path, root) for path in list_images(root / part)]

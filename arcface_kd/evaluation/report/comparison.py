@@ -23,13 +23,14 @@ from arcface_kd.evaluation.scoring import TemplateSet, group_scores, require_one
 from arcface_kd.evaluation.verification import (
     FAR_LEVELS,
     VerificationResult,
+    distinct_names,
     fold_numbers,
     pair_distances,
     read_sets,
     verify,
 )
 from arcface_kd.teachers.base import Teacher
-from arcface_kd.teachers.checkpoint import backbone_file
+from arcface_kd.teachers.checkpoint import backbone_file, weights_file
 
 HARDEST = 5
 # The statistics of which less is more.
@@ -147,17 +148,29 @@ def _students(contestants: Sequence[Contestant]) -> list[str]:
     return names or [contestant.name for contestant in contestants]
 
 
-def read_runs(folders: Sequence[str | os.PathLike[str]]) -> list[RunFolder]:
-    """Read several runs; each is called by its folder's name, with the one above where two have the same."""
-    paths = [Path(folder).resolve() for folder in folders]
-    names = [path.name for path in paths]
+def model_names(
+    sources: Sequence[str | os.PathLike[str]], gallery: str | None = None, taken: Collection[str] = ()
+) -> dict[str, str]:
+    """What to call runs and files, and the gallery's model beside, which may be one of them.
+
+    These are their own names, with those of the folders above where two are the same, or one is ``taken``.
+    """
+    paths = [Path(source).resolve() for source in sources]
     if len(set(paths)) < len(paths):
         twice = next(path for place, path in enumerate(paths) if path in paths[:place])
         raise DataError(f"{twice} is given twice; wanted different runs")
-    return [
-        read_run(folder, name if names.count(name) == 1 else f"{path.parent.name}/{name}")
-        for folder, path, name in zip(folders, paths, names, strict=True)
-    ]
+    places = {os.fspath(source): path for source, path in zip(sources, paths, strict=True)}
+    if gallery is not None:
+        places[gallery] = Path(gallery).resolve()
+    different = list(dict.fromkeys(places.values()))
+    names = dict(zip(different, distinct_names(different, taken), strict=True))
+    return {source: names[path] for source, path in places.items()}
+
+
+def read_runs(folders: Sequence[str | os.PathLike[str]], names: Mapping[str, str] | None = None) -> list[RunFolder]:
+    """Read several runs, called as :func:`model_names` has it."""
+    called = model_names(folders) if names is None else names
+    return [read_run(folder, called[os.fspath(folder)]) for folder in folders]
 
 
 def run_contestant(
@@ -170,10 +183,9 @@ def run_contestant(
     )
 
 
-def file_contestant(source: str, model: Teacher) -> Contestant:
-    """An exported student to compare; the folder it lies in is left out of the report."""
-    path = Path(source)
-    return Contestant(path.name, lambda: model, "exported", "ONNX", parameters=model.parameter_count, file=path)
+def file_contestant(source: str, model: Teacher, name: str) -> Contestant:
+    """An exported student to compare, and what to call it."""
+    return Contestant(name, lambda: model, "exported", "ONNX", parameters=model.parameter_count, file=Path(source))
 
 
 def teacher_contestant(source: str | os.PathLike[str] | tuple[str, ...], teacher: Teacher) -> Contestant:
@@ -182,8 +194,7 @@ def teacher_contestant(source: str | os.PathLike[str] | tuple[str, ...], teacher
     description = teacher.description
     for each in sources:
         description = description.replace(each, Path(each).name)
-    path = Path(sources[0]).expanduser()
-    file = path if path.is_file() else backbone_file(path)
+    file = weights_file(Path(sources[0]).expanduser())
     return Contestant(
         "teacher",
         lambda: teacher,

@@ -15,6 +15,7 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from arcface_kd.backbones import FaceBackbone
+from arcface_kd.teachers.base import Teacher
 
 BATCH_SIZE = 32
 _ROUNDS = 5
@@ -165,7 +166,7 @@ def costs(
             stated or counted or None,
             multiply_adds(model, device=device),
             speeds[name],
-            latency(model, file, device=device),
+            latency(model, file, model.preprocessing.size if isinstance(model, Teacher) else 112, device),
             None if file is None else file.stat().st_size,
         )
     return found
@@ -183,7 +184,8 @@ def latency(
     """Time single images (1, 3, size, size) of a model in evaluation mode.
 
     An ONNX ``file`` is run as it is, by onnxruntime on the CPU with its own defaults, and ``model`` is not; None where
-    onnxruntime does not run it. 20 images are always timed, no further one after so many ``seconds``, and 50 at most.
+    onnxruntime does not run it, or only on several images at once. 20 images are always timed, no further one after so
+    many ``seconds``, and 50 at most.
     """
     where = torch.device(device)
     if file is not None and file.suffix.lower() == ".onnx":
@@ -219,5 +221,7 @@ def _onnx_image(file: Path, size: int) -> Callable[[], None]:
     (taken,) = session.get_inputs()
     usual = (1, 3, size, size)
     shape = [side if isinstance(side, int) else usual[axis] for axis, side in enumerate(taken.shape)]
+    if shape[0] != 1:
+        raise ValueError(f"the file takes {shape[0]} images at a time")
     image = np.random.default_rng(0).random(shape).astype(_NUMPY_TYPES[taken.type])
     return lambda: session.run(None, {taken.name: image})

@@ -91,9 +91,11 @@ def write_report(comparison: Comparison, out: Path, *, faces: bool = True) -> tu
     """Write ``report.html`` and ``report.md``; without ``faces``, the hardest pairs stand there by number."""
     sections = _sections(comparison, faces)
     title = f"{len(comparison.contestants)} models compared"
+    sets = dict.fromkeys(compared.pairs.name for compared in comparison.sets)
+    sets |= dict.fromkeys(score.set for score in comparison.scores)
     subtitle = (
-        f"{', '.join(contestant.name for contestant in comparison.contestants)}. Verification sets: "
-        f"{', '.join(compared.pairs.name for compared in comparison.sets)}. Percent everywhere; below a number, its "
+        f"{', '.join(contestant.name for contestant in comparison.contestants)}. Judged on "
+        f"{', '.join(sets)}. Percent everywhere; below a number, its "
         f"95 % interval from {comparison.replicates:,} bootstrap replicates. The best student of a column is marked; "
         "≈ stands where the interval of the difference to it holds 0, so that these pairs do not tell the two apart."
     )
@@ -191,7 +193,10 @@ def _views_part(compared: ComparedSet) -> Part:
         [Cell(name), *(_cell(accuracies[name]) for accuracies in compared.views.values())]
         for name in compared.judgements
     ]
-    notes = ["Accuracy. Low resolution: scaled down and back, bilinear; of one side, the second image of each pair."]
+    notes = [
+        "Accuracy. Low resolution: scaled down by the mean of each area, and back by cubics; of one side, the second "
+        "image of each pair."
+    ]
     if any(view.startswith("gallery") for view in compared.views):
         notes.append("Gallery: its model embeds the first image of each pair, the model of the row the second.")
     return Part(f"{compared.pairs.name}: low resolution and galleries", Table(heads, rows), notes)

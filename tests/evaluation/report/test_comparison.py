@@ -11,10 +11,17 @@ from torch import Tensor, nn
 from arcface_kd.data.formats.pair_identities import write_pair_identities
 from arcface_kd.data.formats.verification_bin import read_bin
 from arcface_kd.errors import DataError
-from arcface_kd.evaluation.report.comparison import Comparison, Contestant, compare, data_of, read_runs
+from arcface_kd.evaluation.report.comparison import (
+    Comparison,
+    Contestant,
+    compare,
+    data_of,
+    model_names,
+    read_runs,
+)
 from arcface_kd.evaluation.report.run_folder import read_run
 from arcface_kd.evaluation.scoring import find_files
-from arcface_kd.evaluation.verification import evaluate
+from arcface_kd.evaluation.verification import distinct_names, evaluate
 from tests.evaluation.runs import write_run
 from tests.host.trainer.faces import draw_faces
 
@@ -124,6 +131,13 @@ def test_runs_of_one_name_are_told_apart(tmp_path: Path) -> None:
     assert [run.name for run in runs] == ["a/run", "b/run", "other"]
     with pytest.raises(DataError, match="is given twice"):
         read_runs([tmp_path / "a/run", tmp_path / "b" / ".." / "a" / "run"])
+
+
+def test_names_are_told_apart_as_far_up_as_it_takes() -> None:
+    paths = [Path(path) for path in ("/a/x/run", "/b/x/run", "/b/y/run", "/b/y/other", "/b/teacher")]
+    assert distinct_names(paths, ["teacher"]) == ["a/x/run", "b/x/run", "y/run", "other", "b/teacher"]
+    names = model_names(paths[:2], "/b/../a/x/run")
+    assert names == {"/a/x/run": "a/x/run", "/b/x/run": "b/x/run", "/b/../a/x/run": "a/x/run"}
 
 
 def test_the_data_are_the_runs_own(tmp_path: Path, files: list[Path]) -> None:

@@ -3,13 +3,15 @@
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
 
 from arcface_kd.backbones import get_backbone
 from arcface_kd.evaluation.report.cost import costs, images_per_second, latency, multiply_adds, size_line
-from tests.teachers.onnx_models import face_network
+from arcface_kd.teachers.base import load_teacher
+from tests.teachers.onnx_models import face_network, model_of
 
 
 class Layers(nn.Module):
@@ -93,6 +95,23 @@ def test_an_onnx_file_is_timed_by_onnxruntime(tmp_path: Path) -> None:
     assert found.file_bytes == path.stat().st_size
     path.write_bytes(b"no graph")
     assert latency(model, path) is None
+    path.write_bytes(face_network(batch=4).SerializeToString())
+    assert latency(model, path) is None, "of four images at once"
+
+
+def test_a_teacher_s_file_is_timed_at_the_size_that_it_takes(tmp_path: Path) -> None:
+    """The file leaves its size open; the network behind takes one."""
+    path = tmp_path / "large.onnx"
+    path.write_bytes(
+        model_of(
+            "row = Flatten (image) embedding = MatMul (row, matrix)",
+            "float[N, 3, H, W] image",
+            "float[N, 4] embedding",
+            {"matrix": np.ones((3 * 16 * 16, 4), np.float32)},
+        ).SerializeToString()
+    )
+    teacher = load_teacher(path, {"size": 16})
+    assert costs({"large": teacher}, files={"large": path})["large"].latency is not None
 
 
 def test_what_torch_does_not_see_is_unknown() -> None:

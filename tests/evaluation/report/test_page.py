@@ -12,8 +12,10 @@ import pytest
 
 from arcface_kd.cli.main import main
 from arcface_kd.config.kd import KDConfig
+from arcface_kd.data.formats.tinyface import read_tinyface
 from arcface_kd.distillation.distiller import Distiller
 from arcface_kd.evaluation.report.run_folder import read_run
+from arcface_kd.evaluation.tinyface import embed_tinyface, judge_tinyface
 from arcface_kd.teachers.base import load_teacher
 from arcface_kd.training.trainer import train
 from tests.browser import Page, find_browser, open_browser
@@ -202,6 +204,7 @@ def test_other_ways_to_judge(faces: Faces, tmp_path: Path) -> None:
     for title in ("groups of verification sets, accuracy in %", "identification of low-resolution faces, in %"):
         assert title in page.headings
     assert {"28 px, both sides", "gallery of 1.onnx, 28 px, one side"} <= set(page.text)
+    assert any("by the mean of each area, and back by cubics" in words for words in page.text)
     assert {"both", "tiny", "0.onnx"} <= set(page.cells)
     assert page.cells.count(f"{exported[0].stat().st_size / 1e6:.1f} MB") == 2
     assert "gallery of 1.onnx" in (tmp_path / "report" / "report.md").read_text(encoding="utf-8")
@@ -209,11 +212,36 @@ def test_other_ways_to_judge(faces: Faces, tmp_path: Path) -> None:
     assert re.search(r"pair \d+, cosine -?\d", " ".join(page.text))
 
 
+def test_models_of_one_name_are_judged_apart(tmp_path: Path) -> None:
+    """One of them against the gallery of the other."""
+    a, b = (saved(tmp_path / f"{seed}", face_network(arrays=weights(seed)), "student.onnx") for seed in (0, 1))
+    faces = read_tinyface(write_tinyface(tmp_path / "tiny", persons=4, distractors=8))
+    words = ["--data", str(faces.folder), "--gallery-model", str(b), "--out", str(tmp_path / "report")]
+    own, other = (embed_tinyface(load_teacher(model), faces) for model in (a, b))
+    wanted = {
+        ("0/student.onnx", ""): judge_tinyface(faces, own),
+        ("1/student.onnx", ""): judge_tinyface(faces, other),
+        ("0/student.onnx", "1/student.onnx"): judge_tinyface(faces, own, other),
+    }
+    for models in ([a, b], [a]):
+        assert main(["compare", *map(str, models), *words]) == 0
+        lines = (tmp_path / "report" / "report.md").read_text(encoding="utf-8").splitlines()
+        met = [line.strip("| ").split(" | ") for line in lines if line.startswith("| tiny")]
+        assert {(model, gallery): rank for _, model, gallery, _, _, rank, *_ in met} == {
+            (model, gallery): f"{100 * (numbers['rank-1'] or 0):.3f}"
+            for (model, gallery), numbers in wanted.items()
+            if len(models) == 2 or model == "0/student.onnx"
+        }
+        assert "Judged on tiny." in lines[2]
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [
         (["{folder}/none"], "none is no folder"),
         (["{run}", "{run}"], "is given twice"),
+        (["{run}", "--gallery-model", "{run}", "--kd-option", "teacher.std=128"], "leave the options out"),
+        (["{run}", "--groups", "two={folder}/a.bin,{folder}/b.bin"], "a.bin"),
         (["{run}", "--data", "{folder}"], "holds no set"),
         (["{run}", "--kd-option", "teacher.std=128"], "teacher options were given without a teacher"),
         (["{run}", "--kd-teacher", "{folder}/none.pt"], "none.pt"),
