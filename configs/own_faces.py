@@ -11,8 +11,8 @@ config.fp16 = True
 config.save_all_states = True
 config.output = None
 
-# A folder of aligned faces, "DIR/**" for those in all folders below DIR, records, or a list of these.
-config.rec = "faces"
+# Aligned faces in all folders below this one; records with labels of -1, or a list of such sets, do as well.
+config.rec = "faces/**"
 config.num_classes = 0
 config.num_image = 6433
 config.num_epoch = 30

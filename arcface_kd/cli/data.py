@@ -79,7 +79,9 @@ def add_commands(commands: Commands) -> None:
     verify.add_argument(
         "sets", type=Path, nargs="+", metavar="DIR", help="records or a folder; several as one data set"
     )
-    verify.add_argument("--num-classes", type=int, metavar="N", help="labels must be below it")
+    verify.add_argument(
+        "--num-classes", type=int, metavar="N", help="labels must be below it; 0 looks at them as unlabelled"
+    )
 
 
 def _pack(arguments: argparse.Namespace) -> None:

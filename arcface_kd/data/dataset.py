@@ -13,7 +13,7 @@ from torch.utils.data import Dataset
 
 from arcface_kd.data.bad_records import BadRecord
 from arcface_kd.data.formats.image import decode_rgb
-from arcface_kd.data.formats.image_folder import list_identities, list_images, read_image_file
+from arcface_kd.data.formats.image_folder import holds_identities, list_identities, list_images, read_image_file
 from arcface_kd.data.formats.property_file import read_property
 from arcface_kd.data.formats.recordio import RecordReader
 from arcface_kd.data.record_labels import RecordLabels
@@ -315,19 +315,16 @@ def open_dataset(
         return SyntheticDataset(num_classes=num_classes)
     folder = Path(root)
     labelled = folder.name != "**" and num_classes != 0
-    folder = folder.parent if folder.name == "**" else folder
-    if (folder / "train.rec").exists() and Path(root) == folder:
+    if folder.name == "**":
+        folder = folder.parent
+    elif (folder / "train.rec").exists():
         return RecordDataset(folder, num_classes=num_classes, on_bad_record=on_bad_record)
-    if (folder / "train.idx").exists():
+    elif (folder / "train.idx").exists():
         raise DataError(f"{folder} holds train.idx but no train.rec; both are needed")
     if not folder.is_dir():
         raise DataError(
             f"there is no folder {folder}; wanted train.rec and train.idx, one folder of images per identity, or images"
         )
-    try:
-        has_folders = any(entry.is_dir() for entry in folder.iterdir())
-    except OSError as error:
-        raise DataError(f"cannot list {folder}: {error.strerror}") from None
-    if labelled and has_folders:
+    if labelled and holds_identities(folder):
         return FolderDataset(folder, num_classes=num_classes, on_bad_record=on_bad_record)
     return UnlabelledFolder(folder, on_bad_record=on_bad_record)

@@ -7,6 +7,7 @@ from bisect import bisect_right
 from collections.abc import Mapping, Sequence
 from functools import cached_property
 from itertools import accumulate, pairwise
+from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
@@ -151,6 +152,12 @@ def folders_of(rec: Rec) -> list[str]:
     return [os.fspath(rec)] if isinstance(rec, str | os.PathLike) else [os.fspath(folder) for folder in rec]
 
 
+def verification_folder(rec: Rec) -> str:
+    """The folder that verification sets are looked for in: that of the first data set."""
+    first = Path(folders_of(rec)[0])
+    return str(first.parent if first.name == "**" else first)
+
+
 def open_rec(
     rec: Rec,
     num_classes: int | None = None,
@@ -163,7 +170,8 @@ def open_rec(
     folders = folders_of(rec)
     if not folders:
         raise ConfigError("rec is an empty list; wanted at least one folder")
-    twice = [folder for place, folder in enumerate(folders) if folder in folders[:place]]
+    places = [os.path.normpath(folder) for folder in folders]
+    twice = [folder for number, folder in enumerate(folders) if places[number] in places[:number]]
     if twice:
         raise ConfigError(f"rec names {twice[0]} twice, and its people would be two classes each; name it once")
     # Without classes, folders of folders are no people.

@@ -48,11 +48,13 @@ class DataReport:
     def __str__(self) -> str:
         least, median, most = self.per_person
         classes = self.people + len(self.empty)
-        lines = [
-            f"{self.title}: num_classes={classes} num_image={self.images}",
-            f"people: {self.people}, with {least} to {most} images, median {median:g}; {self.single} have one",
-            "sizes: " + ", ".join(f"{height}x{width} {count}" for (height, width), count in self.sizes.most_common()),
-        ]
+        lines = [f"{self.title}: num_classes={classes} num_image={self.images}"]
+        if self.people:
+            lines.append(
+                f"people: {self.people}, with {least} to {most} images, median {median:g}; {self.single} have one"
+            )
+        sizes = ", ".join(f"{height}x{width} {count}" for (height, width), count in self.sizes.most_common())
+        lines.append(f"sizes: {sizes}")
         if self.empty:
             lines.append(f"labels without an image: {len(self.empty)} of {classes}: {_some(self.empty)}")
         if self.nobody:
@@ -80,7 +82,7 @@ def verify(rec: Rec, *, num_classes: int | None = None) -> DataReport:
 
     Args:
         rec: see :func:`~arcface_kd.data.joined.open_rec`.
-        num_classes: labels must be below it; None for no limit.
+        num_classes: labels must be below it; 0 for none, as in a run; None for no limit.
 
     Raises:
         DataError: the set cannot be opened.
@@ -88,7 +90,7 @@ def verify(rec: Rec, *, num_classes: int | None = None) -> DataReport:
     from tqdm import tqdm
 
     # Several sets read all labels when they are opened: what is wrong with one must not be the end.
-    faces = open_rec(rec, on_bad_record="skip")
+    faces = open_rec(rec, 0 if num_classes == 0 else None, on_bad_record="skip")
     labels, digests = np.empty(len(faces), dtype=np.int64), np.empty(len(faces), dtype=np.uint64)
     sizes: Counter[tuple[int, int]] = Counter()
     faults = []

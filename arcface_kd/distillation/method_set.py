@@ -37,10 +37,17 @@ class MethodSet:
         if alone and len(names) > 1:
             raise ConfigError(f"{alone[0]} does not combine with other methods: kd is {self.title!r}")
         self.replacing = _replacing_classifier(self.types, self.configs)
-        self.needed: frozenset[Requirement] = frozenset().union(
-            *(kind.requirements(self.configs[name]) for name, kind in self.types.items())
-        )
+        needs = {name: kind.requirements(self.configs[name]) for name, kind in self.types.items()}
+        self.needed: frozenset[Requirement] = frozenset().union(*needs.values())
         self.maps_wanted = _wanted_maps(self.types, self.configs)
+        cached, cut = (
+            [name for name, needed in needs.items() if requirement in needed]
+            for requirement in (Requirement.CACHED_EMBEDDINGS, Requirement.TEACHER_TAIL)
+        )
+        if cached and cut:
+            raise ConfigError(
+                f"{cached[0]} takes the teacher from its cache alone, and {cut[0]} runs a part of it: leave one out"
+            )
 
     def __bool__(self) -> bool:
         return bool(self.types)
@@ -75,8 +82,8 @@ class MethodSet:
         needing = [name for name, kind in self.types.items() if kind.needs_labels(self.configs[name])]
         if needing or not self.types:
             raise ConfigError(
-                f"{' and '.join(needing) or 'a run without --kd'} needs labels, and no image has one: take bank, "
-                "embedding or rkd, or several of them joined by +"
+                f"{' and '.join(needing) or 'a run without --kd'} needs labels, and no image has one: take bank "
+                "of images, embedding or rkd, or several of them joined by +"
             )
 
     def prepare_student(self, student: nn.Module) -> None:

@@ -19,7 +19,7 @@ import torch
 from arcface_kd.config.arcface_torch import reading_config
 from arcface_kd.config.flags import flags_of, merge_arguments, refuse_flags_without_method
 from arcface_kd.config.kd import KDConfig
-from arcface_kd.data.joined import folders_of
+from arcface_kd.data.joined import verification_folder
 from arcface_kd.distillation.drop_ins import DropIns, drop_ins
 from arcface_kd.distributed.ranks import RankGroup
 from arcface_kd.errors import ConfigError
@@ -75,17 +75,16 @@ def _go_to_next_run(config: dict[str, Any], recipe: type[Recipe]) -> None:
 
 
 def _keep_sets(config: dict[str, Any]) -> None:
-    """Give the trainer the first of several record sets, beside which it looks for verification sets."""
+    """Give the trainer the folder of the first data set, in which it looks for verification sets."""
     rec = config.get("rec_sets") or config.get("rec", "")
-    if isinstance(rec, str) and config.get("rec_identities") is None:
+    if isinstance(rec, str) and Path(rec).name != "**" and config.get("rec_identities") is None:
         return
     if not config.get("kd"):
         raise ConfigError(
-            f"rec is {rec}: arcface_torch alone reads one data set and no rec_identities; set kd, or run `arcface-kd "
-            "train`"
+            f"rec is {rec}: arcface_torch alone reads one labelled data set and no rec_identities; set kd, or run "
+            "`arcface-kd train`"
         )
-    sets = folders_of(rec)
-    config.update(rec=sets[0], rec_sets=sets)
+    config.update(rec=verification_folder(rec), rec_sets=rec)
 
 
 def _running_trainer() -> types.ModuleType:

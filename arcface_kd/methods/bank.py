@@ -41,7 +41,8 @@ class BankConfig(Options):
     """The bank's knobs. In brackets, where a default is from.
 
     Attributes:
-        rows: of the bank, at least 1; fewer where there are fewer images or classes. [lightly-train]
+        rows: of the bank, at least 2, or 1 with a weight of 0; fewer where there are fewer images or classes.
+            [lightly-train]
         of: ``images`` (default), the cached embeddings of images, or ``classes``, rows of the teacher's classifier.
         temperature: T, in units of the cosine, positive. [lightly-train]
         weight: of the divergence, at least 0; 0 takes the term out. [chosen]
@@ -84,6 +85,11 @@ class Bank(Method):
     def __init__(self, config: BankConfig, context: RunContext) -> None:
         super().__init__(config, context)
         rows = _class_rows(config.rows, context) if config.of == "classes" else _image_rows(config.rows, context)
+        if config.weight and len(rows) < 2:
+            raise ConfigError(
+                f"the bank has {len(rows)} row, over which a softmax is always 1: wanted bank.rows=2 and 2 {config.of} "
+                "at least"
+            )
         self.register_buffer("bank", rows, persistent=False)
 
     @classmethod

@@ -14,7 +14,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from tqdm import tqdm
 
 from arcface_kd.data.formats.verification_bin import VerificationSet
-from arcface_kd.data.joined import folders_of
+from arcface_kd.data.joined import verification_folder
 from arcface_kd.distillation.drop_ins import DropIns
 from arcface_kd.errors import ConfigError, DataError, NumberError, first_line
 from arcface_kd.evaluation.verification import VerificationResult, evaluate, read_pairs
@@ -164,7 +164,7 @@ class Run:
             return []
         sets = []
         for name in self.config.val_targets:
-            path = Path(folders_of(self.config.rec)[0]) / f"{name}.bin"
+            path = Path(verification_folder(self.config.rec)) / f"{name}.bin"
             if path.is_file():
                 sets.append(read_pairs(path))
             else:

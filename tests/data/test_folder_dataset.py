@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from arcface_kd.data.dataset import FolderDataset, View, open_dataset
+from arcface_kd.data.dataset import FolderDataset, UnlabelledFolder, View, open_dataset
+from arcface_kd.data.fingerprint import fingerprint
 from arcface_kd.data.formats.image import decode_rgb
 from arcface_kd.errors import DataError
 from tests.data.record_sets import encoded, pixels, refused
@@ -132,3 +133,34 @@ def test_links_to_themselves_are_refused(tmp_path: Path, place: str) -> None:
     write_image(tmp_path / "a" / "1.jpg", 0)
     (tmp_path / place).symlink_to(tmp_path / place)
     assert f"{tmp_path / place} is a symbolic link" in refused(tmp_path)
+
+
+def test_what_systems_leave_makes_no_identities_of_a_flat_folder(tmp_path: Path) -> None:
+    for seed, place in enumerate(["ü 2.png", "1.JPG", "@eaDir/1.JPG/T.jpg", ".thumbs/x.jpg", "__MACOSX/._1.JPG"]):
+        write_image(tmp_path / place, seed)
+    faces = open_dataset(tmp_path)
+    assert isinstance(faces, UnlabelledFolder)
+    assert [faces.where(index) for index in range(len(faces))] == [f"{tmp_path}/1.JPG", f"{tmp_path}/ü 2.png"]
+    assert faces.labels().tolist() == [-1, -1]
+    (tmp_path / "sub").mkdir()
+    assert f"{tmp_path}/**" in refused(tmp_path)
+    # Neither what is passed over nor where the folder lies is a part of the images.
+    before = fingerprint(faces)
+    assert fingerprint(open_dataset(tmp_path / "**")) == before
+    assert fingerprint(open_dataset(tmp_path.rename(tmp_path.with_name("moved")), 0)) == before
+
+
+def test_a_tree_is_read_by_folder_and_name_without_labels(tmp_path: Path) -> None:
+    places = ["b.jpg", "2019/x/1.jpg", "2019/2.jpg", "2020/1.jpg"]
+    for seed, place in enumerate(places):
+        write_image(tmp_path / place, seed)
+    for faces in (open_dataset(tmp_path / "**"), open_dataset(tmp_path, 0)):
+        found = [os.path.relpath(faces.where(index), tmp_path) for index in range(len(faces))]
+        assert found == ["b.jpg", "2019/2.jpg", "2019/x/1.jpg", "2020/1.jpg"]
+        assert (faces[1].label, faces.found_classes) == (-1, 0)
+    assert FolderDataset(tmp_path).names == ["2019", "2020"]
+    # Records have labels of their own.
+    (tmp_path / "records").mkdir()
+    (tmp_path / "records" / "train.rec").touch()
+    (tmp_path / "records" / "train.idx").touch()
+    assert "holds no image" in refused(tmp_path / "records" / "**")

@@ -125,6 +125,11 @@ def test_sets_that_cannot_be_joined_are_refused(
         open_rec([sets[place] for place in chosen], classes)
 
 
+def test_a_set_is_named_once_however_it_is_written(sets: list[str]) -> None:
+    with pytest.raises(ConfigError, match="second"):
+        open_rec([sets[1], f"{sets[1]}/"])
+
+
 def test_a_bad_record_is_named_and_skipped_across_the_border(sets: list[str], tmp_path: Path) -> None:
     records = insightface_records([1, 2])
     records[3] = (3, records[3][1][:40])

@@ -75,3 +75,14 @@ def test_long_lists_are_cut(tmp_path: Path) -> None:
     text = str(verify(tmp_path))
     assert "and 10 more" in text
     assert "40 of 41: 0, 1," in text
+
+
+def test_a_tree_without_labels_is_counted_as_a_run_reads_it(tmp_path: Path) -> None:
+    for seed, place in enumerate(["1.jpg", "2019/2.jpg", "2020/x/3.jpg"]):
+        path = tmp_path / place
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(encoded(seed))
+    for report in (verify(tmp_path / "**"), verify(tmp_path, num_classes=0)):
+        assert (report.images, report.people, report.nobody, report.faults) == (3, 0, 3, [])
+        assert "num_classes=0 num_image=3" in str(report)
+        assert "people" not in str(report)

@@ -29,7 +29,7 @@ from arcface_kd.methods.recipe import Stage
 from arcface_kd.methods.shkd.method import SHKD
 from arcface_kd.teachers.base import Teacher, load_teacher
 from arcface_kd.teachers.options import TeacherOptions
-from tests.data.record_sets import insightface_records, write_records
+from tests.data.record_sets import encoded, insightface_records, write_records
 from tests.networks import Tiny
 
 
@@ -395,3 +395,15 @@ def test_several_record_sets_are_joined_and_the_trainer_sees_the_first(
     assert loader.faces.labels().tolist() == [0] * 4 + [1] * 4 + [2] * 4 + [3] * 4
     with pytest.raises(ConfigError, match="rec"):
         attach(config, parse("--kd", ""), trainer)
+
+
+def test_the_trainer_looks_for_verification_sets_in_the_folder_of_a_tree(
+    trainer: types.ModuleType, loaded: list[object], tmp_path: Path
+) -> None:
+    for name in ("a/1.png", "a/b/2.png"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_bytes(encoded(1, ".png"))
+    config = config_of(tmp_path, rec=f"{tmp_path}/a/**", num_classes=0, kd="embedding", kd_teacher="r50.pt")
+    attach(config, trainer=trainer)
+    assert config.rec == f"{tmp_path}/a"
+    assert trainer.get_dataloader(config.rec, 0, 2, num_workers=0).faces.labels().tolist() == [-1, -1]

@@ -77,6 +77,12 @@ def test_rows_of_skipped_records_are_left_out_and_an_empty_cache_is_refused(tmp_
     assert Bank(BankConfig(), _context(tmp_path, cache=cache)).bank.shape == (3, DIMENSION)
 
 
+def test_a_softmax_over_one_row_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"bank\.rows"):
+        Bank(BankConfig(rows=1), _context(tmp_path))
+    assert len(Bank(BankConfig(rows=1, weight=0, mined=1), _context(tmp_path)).bank) == 1
+
+
 def test_a_weight_of_0_takes_a_term_out(tmp_path: Path) -> None:
     assert list(Bank(BankConfig(), _context(tmp_path))(_batch())) == ["bank"]
     assert list(Bank(BankConfig(weight=0, mined=1), _context(tmp_path))(_batch())) == ["mined"]
@@ -96,6 +102,11 @@ def test_labels_are_left_out_until_they_are_asked_for() -> None:
     assert _set("adadistill+bank", "bank.labels=classify").replacing == "adadistill"
     with pytest.raises(ConfigError, match=r"bank\.labels=classify"):
         _set("adadistill+bank")
+
+
+def test_a_method_that_needs_the_teacher_s_network_is_refused() -> None:
+    with pytest.raises(ConfigError, match="crosskd"):
+        _set("crosskd+bank")
 
 
 def test_classes_need_the_teacher_s_classifier() -> None:

@@ -95,6 +95,12 @@ class _Listing:
         return found
 
 
+def holds_identities(root: str | os.PathLike[str]) -> bool:
+    """Whether a folder holds other folders than hidden ones and those of systems."""
+    listing = _Listing(follow_links=False)
+    return any(listing.is_folder(entry) for entry in listing.entries(os.fspath(root)))
+
+
 def list_identities(root: str | os.PathLike[str], *, follow_links: bool = False) -> list[Identity]:
     """List a folder of identities as torchvision's ``ImageFolder`` orders it, so that labels are the host's.
 
@@ -120,8 +126,10 @@ def list_identities(root: str | os.PathLike[str], *, follow_links: bool = False)
         raise DataError(f"{root} holds no identity folders; wanted one folder of images per identity")
     _warn(root, listing, outside, nested, len(identities))
     if empty:
+        unlabelled = f", or name {Path(root) / '**'} for all images without labels" if outside else ""
         raise DataError(
             f"identity folders without an image ({', '.join(IMAGE_SUFFIXES)}): {_some(empty)}; add one or remove them"
+            f"{unlabelled}"
         )
     return identities
 
