@@ -31,7 +31,7 @@ class View(NamedTuple):
 
     index: int  # type: ignore[assignment]
     flipped: bool
-    seed: int = 0
+    seed: int | None = None
 
 
 class Sample(NamedTuple):

@@ -95,7 +95,13 @@ class _BatchReader(Dataset[Any]):
         def other(share: float) -> NDArray[np.uint8]:
             return self.dataset.shown(View(int(share * len(self)), False), bad)[2]
 
-        draws = draws_of([view.seed for view in views])
+        seeds = [view.seed for view in views if view.seed is not None]
+        if len(seeds) < len(views):
+            raise DataError(
+                "the sampler gives views without a seed, and student.augment would degrade all images alike: give "
+                "View(index, flipped, seed), or take ViewSampler"
+            )
+        draws = draws_of(seeds)
         for place in np.flatnonzero(are_degraded(draws, self.augmentation)).tolist():
             rows[place], mixed = view_of(rows[place], draws[place], self.augmentation, other)
             labels[place] = -1 if mixed else labels[place]

@@ -15,7 +15,7 @@ from arcface_kd.data.dataset import RecordDataset, View
 from arcface_kd.data.loader import BatchViews, FaceLoader
 from arcface_kd.data.sampler import ViewSampler, flips, uniforms, view_seeds
 from arcface_kd.data.views import are_degraded, draws_of, view_of
-from arcface_kd.errors import ConfigError
+from arcface_kd.errors import ConfigError, DataError
 from tests.data.record_sets import insightface_records, pixels, write_records
 
 CHANGES = ("mix", "affine", "crop", "lowres", "photometric")
@@ -248,7 +248,7 @@ def test_a_loader_shows_what_the_seed_says_and_keeps_the_clean_images(faces: Rec
     mixtures = 0
     for view in sampler:
         pixels_of = faces.pixels(view)[1]
-        (draws,) = draws_of([view.seed])
+        (draws,) = draws_of([view.seed or 0])
         wanted, mixed = view_of(
             pixels_of, draws, STRONG, lambda share: faces.pixels(View(int(share * len(faces)), False))[1]
         )
@@ -271,6 +271,21 @@ def test_a_bad_record_is_met_in_a_mixture_as_anywhere(tmp_path: Path) -> None:
         loader.sampler.set_epoch(epoch)
         assert all(label == -1 for _, labels in loader for label in labels.tolist())
     assert list(loader.skipped.found) == [2]
+
+
+class Plain(ViewSampler):
+    """A sampler of a user's own."""
+
+    def __iter__(self) -> Iterator[View]:
+        return (View(index, False) for index in range(self.size))
+
+
+def test_views_of_a_sampler_without_seeds_are_not_degraded_all_alike(faces: RecordDataset) -> None:
+    loader = FaceLoader(faces, batch_size=4, sampler=Plain(len(faces)), num_workers=0)
+    assert len(list(loader)) == 4
+    loader.degrade(PRESETS["quality"])
+    with pytest.raises(DataError, match="seed"):
+        next(iter(loader))
 
 
 def test_workers_that_have_begun_are_not_told_anew(faces: RecordDataset) -> None:

@@ -55,7 +55,7 @@ def read_tinyface(folder: str | os.PathLike[str]) -> TinyFaceSet:
     """List a TinyFace folder; images are read as they are asked for."""
     root = Path(folder)
     probes, match, distractors = (_images(root, part) for part in (_PROBE, _MATCH, _DISTRACTOR))
-    people = [Path(file).name.partition("_")[0] for file in [*probes, *match]]
+    people = [Path(file).stem.partition("_")[0] for file in [*probes, *match]]
     _, numbers = np.unique(people, return_inverse=True)
     stranger = np.flatnonzero(~np.isin(numbers[: len(probes)], numbers[len(probes) :]))
     if len(stranger):
