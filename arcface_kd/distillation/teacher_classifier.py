@@ -55,22 +55,32 @@ def classifier_of_run(
             )
         return class_means(cache, faces, shard)
     classifier = read_classifier(source, shard)
-    if teacher is None or faces is None:
-        what = "teacher" if teacher is None else "records"
-        logger.warning("the order of the classes of %s is not checked: the run has no %s of its own", source, what)
-        return classifier
-    if classifier.shape[1] != teacher.embedding_size:
+    embedder = cache if teacher is None else teacher
+    if embedder is not None and classifier.shape[1] != embedder.embedding_size:
         raise TeacherError(
             f"the teacher's classifier {source} has {classifier.shape[1]} dimensions, the teacher "
-            f"{teacher.embedding_size}: it is another teacher's"
+            f"{embedder.embedding_size}: it is another teacher's"
         )
+    if embedder is None or faces is None:
+        what = "teacher" if embedder is None else "records"
+        logger.warning("the order of the classes of %s is not checked: the run has no %s of its own", source, what)
+        return classifier
     check_order(classifier, shard, faces, lambda index: _embed_records(teacher, cache, faces, index), source)
     return classifier
 
 
-def _embed_records(teacher: Teacher, cache: EmbeddingCache | None, faces: FaceDataset, index: Tensor) -> Tensor:
-    """The teacher's embeddings (N, Dt) of some records, plain, from the cache where they are in it."""
+def _embed_records(teacher: Teacher | None, cache: EmbeddingCache | None, faces: FaceDataset, index: Tensor) -> Tensor:
+    """The teacher's embeddings (N, Dt) of some records, plain, from the cache where they are in it.
+
+    Without a teacher those that the cache lacks are NaN: they are of records that cannot be read.
+    """
     plain = torch.zeros(len(index), dtype=torch.bool)
+    if teacher is None:
+        assert cache is not None
+        rows, known = cache.look_up(index, plain)
+        if not known.any():
+            raise TeacherError(f"the cache {cache.path} is empty: {cache.fill_hint}")
+        return rows
     known = plain
     rows = torch.empty(len(index), teacher.embedding_size)
     if cache is not None:

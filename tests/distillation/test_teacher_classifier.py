@@ -396,6 +396,26 @@ def test_another_dimension_is_refused(faces: Faces, teacher: Teacher, tmp_path: 
         head_of(faces, teacher, file)
 
 
+def test_a_cache_that_stands_for_the_teacher_checks_the_classifier(
+    faces: Faces, teacher: Teacher, tmp_path: Path
+) -> None:
+    cache = str(tmp_path / "rows")
+    fill_cache({**BASE, "rec": str(faces.folder), "num_workers": 0, "kd_cache": cache}, teacher=teacher)
+
+    def head(classifier: Tensor) -> DistillationHead:
+        file = str(save(classifier, tmp_path / "head.pt"))
+        distiller = Distiller(KDConfig(("bank",), cache=cache, classifier=file, options={"bank": {"of": "classes"}}))
+        distiller.use_cache(FaceLoader(RecordDataset(faces.folder), batch_size=8, num_workers=0))
+        return DistillationHead(distiller, ARCFACE, 108, IDENTITIES, ranks=RankGroup(alone=True))
+
+    fitting = made_by(teacher, faces)
+    head(fitting)
+    with pytest.raises(TeacherError, match="does not fit the records"):
+        head(fitting.flip(0))
+    with pytest.raises(TeacherError, match="has 64 dimensions, the teacher 108"):
+        head(torch.randn(IDENTITIES, 64))
+
+
 def test_without_a_teacher_the_order_is_not_checked_and_that_is_said(
     faces: Faces, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
