@@ -74,12 +74,18 @@ def _go_to_next_run(config: dict[str, Any], recipe: type[Recipe]) -> None:
         print(stage, flush=True)
 
 
+def _acts(config: Mapping[str, Any]) -> bool:
+    """Whether the drop-ins do anything: a method, or degraded images or a margin for the student alone."""
+    kd = KDConfig.from_config(config)
+    return bool(kd.methods or kd.student.augmentation or kd.head.margin)
+
+
 def _keep_sets(config: dict[str, Any]) -> None:
     """Give the trainer the folder of the first data set, in which it looks for verification sets."""
     rec = config.get("rec_sets") or config.get("rec", "")
     if isinstance(rec, str) and Path(rec).name != "**" and config.get("rec_identities") is None:
         return
-    if not config.get("kd"):
+    if not _acts(config):
         raise ConfigError(
             f"rec is {rec}: arcface_torch alone reads one labelled data set and no rec_identities; set kd, or run "
             "`arcface-kd train`"
@@ -139,8 +145,9 @@ def attach(
         trainer: the running trainer's module; None takes ``__main__``, or the module that was imported as a trainer.
 
     Returns:
-        The drop-ins; None where there is nothing to do: ``kd`` is not set, a copied config has done it already and no
-        flag changes it, or the compact trainer reads the config file and asks for the drop-ins itself.
+        The drop-ins; None where there is nothing to do: neither ``kd`` nor ``student.augment`` or ``head.margin`` is
+        set, a copied config has done it already and no flag changes it, or the compact trainer reads the config file
+        and asks for the drop-ins itself.
 
     Raises:
         ConfigError: a bad ``kd*`` key, a flag that would have no effect, a config without the key ``kd``, a trainer
@@ -169,7 +176,7 @@ def attach(
         merge_arguments(config, arguments)
         refuse_flags_without_method(config, arguments, reads_records=False)
     recipe = recipe_of(config)
-    if config.get("kd"):
+    if _acts(config):
         _require_names(host)
         _require_current_stack(host)
         if arguments is None:
@@ -177,7 +184,7 @@ def attach(
     if recipe is not None:
         _go_to_next_run(config, recipe)
     _keep_sets(config)
-    if not config.get("kd"):
+    if not _acts(config):
         # A flag has switched off what a copied config asks for.
         for name, value in host.__dict__.pop("_arcface_kd_replaced", {}).items():
             setattr(host, name, value)

@@ -184,6 +184,22 @@ def test_off_is_off(trainer: types.ModuleType, loaded: list[object], config: dic
     assert loaded == []
 
 
+@pytest.mark.parametrize("option", ["student.augment=quality", "head.margin=adaface"])
+def test_a_student_alone_is_degraded_or_gets_its_margin(
+    trainer: types.ModuleType, loaded: list[object], tmp_path: Path, option: str
+) -> None:
+    """The trainer's own loader and head would look at neither."""
+    copied = attach(config_of(tmp_path, kd=None, kd_option=option), trainer=trainer)
+    assert copied is not None
+    assert trainer.PartialFC_V2 is copied.PartialFC_V2
+    made = attach(config_of(tmp_path), parse("--kd", "", "--kd-option", option), trainer)
+    assert made is not None
+    assert trainer.get_dataloader is made.get_dataloader
+    assert attach(config_of(tmp_path), parse("--kd", "", "--kd-option", "student.augment=flip"), trainer) is None
+    assert trainer.get_dataloader is host_get_dataloader
+    assert loaded == []
+
+
 def test_an_unknown_kd_key_is_refused_even_when_off(trainer: types.ModuleType) -> None:
     with pytest.raises(ConfigError, match="unknown key 'kd_teachr'"):
         attach({"kd_teachr": "r50.pt"}, trainer=trainer)
