@@ -146,8 +146,14 @@ class Distiller:
 
     @property
     def sources(self) -> dict[str, str | None]:
-        """Digests of the run's teacher and images, which must match on resume; None where there are none."""
-        teacher = None if self.teacher is None else self.teacher.fingerprint
+        """Digests of the run's teacher and images, which must match on resume; None where there are none.
+
+        The teacher's precision counts where the options name one: a run may go on on another device.
+        """
+        teacher = None
+        if self.teacher is not None:
+            is_named = any(name.endswith("precision") for name in self.kd.options.get("teacher", {}))
+            teacher = self.teacher.fingerprint if is_named else self.teacher.fingerprint_in_fp32
         if self.methods.from_cache_alone and self.cache is not None:
             teacher = str(self.cache.identity["teacher"])
         return {"teacher": teacher, "data": None if self.faces is None else outline(self.faces)}

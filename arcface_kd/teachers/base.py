@@ -166,6 +166,16 @@ class Teacher(nn.Module):
         """SHA-256 over weights, preprocessing and precision, in hexadecimal; equal in every process."""
         return fingerprint_of(self._weights, self.precision, self.preprocessing)
 
+    @property
+    def precisions(self) -> list[Precision]:
+        """The precision of each of the teachers that it is made of, one as a rule."""
+        return [self.precision]
+
+    @property
+    def fingerprint_in_fp32(self) -> str:
+        """The fingerprint that it would have in fp32: the same on a CPU and a GPU, whose default precisions differ."""
+        return fingerprint_of(self._weights, "fp32", self.preprocessing)
+
     def with_preprocessing(self, preprocessing: Preprocessing) -> "Teacher":
         """The same network behind another preprocessing; nothing is copied."""
         return Teacher(

@@ -5,8 +5,9 @@ import json
 import math
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -40,7 +41,7 @@ class Merge:
         if self.how == "mean":
             return torch.stack(tuple(parts)).mean(0)
         rows = torch.cat(tuple(parts), 1) / math.sqrt(len(parts))
-        return rows if self.axes is None else rows @ self.axes.to(rows.device).T
+        return rows if self.axes is None else rows @ self.axes.T
 
     def fingerprint(self, teachers: Sequence[str]) -> str:
         """The merged teacher's fingerprint, by those of its parts."""
@@ -84,13 +85,36 @@ def merge_of(cache: str | os.PathLike[str]) -> tuple[Merge, list[str]]:
 class MergedNetwork(nn.Module):
     """Teachers of the same images, merged."""
 
+    axes: Tensor | None
+
     def __init__(self, parts: Sequence[Teacher], merge: Merge) -> None:
         super().__init__()
         self.parts, self.merge = nn.ModuleList(parts), merge
+        # On the images' device: a copy in each step would wait for it.
+        self.register_buffer("axes", merge.axes, persistent=False)
 
     def forward(self, images: Tensor) -> Tensor:
         """(B, 3, H, W) images in [-1, 1] to (B, D)."""
-        return self.merge([normalize(part(images)) for part in self.parts])
+        return replace(self.merge, axes=self.axes)([normalize(part(images)) for part in self.parts])
+
+
+class MergedTeacher(Teacher):
+    """Several teachers as one, see :func:`merge_teachers`."""
+
+    @property
+    def _parts(self) -> list[Teacher]:
+        return cast("list[Teacher]", [*cast(MergedNetwork, self.network).parts])
+
+    @property
+    def precisions(self) -> list[Precision]:
+        """Those of its parts."""
+        return [part.precision for part in self._parts]
+
+    @property
+    def fingerprint_in_fp32(self) -> str:
+        """The fingerprint that it would have with all its parts in fp32."""
+        merge = cast(MergedNetwork, self.network).merge
+        return merge.fingerprint([part.fingerprint_in_fp32 for part in self._parts])
 
 
 def merge_teachers(
@@ -128,7 +152,7 @@ def merge_teachers(
         raise TeacherError(f"the cache {how} was merged of other teachers, or with other options, or in another order")
     merge.check(prints, [part.embedding_size for part in parts])
     counts = [part.parameter_count for part in parts]
-    return Teacher(
+    return MergedTeacher(
         MergedNetwork(parts, merge),
         preprocessing=SHOWN,
         description=f"{merge.how} of {' and '.join(part.description for part in parts)}",

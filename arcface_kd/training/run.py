@@ -4,13 +4,14 @@ import inspect
 import logging
 import time
 import warnings
+from itertools import compress
 from pathlib import Path
 from typing import Any
 
 import torch
 from easydict import EasyDict
 from torch import Tensor, nn
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from torch.optim.swa_utils import AveragedModel
 from tqdm import tqdm
 
 from arcface_kd.data.formats.verification_bin import VerificationSet
@@ -58,12 +59,34 @@ def check_loss_scale(scaler: torch.amp.GradScaler, step: int) -> None:
         )
 
 
-def _average_of(student: nn.Module, decay: float) -> AveragedModel | None:
-    """A moving average of a student's weights and of its batch norms' statistics; None for a decay of 0."""
-    if not decay:
-        return None
-    average = AveragedModel(student, multi_avg_fn=get_ema_multi_avg_fn(decay), use_buffers=True)
-    return average.eval()
+class MovingAverage(AveragedModel):
+    """The moving average of a student's weights and of its batch norms' statistics; counts are the student's own.
+
+    torch's own update sends the number of steps to the device, for which the host waits in each step.
+
+    Args:
+        student: the module; a copy of it is ``module``.
+        decay: what stays of the average in a step, in (0, 1).
+    """
+
+    def __init__(self, student: nn.Module, decay: float) -> None:
+        super().__init__(student, use_buffers=True)
+        self._decay = decay
+        self.eval()
+
+    @torch.no_grad()
+    def update_parameters(self, model: nn.Module) -> None:
+        """Take one step towards a student; the first one takes over its numbers."""
+        own = [*self.module.parameters(), *self.module.buffers()]
+        met = [*model.parameters(), *model.buffers()]
+        has_begun = bool(self.n_averaged > 0)
+        moves = [has_begun and each.is_floating_point() for each in own]
+        stays = [not each for each in moves]
+        if any(moves):
+            torch._foreach_lerp_([*compress(own, moves)], [*compress(met, moves)], 1 - self._decay)
+        if any(stays):
+            torch._foreach_copy_([*compress(own, stays)], [*compress(met, stays)])
+        self.n_averaged += 1
 
 
 class Run:
@@ -106,7 +129,8 @@ class Run:
         if config.fp16 and not narrow:
             self.logger.info("fp16 is on but this processor has no bf16 units: training in fp32")
         self.student = self._student(made, narrow)
-        self.average = _average_of(self.student, config.get("ema", 0.0))
+        decay = config.get("ema", 0.0)
+        self.average = MovingAverage(self.student, decay) if decay else None
         self.backbone: nn.Module = self.student
         if world_size > 1:
             ids = [local_rank] if self.device.type == "cuda" else None

@@ -178,6 +178,22 @@ def test_any_network_may_be_given_as_the_teacher() -> None:
     torch.testing.assert_close(distiller.teacher(images()), network(images().flip(1)))
 
 
+@pytest.mark.parametrize("teachers", [1, 2])
+def test_a_run_goes_on_where_the_default_precision_is_another(teachers: int) -> None:
+    """As on a CPU after a GPU. A precision that the options name is a setting of the run."""
+
+    def head_of(precision: str, named: bool = False) -> DistillationHead:
+        parts, options = [Embedder(5, seed, [], "teacher") for seed in range(teachers)], {"precision": precision}
+        tutor = load_teacher(parts if teachers > 1 else parts[0], {"size": 8, **options})
+        distiller = Distiller(KDConfig(("rkd",), options={"teacher": options} if named else {}), tutor)
+        distiller.watch(Embedder(5, 9, [], "student"))
+        return DistillationHead(distiller, ARCFACE, 5, CLASSES, ranks=RankGroup(alone=True))
+
+    head_of("bf16").load_state_dict(head_of("fp32").state_dict())
+    with pytest.raises(CheckpointError, match="teacher was"):
+        head_of("bf16", named=True).load_state_dict(head_of("fp32", named=True).state_dict())
+
+
 @pytest.mark.parametrize("kd", ["adadistill", "embedding+rkd"])
 def test_a_copied_run_goes_on_by_itself_with_the_same_teacher(kd: str, tmp_path: Path) -> None:
     run = make(kd, log=TensorBoardLog(tmp_path, 1, True))

@@ -1,6 +1,7 @@
 """Several teachers as one: on the fly and by their caches, against a twin; the same teacher either way."""
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -14,11 +15,13 @@ from arcface_kd.data.dataset import RecordDataset
 from arcface_kd.data.fingerprint import fingerprint
 from arcface_kd.distillation.distiller import Distiller
 from arcface_kd.errors import ConfigError, TeacherError
-from arcface_kd.teachers import Preprocessing, Teacher, load_teacher
+from arcface_kd.teachers import Preprocessing, Teacher, checkpoint, load_teacher
 from arcface_kd.teachers.cache.embedding_cache import EmbeddingCache, header_of, identity_of
 from arcface_kd.teachers.cache.fill import fill_cache
 from arcface_kd.teachers.cache.merge import merge_caches
+from arcface_kd.teachers.merged import Merge, MergedNetwork
 from tests.host.trainer.faces import Faces, draw_faces
+from tests.make_believe_gpu import make_believe_gpu
 from tests.reference.merged import merged_rows
 from tests.teachers.cache.test_principal_components import filled_cache
 
@@ -183,3 +186,31 @@ def test_check_judges_several_files_as_one(tmp_path: Path, capsys: pytest.Captur
     assert teacher.fingerprint == load_teacher(files, {"1.channels": "bgr"}).fingerprint
     assert main(["cache", "merge", str(tmp_path / "0.cache"), str(tmp_path / "1.cache"), "--out", "out.cache"]) == 2
     assert str(tmp_path / "0.cache") in capsys.readouterr().err
+
+
+def test_several_teachers_take_the_precisions_of_their_cache(
+    faces: Faces, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of one that a CPU has filled beside a GPU, whose default is another, and of one that was merged."""
+    files = [tmp_path / f"{seed}.pt" for seed in (0, 1)]
+    for seed, file in enumerate(files):
+        torch.manual_seed(seed)
+        torch.save(get_backbone("thin_r10", num_features=4).eval().state_dict(), file)
+    config: dict[str, object] = {"rec": str(faces.folder), "kd": "embedding", "num_workers": 0}
+    for name, sources in (("0", str(files[0])), ("1", str(files[1])), ("both", [*map(str, files)])):
+        fill_cache({**config, "kd_teacher": sources, "kd_cache": str(tmp_path / name)})
+    merge_caches([tmp_path / "0", tmp_path / "1"], "concat", tmp_path / "merged")
+    monkeypatch.setattr(checkpoint, "default_precision", lambda: "bf16")
+    for name in ("both", "merged"):
+        assert fill_cache({**config, "kd_teacher": [*map(str, files)], "kd_cache": str(tmp_path / name)}).missing == 0
+
+
+def test_the_axes_go_to_the_device_once() -> None:
+    with make_believe_gpu() as record:
+        parts: list[Any] = [nn.Linear(3, 2), nn.Linear(3, 4)]
+        merged = MergedNetwork(parts, Merge("pca", torch.eye(6)[:5])).to("cuda")
+        images = torch.ones(2, 3, device="cuda")
+        record.clear()
+        assert merged(images).shape == (2, 5)
+    assert not record.syncs
+    assert not record.mixes

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from arcface_kd.distillation.drop_ins import drop_ins
-from arcface_kd.training.run import Run
+from arcface_kd.training.run import MovingAverage, Run
 from arcface_kd.training.schedule import decay_with_warmup
 from arcface_kd.training.trainer import train
 from tests.host.trainer.faces import Faces
@@ -59,3 +59,23 @@ def test_the_average_is_what_is_judged_and_written_and_goes_on_when_resumed(face
     train_until(1, config_for(faces, tmp_path / "half", **keys))
     train(config_for(faces, tmp_path / "half", **keys, resume=True))
     assert same_weights(saved(tmp_path / "half"), saved(tmp_path / "whole"))
+
+
+def test_an_average_copies_nothing_to_the_device_in_a_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A copy of the number of steps, as torch's own update makes one, waits for a GPU."""
+    layer = nn.Linear(3, 4)
+    student = nn.Sequential(layer, nn.BatchNorm1d(4))
+    average = MovingAverage(student, 0.5)
+    before = [value.clone() for value in student.state_dict().values()]
+
+    def copied(*arguments: object, **keywords: object) -> None:
+        raise AssertionError("a copy")
+
+    monkeypatch.setattr(Tensor, "to", copied)
+    average.update_parameters(student)
+    student(torch.randn(5, 3))
+    with torch.no_grad():
+        layer.weight.add_(1)
+    average.update_parameters(student)
+    for old, new, met in zip(before, student.state_dict().values(), average.module.state_dict().values(), strict=True):
+        assert torch.allclose(met, (old + new) / 2 if new.is_floating_point() else new)

@@ -16,7 +16,6 @@ them late: such rows count as missing and are made again, never wrong.
 """
 
 import contextlib
-import dataclasses
 import errno
 import json
 import os
@@ -38,7 +37,7 @@ from arcface_kd.errors import TeacherError
 from arcface_kd.system.files import atomic_write, reserve_space
 from arcface_kd.teachers.base import Teacher
 from arcface_kd.teachers.file_type import describe
-from arcface_kd.teachers.options import Precision, TeacherOptions
+from arcface_kd.teachers.options import Precision
 
 _FORMAT = 1
 _LARGEST_HEADER = 1 << 16
@@ -70,6 +69,7 @@ def identity_of(teacher: Teacher, data_fingerprint: str, images: int) -> dict[st
         "data": data_fingerprint,
         "images": images,
         "embedding_size": teacher.embedding_size,
+        **({"precisions": teacher.precisions} if len(teacher.precisions) > 1 else {}),
     }
 
 
@@ -99,21 +99,32 @@ def header_of(path: str | os.PathLike[str], flags: Sequence[str] = ()) -> dict[s
 
 
 def in_cached_precision(
-    options: TeacherOptions | Mapping[str, object] | None, path: str | os.PathLike[str]
-) -> TeacherOptions:
+    options: Mapping[str, object] | None, path: str | os.PathLike[str], teachers: int = 1
+) -> Mapping[str, object]:
     """The ``teacher.*`` options with the precision of a cache, where they name none and there is a cache.
 
     The default differs between a CPU and a GPU, and a cache is often filled on the one and read beside the other.
+
+    Args:
+        options: by their names without the prefix.
+        path: the cache.
+        teachers: how many the run names; of several as one, each has a precision of its own.
     """
-    chosen = TeacherOptions.of(options)
-    if chosen.precision is not None:
-        return chosen
+    given = options or {}
+    if any(name.endswith("precision") for name in given):
+        return given
     try:
-        found = header_of(path).get("precision")
+        header = header_of(path)
     except TeacherError:
         # Whoever opens the cache says what is wrong with it.
-        return chosen
-    return dataclasses.replace(chosen, precision=found) if found in get_args(Precision) else chosen
+        return given
+    if teachers == 1:
+        found = {"precision": header.get("precision")}
+    else:
+        listed = header.get("precisions")
+        found = {f"{place}.precision": each for place, each in enumerate(listed if isinstance(listed, list) else [], 1)}
+    fits = len(found) == teachers and all(each in get_args(Precision) for each in found.values())
+    return {**given, **found} if fits else given
 
 
 def fill_hint(path: str | os.PathLike[str], flags: Sequence[str] = ()) -> str:

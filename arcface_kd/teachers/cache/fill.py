@@ -145,9 +145,8 @@ def load_run_teacher(kd: KDConfig) -> Teacher:
     if kd.teacher is None:
         raise TeacherError("a cache keeps a teacher's embeddings: give a teacher with --kd-teacher FILE")
     options: Any = kd.options.get("teacher")
-    # Several teachers as one have precisions of their own, which the cache's header does not name.
-    if kd.cache is not None and not isinstance(kd.teacher, tuple):
-        options = in_cached_precision(options, kd.cache)
+    if kd.cache is not None:
+        options = in_cached_precision(options, kd.cache, len(kd.teacher) if isinstance(kd.teacher, tuple) else 1)
     return load_teacher(kd.teacher, options)
 
 

@@ -18,7 +18,7 @@ from arcface_kd.teachers.cache.principal_components import StreamingPCA
 from arcface_kd.teachers.merged import PRECISION, SHOWN, Merge, axes_file
 
 # Entries that may differ between merged caches; the others tell which images are shown, and how.
-_OF_THE_TEACHER = ("teacher", "preprocessing", "precision", "embedding_size", "merged")
+_OF_THE_TEACHER = ("teacher", "preprocessing", "precision", "precisions", "embedding_size", "merged")
 _IMAGES_AT_ONCE = 4096
 
 
@@ -74,6 +74,7 @@ def merge_caches(paths: Sequence[str | os.PathLike[str]], how: How, out: str | o
         "teacher": merge.fingerprint(prints),
         "preprocessing": vars(SHOWN),
         "precision": PRECISION,
+        "precisions": [header.get("precision") for header in headers],
         "embedding_size": len(merge.axes) if merge.axes is not None else sizes[0] if how == "mean" else sum(sizes),
         "merged": {"how": how, "teachers": prints},
     }
