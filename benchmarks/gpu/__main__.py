@@ -27,38 +27,46 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--wheels", type=Path, help="folder with wheels of packages that the machine lacks")
     parser.add_argument("--only", default="", help="numbers of checks, as 3,4; all by default")
     parser.add_argument("--seconds", type=float, default=470, help="what does not fit is ended (default: 470)")
-    options = parser.parse_args(arguments)
+    options, began = parser.parse_args(arguments), time.monotonic()
     if options.device == "cpu":
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
-    with tempfile.TemporaryDirectory(prefix="arcface_kd_gpu_") as scratch:
+    # Whatever a check that was ended has left open there: the results are written by then.
+    with tempfile.TemporaryDirectory(prefix="arcface_kd_gpu_", ignore_cleanup_errors=True) as scratch:
         make_importable(Path(scratch) / "site", options.wheels)
         lacking = missing()
         if lacking:
             print(f"missing: {', '.join(lacking)}\n{NEEDED}", file=sys.stderr)
             return 2
-        return _run(options, Path(scratch))
+        return _run(options, Path(scratch), began)
 
 
-def _run(options: argparse.Namespace, scratch: Path) -> int:
+def _run(options: argparse.Namespace, scratch: Path, began: float) -> int:
     # Only now can torch and the package be imported.
     import torch
 
+    from arcface_kd.errors import ConfigError
+    from arcface_kd.host.patching import find_checkout
     from benchmarks.gpu.checks import CHECKS, Check, Place
     from benchmarks.gpu.page import page
     from benchmarks.gpu.processes import run_check
 
     host = os.environ.get("ARCFACE_TORCH")
+    try:
+        checkout = find_checkout(host) if host else None
+    except ConfigError as error:
+        print(f"ARCFACE_TORCH={host}: {error}", file=sys.stderr)
+        return 2
     place = Place(
         device=torch.device(options.device),
         tiny=options.device == "cpu",
         scratch=scratch,
-        host=Path(host).resolve() if host else None,
+        host=checkout.resolve() if checkout else None,
     )
-    if host is None:
+    if checkout is None:
         print("ARCFACE_TORCH is not set: no run of arcface_torch's trainer, no time of its head")
     wanted = {int(number) for number in options.only.split(",") if number}
     options.out.mkdir(parents=True, exist_ok=True)
-    began, outcomes = time.monotonic(), []
+    outcomes: list[dict[str, Any]] = []
 
     def run(check: Check) -> dict[str, Any]:
         left = options.seconds - (time.monotonic() - began)

@@ -1,19 +1,24 @@
 """Checks 1 and 2: what the machine has, and the tests that are marked ``gpu``."""
 
+import json
 import os
 import platform
 import subprocess
 import sys
-import xml.etree.ElementTree as ElementTree
+import time
+from collections.abc import Sequence
 from importlib import metadata
-from importlib.util import find_spec
+from pathlib import Path
 
 import torch
 
+from benchmarks.gpu import one_share
 from benchmarks.gpu.bare_machine import ROOT
 from benchmarks.gpu.checks import Findings, Place
 
 _PACKAGES = ("torch", "triton", "numpy", "onnx", "onnxruntime", "timm", "opencv-python-headless", "easydict", "pytest")
+# Of the tests: most of a test's time goes into compiling kernels, and eighty take one process a quarter of an hour.
+_PROCESSES = 8
 
 
 def versions(place: Place, found: Findings) -> None:
@@ -52,26 +57,37 @@ def versions(place: Place, found: Findings) -> None:
     found.expect(met.dtype == torch.float32 and difference < 1e-5, f"the product's error is {difference:.1e}")
 
 
-def marked_tests(place: Place, found: Findings) -> None:
+def marked_tests(place: Place, found: Findings, folder: Path = ROOT / "tests") -> None:
     """``pytest -m gpu``; files without such a test are not even imported, as they may need other packages."""
-    files = [str(path) for path in sorted((ROOT / "tests").rglob("test_*.py")) if "mark.gpu" in path.read_text("utf-8")]
-    report = place.scratch / "gpu_tests.xml"
-    command = [sys.executable, "-m", "pytest", "-m", "gpu", "-q", "-p", "no:cacheprovider", f"--junitxml={report}"]
-    # Most of a test's time goes into compiling kernels. pytest-benchmark, where it is installed, warns beside xdist.
-    workers = ["-n", "4", "-p", "no:benchmark"] if find_spec("xdist") and place.device.type == "cuda" else []
-    ended = subprocess.run([*command, *workers, *files], cwd=ROOT)
-    if not report.exists():
-        return found.expect(False, f"pytest ended with {ended.returncode} and ran no test")
-    found.expect(ended.returncode == 0, f"pytest ended with {ended.returncode}")
-    cases = list(ElementTree.parse(report).iter("testcase"))
-    outcomes = [
-        next((part.tag for part in case if part.tag in ("failure", "error", "skipped")), "passed") for case in cases
+    files = [str(path) for path in sorted(folder.rglob("test_*.py")) if "mark.gpu" in path.read_text("utf-8")]
+    out = place.scratch / "gpu_tests.jsonl"
+    out.touch()
+    of = 1 if place.tiny else _PROCESSES
+    command = [sys.executable, "-m", "pytest", "-m", "gpu", "-q", "-p", "no:cacheprovider", "-p", one_share.__name__]
+    running = [
+        subprocess.Popen([*command, *files], cwd=ROOT, env={**os.environ, one_share.SHARE: f"{number}/{of}:{out}"})
+        for number in range(of)
     ]
-    for outcome in ("passed", "skipped", "failure", "error"):
-        found.add(outcome, outcomes.count(outcome))
-    for case, outcome in zip(cases, outcomes, strict=True):
-        if outcome in ("failure", "error"):
-            lines = (case.findtext(outcome) or "").strip().splitlines()
-            found.expect(False, f"{case.get('classname')} {case.get('name')}: {lines[-1] if lines else ''}")
+    while any(process.poll() is None for process in running):
+        # Whoever ends this has what there is.
+        time.sleep(1)
+        _count(_outcomes(out), found)
+    outcomes = _outcomes(out)
+    _count(outcomes, found)
+    for each in outcomes:
+        found.expect(each["outcome"] != "failed", f"{each['test']}: {each['said']}")
+    # 1: a test has failed. 5: more shares than tests.
+    codes = sorted({process.returncode for process in running} - {0, 1, 5})
+    found.expect(not codes and bool(outcomes), f"pytest ended with {codes} and ran {len(outcomes)} tests")
     if place.device.type == "cuda":
-        found.expect("passed" in outcomes, "no test marked gpu has run")
+        found.expect(any(each["outcome"] == "passed" for each in outcomes), "no test marked gpu has run")
+
+
+def _outcomes(file: Path) -> list[dict[str, str]]:
+    # The last line may be on its way.
+    return [json.loads(line) for line in file.read_text(encoding="utf-8").split("\n")[:-1]]
+
+
+def _count(outcomes: Sequence[dict[str, str]], found: Findings) -> None:
+    for name in ("passed", "skipped", "failed"):
+        found.add(name, sum(each["outcome"] == name for each in outcomes))

@@ -39,7 +39,7 @@ class _Trainers:
                 _stand_in_for_sklearn(folder / "sklearn")
             self.folders[name] = folder
 
-    def start(self, config: Mapping[str, Any], *flags: str, host: str = "flag") -> "_Running":
+    def start(self, config: Mapping[str, Any], *flags: str, host: str = "flag", compiles: bool = True) -> "_Running":
         """Start a run in a trainer's folder; several may run at once."""
         folder, output = self.folders[host], Path(config["output"])
         lines = ["from easydict import EasyDict as edict", "config = edict()"]
@@ -52,6 +52,8 @@ class _Trainers:
         launch += ["--master_addr=127.0.0.1", f"--master_port={port}", "train_v2.py", f"configs/{output.name}", *flags]
         log = self.place.scratch / f"{output.name}.log"
         environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+        if not compiles:
+            environment["TORCH_COMPILE_DISABLE"] = "1"
         with log.open("ab") as stream:
             process = subprocess.Popen(launch, cwd=folder, env=environment, stdout=stream, stderr=subprocess.STDOUT)
         return _Running(process, log, output)
@@ -118,7 +120,8 @@ def trainer(place: Place, found: Findings) -> None:
         for method in _TWENTY_STEPS:
             classifier = ["--kd-classifier", "class-means"] if method in ("kd", "gkd") else []
             flags = ["--kd", method, *_teacher(little), *cache, *classifier]
-            others[method] = trainers.start(little.config(f"host_{method}", **size), *flags)
+            # Twenty steps take less time than to compile kernels, which check 3 does for each method.
+            others[method] = trainers.start(little.config(f"host_{method}", **size), *flags, compiles=False)
     off = {host: trainers.start(little.config(f"host_off_{host}", **size), host=host) for host in trainers.folders}
     before = first.losses("adadistill", found)
     again = trainers.start({**whole, "num_epoch": 3, "resume": True}, "--kd", "adadistill", *_teacher(runs))

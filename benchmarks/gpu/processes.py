@@ -16,6 +16,8 @@ from typing import Any
 from benchmarks.gpu.checks import Check, Findings, Place, Skipped
 
 _SHOWN = 3000
+# In the environment of all that a check starts.
+_MARK = "ARCFACE_KD_CHECK"
 
 
 def new_process(place: Place, function: Callable[..., None], *arguments: Any, inside: bool = False) -> Any:
@@ -48,12 +50,13 @@ def run_check(check: Check, place: Place, seconds: float) -> dict[str, Any]:
     """
     found, log = (place.scratch / f"check_{check.number}.{kind}" for kind in ("json", "log"))
     Findings(found).save()
-    process = new_process(place, _inside, check.function, place, found, log)
+    mark = f"{place.scratch}/{check.number}."
+    process = new_process(place, _inside, check.function, place, found, log, mark)
     began = time.monotonic()
     process.start()
     process.join(seconds)
     hangs = process.is_alive()
-    _end(process)
+    _end(process, mark)
     outcome = json.loads(found.read_text(encoding="utf-8"))
     skipped = outcome.pop("skipped", None)
     if hangs:
@@ -70,22 +73,29 @@ def run_check(check: Check, place: Place, seconds: float) -> dict[str, Any]:
     return {"number": check.number, "title": check.title, "status": status, "seconds": spent, **outcome}
 
 
-def _end(process: Any) -> None:
-    """End a process and whatever of its own it has left behind."""
+def _end(process: Any, mark: str) -> None:
+    """End a check's process and whatever of its own it has left behind."""
     if process.is_alive():
         process.kill()
     with contextlib.suppress(ProcessLookupError, PermissionError):
         os.killpg(process.pid, signal.SIGKILL)
     process.join()
+    # torchrun's workers are in groups of their own, and outlive it.
+    wanted = f"{_MARK}={mark}\0".encode()
+    for environment in Path("/proc").glob("[0-9]*/environ"):
+        with contextlib.suppress(OSError):
+            if wanted in environment.read_bytes():
+                os.kill(int(environment.parent.name), signal.SIGKILL)
 
 
 def _tail(log: Path) -> str:
     return log.read_text(encoding="utf-8", errors="replace")[-_SHOWN:].strip() if log.exists() else "nothing"
 
 
-def _inside(function: str, place: Place, file: Path, log: Path) -> None:
-    # A group of its own can be ended whole.
+def _inside(function: str, place: Place, file: Path, log: Path, mark: str) -> None:
+    # A group of its own can be ended whole; what leaves it bears the mark.
     os.setsid()
+    os.environ[_MARK] = mark
     with log.open("wb") as stream:
         os.dup2(stream.fileno(), 1)
         os.dup2(stream.fileno(), 2)

@@ -34,20 +34,29 @@ class Runs:
         identities: number of classes.
         batch: images a step.
         dimension: None takes 512, or 16 where all is tiny.
+        precision: of the teacher, and of its cache.
     """
 
     def __init__(
-        self, place: Place, teacher: str, student: str, identities: int, batch: int, dimension: int | None = None
+        self,
+        place: Place,
+        teacher: str,
+        student: str,
+        identities: int,
+        batch: int,
+        dimension: int | None = None,
+        precision: str = "fp32",
     ) -> None:
         self.place, self.student, self.identities, self.batch = place, student, identities, batch
         self.dimension = dimension or (16 if place.tiny else DIMENSION)
         self.folder = records(place, identities)
         self.teacher_path = teacher_file(place, teacher, self.dimension, self.folder)
+        self.precision = precision
         self._cache: Path | None = None
 
-    def teacher(self, precision: str = "fp32") -> Teacher:
+    def teacher(self, precision: str | None = None) -> Teacher:
         """The teacher, on the device of whoever asks it."""
-        return load_teacher(self.teacher_path, {"precision": precision})
+        return load_teacher(self.teacher_path, {"precision": precision or self.precision})
 
     def config(self, output: str, **keys: Any) -> EasyDict:
         """A run's config; ``kd*`` keys among them."""
@@ -70,7 +79,7 @@ class Runs:
     def cache(self) -> Path:
         """A full cache of the teacher's embeddings."""
         if self._cache is None:
-            self._cache = self.place.scratch / f"{self.teacher_path.stem}_{self.identities}.rows"
+            self._cache = self.place.scratch / f"{self.teacher_path.stem}_{self.identities}_{self.precision}.rows"
             fill_cache(self.config("fill", kd_cache=str(self._cache)), teacher=self.teacher())
         return self._cache
 

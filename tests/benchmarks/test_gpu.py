@@ -1,17 +1,21 @@
 """``make gpu``: all that a CPU can show of it, and that no check takes the others down."""
 
+import itertools
+import json
 import os
 import signal
 import subprocess
 import sys
 import time
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
+from torch.autograd import DeviceType
 
-from benchmarks.gpu import bare_machine
+from benchmarks.gpu import bare_machine, environment, runs, speed, steps
 from benchmarks.gpu.checks import CHECKS, Check, Findings, Place, Skipped
 from benchmarks.gpu.page import page
 from benchmarks.gpu.processes import run_check
@@ -35,7 +39,8 @@ def raising(place: Place, found: Findings) -> None:
 
 def hanging(place: Place, found: Findings) -> None:
     found.add("before", 1)
-    child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
+    # In a session of its own, as torchrun starts its workers.
+    child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"], start_new_session=True)
     (place.scratch / "child").write_text(str(child.pid))
     time.sleep(600)
 
@@ -83,6 +88,95 @@ def test_a_check_ends_as_it_ends(tmp_path: Path) -> None:
     text = page(run, list(met.values()))
     shown = ("a card", "two is not three", "MISSED: fast", "no checkout", "| answer | 42 |")
     assert [words for words in shown if words not in text] == []
+
+
+def test_findings_are_whole_when_a_check_is_ended_while_it_writes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = Findings(tmp_path / "found.json")
+    found.add("before", 1)
+
+    def half(file: Path, text: str, encoding: str) -> None:
+        with file.open("w", encoding=encoding) as stream:
+            stream.write(text[:9])
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Path, "write_text", half)
+    with pytest.raises(KeyboardInterrupt):
+        found.add("behind", 2)
+    assert json.loads(found.file.read_text())["numbers"] == {"before": 1}
+
+
+def test_marked_tests_are_shared_out_and_counted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "test_some.py").write_text(
+        "import pytest\n"
+        "def test_other(): raise ValueError('is not marked')\n"
+        "@pytest.mark.gpu\n@pytest.mark.parametrize('number', range(5))\n"
+        "def test_one(number):\n    if number == 4: pytest.skip('no card')\n    assert number != 2, 'two is wrong'\n"
+    )
+    monkeypatch.setattr(environment, "_PROCESSES", 2)
+    found = Findings(tmp_path / "found.json")
+    environment.marked_tests(Place(torch.device("cpu"), False, tmp_path), found, tmp_path)
+    assert found.numbers == {"passed": 3, "skipped": 1, "failed": 1}
+    (fault,) = found.faults
+    assert "test_one[2]" in fault
+
+
+def test_one_kind_of_run_that_fails_leaves_the_others(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class FakeRuns:
+        def __init__(self, *arguments: object, precision: str) -> None:
+            self.precision, self.cache = precision, "rows"
+
+        def kd(self, method: str) -> dict[str, object]:
+            return {"kd": method}
+
+        def teacher(self) -> str:
+            return self.precision
+
+        def run(self, output: str, teacher: str, **keys: object) -> SimpleNamespace:
+            if keys.get("kd") == "proxylesskd":
+                raise ValueError("no such run")
+            return SimpleNamespace(head=SimpleNamespace(monitor=SimpleNamespace(settle=lambda: None)))
+
+    monkeypatch.setattr(steps, "Runs", FakeRuns)
+    monkeypatch.setattr(steps, "training_steps", lambda run: itertools.repeat(0))
+    found = Findings(tmp_path / "found.json")
+    steps.waits(Place(torch.device("cpu"), True, tmp_path), found)
+    assert found.faults == ["proxylesskd: ValueError: no such run"]
+    assert len(found.numbers) == 2
+
+
+def test_a_cache_is_filled_in_the_precision_of_its_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    filled: list[object] = []
+    monkeypatch.setattr(runs, "records", lambda *arguments: tmp_path)
+    monkeypatch.setattr(runs, "teacher_file", lambda *arguments: tmp_path / "teacher.pt")
+    monkeypatch.setattr(runs, "load_teacher", lambda path, options: options["precision"])
+    monkeypatch.setattr(runs, "fill_cache", lambda config, teacher: filled.append(teacher))
+    made = runs.Runs(Place(torch.device("cpu"), True, tmp_path), "r18", "mbf", 4, 8, precision="fp16")
+    assert made.cache.name.endswith("fp16.rows")
+    assert filled == [made.teacher()] == ["fp16"]
+
+
+def test_a_kernel_s_time_is_counted_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And not again in the region that the optimiser has named."""
+
+    def row(key: str, milliseconds: float, device: DeviceType, named: bool = False) -> SimpleNamespace:
+        return SimpleNamespace(
+            key=key, count=1, self_device_time_total=1000 * milliseconds, device_type=device, is_user_annotation=named
+        )
+
+    rows = [
+        row("cudaLaunchKernel", 0, DeviceType.CPU),
+        row("aten::mm", 3, DeviceType.CPU),
+        row("gemm", 3, DeviceType.CUDA),
+        row("Optimizer.step#SGD.step", 3, DeviceType.CUDA, named=True),
+    ]
+    profiled = SimpleNamespace(key_averages=lambda: rows)
+    monkeypatch.setattr(speed, "profile", lambda activities: nullcontext(profiled))
+    monkeypatch.setattr(speed, "_wait", lambda place: None)
+    found = Findings(tmp_path / "found.json")
+    speed._where_time_goes(Place(torch.device("cuda"), False, tmp_path), "a", lambda: None, 1, 5, found)
+    assert found.numbers == {"a: kernel launches a step": 1, "a: GPU ms a step": 3, "a: ms a step in gemm": 3}
 
 
 def test_limits_leave_time_on_the_lent_machine() -> None:
