@@ -3,8 +3,10 @@
 import contextlib
 import json
 import os
+import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -33,10 +35,11 @@ class _Stop(Exception):
     """Ends a run after an epoch, as a kill would."""
 
 
-def until(config: EasyDict, epoch: int) -> None:
-    """Train up to the end of an epoch of more."""
+def until(config: EasyDict, epoch: int, on_epoch: Callable[[int], object] = lambda done: None) -> None:
+    """Train up to the end of an epoch of more; ``on_epoch`` is called at the end of each."""
 
     def stop(done: int) -> None:
+        on_epoch(done)
         if done == epoch:
             raise _Stop
 
@@ -51,8 +54,8 @@ def trainer(place: Place, found: Findings) -> None:
     keys: dict[str, Any] = {"kd": "adadistill", "kd_teacher": str(runs.teacher_path), "num_epoch": 4}
     keys["frequent"] = 1 if place.tiny else 5
     whole, parts = (runs.config(output, **keys) for output in ("whole", "parts"))
-    until(whole, 2)
-    until(parts, 1)
+    # Two runs part on a GPU from their first step on, so both have the first epoch in common.
+    until(whole, 2, lambda done: done == 1 and shutil.copytree(whole.output, parts.output))
     parts.resume = True
     until(parts, 2)
     expected, met = (_student(config) for config in (whole, parts))
