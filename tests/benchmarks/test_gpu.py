@@ -16,6 +16,7 @@ import torch
 from torch.autograd import DeviceType
 
 from benchmarks.gpu import bare_machine, environment, runs, speed, steps
+from benchmarks.gpu.__main__ import main
 from benchmarks.gpu.checks import CHECKS, Check, Findings, Place, Skipped
 from benchmarks.gpu.page import page
 from benchmarks.gpu.processes import run_check
@@ -201,6 +202,17 @@ print(*(dist.locate_file("") for dist in metadata.distributions(name="arcface_kd
     ).stdout.splitlines()
     assert printed[0] == "arcface_kd.teachers.onnx.source:OnnxSource"
     assert Path(printed[1]) == tmp_path / "site"
+
+
+def test_a_folder_that_is_no_checkout_is_named_before_any_check(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name, value in {"ARCFACE_TORCH": str(tmp_path), "PYTHONPATH": "", "CUDA_VISIBLE_DEVICES": ""}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    assert main(["--device", "cpu", "--out", str(tmp_path / "out")]) == 2
+    assert str(tmp_path) in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
 
 
 def test_what_is_missing_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
