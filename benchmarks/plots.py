@@ -113,7 +113,7 @@ def draw_head_memory(rows: Sequence[Row], folder: Path) -> Path | None:
 def draw_curves(points: Mapping[str, Mapping[int, float]], folder: Path) -> Path:
     """Lines: the accuracy of each student, percent, over the epochs of its run."""
     path = folder / "curves.png"
-    with _picture(path, "Students of one teacher: accuracy over the length of the run", 4.2) as axes:
+    with _picture(path, "Accuracy over epochs", 4.2) as axes:
         for name, accuracies in points.items():
             axes.plot(*zip(*sorted(accuracies.items()), strict=True), "o-", label=name)
         epochs = sorted({length for accuracies in points.values() for length in accuracies})
@@ -123,7 +123,8 @@ def draw_curves(points: Mapping[str, Mapping[int, float]], folder: Path) -> Path
         axes.set_xlabel("epochs")
         axes.set_ylabel("accuracy, percent")
         axes.grid(alpha=0.3)
-        axes.legend()
+        # Beside the lines, which fill the picture.
+        axes.legend(loc="upper left", bbox_to_anchor=(1, 1), fontsize="small", frameon=False)
     return path
 
 
