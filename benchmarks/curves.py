@@ -155,8 +155,8 @@ def curves(rows: Sequence[Row], network: str) -> dict[str, dict[int, float]]:
     for row in rows:
         if row.network == network and row.pairs == "as they are":
             views = "" if row.augment == "flip" else row.augment
-            options = row.options.replace(f"{row.kd}.", "")
-            name = " ".join(filter(None, (row.kd or "alone", options, views, row.schedule)))
+            own = (option.removeprefix(f"{row.kd}.") for option in row.options.split())
+            name = " ".join(filter(None, (row.kd or "alone", *own, views, row.schedule)))
             found.setdefault(name, {}).setdefault(row.epochs, []).append(row.accuracy)
     return {
         name: {epochs: fmean(accuracies) for epochs, accuracies in lengths.items()} for name, lengths in found.items()

@@ -194,7 +194,6 @@ def _compare(arguments: argparse.Namespace) -> None:
     from arcface_kd.evaluation.report.pictures import require_matplotlib
     from arcface_kd.evaluation.scoring import find_files, load_models
     from arcface_kd.system.device import default_device
-    from arcface_kd.teachers.base import load_teacher
 
     require_matplotlib()
     options = teacher_options_of(arguments)
@@ -208,8 +207,8 @@ def _compare(arguments: argparse.Namespace) -> None:
     files, others = find_files(arguments.data or ([] if groups else [data_of(runs)]))
     device = default_device()
     models = [run_contestant(run, device, arguments.network) for run in runs]
-    for file in exported:
-        models.append(file_contestant(file, load_teacher(file, {"precision": "fp32"}, device=device), names[file]))
+    students = load_models(exported, device=device)
+    models += [file_contestant(file, model, names[file]) for file, model in students.items()]
     wanted = [source for source in dict.fromkeys((arguments.kd_teacher, gallery)) if source is not None]
     teachers = load_models(wanted, options, device=device)
     if arguments.kd_teacher is not None:

@@ -13,7 +13,13 @@ from torch.utils.data import Dataset
 
 from arcface_kd.data.bad_records import BadRecord
 from arcface_kd.data.formats.image import decode_rgb
-from arcface_kd.data.formats.image_folder import holds_identities, list_identities, list_images, read_image_file
+from arcface_kd.data.formats.image_folder import (
+    holds_identities,
+    list_identities,
+    list_images,
+    read_image_file,
+    tree_of,
+)
 from arcface_kd.data.formats.property_file import read_property
 from arcface_kd.data.formats.recordio import RecordReader
 from arcface_kd.data.record_labels import RecordLabels
@@ -313,18 +319,16 @@ def open_dataset(
     """
     if root == "synthetic":
         return SyntheticDataset(num_classes=num_classes)
-    folder = Path(root)
-    labelled = folder.name != "**" and num_classes != 0
-    if folder.name == "**":
-        folder = folder.parent
-    elif (folder / "train.rec").exists():
+    tree = tree_of(root)
+    folder = tree or Path(root)
+    if tree is None and (folder / "train.rec").exists():
         return RecordDataset(folder, num_classes=num_classes, on_bad_record=on_bad_record)
-    elif (folder / "train.idx").exists():
+    if tree is None and (folder / "train.idx").exists():
         raise DataError(f"{folder} holds train.idx but no train.rec; both are needed")
     if not folder.is_dir():
         raise DataError(
             f"there is no folder {folder}; wanted train.rec and train.idx, one folder of images per identity, or images"
         )
-    if labelled and holds_identities(folder):
+    if tree is None and num_classes != 0 and holds_identities(folder):
         return FolderDataset(folder, num_classes=num_classes, on_bad_record=on_bad_record)
     return UnlabelledFolder(folder, on_bad_record=on_bad_record)

@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from arcface_kd.data.dataset import FaceDataset, FolderDataset, open_dataset
+from arcface_kd.data.formats.image_folder import tree_of
 from arcface_kd.errors import ConfigError, DataError, OnBadRecord
 
 logger = logging.getLogger(__name__)
@@ -154,8 +155,8 @@ def folders_of(rec: Rec) -> list[str]:
 
 def verification_folder(rec: Rec) -> str:
     """The folder that verification sets are looked for in: that of the first data set."""
-    first = Path(folders_of(rec)[0])
-    return str(first.parent if first.name == "**" else first)
+    first = folders_of(rec)[0]
+    return str(tree_of(first) or Path(first))
 
 
 def open_rec(

@@ -29,6 +29,7 @@ from arcface_kd.teachers.base import Teacher, load_teacher
 from arcface_kd.teachers.cache.embedding_cache import EmbeddingCache, fill_hint
 from arcface_kd.teachers.cache.fill import load_run_teacher
 from arcface_kd.teachers.collapse import warn_if_alike, warn_of_collapse
+from arcface_kd.teachers.options import TeacherOptions
 
 logger = logging.getLogger(__name__)
 
@@ -152,7 +153,7 @@ class Distiller:
         """
         teacher = None
         if self.teacher is not None:
-            is_named = any(name.endswith("precision") for name in self.kd.options.get("teacher", {}))
+            is_named = TeacherOptions.names_precision(self.kd.options.get("teacher", {}))
             teacher = self.teacher.fingerprint if is_named else self.teacher.fingerprint_in_fp32
         if self.methods.from_cache_alone and self.cache is not None:
             teacher = str(self.cache.identity["teacher"])

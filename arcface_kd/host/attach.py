@@ -19,6 +19,7 @@ import torch
 from arcface_kd.config.arcface_torch import reading_config
 from arcface_kd.config.flags import flags_of, merge_arguments, refuse_flags_without_method
 from arcface_kd.config.kd import KDConfig
+from arcface_kd.data.formats.image_folder import tree_of
 from arcface_kd.data.joined import verification_folder
 from arcface_kd.distillation.drop_ins import DropIns, drop_ins
 from arcface_kd.distributed.ranks import RankGroup
@@ -80,12 +81,12 @@ def _acts(config: Mapping[str, Any]) -> bool:
     return bool(kd.methods or kd.student.augmentation or kd.head.margin)
 
 
-def _keep_sets(config: dict[str, Any]) -> None:
+def _keep_sets(config: dict[str, Any], acts: bool) -> None:
     """Give the trainer the folder of the first data set, in which it looks for verification sets."""
     rec = config.get("rec_sets") or config.get("rec", "")
-    if isinstance(rec, str) and Path(rec).name != "**" and config.get("rec_identities") is None:
+    if isinstance(rec, str) and tree_of(rec) is None and config.get("rec_identities") is None:
         return
-    if not _acts(config):
+    if not acts:
         raise ConfigError(
             f"rec is {rec}: arcface_torch alone reads one labelled data set and no rec_identities; set kd, or run "
             "`arcface-kd train`"
@@ -183,8 +184,10 @@ def attach(
             host.__dict__[_COPIED] = recipe
     if recipe is not None:
         _go_to_next_run(config, recipe)
-    _keep_sets(config)
-    if not _acts(config):
+    # The next run of several may be one without a method.
+    acts = _acts(config)
+    _keep_sets(config, acts)
+    if not acts:
         # A flag has switched off what a copied config asks for.
         for name, value in host.__dict__.pop("_arcface_kd_replaced", {}).items():
             setattr(host, name, value)

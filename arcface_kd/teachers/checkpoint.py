@@ -271,7 +271,7 @@ def load_network(
     ``name`` None takes the name that the file carries, or infers the network from the names and shapes of the tensors,
     but never an own one; an own one's module is imported, and takes images of ``size``.
     """
-    place = hub_file(Path(path)) or backbone_file(Path(path)) or Path(path)
+    place = weights_file(Path(path)) or Path(path)
     magface = name in _MAGFACE
     if name is not None:
         name = {**HOST_NAMES, **_MAGFACE}.get(name, name)

@@ -65,6 +65,11 @@ class TeacherOptions(Options):
     embedding_size: Annotated[int, Range(1, 65536)] | None = None
     output: str | None = None
 
+    @staticmethod
+    def names_precision(options: Mapping[str, object]) -> bool:
+        """Whether options say a precision, be it of one of several teachers (``2.precision``)."""
+        return any(name.endswith("precision") for name in options)
+
     @classmethod
     def of(cls, options: "TeacherOptions | Mapping[str, object] | None") -> "TeacherOptions":
         """Options from options, from a mapping of their names without the prefix ``teacher.``, or from nothing."""

@@ -95,6 +95,12 @@ class _Listing:
         return found
 
 
+def tree_of(root: str | os.PathLike[str]) -> Path | None:
+    """The folder DIR of ``DIR/**``, the images at any depth without labels; None for any other name."""
+    path = Path(root)
+    return path.parent if path.name == "**" else None
+
+
 def holds_identities(root: str | os.PathLike[str]) -> bool:
     """Whether a folder holds other folders than hidden ones and those of systems."""
     listing = _Listing(follow_links=False)

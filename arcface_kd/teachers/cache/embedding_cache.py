@@ -37,7 +37,7 @@ from arcface_kd.errors import TeacherError
 from arcface_kd.system.files import atomic_write, reserve_space
 from arcface_kd.teachers.base import Teacher
 from arcface_kd.teachers.file_type import describe
-from arcface_kd.teachers.options import Precision
+from arcface_kd.teachers.options import Precision, TeacherOptions
 
 _FORMAT = 1
 _LARGEST_HEADER = 1 << 16
@@ -111,7 +111,7 @@ def in_cached_precision(
         teachers: how many the run names; of several as one, each has a precision of its own.
     """
     given = options or {}
-    if any(name.endswith("precision") for name in given):
+    if TeacherOptions.names_precision(given):
         return given
     try:
         header = header_of(path)
