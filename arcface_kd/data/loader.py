@@ -3,7 +3,7 @@
 import warnings
 from collections.abc import Callable, Generator, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -126,11 +126,16 @@ def _start_worker(worker: int) -> None:
 
 def _read_ahead(batches: Iterator[_Batch | DataError]) -> Generator[_Batch | DataError, None, None]:
     """Let a thread fetch the next batch while the present one is in use."""
-    with ThreadPoolExecutor(1, thread_name_prefix="face-loader") as thread:
+    thread = ThreadPoolExecutor(1, thread_name_prefix="face-loader")
+    try:
         pending = thread.submit(next, batches, None)
         while (batch := pending.result()) is not None:
             pending = thread.submit(next, batches, None)
             yield batch
+    finally:
+        # An iteration that was given up may be collected in this very thread, which cannot wait for itself.
+        with suppress(RuntimeError):
+            thread.shutdown()
 
 
 class FaceLoader(DataLoader[Any]):

@@ -6,6 +6,7 @@ one line that names it. ``torchrun`` ends them sooner, and names the rank itself
 """
 
 import contextlib
+import gc
 import os
 import socket
 import threading
@@ -79,6 +80,9 @@ def process_group() -> Iterator[tuple[int, int, int]]:
         if cause is not None:
             raise RankError(cause) from error
         raise
+    # A DistributedDataParallel that outlives the group ends it with Python's lock held, and a thread of gloo that still
+    # needs the lock would never end. It is in a cycle, so that leaving it to itself does not do.
+    gc.collect()
     distributed.destroy_process_group()
 
 

@@ -105,17 +105,29 @@ def train(
         TeacherError: a teacher that is missing or does not fit.
     """
     check_keys(config)
+    with process_group() as place:
+        # A function of its own: when the group ends, the run is gone.
+        return _train(config, distiller, title, on_epoch, place)
+
+
+def _train(
+    config: EasyDict,
+    distiller: Distiller | None,
+    title: str | None,
+    on_epoch: Callable[[int], None] | None,
+    place: tuple[int, int, int],
+) -> TrainResult:
+    rank, local_rank, world_size = place
+    if torch.cuda.is_available():
+        torch.cuda.set_device(local_rank)
+        # All batches are of one size, for which the fastest convolutions are looked for once.
+        torch.backends.cudnn.benchmark = True
+    torch.manual_seed(config.seed)
+    plain = {key: value for key, value in config.items() if not key.startswith("kd")}
+    shared = {key: value is not None if key in _OF_MACHINES else value for key, value in plain.items()}
+    kd = KDConfig.from_config(config)
+    require_agreement({**shared, **kd.shared(), "torch": torch.__version__}, RankGroup())
     with contextlib.ExitStack() as stack:
-        rank, local_rank, world_size = stack.enter_context(process_group())
-        if torch.cuda.is_available():
-            torch.cuda.set_device(local_rank)
-            # All batches are of one size, for which the fastest convolutions are looked for once.
-            torch.backends.cudnn.benchmark = True
-        torch.manual_seed(config.seed)
-        plain = {key: value for key, value in config.items() if not key.startswith("kd")}
-        shared = {key: value is not None if key in _OF_MACHINES else value for key, value in plain.items()}
-        kd = KDConfig.from_config(config)
-        require_agreement({**shared, **kd.shared(), "torch": torch.__version__}, RankGroup())
         with early_messages() as early:
             # Whatever can be wrong is found before the first file is written.
             run = Run(config, drop_ins(lambda: config, distiller=distiller), rank, local_rank, world_size)
@@ -126,7 +138,7 @@ def train(
                 finish_saving(run.folder, keep=False)
         stack.enter_context(log_files(run.folder, rank, early))
         stack.enter_context(_shortages(run.folder, lambda: run.step))
-        return _train(run, title or run.folder.name, on_epoch)
+        return _train_epochs(run, title or run.folder.name, on_epoch)
 
 
 @contextlib.contextmanager
@@ -151,7 +163,7 @@ def _claimed(folder: Path, rank: int, resumed: bool) -> Iterator[None]:
         yield
 
 
-def _train(run: Run, title: str, on_epoch: Callable[[int], None] | None) -> TrainResult:
+def _train_epochs(run: Run, title: str, on_epoch: Callable[[int], None] | None) -> TrainResult:
     from torch.utils.tensorboard import SummaryWriter
 
     config = run.config

@@ -1,5 +1,6 @@
 """Check 9: two ranks on one GPU, which NCCL refuses and gloo does not, find the gradients of one rank."""
 
+import gc
 import os
 from pathlib import Path
 from typing import Any
@@ -26,7 +27,8 @@ _METHODS: dict[str, dict[str, Any]] = {
     "embedding": {"kd_option": "embedding.labels=none"},
     "embedding+rkd": {"kd_option": "embedding.labels=none"},
 }
-_ROWS, _TOLERANCE = 8, 1e-4
+_ROWS, _DIMENSION, _CLASSES = 8, 16, 10
+_TOLERANCE = 1e-4
 
 
 class _Student(nn.Module):
@@ -70,33 +72,36 @@ def _rank(place: Place, rank: int, world_size: int, meeting: Path, out: Path) ->
     os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
     store = distributed.FileStore(str(meeting), world_size)
     distributed.init_process_group("gloo", store=store, rank=rank, world_size=world_size)
-    dimension, classes, device = 16, 10, place.device
-    folder = records(place, 4)
-    classifier = torch.randn(classes, dimension, generator=torch.Generator().manual_seed(2))
+    classifier = torch.randn(_CLASSES, _DIMENSION, generator=torch.Generator().manual_seed(2))
     teachers = place.scratch / f"classifier_{world_size}.pt"
     if rank == 0:
         save_tensors(teachers, {"weight": classifier})
     distributed.barrier()
-    generator = torch.Generator().manual_seed(3)
-    images = torch.rand(_ROWS, 3, 112, 112, generator=generator) * 2 - 1
-    labels = torch.randint(classes, (_ROWS,), generator=generator)
-    own = slice(rank * _ROWS // world_size, (rank + 1) * _ROWS // world_size)
-    gradients = {}
-    for name, keys in _METHODS.items():
-        output = place.scratch / f"{name}_of_{world_size}"
-        config: EasyDict = config_of(folder, output, classes, kd=name, batch_size=_ROWS // world_size, **keys)
-        if name == "proxylesskd":
-            config.kd_classifier = str(teachers)
-        teacher = load_teacher(_Student(dimension, 5))
-        distiller = Distiller(KDConfig.from_config(config), teacher)
-        made = drop_ins(lambda config=config: config, distiller=distiller)  # type: ignore[misc]
-        student = distiller.watch(_Student(dimension, 6)).to(device)
-        backbone: nn.Module = student
-        if world_size > 1:
-            backbone = DistributedDataParallel(student, device_ids=[0] if device.type == "cuda" else None)
-        head = made.PartialFC_V2(Margin(64.0, 1.0, 0.5, 0.0), dimension, classes, 1.0, False).train().to(device)
-        head(backbone(images[own].to(device)), labels[own].to(device)).backward()
-        gradients[name] = student.weight.grad.cpu()  # type: ignore[union-attr]
+    gradients = {name: _gradient(place, rank, world_size, name, keys, teachers) for name, keys in _METHODS.items()}
     if rank == 0:
         save_tensors(out, gradients)
+    # As in `process_group`: a DistributedDataParallel must not outlive its group.
+    gc.collect()
     distributed.destroy_process_group()
+
+
+def _gradient(place: Place, rank: int, world_size: int, name: str, keys: dict[str, Any], classifier: Path) -> Tensor:
+    """A method's gradient."""
+    device, folder = place.device, records(place, 4)
+    generator = torch.Generator().manual_seed(3)
+    images = torch.rand(_ROWS, 3, 112, 112, generator=generator) * 2 - 1
+    labels = torch.randint(_CLASSES, (_ROWS,), generator=generator)
+    own = slice(rank * _ROWS // world_size, (rank + 1) * _ROWS // world_size)
+    output = place.scratch / f"{name}_of_{world_size}"
+    config: EasyDict = config_of(folder, output, _CLASSES, kd=name, batch_size=_ROWS // world_size, **keys)
+    if name == "proxylesskd":
+        config.kd_classifier = str(classifier)
+    distiller = Distiller(KDConfig.from_config(config), load_teacher(_Student(_DIMENSION, 5)))
+    made = drop_ins(lambda: config, distiller=distiller)
+    student = distiller.watch(_Student(_DIMENSION, 6)).to(device)
+    backbone: nn.Module = student
+    if world_size > 1:
+        backbone = DistributedDataParallel(student, device_ids=[0] if device.type == "cuda" else None)
+    head = made.PartialFC_V2(Margin(64.0, 1.0, 0.5, 0.0), _DIMENSION, _CLASSES, 1.0, False).train().to(device)
+    head(backbone(images[own].to(device)), labels[own].to(device)).backward()
+    return student.weight.grad.cpu()  # type: ignore[union-attr]

@@ -1,7 +1,9 @@
 """The order of an epoch, its mirrored images, its batches and the host's function, against what the host does."""
 
+import gc
 import math
 import runpy
+import sys
 import threading
 import time
 from itertools import product
@@ -211,6 +213,37 @@ def test_the_next_batch_is_read_while_the_present_one_is_used(faces: RecordDatas
     next(batches)
     del batches
     assert not [thread for thread in threading.enumerate() if thread.name.startswith("face-loader")]
+
+
+def test_an_iteration_may_be_collected_in_its_own_thread(faces: RecordDataset, monkeypatch: pytest.MonkeyPatch) -> None:
+    faults: list[object] = []
+    monkeypatch.setattr(sys, "unraisablehook", faults.append)
+    given_up, collected = threading.Event(), threading.Event()
+
+    class Collecting(RecordDataset):
+        def pixels(self, view: View) -> tuple[int, np.ndarray]:
+            if view.index == 2:
+                given_up.wait(30)
+                gc.collect()
+                collected.set()
+            return super().pixels(view)
+
+    others = threading.enumerate()
+    gc.disable()
+    try:
+        batches = iter(FaceLoader(Collecting(faces.reader.rec_path.parent), batch_size=2, num_workers=0))
+        next(batches)
+        (reader,) = (thread for thread in threading.enumerate() if thread not in others)
+        cycle: list[object] = [batches]
+        cycle.append(cycle)
+        del batches, cycle
+        given_up.set()
+        assert collected.wait(30)
+    finally:
+        gc.enable()
+    reader.join(30)
+    assert not reader.is_alive()
+    assert not faults
 
 
 def test_loading_leaves_the_runs_random_numbers_alone(faces: RecordDataset) -> None:

@@ -1,9 +1,13 @@
 """The compact trainer: the host's files, the keys it honours, what it prints."""
 
+import gc
 import io
 import re
 import shutil
 import sys
+import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -19,6 +23,7 @@ from arcface_kd.distillation.distiller import Distiller
 from arcface_kd.errors import ArcfaceKDError, ConfigError, DataError, ResourceError, TeacherError
 from arcface_kd.evaluation.report.scalars import read_scalars
 from arcface_kd.teachers.base import load_teacher
+from arcface_kd.training import trainer
 from arcface_kd.training.config_check import check_keys
 from arcface_kd.training.run import Run
 from arcface_kd.training.trainer import TrainResult, train
@@ -48,6 +53,29 @@ def test_learns(faces: Faces, tmp_path: Path) -> None:
     train(config_for(faces, tmp_path / "run", num_epoch=8, lr=0.05))
     losses = loss_trace(tmp_path / "run")
     assert sum(losses[-5:]) < 0.7 * sum(losses[:5])
+
+
+def test_the_run_is_gone_before_its_group(
+    faces: Faces, teacher_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    runs: list[weakref.ref[Run]] = []
+    left: list[Run | None] = []
+
+    class Watched(Run):
+        def __init__(self, *arguments: Any) -> None:
+            super().__init__(*arguments)
+            runs.append(weakref.ref(self))
+
+    @contextmanager
+    def group() -> Iterator[tuple[int, int, int]]:
+        yield 0, 0, 1
+        gc.collect()
+        left.extend(run() for run in runs)
+
+    monkeypatch.setattr(trainer, "Run", Watched)
+    monkeypatch.setattr(trainer, "process_group", group)
+    train(config_for(faces, tmp_path, kd="adadistill", kd_teacher=str(teacher_file)))
+    assert left == [None]
 
 
 def test_a_second_run_in_the_folder_changes_nothing(faces: Faces, tmp_path: Path) -> None:
