@@ -104,4 +104,5 @@ def _gradient(place: Place, rank: int, world_size: int, name: str, keys: dict[st
         backbone = DistributedDataParallel(student, device_ids=[0] if device.type == "cuda" else None)
     head = made.PartialFC_V2(Margin(64.0, 1.0, 0.5, 0.0), _DIMENSION, _CLASSES, 1.0, False).train().to(device)
     head(backbone(images[own].to(device)), labels[own].to(device)).backward()
-    return student.weight.grad.cpu()  # type: ignore[union-attr]
+    gradient: Tensor = student.weight.grad  # type: ignore[assignment]
+    return gradient.cpu()
