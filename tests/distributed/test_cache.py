@@ -1,9 +1,12 @@
 """Two ranks that distil through one cache: the losses and gradients of the online teacher, each image asked once."""
 
+import logging
 import multiprocessing.process
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import cv2
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -106,3 +109,25 @@ def test_missing_rows_are_shared_out_evenly(ranks: RankPool, faces: Faces, tmp_p
     filled = ranks.run(LARGEST_WORLD, _fill, config)
     assert [shown for shown, _, _ in filled] == [4] * LARGEST_WORLD
     assert cache.filled() == 96
+
+
+def _heard_while_filling(ranks: RankGroup, config: dict[str, Any]) -> list[str]:
+    heard: list[str] = []
+    ear = logging.Handler()
+    ear.emit = lambda record: heard.append(record.getMessage())  # type: ignore[method-assign]
+    logging.getLogger("arcface_kd").addHandler(ear)
+    _fill(ranks, config)
+    logging.getLogger("arcface_kd").removeHandler(ear)
+    return heard
+
+
+def test_one_rank_warns_of_the_data(ranks: RankPool, tmp_path: Path) -> None:
+    photographs = tmp_path / "photographs"
+    for number in range(8):
+        file = photographs / f"person {number % 2}" / f"{number}.png"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        cv2.imwrite(str(file), np.random.default_rng(number).integers(0, 256, (112, 112, 3), dtype=np.uint8))
+    (photographs / "person 0" / "notes.txt").write_text("")
+    config = {"rec": str(photographs), "batch_size": 2, "num_workers": 0, "kd_cache": str(tmp_path / "rows")}
+    heard = ranks.run(LARGEST_WORLD, _heard_while_filling, config)
+    assert [sum("passed over 1 files" in line for line in lines) for lines in heard] == [1] + [0] * (LARGEST_WORLD - 1)
