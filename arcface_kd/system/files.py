@@ -3,6 +3,7 @@
 import contextlib
 import errno
 import glob
+import logging
 import os
 import stat
 import tempfile
@@ -14,6 +15,8 @@ from typing import IO
 from filelock import FileLock, Timeout
 
 from arcface_kd.errors import ConfigError
+
+logger = logging.getLogger(__name__)
 
 
 def _sync_folder(folder: Path) -> None:
@@ -27,14 +30,22 @@ def _sync_folder(folder: Path) -> None:
         os.close(descriptor)
 
 
-def _lock(descriptor: int) -> bool:
-    """Take a file for this process, where the system and the file system can lock; False if another one has it."""
+def lock_file(descriptor: int, *, wait: bool) -> bool:
+    """Take an open file for this process, where the system and the file system can lock.
+
+    Args:
+        descriptor: of the file, which keeps the lock until it and its duplicates are closed.
+        wait: whether to wait for another process that has it.
+
+    Returns:
+        Whether it is taken: not where nothing can be locked, nor, without waiting, where another process has it.
+    """
     try:
         import fcntl
     except ImportError:
         return False
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(descriptor, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError:
         return False
     return True
@@ -47,7 +58,7 @@ def _remove_remains(target: Path) -> None:
         with contextlib.suppress(OSError):
             descriptor = os.open(target.parent / name, os.O_RDWR)
             try:
-                if _lock(descriptor):
+                if lock_file(descriptor, wait=False):
                     os.unlink(target.parent / name)
             finally:
                 os.close(descriptor)
@@ -56,8 +67,8 @@ def _remove_remains(target: Path) -> None:
 def _make_temporary(target: Path) -> tuple[int, Path]:
     while True:
         descriptor, name = tempfile.mkstemp(prefix=f".{target.name}.", suffix=".part", dir=target.parent)
-        _lock(descriptor)
-        # Between its making and its lock another process may have taken it for a remain.
+        # Before it is locked, another process may take it for a remain, lock it and remove it.
+        lock_file(descriptor, wait=True)
         if os.path.exists(name):
             return descriptor, Path(name)
         os.close(descriptor)
@@ -99,15 +110,19 @@ def atomic_write(path: str | os.PathLike[str]) -> Iterator[IO[bytes]]:
         _name(error, target)
         raise
     try:
-        with os.fdopen(descriptor, "wb") as stream:
-            yield stream
-            stream.flush()
-            os.fsync(stream.fileno())
-        # mkstemp makes files private; a model or a data set is read by colleagues like any other file.
-        umask = os.umask(0)
-        os.umask(umask)
-        temporary.chmod(0o666 & ~umask)
-        replace_file(temporary, target)
+        with contextlib.ExitStack() as stack:
+            if os.name != "nt":  # which locks nothing, and renames no open file
+                # Unlocked before it is in place, it would be taken for a remain.
+                stack.callback(os.close, os.dup(descriptor))
+            with os.fdopen(descriptor, "wb") as stream:
+                yield stream
+                stream.flush()
+                os.fsync(stream.fileno())
+            # mkstemp makes files private; a model or a data set is read by colleagues like any other file.
+            umask = os.umask(0)
+            os.umask(umask)
+            temporary.chmod(0o666 & ~umask)
+            replace_file(temporary, target)
     except BaseException as error:
         temporary.unlink(missing_ok=True)
         _name(error, target, temporary)
@@ -131,15 +146,20 @@ def open_regular(path: str | os.PathLike[str]) -> IO[bytes]:
 def run_lock(folder: Path) -> Iterator[None]:
     """Keep other processes out of a run's folder: a second start, or ranks that a killed job has left.
 
-    The lock ends with its process, however that ends; its forked children do not hold it.
+    The lock ends with its process, however that ends; its forked children do not hold it. On a file system that cannot
+    lock, as NFS without its lock service, a warning says so.
     """
-    try:
-        held = FileLock(folder / ".lock").acquire(blocking=False)
-    except Timeout:
-        raise ConfigError(
-            f"another run is writing to {folder}: wait for it or end its processes, or give another output"
-        ) from None
-    with held:
+    with contextlib.ExitStack() as stack:
+        try:
+            stack.enter_context(FileLock(folder / ".lock").acquire(blocking=False))
+        except Timeout:
+            raise ConfigError(
+                f"another run is writing to {folder}: wait for it or end its processes, or give another output"
+            ) from None
+        except OSError as error:
+            if error.errno not in (errno.ENOLCK, errno.ENOTSUP):
+                raise
+            logger.warning("%s cannot be locked (%s): start no second run in it", folder, error.strerror)
         yield
 
 

@@ -6,11 +6,15 @@ import signal
 import stat
 import subprocess
 import sys
+import tempfile
+import threading
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from arcface_kd.system.files import atomic_write
+from arcface_kd.system import files
+from arcface_kd.system.files import atomic_write, lock_file
 
 
 def test_the_file_appears_when_the_block_ends(tmp_path: Path) -> None:
@@ -52,7 +56,8 @@ def test_a_link_is_replaced_and_what_it_names_is_left_alone(tmp_path: Path) -> N
 
 _KILLED = """
 import os, signal, sys
-from arcface_kd.system.files import atomic_write
+from arcface_kd.system import files
+from arcface_kd.system.files import atomic_write, lock_file
 with atomic_write(sys.argv[1]) as stream:
     stream.write(b"half of it")
     stream.flush()
@@ -82,6 +87,52 @@ def test_a_writer_that_is_at_work_is_left_alone(tmp_path: Path) -> None:
             second.write(b"second")
         assert file.read_bytes() == b"second"
     assert file.read_bytes() == b"first"
+    assert os.listdir(tmp_path) == ["file"]
+
+
+def test_nobody_takes_a_whole_file_before_it_is_in_place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file, whole = tmp_path / "file", files.replace_file
+
+    def after_another(source: Path, target: Path) -> None:
+        monkeypatch.setattr(files, "replace_file", whole)
+        with atomic_write(file) as stream:
+            stream.write(b"another's")
+        whole(source, target)
+
+    monkeypatch.setattr(files, "replace_file", after_another)
+    with atomic_write(file) as stream:
+        stream.write(b"ours")
+    assert file.read_bytes() == b"ours"
+    assert os.listdir(tmp_path) == ["file"]
+
+
+def test_a_new_file_that_another_takes_for_a_remain_is_made_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make, begun = tempfile.mkstemp, threading.Event()
+    takers: list[threading.Thread] = []
+
+    def taken(**where: Any) -> tuple[int, str]:
+        descriptor, name = make(**where)
+        if not takers:
+            other = os.open(name, os.O_RDWR)
+            assert lock_file(other, wait=False)
+
+            def take() -> None:
+                # Whoever does not wait for the lock has begun to write by then.
+                begun.wait(0.2)
+                os.unlink(name)
+                os.close(other)
+
+            takers.append(threading.Thread(target=take))
+            takers[0].start()
+        return descriptor, name
+
+    monkeypatch.setattr(tempfile, "mkstemp", taken)
+    with atomic_write(tmp_path / "file") as stream:
+        begun.set()
+        takers[0].join()
+        stream.write(b"x")
     assert os.listdir(tmp_path) == ["file"]
 
 

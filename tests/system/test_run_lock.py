@@ -1,5 +1,8 @@
 """One run in a folder at a time, and nobody is kept out by one that was killed."""
 
+import errno
+import fcntl
+import os
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -59,3 +62,14 @@ def test_the_lock_ends_with_its_block(tmp_path: Path) -> None:
     for _ in range(2):
         with run_lock(tmp_path):
             pass
+
+
+def test_a_file_system_that_cannot_lock_is_warned_of(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def refuse(*_: object) -> None:
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    with run_lock(tmp_path):
+        assert str(tmp_path) in caplog.text

@@ -34,7 +34,7 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from arcface_kd.errors import TeacherError
-from arcface_kd.system.files import atomic_write, reserve_space
+from arcface_kd.system.files import atomic_write, lock_file, reserve_space
 from arcface_kd.teachers.base import Teacher
 from arcface_kd.teachers.file_type import describe
 from arcface_kd.teachers.options import Precision, TeacherOptions
@@ -234,7 +234,7 @@ class EmbeddingCache:
         while True:
             descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT | getattr(os, "O_BINARY", 0), 0o666)
             with os.fdopen(descriptor, "r+b", buffering=0) as stream:
-                _lock(stream)
+                lock_file(stream.fileno(), wait=True)
                 # Whoever held the lock may have found no room and taken the file away.
                 if self.path.exists() and os.path.samestat(os.fstat(stream.fileno()), self.path.stat()):
                     yield stream
@@ -366,19 +366,6 @@ def _short(value: object) -> str:
     if isinstance(value, str) and len(text) > 16:
         return text[:12] + "..."
     return text if len(text) <= 120 else text[:117] + "..."
-
-
-def _lock(stream: IO[bytes]) -> None:
-    """Wait for the file to be nobody else's, where the system and the file system can lock."""
-    try:
-        import fcntl
-    except ImportError:
-        return
-    try:
-        fcntl.flock(stream.fileno(), fcntl.LOCK_EX)
-    except OSError as error:
-        if error.errno not in (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS, errno.EINVAL):
-            raise
 
 
 def _holds_anything(stream: IO[bytes]) -> bool:

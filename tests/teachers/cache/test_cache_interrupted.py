@@ -136,7 +136,7 @@ def _make(path: Path, module: str, name: str, moment: str) -> None:
 @pytest.mark.parametrize(
     ("module", "name", "moment"),
     [
-        ("embedding_cache", "_lock", "before"),
+        ("embedding_cache", "lock_file", "before"),
         ("embedding_cache", "reserve_space", "before"),
         ("os", "posix_fallocate", "half"),
         ("embedding_cache", "reserve_space", "after"),
