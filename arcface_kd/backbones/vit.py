@@ -1,10 +1,10 @@
-"""VisionTransformer of arcface_torch (vit_t, vit_s, vit_b, vit_l, vit_h) and CVLface (cvlface_vit_s, _b), as a teacher.
+"""VisionTransformer of arcface_torch (vit_t to vit_h), TransFace (transface_vit_s, ...) and CVLface, as a teacher.
 
 After Dosovitskiy et al., "An Image is Worth 16x16 Words" (ICLR 2021, arXiv 2010.11929), with ReLU6 and without a class
-token: all tokens of an image in one row make the embedding. Parameter names, their order and shapes are those of
-arcface_torch and CVLface, so that their checkpoints load with ``strict=True``, and so is the arithmetic in evaluation
-mode. What acts in training only (masked tokens, dropped paths) is left out, which is why ``get_backbone`` offers none
-of these as a student: the host trains them.
+token: all tokens of an image in one row make the embedding, in TransFace (Dan et al., ICCV 2023, arXiv 2308.10133) each
+times a gate. Parameter names, their order and shapes are those of the projects, so that their checkpoints load with
+``strict=True``, and so is the arithmetic in evaluation mode. What acts in training only (masked tokens, dropped paths)
+is left out, which is why ``get_backbone`` offers none of these as a student: the host trains them.
 """
 
 from collections import OrderedDict
@@ -58,7 +58,8 @@ class VisionTransformer(FaceBackbone):
 
     ``width`` is the dimension of a token, also ``embed_dim``, by arcface_torch's name; ``depth`` the number of blocks,
     ``patch`` the height and width of a token's patch, ``heads`` those of the attention, ``ratio`` the hidden width of a
-    block's perceptron over that of a token. ``fp16`` is autocast up to the last norm, except attention itself.
+    block's perceptron over that of a token. ``gated`` multiplies each token by a gate in (0, 1), made of all tokens, as
+    TransFace does. ``fp16`` is autocast up to the last norm, except attention itself.
     """
 
     def __init__(
@@ -69,6 +70,7 @@ class VisionTransformer(FaceBackbone):
         patch: int = 9,
         heads: int = 8,
         ratio: int = 4,
+        gated: bool = False,
         fp16: bool = False,
         num_features: int = 512,
     ) -> None:
@@ -81,6 +83,11 @@ class VisionTransformer(FaceBackbone):
         self.patch_embed = nn.Sequential(OrderedDict(proj=nn.Conv2d(3, width, patch, patch)))
         self.blocks = nn.Sequential(*(_Block(width, heads, ratio) for _ in range(depth)))
         self.norm = nn.LayerNorm(width)
+        self.senet: nn.Sequential | None = None
+        if gated:
+            count = self._side**2
+            squeeze = nn.Linear(width * count, count, bias=False)
+            self.senet = nn.Sequential(squeeze, nn.ReLU(), nn.Linear(count, count, bias=False), nn.Sigmoid())
         self.feature = nn.Sequential(
             nn.Linear(width * self._side**2, width, bias=False),
             nn.BatchNorm1d(width, eps=_NORM_EPS),
@@ -99,7 +106,10 @@ class VisionTransformer(FaceBackbone):
     def tail(self, feature_map: Tensor) -> Tensor:
         """All tokens in one row, two linear layers with batch norms: (B, width, H, W) to (B, D)."""
         with self.autocast(feature_map, half=False):
-            return cast(Tensor, self.feature(feature_map.flatten(2).transpose(1, 2).flatten(1)))
+            tokens = feature_map.flatten(2).transpose(1, 2)
+            if self.senet is not None:
+                tokens = tokens * self.senet(tokens.flatten(1)).unsqueeze(2)
+            return cast(Tensor, self.feature(tokens.flatten(1)))
 
 
 VITS: Mapping[str, Callable[..., FaceBackbone]] = {
@@ -108,6 +118,9 @@ VITS: Mapping[str, Callable[..., FaceBackbone]] = {
     "vit_b": partial(VisionTransformer, 512, 24),
     "vit_l": partial(VisionTransformer, 768, 24),
     "vit_h": partial(VisionTransformer, 1024, 48),
+    "transface_vit_s": partial(VisionTransformer, 512, 12, gated=True),
+    "transface_vit_b": partial(VisionTransformer, 512, 24, gated=True),
+    "transface_vit_l": partial(VisionTransformer, 768, 24, gated=True),
     "cvlface_vit_s": partial(VisionTransformer, 512, 12, patch=8, ratio=5),
     "cvlface_vit_b": partial(VisionTransformer, 512, 24, patch=8, heads=16, ratio=3),
 }

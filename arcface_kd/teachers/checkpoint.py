@@ -178,17 +178,23 @@ def _candidates(
 def find_backbones(content: object, name: str | None = None) -> Iterator[Backbone]:
     """Find known networks in a file's state dicts, under any key and behind any prefix; ``name`` None is any.
 
-    Of names that fit the same tensors, one that the file itself carries comes first. None of these is imported.
+    Of names that fit the same tensors, one that the file itself carries comes first, and a network that is a part of
+    another one is left out. None of these is imported.
     """
     carried = [each for each in carried_networks(content) if is_network(each) and not each.startswith(OWN)]
     for place, tensors in state_dicts(content).items():
         shapes = _shapes(tensors)
+        found: list[Backbone] = []
         for each, prefix in _candidates(shapes, name, carried):
             size = _num_features(each, _own(shapes, prefix, each))
             if size is not None:
                 own = _own(tensors, prefix, each)
                 beside = tuple(key for key in tensors if key.removeprefix(prefix) not in own)
-                yield Backbone(place, prefix, each, size, own, beside)
+                found.append(Backbone(place, prefix, each, size, own, beside))
+        for one in found:
+            alike = [other.tensors for other in found if other.prefix == one.prefix]
+            if not any(one.tensors.keys() < tensors.keys() for tensors in alike):
+                yield one
 
 
 def _the_backbone(content: object, path: Path, name: str | None) -> Backbone:
@@ -218,7 +224,23 @@ def _the_backbone(content: object, path: Path, name: str | None) -> Backbone:
         )
     if first.place or first.prefix or first.beside:
         logger.info("%s: %s; passed over there: %s", path, first, ", ".join(map(short, first.beside[:5])) or "nothing")
+    if foreign := _foreign(first, tensors=state_dicts(content)[first.place]):
+        logger.warning(
+            "%s: taken for %s, but these tensors among its own are not of such a network, nor of a head on its "
+            "embeddings, and are passed over: %s; if it needs them, its embeddings are wrong: name the network as "
+            "--kd-option teacher.network=%sMODULE:FUNCTION",
+            *(path, first.name, ", ".join(map(short, foreign[:5])), OWN),
+        )
     return first
+
+
+def _foreign(found: Backbone, tensors: Mapping[str, Tensor]) -> list[str]:
+    """Matrices and kernels behind a network's own prefix that do not take its embeddings."""
+    return [
+        key
+        for key in found.beside
+        if key.startswith(found.prefix) and tensors[key].ndim > 1 and found.num_features not in tensors[key].shape
+    ]
 
 
 def _same(one: Backbone, other: Backbone) -> bool:

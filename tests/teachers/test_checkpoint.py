@@ -126,6 +126,19 @@ def test_what_lies_beside_the_backbone_is_told(
     assert "head.kernel" in caplog.text
 
 
+def test_tensors_among_the_backbones_own_are_warned_of(
+    tmp_path: Path, network: nn.Module, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A network with one more module is another network; a head on its embeddings is none of its own."""
+    state = prefixed(network.state_dict(), "module.")
+    load_network(saved(tmp_path, state | {"module.fc2.weight": torch.ones(7, SIZE), "gate.weight": torch.ones(3, 3)}))
+    assert not caplog.records
+    load_network(saved(tmp_path, state | {"module.gate.weight": torch.ones(3, 3)}))
+    (record,) = caplog.records
+    assert record.levelno == logging.WARNING
+    assert "module.gate.weight" in record.getMessage()
+
+
 def test_a_deeper_network_is_not_taken_for_a_shallower_one(tmp_path: Path) -> None:
     """All names and shapes of an r18 are in an r34 too."""
     with torch.device("meta"):
