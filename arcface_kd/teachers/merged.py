@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn.functional import normalize
 
 from arcface_kd.config.kd import How
-from arcface_kd.errors import TeacherError
+from arcface_kd.errors import ConfigError, TeacherError
 from arcface_kd.teachers.base import Teacher, fingerprint_of, load_teacher, tensors_digest
 from arcface_kd.teachers.cache.embedding_cache import header_of
 from arcface_kd.teachers.options import Precision, Preprocessing, TeacherOptions
@@ -140,6 +140,9 @@ def merge_teachers(
     shared = {name: value for name, value in (options or {}).items() if "." not in name}
     how = str(shared.pop("merge", "concat"))
     size = shared.pop("embedding_size", None)
+    numbers = [str(place) for place in range(1, len(sources) + 1)]
+    if foreign := [name for name in options or {} if "." in name and name.partition(".")[0] not in numbers]:
+        raise ConfigError(f"option teacher.{foreign[0]} is of none of the teachers, which are {' and '.join(numbers)}")
     parts = []
     for place, source in enumerate(sources, start=1):
         own = {name.partition(".")[2]: value for name, value in (options or {}).items() if name.startswith(f"{place}.")}

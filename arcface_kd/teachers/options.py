@@ -44,7 +44,7 @@ class TeacherOptions(Options):
     Attributes:
         channels: channel order of the teacher's input, ``rgb`` or ``bgr``.
         mean: one number or three in 0..255, subtracted from the pixel values, in the order of ``channels``.
-        std: one number or three, greater than 0: the divisor after the subtraction.
+        std: one number or three, at least 1, since they count in 0..255 as well: the divisor after the subtraction.
         size: height and width of the teacher's input, 8..2048; images of another size are resized.
         precision: ``fp32``, or ``bf16`` / ``fp16`` for autocast; by default fp16 beside a GPU for teachers from files.
         network: the architecture of a checkpoint (``r50``, ``mbf``, ...), where its tensors do not tell;
@@ -58,7 +58,7 @@ class TeacherOptions(Options):
 
     channels: Channels | None = None
     mean: Triple | None = None
-    std: Annotated[Triple, Range(0, ends="(]")] | None = None
+    std: Annotated[Triple, Range(1)] | None = None
     size: Annotated[int, Range(8, 2048)] | None = None
     precision: Precision | None = None
     network: str | None = None

@@ -61,10 +61,12 @@ def test_what_cannot_be_merged_is_refused(tmp_path: Path) -> None:
         ([one, other], {"merge": "mean"}, "4 and 6 dimensions"),
         ([one, other], {"embedding_size": 4}, "wanted 4"),
         ([one, other], {"1.chanels": "bgr"}, r"teacher\.chanels"),
+        ([one, other], {"0.channels": "bgr"}, r"teacher\.0\.channels"),
+        ([one, other], {"3.channels": "bgr"}, r"teacher\.3\.channels"),
         ([one, other], {"merge": str(tmp_path / "nowhere.cache")}, r"nowhere\.cache"),
         ([one, other], {"merge": str(tmp_path / "plain.cache")}, r"plain\.cache was not made by"),
     ):
-        with pytest.raises(ConfigError if "chanels" in said else TeacherError, match=said):
+        with pytest.raises(ConfigError if "channels" in said or "chanels" in said else TeacherError, match=said):
             load_teacher(sources, options)
 
 

@@ -29,7 +29,7 @@ def test_an_unknown_option_lists_the_known_ones() -> None:
     [
         *(("channels", value) for value in ("grb", 3)),
         *(("mean", value) for value in ("a", "1,2", math.nan, [1, 2, 3, 4], True, [None, 1, 2])),
-        *(("std", value) for value in (0, "-1", "1,1,0", math.inf)),
+        *(("std", value) for value in (0, "-1", "1,1,0", "0.5", math.inf)),
         *(("size", value) for value in (0, "112.5", 10**9, True, "9" * 5000)),
         *(("precision", "int8"), ("network", ["r50"]), ("embedding_size", 0), ("embedding_size", -512)),
     ],

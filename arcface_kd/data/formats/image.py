@@ -135,6 +135,9 @@ def _decode_with_opencv(encoded: NDArray[np.uint8], upright: bool) -> NDArray[An
 def _decode_with_pillow(data: bytes) -> NDArray[np.uint8]:
     image = _open(data)
     try:
+        if image.mode.startswith("I"):
+            # Grey in 16 bits, which Pillow would cut off at 255.
+            return np.repeat((np.asarray(image) >> 8).astype(np.uint8)[..., None], 3, axis=2)
         return np.array(image.convert("RGB"))
     except Exception as error:
         raise DataError(f"Pillow cannot decode the image: {' '.join(str(error).split())}") from None

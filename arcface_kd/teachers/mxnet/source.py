@@ -22,8 +22,16 @@ def _is_named(path: Path) -> bool:
     return path.name.endswith(_SYMBOL) or _PARAMS.search(path.name) is not None
 
 
+def _symbol_in(folder: Path) -> Path | None:
+    """The symbol of a folder that holds one, and no network in ONNX."""
+    names = {place.name: place for place in (_siblings(folder / _SYMBOL) if folder.is_dir() else ())}
+    symbols = [place for name, place in names.items() if name.endswith(_SYMBOL)]
+    return symbols[0] if len(symbols) == 1 and not any(name.endswith(".onnx") for name in names) else None
+
+
 def _files(path: Path) -> tuple[Path, Path]:
-    """Symbol and parameters that a path stands for: either file, their prefix, or InsightFace's ``prefix,epoch``."""
+    """Symbol and parameters that a path stands for: either file, their folder or prefix, or ``prefix,epoch``."""
+    path = _symbol_in(path) or path
     name = path.name
     numbered = _EPOCH.fullmatch(name)
     if name.endswith(_SYMBOL):
@@ -51,14 +59,16 @@ def _siblings(path: Path) -> list[Path]:
 class MXNetSource:
     """MXNet checkpoints, fed RGB pixel values 0..255: InsightFace's graphs normalise by themselves."""
 
-    description: ClassVar[str] = "an MXNet checkpoint (NAME-symbol.json with NAME-0000.params, or just NAME)"
+    description: ClassVar[str] = "an MXNet checkpoint (NAME-symbol.json with NAME-0000.params, just NAME, or a folder)"
 
     @staticmethod
     def accepts(source: object) -> bool:
         """Whether this is one of a checkpoint's two files, or what their names begin with."""
         path = local_path(source)
-        if path is None or path.is_dir():
+        if path is None:
             return False
+        if path.is_dir():
+            return _symbol_in(path) is not None
         if path.is_file():
             kind = signature(path)
             return kind == "mxnet" or (_is_named(path) and kind in (None, "json"))

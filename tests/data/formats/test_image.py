@@ -50,6 +50,9 @@ def test_grey_transparent_and_deep_images_have_three_channels() -> None:
     np.testing.assert_array_equal(decoded, np.repeat(grey[..., None], 3, axis=2))
     transparent = np.dstack([pixels(2), np.full((112, 112), 9, np.uint8)])
     np.testing.assert_array_equal(decode_rgb(cv2.imencode(".png", transparent)[1].tobytes()), pixels(2)[..., ::-1])
+    for suffix in (".png", ".tiff", ".pgm", ".jp2"):
+        deep_grey = cv2.imencode(suffix, grey.astype(np.uint16) * 257)[1].tobytes()
+        assert np.abs(decode_rgb(deep_grey).astype(int) - grey[..., None]).max() <= 1, suffix
     deep = pixels(3).astype(np.uint16) * 257
     np.testing.assert_array_equal(decode_rgb(cv2.imencode(".png", deep)[1].tobytes()), pixels(3)[..., ::-1])
 

@@ -16,8 +16,8 @@ from tests.teachers.mxnet_files import face_arrays, params_bytes, write_checkpoi
 from tests.teachers.onnx_models import pixels, student_view
 
 
-@pytest.mark.parametrize("source", ["model", "model-symbol.json", "model-0000.params", "model,0"])
-def test_either_file_the_prefix_or_prefix_and_epoch_name_a_checkpoint(tmp_path: Path, source: str) -> None:
+@pytest.mark.parametrize("source", ["model", "model-symbol.json", "model-0000.params", "model,0", ""])
+def test_either_file_their_folder_the_prefix_or_prefix_and_epoch_name_a_checkpoint(tmp_path: Path, source: str) -> None:
     write_checkpoint(tmp_path)
     teacher = load_teacher(str(tmp_path / source))
     assert teacher.preprocessing == Preprocessing("rgb", (0.0,) * 3, (1.0,) * 3, 112)
