@@ -34,7 +34,9 @@ def entry_points(group: str) -> dict[str, metadata.EntryPoint]:
             )
         found[entry_point.name] = entry_point
     if not found:
-        raise ConfigError(f"no entry point in the group {group}: install the package with `pip install arcface_kd`")
+        raise ConfigError(
+            f"no entry point in the group {group}: install the package with `pip install PATH/TO/arcface_kd`"
+        )
     return dict(sorted(found.items()))
 
 

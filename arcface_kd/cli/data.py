@@ -51,7 +51,9 @@ def add_commands(commands: Commands) -> None:
         "arcface-kd data pairs held_out/ faces_own/own.bin --pairs 6000 --seed 0",
     )
     pairs.add_argument("folder", type=Path, help="one sub-folder of aligned face images for each identity, or records")
-    pairs.add_argument("out", type=Path, help="the .bin file; OUT.identities.txt beside it says who is on its images")
+    pairs.add_argument(
+        "out", type=Path, help="the .bin file; NAME.identities.txt beside NAME.bin says who is on its images"
+    )
     pairs.add_argument("--pairs", type=int, default=6000, metavar="N", help="at most so many (default: 6000)")
     pairs.add_argument("--seed", type=int, default=0, help="decides which ones (default: 0)")
 

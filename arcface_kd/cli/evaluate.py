@@ -32,7 +32,7 @@ def add_commands(commands: Commands) -> None:
         "judge runs side by side and write report.html and report.md: scores with intervals, curves, pairs, cost",
         "arcface-kd compare work_dirs/alone work_dirs/adadistill --data faces_emore --out report --no-faces",
     )
-    compare.add_argument("runs", metavar="RUN", nargs="+", help="a run's output folder, of the host or of `train`")
+    compare.add_argument("runs", metavar="RUN", nargs="+", help="a run's output folder, or an exported .onnx file")
     compare.add_argument(
         "--data",
         metavar="DIR",
@@ -46,7 +46,13 @@ def add_commands(commands: Commands) -> None:
     compare.add_argument(
         "--no-faces", action="store_true", help="list the hardest pairs by number and leave their images out"
     )
-    compare.add_argument("--kd-teacher", metavar="FILE", help="judge a teacher too: a checkpoint, an ONNX file, ...")
+    compare.add_argument(
+        "--kd-teacher",
+        metavar="FILE",
+        action="append",
+        default=[],
+        help="judge a teacher too: a checkpoint, an ONNX file, ...; given several times, all of them as one",
+    )
     add_teacher_options(compare, "of the teacher: teacher.std=128")
     compare.add_argument(
         "--network",
@@ -194,13 +200,14 @@ def _compare(arguments: argparse.Namespace) -> None:
     from arcface_kd.evaluation.report.pictures import require_matplotlib
     from arcface_kd.evaluation.scoring import find_files, load_models
     from arcface_kd.system.device import default_device
+    from arcface_kd.teachers.base import load_teacher
 
     require_matplotlib()
-    options = teacher_options_of(arguments)
-    if arguments.kd_teacher is None and arguments.gallery_model is None and options:
+    options = dict(teacher_options_of(arguments) or {})
+    teacher, gallery = tuple(arguments.kd_teacher), arguments.gallery_model
+    if not teacher and gallery is None and options:
         raise ConfigError("teacher options were given without a teacher; add --kd-teacher FILE")
-    gallery = arguments.gallery_model
-    names = model_names(arguments.runs, gallery, taken=[] if arguments.kd_teacher is None else ["teacher"])
+    names = model_names(arguments.runs, gallery, taken=["teacher"] if teacher else [])
     exported = [name for name in arguments.runs if name.lower().endswith(".onnx")]
     runs = read_runs([name for name in arguments.runs if name not in exported], names)
     groups = _groups_of(arguments)
@@ -209,10 +216,15 @@ def _compare(arguments: argparse.Namespace) -> None:
     models = [run_contestant(run, device, arguments.network) for run in runs]
     students = load_models(exported, device=device)
     models += [file_contestant(file, model, names[file]) for file, model in students.items()]
-    wanted = [source for source in dict.fromkeys((arguments.kd_teacher, gallery)) if source is not None]
-    teachers = load_models(wanted, options, device=device)
-    if arguments.kd_teacher is not None:
-        models.append(teacher_contestant(arguments.kd_teacher, teachers[arguments.kd_teacher]))
+    if len(teacher) > 1:
+        merged = load_teacher(teacher, {"precision": "fp32", **options}, device=device)
+        models.append(teacher_contestant(teacher, merged))
+        # What is said of one of them is not said of the gallery's model.
+        options = {name: value for name, value in options.items() if "." not in name and name != "merge"}
+    wanted = list(dict.fromkeys(filter(None, (*(teacher if len(teacher) == 1 else ()), gallery))))
+    teachers = load_models(wanted, options, device=device) if wanted else {}
+    if len(teacher) == 1:
+        models.append(teacher_contestant(teacher[0], teachers[teacher[0]]))
     compared = compare(
         models,
         [*files, *(file for group in groups.values() for file in group)],

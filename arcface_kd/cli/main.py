@@ -78,7 +78,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         package = (error.name or "").partition(".")[0]
         if package not in _BROUGHT_ALONG:
             raise
-        print(f"arcface-kd: the package {package} is missing: pip install arcface_kd brings it", file=sys.stderr)
+        print(
+            f"arcface-kd: the package {package} is missing: pip install PATH/TO/arcface_kd brings it", file=sys.stderr
+        )
         return 2
     except KeyboardInterrupt:
         print("arcface-kd: interrupted", file=sys.stderr)

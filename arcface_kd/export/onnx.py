@@ -111,7 +111,7 @@ def export(
     if int8 and calibration is None:
         raise ConfigError("int8 takes its scales from faces; give records with --calibration DIR")
     if tune < 0 or (tune and not int8):
-        raise ConfigError(f"tune is {tune}; wanted a number of steps, for a file in int8")
+        raise ConfigError(f"tune is {tune}; wanted a number of steps, at least 0, with int8")
     student = load_network(run, network)
     if student.author is None or student.author.shown != Preprocessing():
         raise ConfigError(

@@ -106,17 +106,20 @@ def _running_trainer() -> types.ModuleType:
 
 def _require_current_stack(host: types.ModuleType) -> None:
     """Refuse a trainer that this torch would stop at its schedule, after all records and networks are loaded."""
-    schedule = vars(host).get("PolynomialLRWarmup")
+    # The latter is that of trainers before 2023-04.
+    schedule = vars(host).get("PolynomialLRWarmup") or vars(host).get("PolyScheduler")
     known = inspect.signature(torch.optim.lr_scheduler.LRScheduler).parameters
+    if schedule is None or "verbose" in known:
+        return
     try:
         # A patched one still takes the argument, and hands it on no more.
-        passes = schedule is not None and re.search(r"\.__init__\([^)]*\bverbose=", inspect.getsource(schedule))
+        passes = re.search(r"\.__init__\([^)]*(\bverbose=|, False)", inspect.getsource(schedule))
     except (OSError, TypeError):
         return
-    if passes and "verbose" not in known:
+    if passes:
         raise ConfigError(
-            f"this trainer is older than torch {torch.__version__}: its PolynomialLRWarmup passes `verbose`, which is "
-            "gone; run `arcface-kd patch DIR current_stack` once on its folder"
+            f"this trainer is older than torch {torch.__version__}: its {schedule.__name__} passes `verbose`, which is "
+            "gone; run `arcface-kd patch DIR current_stack` once on its folder, or take it out of lr_scheduler.py"
         )
 
 

@@ -24,9 +24,11 @@ TRAINER = "train_v2.py"
 # The second one is what the trainer needs with the torch and the numpy that this package asks for: torch's schedules
 # have no `verbose` any more, and mxnet does not go with numpy 1.24 and newer.
 NEEDED = (FLAG, "current_stack")
+_TORCH_1_12 = "ab27f4d6 (2023-04-08)"
 # A list of packages; one with lines of the user's own is left alone.
 _REQUIREMENTS = "requirement.txt"
-_OLDEST = "4f227ba5 (2022-07-13)"
+# The oldest commit of insightface that each patch fits.
+_OLDEST = {FLAG: "4f227ba5 (2022-07-13)", "current_stack": _TORCH_1_12, "cpu_gloo": _TORCH_1_12}
 
 # Where the flag's two hunks go beside lines of the user's own, and on which side of that line.
 _ANCHORS = (
@@ -92,6 +94,7 @@ class _Text:
         except FileNotFoundError:
             raise ConfigError(
                 f"{path} is missing, and {patch}.patch changes it; get the whole of recognition/arcface_torch"
+                f"{_fitting(patch)}"
             ) from None
         crlf = raw.count(b"\r\n")
         lf = raw.count(b"\n") - crlf
@@ -188,7 +191,7 @@ def patch_checkout(
         if _REQUIREMENTS in changes and not _fits(changes[_REQUIREMENTS], texts[_REQUIREMENTS]):
             del changes[_REQUIREMENTS]
         parsed = [file for file in files if file.path in changes]
-        applied = _is_applied([(change, texts[path]) for path in changes for change in changes[path]])
+        applied = _is_applied(name, [(change, texts[path]) for path in changes for change in changes[path]], revert)
         due = applied == revert
         if due:
             for path in changes:
@@ -262,8 +265,8 @@ def _beside_own_lines(number: int, change: _Change, text: _Text) -> _Change:
         raise ConfigError(
             f"{change.label} does not fit: {len(found)} lines of {TRAINER} call {call}. Add by hand, behind `cfg = "
             "get_config(...)`: `from arcface_kd import attach` and `attach(cfg, args)`; before `parser.parse_args()`: "
-            "`from arcface_kd import add_arguments` and `add_arguments(parser)`. insightface's commits from "
-            f"{_OLDEST} on fit"
+            "`from arcface_kd import add_arguments` and `add_arguments(parser)`"
+            f"{_fitting(FLAG)}"
         )
     words = {name.encode(): word for name, word in found[0].groupdict().items()}
     added = tuple(words[b"indent"] + line % words for line in _ADDED[number])
@@ -272,9 +275,16 @@ def _beside_own_lines(number: int, change: _Change, text: _Text) -> _Change:
     return _Change(change.label, change.line, (line,), patched)
 
 
-def _is_applied(changes: Sequence[tuple[_Change, _Text]]) -> bool:
-    """Whether all hunks of a patch are in place (``True``) or none is (``False``); refuse anything between."""
-    in_place, missing = [], []
+def _fitting(name: str) -> str:
+    return f"; insightface's commits from {_OLDEST[name]} on fit" if name in _OLDEST else ""
+
+
+def _is_applied(name: str, changes: Sequence[tuple[_Change, _Text]], revert: bool) -> bool:
+    """Whether all hunks of a patch are in place (``True``) or none is (``False``); refuse anything between.
+
+    A hunk that does not fit is no obstacle where none is in place and the patch is to be taken out.
+    """
+    in_place, missing, unfit = [], [], []
     for change, text in changes:
         original, patched = bool(text.places(change.original)), bool(text.places(change.patched))
         if original and patched:
@@ -293,13 +303,16 @@ def _is_applied(changes: Sequence[tuple[_Change, _Text]]) -> bool:
                 if absent is not None
                 else f"its lines do not stand together as they do from line {change.line} in the original"
             )
-            raise ConfigError(
-                f"{change.label} does not fit: {reason}; restore the file (`git checkout`) or make the change by hand"
+            unfit.append(
+                f"{change.label} does not fit: {reason}; restore the file (`git checkout`), or make the change by "
+                f"hand: the patches are in {patches_folder()}{_fitting(name)}"
             )
+    if unfit and (in_place or not revert):
+        raise ConfigError(unfit[0])
     if in_place and missing:
         raise ConfigError(
             f"{missing[0].label} is not applied, but {in_place[0].label} is; restore the files (`git checkout`) and "
-            "patch again"
+            "patch again, or name the patches that are meant"
         )
     return bool(in_place)
 

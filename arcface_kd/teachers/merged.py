@@ -135,6 +135,8 @@ def merge_teachers(
         TeacherError: one cannot be loaded or is given twice, the cache is of others, or a mean of unequal dimensions.
         ConfigError: an option is unknown, out of range or without meaning for a source.
     """
+    if len(sources) == 1:
+        return load_teacher(sources[0], options, device=device)
     if isinstance(options, TeacherOptions):
         options = {name: value for name, value in vars(options).items() if value is not None}
     shared = {name: value for name, value in (options or {}).items() if "." not in name}
@@ -147,8 +149,6 @@ def merge_teachers(
     for place, source in enumerate(sources, start=1):
         own = {name.partition(".")[2]: value for name, value in (options or {}).items() if name.startswith(f"{place}.")}
         parts.append(load_teacher(source, {**shared, **own}, device=device))
-    if len(parts) == 1:
-        return parts[0]
     prints = [part.fingerprint for part in parts]
     merge, wanted = (Merge(how), prints) if how in ("concat", "mean") else merge_of(how)  # type: ignore[arg-type]
     if wanted != prints:

@@ -384,9 +384,15 @@ def test_a_trainer_that_this_torch_would_stop_is_refused(
         def __init__(self, optimizer: Any, last_epoch: int = -1, verbose: bool = False) -> None:
             super().__init__(optimizer, last_epoch=last_epoch, verbose=verbose)  # type: ignore[call-arg]
 
-    trainer.PolynomialLRWarmup = PolynomialLRWarmup  # type: ignore[attr-defined]
-    with pytest.raises(ConfigError, match="current_stack"):
-        attach(config_of(tmp_path, kd="adadistill", kd_teacher="r50.pt"), trainer=trainer)
+    class PolyScheduler(torch.optim.lr_scheduler.LRScheduler):
+        def __init__(self, optimizer: Any, last_epoch: int = -1) -> None:
+            super().__init__(optimizer, -1, False)  # type: ignore[call-arg]
+
+    for schedule in (PolynomialLRWarmup, PolyScheduler):
+        setattr(trainer, schedule.__name__, schedule)
+        with pytest.raises(ConfigError, match=f"{schedule.__name__}.*current_stack"):
+            attach(config_of(tmp_path, kd="adadistill", kd_teacher="r50.pt"), trainer=trainer)
+        delattr(trainer, schedule.__name__)
 
 
 def test_a_schedule_that_takes_verbose_and_does_not_pass_it_on_runs(

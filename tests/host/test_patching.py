@@ -287,6 +287,17 @@ class TestPatchCheckout:
         with pytest.raises(ConfigError, match=r"lr_scheduler\.py: hunk 1 of current_stack\.patch does not fit"):
             patch_checkout(miniature, ["current_stack"])
 
+    def test_a_patch_that_never_fitted_keeps_no_other_in(self, miniature: Path) -> None:
+        data = miniature / "dataset.py"
+        data.write_bytes(data.read_bytes().replace(b"import mxnet as mx\n", b"import mxnet\n"))
+        with pytest.raises(ConfigError, match=rf"dataset\.py: hunk .*{patches_folder()}; .*2023-04-08"):
+            patch_checkout(miniature, NAMES)
+        fresh = contents(miniature)
+        patch_checkout(miniature)
+        outcomes = patch_checkout(miniature, NAMES, revert=True)
+        assert contents(miniature) == fresh
+        assert [bool(outcome.files) for outcome in outcomes] == [name == "kd_flag" for name in NAMES]
+
     def test_a_hunk_that_fits_twice_is_refused(self, miniature: Path) -> None:
         trainer = miniature / "train_v2.py"
         raw = trainer.read_bytes()

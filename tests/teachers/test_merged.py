@@ -51,6 +51,10 @@ def test_teachers_side_by_side_with_options_of_their_own() -> None:
     assert merged.parameter_count == sum(each.parameter_count or 0 for each in alone)
     assert len({load_teacher(each).fingerprint for each in (parts, parts[::-1])} | {merged.fingerprint}) == 3
     assert load_teacher(parts[:1]).network is parts[0]
+    # Of one alone, what is said of several is refused, and its dimension is looked at.
+    for options in ({"merge": "mean"}, {"2.channels": "bgr"}, {"embedding_size": 5}):
+        with pytest.raises((ConfigError, TeacherError), match=r"merge|2\.channels|wanted 5"):
+            load_teacher(parts[:1], options)
 
 
 def test_what_cannot_be_merged_is_refused(tmp_path: Path) -> None:

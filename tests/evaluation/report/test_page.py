@@ -197,6 +197,8 @@ def test_other_ways_to_judge(faces: Faces, tmp_path: Path) -> None:
     tiny = write_tinyface(tmp_path / "tiny", persons=2, distractors=2)
     words = ["--data", str(faces.folder), str(tiny), "--low-res", "28", "--gallery-model", str(exported[1])]
     words += ["--groups", f"both={faces.folder / 'pairs.bin'},{tmp_path / 'other.bin'}", "--no-faces"]
+    words += ["--kd-teacher", str(exported[0]), "--kd-teacher", str(exported[1])]
+    words += ["--kd-option", "teacher.merge=mean", "teacher.2.std=128"]
     assert main(["compare", *map(str, exported), *words, "--out", str(tmp_path / "report")]) == 0
     page = read(tmp_path / "report")
     assert page.faults == []
@@ -206,6 +208,7 @@ def test_other_ways_to_judge(faces: Faces, tmp_path: Path) -> None:
     assert {"28 px, both sides", "gallery of 1.onnx, 28 px, one side"} <= set(page.text)
     assert any("by the mean of each area, and back by cubics" in words for words in page.text)
     assert {"both", "tiny", "0.onnx"} <= set(page.cells)
+    assert any(re.match(r"mean of ONNX 0\.onnx.* and ONNX 1\.onnx", cell) for cell in page.cells)
     assert page.cells.count(f"{exported[0].stat().st_size / 1e6:.1f} MB") == 2
     assert "gallery of 1.onnx" in (tmp_path / "report" / "report.md").read_text(encoding="utf-8")
     assert not any("jpeg" in reference for reference in page.references), "--no-faces"
