@@ -50,9 +50,9 @@ class _PassedOverMapping:
 # nothing of them.
 _PLAIN = (
     *("argparse", "datetime", "easydict", "lightning", "lightning_fabric", "numpy", "omegaconf", "pathlib"),
-    *("pytorch_lightning", "types", "typing", "yacs"),
+    *("pytorch_lightning", "types", "typing", "yacs", "collections.defaultdict"),
 )
-_MAPPINGS = ("AttributeDict", "CfgNode", "EasyDict")
+_MAPPINGS = ("AttributeDict", "CfgNode", "EasyDict", "defaultdict")
 _BUILTINS = ("bool", "dict", "float", "int", "list", "str", "tuple")
 _MOST_CLASSES = 100
 
@@ -91,7 +91,7 @@ def _load(path: Path, *, mapped: bool) -> object:
             found = re.search(r"GLOBAL ([\w.]+) was not an allowed", str(error))
             name = found[1] if found else ""
             name = f"builtins.{name}" if name in _BUILTINS else name
-            known = name.partition(".")[0] in (*_PLAIN, "builtins")
+            known = name in _PLAIN or name.partition(".")[0] in (*_PLAIN, "builtins")
             if not known or name in stand_ins or len(stand_ins) == _MOST_CLASSES:
                 raise TeacherError(f"teacher {path} {refusal(error)}") from error
             stand_ins[name] = _PassedOverMapping if name.rpartition(".")[2] in _MAPPINGS else _PassedOver

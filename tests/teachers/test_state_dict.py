@@ -9,6 +9,7 @@ import sys
 import warnings
 import zipfile
 from argparse import Namespace
+from collections import defaultdict
 from collections.abc import Mapping
 from datetime import datetime
 from pathlib import Path
@@ -41,6 +42,7 @@ WEIGHTS = {"a": torch.arange(6.0).view(2, 3), "b.c": torch.ones(2)}
         Path("work_dirs/run"),
         datetime(2026, 1, 2, 3, 4),
         SimpleNamespace(lr=0.1),
+        defaultdict(list, loss=[0.5]),
         [int, float],
     ],
     ids=lambda value: type(value).__name__,
