@@ -15,6 +15,9 @@ from arcface_kd.teachers.preparation import default_precision
 _TIMM = "timm:"
 # Models on Hugging Face's hub, which timm keeps no list of: their weights are there, or loading them fails.
 _HUB = ("hf-hub:", "hf_hub:")
+# What the last layer of such a model puts out if it is an embedding, as that of networks for faces; classes come in
+# other numbers.
+_EMBEDDING_SIZES = (64, 128, 256, 512, 1024, 2048)
 
 
 def _name(network: object) -> str:
@@ -99,7 +102,8 @@ class TimmSource:
     def load(source: str, options: TeacherOptions) -> Teacher:
         """Build ``timm:NAME``, with a tag of weights if wished, or ``timm:hf-hub:OWNER/MODEL``.
 
-        The embedding is the model's pooled features, the preprocessing its own unless given.
+        The embedding is the model's pooled features, or what a model on the hub makes of them for an embedding, as
+        those for faces do; the preprocessing is its own unless given.
         """
         options.refuse("network", "timm:NAME names it")
         options.refuse("output", "only an ONNX file has outputs to choose from")
@@ -113,9 +117,12 @@ class TimmSource:
             raise TeacherError(f"teacher {source}: timm cannot be imported here: {first_line(error)}") from error
         try:
             # timm builds a network with random weights where it has none to offer; that is no teacher.
-            if not name.startswith(_HUB) and not timm.is_model_pretrained(name):
+            on_hub = name.startswith(_HUB)
+            if not on_hub and not timm.is_model_pretrained(name):
                 raise TeacherError(f"teacher {source}: timm has no model of that name with published weights")
-            network = timm.create_model(name, pretrained=True, num_classes=0)
+            network = timm.create_model(name, pretrained=True, **({} if on_hub else {"num_classes": 0}))
+            if on_hub and network.num_classes not in _EMBEDDING_SIZES:
+                network.reset_classifier(0)
             known = _expected(timm.data.resolve_model_data_config(network))
         except TeacherError:
             raise

@@ -122,7 +122,24 @@ class FakeTimm(ModuleType):
         self.asked.append((name, options))
         if name == "offline":
             raise OSError("no route\nto host")
-        return network()
+        return network() if options.get("num_classes") == 0 else HubModel(int(name.rpartition("_")[2]))
+
+
+class HubModel(nn.Module):
+    """Features of 8 numbers, and a last layer that makes another number of them."""
+
+    def __init__(self, num_classes: int) -> None:
+        super().__init__()
+        self.num_classes = num_classes
+        self.features, self.head = network(), nn.Linear(8, num_classes)
+
+    def reset_classifier(self, num_classes: int) -> None:
+        assert num_classes == 0
+        self.head = nn.Identity()
+
+    def forward(self, images: Tensor) -> Tensor:
+        embeddings: Tensor = self.head(self.features(images))
+        return embeddings
 
 
 def test_a_timm_model_comes_with_its_weights_and_its_own_preprocessing(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -145,10 +162,14 @@ def test_timm_never_makes_a_random_teacher(monkeypatch: pytest.MonkeyPatch) -> N
     assert timm.asked == []
     with pytest.raises(TeacherError, match="cannot be loaded by timm: no route to host"):
         load_teacher("timm:offline")
-    # Models on the hub are none of timm's list.
-    for scheme in ("hf-hub", "hf_hub"):
-        load_teacher(f"timm:{scheme}:somebody/face_vit")
-        assert timm.asked[-1] == (f"{scheme}:somebody/face_vit", {"pretrained": True, "num_classes": 0})
+
+
+def test_a_model_on_the_hub_keeps_its_embedding_layer_and_loses_its_classifier(monkeypatch: pytest.MonkeyPatch) -> None:
+    timm = FakeTimm()
+    monkeypatch.setitem(sys.modules, "timm", timm)
+    for name, size in (("hf-hub:somebody/face_vit_512", 512), ("hf_hub:somebody/imagenet_1000", 8)):
+        assert load_teacher(f"timm:{name}").embedding_size == size
+        assert timm.asked[-1] == (name, {"pretrained": True})
 
 
 @pytest.mark.timm
