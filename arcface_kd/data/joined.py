@@ -130,7 +130,7 @@ def read_identities(path: str | os.PathLike[str], sets: Sequence[FaceDataset]) -
             rows = csv.reader(stream)
             if (header := next(rows, [])) != _COLUMNS:
                 raise DataError(f"{path}: line 1 is {','.join(header)!r}, wanted {','.join(_COLUMNS)!r}")
-            for row in rows:
+            for row in filter(None, rows):
                 where = f"{path}: line {rows.line_num}"
                 if len(row) != len(_COLUMNS) or not row[2]:
                     raise DataError(f"{where} is {','.join(row)!r}, wanted a set, a label and an identity")

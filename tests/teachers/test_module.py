@@ -131,7 +131,8 @@ class HubModel(nn.Module):
     def __init__(self, num_classes: int) -> None:
         super().__init__()
         self.num_classes = num_classes
-        self.features, self.head = network(), nn.Linear(8, num_classes)
+        self.features = network()
+        self.head: nn.Module = nn.Linear(8, num_classes)
 
     def reset_classifier(self, num_classes: int) -> None:
         assert num_classes == 0
