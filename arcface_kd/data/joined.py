@@ -127,7 +127,7 @@ def read_identities(path: str | os.PathLike[str], sets: Sequence[FaceDataset]) -
     ]
     try:
         with open(path, newline="", encoding="utf-8-sig") as stream:
-            rows = csv.reader(stream)
+            rows = csv.reader(stream, skipinitialspace=True)
             if (header := next(rows, [])) != _COLUMNS:
                 raise DataError(f"{path}: line 1 is {','.join(header)!r}, wanted {','.join(_COLUMNS)!r}")
             for row in filter(None, rows):

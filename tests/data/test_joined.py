@@ -83,8 +83,9 @@ def test_people_of_one_identity_share_a_number(sets: list[str], tmp_path: Path, 
 
 
 def test_a_table_merges_people_of_one_set(sets: list[str], tmp_path: Path) -> None:
-    joined = open_rec(sets[0], identities=table(tmp_path, "0,0,x", "0,2,x"))
-    assert joined.labels().tolist() == [0, 0, 1, 0, 0]
+    for rows in (["0,0,x", "0,2,x"], ["0, 0, x", "", "0, 2,x", ""]):
+        joined = open_rec(sets[0], identities=table(tmp_path, *rows))
+        assert joined.labels().tolist() == [0, 0, 1, 0, 0]
 
 
 @pytest.mark.parametrize(
