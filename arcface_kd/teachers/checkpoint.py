@@ -85,8 +85,13 @@ def hub_file(folder: Path) -> Path | None:
 
 
 def weights_file(path: Path) -> Path | None:
-    """The one file that a source on disk is read from: itself, or the weights of a Hugging Face or a run's folder."""
-    return path if path.is_file() else hub_file(path) or backbone_file(path)
+    """The one file that a source on disk is read from: itself, or the weights of a Hugging Face or a run's folder.
+
+    None where there are several, as beside MXNet's ``NAME-symbol.json``.
+    """
+    if path.is_file():
+        return None if path.suffix == ".json" else path
+    return hub_file(path) or backbone_file(path)
 
 
 def is_run_folder(source: object) -> bool:

@@ -46,6 +46,8 @@ def test_weights_and_settings_are_downloaded_and_no_code(
     assert {"config.json", "model.safetensors", "model.pt"} <= set(patterns)
     assert not any(pattern.endswith((".py", "*")) for pattern in patterns)
     assert weights_file(tmp_path) == tmp_path / "model.safetensors"
+    # A configuration, or MXNet's symbol, is not where the weights are.
+    assert weights_file(tmp_path / "config.json") is None
 
 
 def test_what_cannot_be_had_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
