@@ -30,11 +30,17 @@ CONTEXT.set_forkserver_preload(
 )
 
 
+# Bound and not listened on, a port is given to nobody but who asks for it by its number, as rank 0 does.
+_KEPT: list[socket.socket] = []
+
+
 def free_port() -> int:
-    """A port of this machine that nobody listens on."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
+    """A port of this machine that nobody listens on; it is kept for whoever is told it."""
+    kept = socket.socket()
+    kept.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    kept.bind(("127.0.0.1", 0))
+    _KEPT.append(kept)
+    port: int = kept.getsockname()[1]
     return port
 
 

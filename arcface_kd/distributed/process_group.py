@@ -11,6 +11,7 @@ import os
 import socket
 import threading
 import time
+import traceback
 from collections.abc import Iterator
 from datetime import timedelta
 from typing import Any
@@ -76,20 +77,33 @@ def process_group() -> Iterator[tuple[int, int, int]]:
     except BaseException as error:
         cause = None if board is None else board.cause_behind(error)
         if distributed.is_initialized():
-            _leave(backend)
+            _leave(backend, error)
         if cause is not None:
             raise RankError(cause) from error
         raise
-    # A DistributedDataParallel that outlives the group ends it with Python's lock held, and a thread of gloo that still
-    # needs the lock would never end. It is in a cycle, so that leaving it to itself does not do.
-    gc.collect()
+    _let_go(None)
     distributed.destroy_process_group()
 
 
-def _leave(backend: str) -> None:
+def _let_go(error: BaseException | None) -> None:
+    """Free what was made in the group, and is in cycles or held by the frames that an error has ended.
+
+    A DistributedDataParallel that outlives the group ends it with Python's lock held, and a thread of gloo that still
+    needs the lock would never end.
+    """
+    seen: set[int] = set()
+    while error is not None and id(error) not in seen:
+        seen.add(id(error))
+        traceback.clear_frames(error.__traceback__)
+        error = error.__cause__ or error.__context__
+    gc.collect()
+
+
+def _leave(backend: str, error: BaseException) -> None:
     """Leave the group after a failure, without waiting for ranks that may be gone."""
     world = distributed.group.WORLD
     if backend == "gloo" or world is None:
+        _let_go(error)
         distributed.destroy_process_group()
         return
     # A kernel that waits for the others would keep the process from ending.

@@ -3,6 +3,7 @@
 All paths are relative to the folder that the runs are made in. Only the public face of the package is used.
 """
 
+import gc
 import json
 import os
 import sys
@@ -84,4 +85,6 @@ def go_on(work: str, *names: str) -> None:
     codes = {name: command("train", f"{name}.py", "--set", "resume=True") for name in names}
     if distributed.get_rank() == 0:
         Path("codes.json").write_text(json.dumps(codes))
+    # As in `process_group`: a DistributedDataParallel must not outlive its group.
+    gc.collect()
     distributed.destroy_process_group()

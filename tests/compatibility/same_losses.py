@@ -10,6 +10,7 @@ f347423 changed the order of the sums of EKD and RKD: these differ from earlier 
 
 import argparse
 import contextlib
+import gc
 import hashlib
 import io
 import json
@@ -242,6 +243,8 @@ def child(plan: Path) -> None:
             print(f"{plan.parent.name}: {case.name}", file=sys.stderr, flush=True)
             plan.with_suffix(".results.json").write_text(json.dumps(results))
     if world_size > 1:
+        # As in `process_group`: a DistributedDataParallel must not outlive its group.
+        gc.collect()
         distributed.destroy_process_group()
 
 

@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+import weakref
 from collections.abc import Sequence
 from concurrent.futures.process import BrokenProcessPool
 from datetime import timedelta
@@ -99,8 +100,9 @@ def last_lines(log: Path) -> str:
     ],
 )
 def test_the_others_end_and_say_why(faces: Faces, tmp_path: Path, how: str, bad_rank: int, cause: str) -> None:
+    time_out = "20" if how in ("hang", "stop") else str(PATIENCE)
     words = (str(config_file(faces, tmp_path / "run", **LONG)), bad_rank, how)
-    ranks = start_ranks(2, train_and_fail, *words, logs=tmp_path, environment={TIMEOUT: "20"})
+    ranks = start_ranks(2, train_and_fail, *words, logs=tmp_path, environment={TIMEOUT: time_out})
     good = ranks[1 - bad_rank]
     code = wait([good], PATIENCE)[0]
     wait(ranks, 0.0 if how in ("hang", "stop") else PATIENCE)
@@ -144,7 +146,7 @@ def test_wherever_it_fails(
         keys["kd_option"] = f"teacher.network={NETWORK}"
     config = config_file(faces, tmp_path / "run", **LONG | keys)
     words = ([command, str(config)], bad_rank, how, *place)
-    ranks = start_ranks(2, run_and_fail, *words, logs=tmp_path, environment={TIMEOUT: "60"})
+    ranks = start_ranks(2, run_and_fail, *words, logs=tmp_path, environment={TIMEOUT: str(PATIENCE)})
     code = wait(ranks, PATIENCE)[1 - bad_rank]
     log = tmp_path / f"rank{1 - bad_rank}.log"
     assert code == 2, last_lines(log)
@@ -158,14 +160,14 @@ def test_wherever_it_fails(
 
 
 _TORCHRUN = """
-import os
-from torch import distributed
+import os, time
 from arcface_kd.distributed.process_group import process_group
 
 with process_group():
     if os.environ["RANK"] == "1":
         raise ValueError("a fault of this rank")
-    distributed.barrier()
+    # In a collective it would end by itself, perhaps before torchrun has looked at rank 1.
+    time.sleep(600)
 """
 
 
@@ -175,7 +177,7 @@ def test_torchrun_ends_the_job(tmp_path: Path) -> None:
     script.write_text(_TORCHRUN)
     done = subprocess.run(
         [*(sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"), str(script)],
-        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[2]), TIMEOUT: "60"},
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[2])},
         capture_output=True,
         text=True,
         timeout=2 * PATIENCE,
@@ -186,21 +188,56 @@ def test_torchrun_ends_the_job(tmp_path: Path) -> None:
     assert "ValueError: a fault of this rank" in done.stderr
 
 
-def test_on_gpus_a_rank_names_its_own_and_aborts_when_it_fails(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Over nccl, which is not here: taking it down could wait for ranks that are gone, and so could the exit."""
+def pretend_to_join(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    """Let `process_group` find another rank, and think that it has joined it; what it asks for."""
     met: dict[str, Any] = {}
-    world = SimpleNamespace(abort=lambda: met.update(aborted=True))
     for name, value in ranks_environment(2, 0, 1).items():
         monkeypatch.setenv(name, value)
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(distributed, "rendezvous", lambda *_, **__: iter([(distributed.HashStore(), 1, 2)]))
     monkeypatch.setattr(distributed, "init_process_group", lambda backend, **keys: met.update(keys, backend=backend))
     monkeypatch.setattr(distributed, "is_initialized", lambda: "backend" in met)
+    return met
+
+
+def test_on_gpus_a_rank_names_its_own_and_aborts_when_it_fails(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Over nccl, which is not here: taking it down could wait for ranks that are gone, and so could the exit."""
+    met = pretend_to_join(monkeypatch)
+    world = SimpleNamespace(abort=lambda: met.update(aborted=True))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(distributed, "group", SimpleNamespace(WORLD=world))
     monkeypatch.setattr(distributed, "destroy_process_group", lambda: pytest.fail("it waits"))
     with pytest.raises(ConfigError, match="ours"), process_group():
         raise ConfigError("ours")
     assert (met["backend"], met["device_id"], met["aborted"]) == ("nccl", torch.device("cuda", 1), True)
+
+
+def test_what_has_failed_is_gone_before_its_group(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Model:
+        """In a cycle, as a DistributedDataParallel is."""
+
+        def __init__(self) -> None:
+            self.itself = self
+
+    models: list[weakref.ref[Model]] = []
+    left: list[Model | None] = []
+
+    def train() -> None:
+        model = Model()
+        models.append(weakref.ref(model))
+        raise ValueError("theirs")
+
+    def run() -> None:
+        try:
+            train()
+        except ValueError as error:
+            raise ConfigError("ours") from error
+
+    pretend_to_join(monkeypatch)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(distributed, "destroy_process_group", lambda: left.extend(model() for model in models))
+    with pytest.raises(ConfigError, match="ours"), process_group():
+        run()
+    assert left == [None]
 
 
 def test_the_time_out_is_a_number(monkeypatch: pytest.MonkeyPatch) -> None:

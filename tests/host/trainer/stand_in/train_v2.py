@@ -103,7 +103,6 @@ def main(args: argparse.Namespace) -> None:
 
     with open(os.path.join(cfg.output, f"losses_{rank}.json"), "w", encoding="utf-8") as file:
         json.dump(losses, file)
-    distributed.destroy_process_group()
 
 
 if __name__ == "__main__":
