@@ -184,7 +184,9 @@ def patch_checkout(
         changes = {file.path: _changes(name, file) for file in files}
         for path in changes:
             if path not in texts:
-                texts[path] = _Text.read(checkout / path, name)
+                # What is not there has nothing to be taken out.
+                gone = revert and not (checkout / path).exists()
+                texts[path] = _Text([], crlf=False) if gone else _Text.read(checkout / path, name)
                 before[path] = texts[path].to_bytes()
         if name == FLAG and len(changes.get(TRAINER, ())) == len(_ANCHORS):
             changes[TRAINER] = [_beside_own_lines(n, c, texts[TRAINER]) for n, c in enumerate(changes[TRAINER])]

@@ -292,6 +292,7 @@ class TestPatchCheckout:
         data.write_bytes(data.read_bytes().replace(b"import mxnet as mx\n", b"import mxnet\n"))
         with pytest.raises(ConfigError, match=rf"dataset\.py: hunk .*{patches_folder()}; .*2023-04-08"):
             patch_checkout(miniature, NAMES)
+        (miniature / "scripts/shuffle_rec.py").unlink()
         fresh = contents(miniature)
         patch_checkout(miniature)
         outcomes = patch_checkout(miniature, NAMES, revert=True)
