@@ -17,7 +17,7 @@ from torch.nn.functional import normalize
 
 from arcface_kd import registry
 from arcface_kd.errors import TeacherError, first_line
-from arcface_kd.teachers.file_type import describe
+from arcface_kd.teachers.file_type import describe, signature
 from arcface_kd.teachers.options import Precision, Preprocessing, TeacherOptions
 from arcface_kd.teachers.preparation import TOLERANCE, as_rows, autocast, prepared, probe_images
 
@@ -61,6 +61,8 @@ def read_bytes(path: Path, most: int = LARGEST_FILE) -> bytes:
         size = existing_file(path).stat().st_size
         if size > most:
             raise TeacherError(f"teacher {path} has {size} bytes; no face network has more than {most}")
+        if signature(path) in ("git-lfs", "html"):
+            raise TeacherError(f"teacher {path} is {describe(path)}")
         return path.read_bytes()
     except OSError as error:
         raise TeacherError(f"teacher {path}: cannot be read: {error.strerror or first_line(error)}") from error

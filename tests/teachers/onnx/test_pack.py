@@ -60,6 +60,12 @@ def test_a_pack_without_a_recognition_network_lists_its_files(tmp_path: Path) ->
         load_teacher(tmp_path)
 
 
+def test_a_pack_that_git_lfs_has_not_fetched_says_so(tmp_path: Path) -> None:
+    (tmp_path / "w600k_r50.onnx").write_bytes(b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n")
+    with pytest.raises(TeacherError, match=r"w600k_r50\.onnx is a Git LFS pointer"):
+        load_teacher(tmp_path)
+
+
 def test_two_recognition_networks_are_named_with_how_to_choose(tmp_path: Path) -> None:
     for name in ("glintr100.onnx", "w600k_r50.onnx"):
         saved(tmp_path, face_network(batch=None, tail="flatten"), name)
