@@ -211,7 +211,7 @@ def _put_channels_first(model: Any, value: Any) -> None:
 
 
 def modernise(model: Any, shapes: Shapes) -> None:
-    """Write operators of old exporters as onnxruntime takes them.
+    """Write operators of old exporters as onnxruntime takes them, and those in training mode as in evaluation.
 
     MXNet's exporter writes ``spatial=0`` for batch norms that have one scale a channel, and a vector of slopes, one a
     channel, that cannot be broadcast.
@@ -220,6 +220,7 @@ def modernise(model: Any, shapes: Shapes) -> None:
     for node in model.graph.node:
         if node.domain not in OWN_DOMAIN:
             continue
+        _end_training(node)
         if node.op_type == "BatchNormalization" and _rank(held, node.input[1:2]) == 1:
             for attribute in [each for each in node.attribute if each.name == "spatial"]:
                 node.attribute.remove(attribute)
@@ -227,6 +228,17 @@ def modernise(model: Any, shapes: Shapes) -> None:
             slope, shape = held[node.input[1]], shapes.get(node.input[0]) or []
             if len(shape) == 4 and shape[1] == slope.dims[0] and shape[3] not in (None, shape[1]) and shape[1] != 1:
                 slope.dims.extend([1, 1])
+
+
+def _end_training(node: Any) -> None:
+    """Have a node of a network that was exported in training mode compute as in evaluation."""
+    if node.op_type == "BatchNormalization":
+        for attribute in [each for each in node.attribute if each.name == "training_mode"]:
+            node.attribute.remove(attribute)
+        # The moved statistics; before operator set 14 they alone tell that it trains.
+        del node.output[1:]
+    if node.op_type == "Dropout":
+        del node.input[2:]
 
 
 def raise_opset(model: Any) -> None:

@@ -159,6 +159,18 @@ def test_a_batch_norm_that_is_not_spatial_has_one_scale_a_channel(opset: int, tm
     assert_embeds_as(wanted, saved(tmp_path, batch_norm((8,), opset, spatial=0)))
 
 
+def test_a_network_exported_in_training_mode_is_evaluated(tmp_path: Path) -> None:
+    """Without eval() before the export: statistics of the batch, and some values dropped."""
+    wanted = embed_one_by_one(batch_norm((8,), 14), images().numpy())
+    model = batch_norm((8,), 14, training_mode=1)
+    model.graph.node[1].output.extend(["moved_mean", "moved_variance"])
+    for name, value in (("share", np.array(0.5, np.float32)), ("training", np.array(True))):
+        model.graph.initializer.append(numpy_helper.from_array(value, name))
+    model.graph.node.insert(2, helper.make_node("Dropout", ["normal", "share", "training"], ["dropped"]))
+    model.graph.node[3].input[0] = "dropped"
+    assert_embeds_as(wanted, saved(tmp_path, model))
+
+
 def test_a_batch_norm_with_a_scale_for_each_place(tmp_path: Path) -> None:
     model = batch_norm((8, 14, 14), 8, spatial=0)
     assert_embeds_as(embed_one_by_one(model, images().numpy()), saved(tmp_path, model))
