@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from arcface_kd.checkpoints.run_settings import require_agreement
 from arcface_kd.distillation.nan_monitor import BatchRows, NaNMonitor
 from arcface_kd.distillation.tensorboard_log import TensorBoardLog
 from arcface_kd.distributed.ranks import RankGroup
@@ -22,6 +23,8 @@ class Monitor:
     """
 
     def __init__(self, ranks: RankGroup, log: TensorBoardLog | None, *, watches_gradients: bool) -> None:
+        # What is logged takes a collective of all ranks.
+        require_agreement({"frequent": None if log is None else log.every}, ranks)
         self.nan = NaNMonitor()
         self.last_terms: dict[str, Tensor] = {}
         self._ranks = ranks
