@@ -24,7 +24,8 @@ P = ParamSpec("P")
 T = TypeVar("T")
 
 LARGEST_WORLD = 4
-_STARTING_SECONDS = 120.0
+# Of a busy machine: each imports torch through one server.
+_STARTING_SECONDS = 600.0
 
 
 class RankError(Exception):
