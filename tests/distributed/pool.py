@@ -24,7 +24,7 @@ P = ParamSpec("P")
 T = TypeVar("T")
 
 LARGEST_WORLD = 4
-# Of a busy machine: each imports torch through one server.
+# On a busy machine, importing torch alone has taken 100.
 _STARTING_SECONDS = 600.0
 
 
