@@ -3,6 +3,7 @@
 import os
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import islice
+from pathlib import Path
 from typing import NamedTuple, TypeVar
 
 import numpy as np
@@ -108,7 +109,15 @@ def write_pairs(
     """Write a verification set of people that no network is trained on and, beside it, who is on its images.
 
     Images are stored as :func:`~arcface_kd.data.pack.pack_folder` stores them.
+
+    Raises:
+        ConfigError: a seed out of range, or a name that does not end in ``.bin``, as those of such sets do.
+        DataError: the file exists, or too few people or images.
     """
+    if Path(out).suffix != ".bin":
+        raise ConfigError(f"{out}: the name of a verification set ends in .bin")
+    if Path(out).exists():
+        raise DataError(f"{out} exists; remove it or choose another name")
     if not 0 <= seed < 1 << 32:
         raise ConfigError(f"seed is {seed}; it must be in 0 .. {(1 << 32) - 1}")
     faces = open_dataset(folder)

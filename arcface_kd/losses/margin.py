@@ -22,8 +22,8 @@ class Margin:
         m1: multiplicative angular margin, at least 1.
         m2: additive angular margin in radians, in [0, pi / 2].
         m3: additive cosine margin, in [0, 2).
-        filter_threshold: interclass filtering, in [0, 1]: a cosine to a class other than the target above this counts as a
-            mislabelled one, its logit becomes 0 and has no gradient. 0 switches it off.
+        filter_threshold: interclass filtering, in [0, 1]: a cosine to a class other than the target above this counts
+            as a mislabelled one, its logit becomes 0 and has no gradient. 0 switches it off.
 
     Raises:
         ValueError: a knob outside its range.

@@ -110,6 +110,14 @@ def test_a_bad_image_leaves_no_file(folder: Path, tmp_path: Path) -> None:
     assert not (tmp_path / "own.bin").exists()
 
 
+@pytest.mark.parametrize(("name", "told"), [("own.bin", "exists"), ("own", "ends in .bin")])
+def test_no_file_is_overwritten_and_eval_finds_it(folder: Path, tmp_path: Path, name: str, told: str) -> None:
+    (tmp_path / "own.bin").write_bytes(b"mine")
+    with pytest.raises(ArcfaceKDError, match=told):
+        write_pairs(folder, tmp_path / name)
+    assert (tmp_path / "own.bin").read_bytes() == b"mine"
+
+
 def test_records_serve_as_well(tmp_path: Path) -> None:
     records = write_records(tmp_path / "records", insightface_records([2] * 20))
     assert write_pairs(records, tmp_path / "own.bin", pairs=20).pairs == 20
