@@ -112,8 +112,11 @@ def draw_head_memory(rows: Sequence[Row], folder: Path) -> Path | None:
 
 def draw_curves(points: Mapping[str, Mapping[int, float]], folder: Path) -> Path:
     """Lines: the accuracy of each student, percent, over the epochs of its run."""
+    from matplotlib import color_sequences
+
     path = folder / "curves.png"
     with _picture(path, "Accuracy over epochs", 4.2) as axes:
+        axes.set_prop_cycle(color=color_sequences["tab20"])
         for name, accuracies in points.items():
             axes.plot(*zip(*sorted(accuracies.items()), strict=True), "o-", label=name)
         epochs = sorted({length for accuracies in points.values() for length in accuracies})

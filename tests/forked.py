@@ -64,6 +64,8 @@ def _run(function: Callable[..., Any], arguments: Sequence[Any], environment: Ma
     # Of a process that hangs, its log says where.
     faulthandler.dump_traceback_later(_SECONDS_TO_A_TRACE, repeat=True, file=sys.stderr)
     torch.set_num_threads(1)
+    # Processes of its own start as those of torchrun's ranks do, and not as this one.
+    multiprocessing.set_start_method(None, force=True)
     code = function(*arguments)
     sys.exit(code if isinstance(code, int) else 0)
 

@@ -3,6 +3,7 @@
 import configparser
 import itertools
 import os
+import re
 import shutil
 import stat
 import subprocess
@@ -167,6 +168,19 @@ class TestPatchCheckout:
         folder = tmp_path / "recognition" / "arcface_torch"
         write_miniature(folder)
         return folder
+
+    def test_what_patched_files_import_is_there(self) -> None:
+        lines = [
+            line[1:].strip()
+            for patch in Path(patches_folder()).glob("*.patch")
+            for line in patch.read_text(encoding="utf-8").splitlines()
+            if re.match(r"\+\s*from arcface_kd\S* import", line)
+        ]
+        assert len(lines) >= 6
+        for line in lines:
+            exec(line)
+            older = line.replace(".data.formats.", ".data.")
+            exec(older.replace("from arcface_kd import", "from arcface_kd.hook import"))
 
     def test_the_flag_is_the_default(self, miniature: Path) -> None:
         assert [outcome.name for outcome in patch_checkout(miniature)] == ["kd_flag"]

@@ -20,6 +20,10 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+# Patched trainers import them from here.
+from arcface_kd.data.formats.record import RecordHeader as RecordHeader
+from arcface_kd.data.formats.record import pack as pack
+from arcface_kd.data.formats.record import unpack as unpack
 from arcface_kd.data.formats.record_index import BUILD_ANEW, ascending, check_index, read_index
 from arcface_kd.errors import BadRecordError, DataError
 from arcface_kd.system.downloads import found_instead
