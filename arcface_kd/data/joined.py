@@ -5,6 +5,7 @@ import logging
 import os
 from bisect import bisect_right
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from functools import cached_property
 from itertools import accumulate, pairwise
 from pathlib import Path
@@ -15,6 +16,7 @@ from numpy.typing import NDArray
 from arcface_kd.data.dataset import FaceDataset, FolderDataset, open_dataset
 from arcface_kd.data.formats.image_folder import tree_of
 from arcface_kd.errors import ConfigError, DataError, OnBadRecord
+from arcface_kd.system.console import errors_only
 
 logger = logging.getLogger(__name__)
 
@@ -164,8 +166,20 @@ def open_rec(
     num_classes: int | None = None,
     on_bad_record: OnBadRecord = "stop",
     identities: str | os.PathLike[str] | None = None,
+    *,
+    rank: int = 0,
 ) -> FaceDataset:
-    """Open what a config's ``rec`` names, one data set or several, which make a :class:`JoinedDataset`."""
+    """Open what a config's ``rec`` names, one data set or several, which make a :class:`JoinedDataset`.
+
+    Of all ranks that open it, the first one tells what is odd about the data.
+    """
+    with nullcontext() if rank == 0 else errors_only("arcface_kd.data"):
+        return _open(rec, num_classes, on_bad_record, identities)
+
+
+def _open(
+    rec: Rec, num_classes: int | None, on_bad_record: OnBadRecord, identities: str | os.PathLike[str] | None
+) -> FaceDataset:
     if isinstance(rec, str | os.PathLike) and identities is None:
         return open_dataset(rec, num_classes, on_bad_record)
     folders = folders_of(rec)

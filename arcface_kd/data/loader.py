@@ -3,7 +3,7 @@
 import warnings
 from collections.abc import Callable, Generator, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import nullcontext, suppress
+from contextlib import suppress
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -18,7 +18,6 @@ from arcface_kd.data.dataset import IMAGE_SIZE, FaceDataset, View
 from arcface_kd.data.joined import Rec, open_rec
 from arcface_kd.data.sampler import ViewSampler
 from arcface_kd.errors import ConfigError, DataError, OnBadRecord
-from arcface_kd.system.console import errors_only
 from arcface_kd.system.device import default_device
 
 
@@ -374,9 +373,7 @@ def get_dataloader(
         raise ConfigError("dali = True needs the host's own loader; set dali = False to read with arcface_kd's")
     grouped = distributed.is_available() and distributed.is_initialized()
     rank, world_size = (distributed.get_rank(), distributed.get_world_size()) if grouped else (0, 1)
-    # One warning about the data is enough.
-    with nullcontext() if rank == 0 else errors_only("arcface_kd.data"):
-        dataset = open_rec(root_dir, num_classes, on_bad_record, identities)
+    dataset = open_rec(root_dir, num_classes, on_bad_record, identities, rank=rank)
     sampler = ViewSampler(len(dataset), rank=rank, world_size=world_size, seed=_shared_seed(seed))
     return FaceLoader(
         dataset,

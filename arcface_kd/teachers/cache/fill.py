@@ -3,7 +3,6 @@
 Each image is decoded once; its mirror image is made from the pixels that training would see.
 """
 
-import contextlib
 import sys
 import time
 from collections.abc import Iterator, Mapping
@@ -26,7 +25,6 @@ from arcface_kd.data.sampler import ViewSampler
 from arcface_kd.distributed.process_group import process_group
 from arcface_kd.distributed.ranks import RankGroup, on_first_rank_first
 from arcface_kd.errors import ConfigError, TeacherError
-from arcface_kd.system.console import errors_only
 from arcface_kd.system.device import default_device
 from arcface_kd.system.memory import named_shortages
 from arcface_kd.teachers.base import Teacher, load_teacher
@@ -94,9 +92,8 @@ def fill_cache(config: Mapping[str, Any], *, teacher: Teacher | None = None) -> 
         if torch.cuda.is_available():
             torch.cuda.set_device(local_rank)
         teacher = teacher if teacher is not None else load_run_teacher(kd)
-        # One warning about the data is enough.
-        with contextlib.nullcontext() if rank == 0 else errors_only("arcface_kd.data"):
-            faces = open_rec(config["rec"], config.get("num_classes"), kd.on_bad_record, config.get("rec_identities"))
+        keys = (config.get("num_classes"), kd.on_bad_record, config.get("rec_identities"))
+        faces = open_rec(config["rec"], *keys, rank=rank)
         identity = identity_of(teacher, fingerprint(faces), len(faces))
         cache = on_first_rank_first(lambda: EmbeddingCache(str(kd.cache), identity))
         device = default_device(local_rank)
