@@ -19,7 +19,7 @@ from arcface_kd.data.dataset import RecordDataset
 from arcface_kd.data.formats.verification_bin import list_bins
 from arcface_kd.distillation.distiller import Distiller
 from arcface_kd.errors import ConfigError, DataError
-from arcface_kd.evaluation.report.bootstrap import Interval, tar_name
+from arcface_kd.evaluation.report.bootstrap import Interval
 from arcface_kd.evaluation.report.comparison import (
     ComparedSet,
     Comparison,
@@ -32,6 +32,7 @@ from arcface_kd.evaluation.report.page import write_report
 from arcface_kd.evaluation.report.pictures import require_matplotlib
 from arcface_kd.evaluation.score_table import aligned, heading
 from arcface_kd.evaluation.scoring import Score
+from arcface_kd.evaluation.verification import tar_name
 from arcface_kd.system.device import default_device
 from arcface_kd.system.files import atomic_write
 from arcface_kd.teachers.base import Teacher, load_teacher

@@ -7,7 +7,6 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from arcface_kd.errors import DataError
 from arcface_kd.evaluation.roc import tar_at_far
 
 RANKS = (1, 5, 10)
@@ -41,12 +40,7 @@ class Search:
 def search(
     probes: NDArray[Any], probe_subjects: NDArray[np.int64], gallery: NDArray[Any], gallery_subjects: NDArray[np.int64]
 ) -> Search:
-    """Compare each probe with each entry of a gallery; rows are L2-normalised, each person is enrolled once."""
-    if len(probes) != len(probe_subjects) or len(gallery) != len(gallery_subjects) or not len(gallery):
-        raise DataError(
-            f"{len(probes)} probes of {len(probe_subjects)} persons against {len(gallery)} entries of "
-            f"{len(gallery_subjects)}: wanted one person each, and an entry at least"
-        )
+    """Compare each probe with each entry of a gallery; rows are L2-normalised, -1 is nobody."""
     enrolled = np.isin(probe_subjects, gallery_subjects)
     ranks = np.zeros(len(probes), dtype=np.int64)
     scores = np.empty(len(probes))

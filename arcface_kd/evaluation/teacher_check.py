@@ -59,8 +59,7 @@ class TeacherReport:
         """The best of the trials; None without a verification set."""
         return self.trials[0] if self.trials else None
 
-    def lines(self) -> list[str]:
-        """The report for a terminal."""
+    def __str__(self) -> str:
         teacher, count = self.teacher, self.teacher.parameter_count
         lines = [
             f"teacher      {teacher.description}",
@@ -71,7 +70,7 @@ class TeacherReport:
             f"fingerprint  {teacher.fingerprint}",
         ]
         if self.best is None or self.in_use is None:
-            return lines
+            return "\n".join(lines)
         lines += ["", f"separation  preprocessing ({self.screened} pairs)"]
         lines += [f"{trial.separation:10.3f}  {trial.preprocessing}" for trial in self.trials]
         lines += ["", f"accuracy on {self.pairs} pairs:"]
@@ -82,10 +81,7 @@ class TeacherReport:
             lines += ["", f"WARNING: {self.warning}"]
         if self.doubt is not None:
             lines += ["", f"NOTE: {self.doubt}"]
-        return lines
-
-    def __str__(self) -> str:
-        return "\n".join(self.lines())
+        return "\n".join(lines)
 
 
 def _in_order(values: Triple, channels: Channels) -> Triple:

@@ -6,6 +6,7 @@ video counts as much as a picture; the media of a template are added, and the su
 pass by once, in batches; nothing is kept that grows with their number.
 """
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -15,47 +16,12 @@ from numpy.typing import NDArray
 from torch import nn
 
 from arcface_kd.data.formats.ijb import IJBSet
-from arcface_kd.errors import DataError
 from arcface_kd.evaluation.embedding import embed_files, normalize
 from arcface_kd.evaluation.identification import IdentificationResult, identification, search
-from arcface_kd.evaluation.roc import area_under_curve, equal_error_rate, roc_curve, tar_at_far
-from arcface_kd.evaluation.verification import FAR_LEVELS, far_name
+from arcface_kd.evaluation.roc import area_under_curve, equal_error_rate, tar_at_far
+from arcface_kd.evaluation.verification import FAR_LEVELS, far_name, tar_name
 
 _PAIRS_IN_CACHE = 4096
-
-
-class TemplatePooling:
-    """Templates as sums over their faces, taken in as they come; ``numbers`` are theirs, rising."""
-
-    def __init__(self, templates: NDArray[Any], media: NDArray[np.int64], weights: NDArray[Any] | None = None) -> None:
-        """Say which face belongs where: its template, its medium and its weight, 1 when None."""
-        if not len(templates) or len({len(templates), len(media), len(templates if weights is None else weights)}) > 1:
-            raise DataError(
-                f"{len(templates)} templates, {len(media)} media and "
-                f"{'no' if weights is None else len(weights)} weights: wanted one of each for every face"
-            )
-        self.numbers, self._rows = np.unique(templates, return_inverse=True)
-        _, medium = np.unique(media, return_inverse=True)
-        _, group, sizes = np.unique(self._rows * (medium.max() + 1) + medium, return_inverse=True, return_counts=True)
-        self._weights = (1.0 if weights is None else weights) / sizes[group]
-        self._sums: NDArray[Any] | None = None
-        self._taken = 0
-
-    def add(self, embeddings: NDArray[Any]) -> None:
-        """Take in the embeddings (B, D) of the next faces, in the order of ``templates``."""
-        faces = slice(self._taken, self._taken + len(embeddings))
-        if faces.stop > len(self._rows):
-            raise DataError(f"{faces.stop} embeddings for {len(self._rows)} faces")
-        if self._sums is None:
-            self._sums = np.zeros((len(self.numbers), embeddings.shape[1]))
-        np.add.at(self._sums, self._rows[faces], embeddings * self._weights[faces, None])
-        self._taken = faces.stop
-
-    def templates(self) -> NDArray[Any]:
-        """The pooled templates (T, D), L2-normalised, in the order of ``numbers``; all faces must be in."""
-        if self._sums is None or self._taken < len(self._rows):
-            raise DataError(f"{self._taken} embeddings for {len(self._rows)} faces")
-        return normalize(self._sums)
 
 
 class Templates(NamedTuple):
@@ -67,6 +33,25 @@ class Templates(NamedTuple):
     def of(self, numbers: NDArray[Any]) -> NDArray[Any]:
         """The templates of these numbers, int64 of any shape, with D behind."""
         return self.rows[np.searchsorted(self.numbers, numbers)]
+
+
+def pooled(
+    templates: NDArray[Any], media: NDArray[Any], weights: NDArray[Any], batches: Iterable[NDArray[Any]]
+) -> Templates:
+    """Sum up faces, of which ``templates``, ``media`` and ``weights`` tell one each; batches (B, D) in their order."""
+    numbers, rows = np.unique(templates, return_inverse=True)
+    _, medium = np.unique(media, return_inverse=True)
+    _, group, sizes = np.unique(rows * (medium.max() + 1) + medium, return_inverse=True, return_counts=True)
+    shares = weights / sizes[group]
+    sums: NDArray[Any] | None = None
+    start = 0
+    for embeddings in batches:
+        faces = slice(start, start + len(embeddings))
+        sums = np.zeros((len(numbers), embeddings.shape[1])) if sums is None else sums
+        np.add.at(sums, rows[faces], embeddings * shares[faces, None])
+        start = faces.stop
+    assert sums is not None
+    return Templates(normalize(sums), numbers)
 
 
 def pair_scores(templates: Templates, pairs: NDArray[Any], enrolled: Templates | None = None) -> NDArray[Any]:
@@ -90,8 +75,6 @@ class TemplateVerification:
     tar: dict[float, float | None]
     auc: float  # area under the ROC curve, in [0, 1]
     eer: float  # equal error rate, in [0, 1]
-    fpr: NDArray[Any]  # (K,) float64, FAR of the ROC curve, rising
-    tpr: NDArray[Any]  # (K,) float64, its TAR
 
 
 @dataclass(frozen=True)
@@ -104,7 +87,7 @@ class IJBResult:
     identification: IdentificationResult | None
 
     def as_rows(self) -> dict[str, dict[str, int | float | None]]:
-        """The numbers without the curves, a row by protocol (``1:1``, ``1:N``), for ``json.dumps`` and tables."""
+        """The numbers, a row by protocol (``1:1``, ``1:N``), for ``json.dumps`` and tables."""
         rows: dict[str, dict[str, int | float | None]] = {}
         if self.verification is not None:
             one = self.verification
@@ -113,7 +96,7 @@ class IJBResult:
                 "impostor_pairs": one.impostor_pairs,
                 "auc": one.auc,
                 "eer": one.eer,
-                **{f"tar@far={far_name(level)}": tar for level, tar in one.tar.items()},
+                **{tar_name(level): tar for level, tar in one.tar.items()},
             }
         if self.identification is not None:
             many = self.identification
@@ -135,10 +118,8 @@ def embed_templates(
     progress: bool = False,
 ) -> Templates:
     """Embed all faces of a set and pool them."""
-    pooling = TemplatePooling(faces.templates, faces.media, faces.detector_scores)
-    for embeddings in embed_files(model, faces, batch_size=batch_size, device=device, progress=progress):
-        pooling.add(embeddings)
-    return Templates(pooling.templates(), pooling.numbers)
+    batches = embed_files(model, faces, batch_size=batch_size, device=device, progress=progress)
+    return pooled(faces.templates, faces.media, faces.detector_scores, batches)
 
 
 def judge_templates(faces: IJBSet, templates: Templates, enrolled: Templates | None = None) -> IJBResult:
@@ -150,15 +131,12 @@ def judge_templates(faces: IJBSet, templates: Templates, enrolled: Templates | N
     if len(faces.pairs):
         scores = pair_scores(templates, faces.pairs, enrolled)
         genuine, impostor = scores[faces.is_same], scores[~faces.is_same]
-        fpr, tpr = roc_curve(genuine, impostor)
         verification = TemplateVerification(
             genuine_pairs=len(genuine),
             impostor_pairs=len(impostor),
             tar=tar_at_far(genuine, impostor, FAR_LEVELS),
             auc=area_under_curve(genuine, impostor),
             eer=equal_error_rate(genuine, impostor),
-            fpr=fpr,
-            tpr=tpr,
         )
     identified = None
     if faces.probes is not None:

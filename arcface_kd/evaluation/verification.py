@@ -38,6 +38,11 @@ def far_name(level: float) -> str:
     return np.format_float_scientific(level, trim="-", exp_digits=1)
 
 
+def tar_name(level: float) -> str:
+    """TAR at a FAR level, likewise: ``tar@far=1e-3``."""
+    return f"tar@far={far_name(level)}"
+
+
 @dataclass(frozen=True)
 class VerificationResult:
     """What a verification set says about a model.
@@ -84,7 +89,7 @@ class VerificationResult:
             "accuracy_std": self.accuracy_std,
             "auc": self.auc,
             "eer": self.eer,
-            **{f"tar@far={far_name(level)}": tar for level, tar in self.tar.items()},
+            **{tar_name(level): tar for level, tar in self.tar.items()},
             f"val@far={far_name(_VAL_FAR)}": self.val,
         }
 

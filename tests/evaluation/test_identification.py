@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from arcface_kd.errors import ConfigError, DataError
+from arcface_kd.errors import ConfigError
 from arcface_kd.evaluation import identification as module
 from arcface_kd.evaluation.embedding import normalize
 from arcface_kd.evaluation.identification import Search, identification, search
@@ -88,11 +88,3 @@ def test_sums_up_galleries() -> None:
     assert met.rank == {1: 0.5, 5: 0.75, 10: 0.75}
     assert met.tpir == {0.5: pytest.approx((1 / 3 + 1) / 2), 0.01: None}
     assert identification([Search(np.empty(0, int), np.empty(0), np.zeros(3))]).rank == {1: None, 5: None, 10: None}
-
-
-@pytest.mark.parametrize(
-    ("subjects", "entries", "named"), [([], 0, "an entry at least"), ([1, 2], 3, "one person each")]
-)
-def test_refusals(subjects: list[int], entries: int, named: str) -> None:
-    with pytest.raises(DataError, match=named):
-        search(np.eye(3), np.arange(3), np.eye(3)[:entries], np.array(subjects, int))

@@ -19,9 +19,8 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from arcface_kd.errors import DataError
 from arcface_kd.evaluation.roc import equal_error_rates
-from arcface_kd.evaluation.verification import far_name
+from arcface_kd.evaluation.verification import tar_name
 
 REPLICATES = 1000
 LEVEL = 0.95
@@ -86,11 +85,6 @@ def pair_weights(
         yield weights
 
 
-def tar_name(level: float) -> str:
-    """The name of TAR at a FAR level among the statistics: ``tar@far=1e-3``."""
-    return f"tar@far={far_name(level)}"
-
-
 def replicate_statistics(
     scores: Floats, is_same: NDArray[np.bool_], correct: NDArray[np.bool_], weights: Floats, far_levels: Sequence[float]
 ) -> dict[str, Floats]:
@@ -100,11 +94,6 @@ def replicate_statistics(
     replicate that lacks genuine or impostor pairs gives NaN. With all weights 1 they equal those of
     :mod:`arcface_kd.evaluation.roc`.
     """
-    if not (scores.shape == is_same.shape == correct.shape == weights.shape[1:]):
-        raise DataError(
-            f"scores {scores.shape}, kinds {is_same.shape}, decisions {correct.shape} and weights {weights.shape}: "
-            "wanted (P,), (P,), (P,) and (r, P)"
-        )
     order = np.argsort(-scores, kind="stable")
     last_of_score = np.append(np.diff(scores[order]) != 0, True)
     ordered = weights[:, order]
@@ -144,8 +133,6 @@ def bootstrap(
 
     As :func:`replicate_statistics`, from persons (P, 2).
     """
-    if identities.shape != (len(scores), 2):
-        raise DataError(f"identities of shape {identities.shape} for {len(scores)} pairs: wanted (P, 2)")
     blocks = [
         replicate_statistics(scores, is_same, correct, weights, far_levels)
         for weights in pair_weights(identities, replicates, seed)

@@ -15,7 +15,7 @@ from arcface_kd.data.formats.pair_identities import PairIdentities, pair_identit
 from arcface_kd.data.formats.verification_bin import VerificationSet, decode
 from arcface_kd.errors import DataError
 from arcface_kd.evaluation.pair_views import Sizes, embed_sizes, pair_views
-from arcface_kd.evaluation.report.bootstrap import REPLICATES, Interval, bootstrap, interval, tar_name
+from arcface_kd.evaluation.report.bootstrap import REPLICATES, Interval, bootstrap, interval
 from arcface_kd.evaluation.report.cost import Cost, costs, machine
 from arcface_kd.evaluation.report.run_folder import RunFolder, read_run
 from arcface_kd.evaluation.scoring import Score as PlainScore
@@ -27,6 +27,7 @@ from arcface_kd.evaluation.verification import (
     fold_numbers,
     pair_distances,
     read_sets,
+    tar_name,
     verify,
 )
 from arcface_kd.teachers.base import Teacher

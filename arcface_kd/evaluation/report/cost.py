@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -149,8 +150,8 @@ def costs(
     models: Mapping[str, nn.Module],
     device: torch.device | str = "cpu",
     *,
-    parameters: Mapping[str, int | None] | None = None,
-    files: Mapping[str, Path | None] | None = None,
+    parameters: Mapping[str, int | None] = MappingProxyType({}),
+    files: Mapping[str, Path | None] = MappingProxyType({}),
 ) -> dict[str, Cost]:
     """Everything above of several models.
 
@@ -159,11 +160,10 @@ def costs(
     speeds = images_per_second(models, device=device)
     found = {}
     for name, model in models.items():
-        stated = None if parameters is None else parameters.get(name)
         counted = sum(parameter.numel() for parameter in model.parameters())
-        file = None if files is None else files.get(name)
+        file = files.get(name)
         found[name] = Cost(
-            stated or counted or None,
+            parameters.get(name) or counted or None,
             multiply_adds(model, device=device),
             speeds[name],
             latency(model, file, model.preprocessing.size if isinstance(model, Teacher) else 112, device),

@@ -17,7 +17,7 @@ from arcface_kd.evaluation.report.cost import BATCH_SIZE
 from arcface_kd.evaluation.report.pictures import Picture, draw_curves, draw_histograms, draw_roc
 from arcface_kd.evaluation.report.run_folder import RunFolder
 from arcface_kd.evaluation.report.scalars import Curve
-from arcface_kd.evaluation.score_table import ScoreTable, score_tables
+from arcface_kd.evaluation.score_table import ScoreTable, heading, score_tables
 from arcface_kd.system.files import atomic_write
 
 if TYPE_CHECKING:
@@ -166,8 +166,7 @@ def _accuracy_overview(comparison: Comparison) -> Part:
 
 
 def _head(column: str) -> str:
-    names = {"accuracy": "accuracy", "auc": "AUC", "eer": "EER (less is better)"}
-    return names.get(column) or column.replace("tar@far=", "TAR@FAR=")
+    return heading(column) + (" (less is better)" if column == "eer" else "")
 
 
 def _set_part(compared: ComparedSet) -> Part:

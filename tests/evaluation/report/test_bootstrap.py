@@ -5,15 +5,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from arcface_kd.errors import DataError
 from arcface_kd.evaluation.report.bootstrap import (
     bootstrap,
     interval,
     pair_weights,
     replicate_statistics,
     resampling_units,
-    tar_name,
 )
+from arcface_kd.evaluation.verification import tar_name
 from tests.reference import bootstrap as twin
 
 LEVELS = [1.0, 0.5, 0.3, 0.1]
@@ -117,11 +116,3 @@ def test_interval_passes_over_replicates_without_a_value() -> None:
     values = np.concatenate([np.arange(101.0), np.full(50, np.nan)])
     assert interval(values, 0.9) == pytest.approx((5, 95))
     assert np.isnan(interval(np.full(3, np.nan))).all()
-
-
-def test_shapes_that_do_not_fit() -> None:
-    scores, is_same, correct, identities = draw(0)
-    with pytest.raises(DataError, match=r"\(59, 2\) for 60 pairs"):
-        bootstrap(scores, is_same, correct, identities[1:], [])
-    with pytest.raises(DataError, match="wanted"):
-        replicate_statistics(scores, is_same[1:], correct, np.ones((1, 60)), [])
