@@ -80,12 +80,7 @@ def _listed(lines: list[str]) -> list[str]:
 def verify(rec: Rec, *, num_classes: int | None = None) -> DataReport:
     """Decode every image of one data set or several, and count what may be wrong with it.
 
-    Args:
-        rec: see :func:`~arcface_kd.data.joined.open_rec`.
-        num_classes: labels must be below it; 0 for none, as in a run; None for no limit.
-
-    Raises:
-        DataError: the set cannot be opened.
+    Labels must be below ``num_classes``; 0 for none, as in a run; None for no limit.
     """
     from tqdm import tqdm
 
