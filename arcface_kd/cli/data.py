@@ -12,10 +12,14 @@ def add_commands(commands: Commands) -> None:
     pack = data.add(
         "pack",
         _pack,
-        "write train.rec, train.idx and property from a folder of identities",
+        "write train.rec, train.idx and property from a folder of identities, or records without labels from images",
         "arcface-kd data pack aligned_faces/ faces_own/",
     )
-    pack.add_argument("folder", type=Path, help="one sub-folder of aligned face images for each identity")
+    pack.add_argument(
+        "folder",
+        type=Path,
+        help="one sub-folder of aligned face images for each identity; or images without labels, DIR or 'DIR/**'",
+    )
     pack.add_argument("out", type=Path, help="folder for the three files")
     pack.add_argument(
         "--on-bad-record",

@@ -1,8 +1,8 @@
-"""Pack a folder of face images into RecordIO in InsightFace's layout."""
+"""Pack a folder of face images into RecordIO, with labels in InsightFace's layout."""
 
 import logging
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
@@ -11,7 +11,13 @@ import numpy as np
 
 from arcface_kd.data.dataset import IMAGE_SIZE
 from arcface_kd.data.formats.image import decode_rgb, is_read_by_mxnet
-from arcface_kd.data.formats.image_folder import list_identities, read_image_file
+from arcface_kd.data.formats.image_folder import (
+    holds_identities,
+    list_identities,
+    list_images,
+    read_image_file,
+    tree_of,
+)
 from arcface_kd.data.formats.record import RecordHeader, pack
 from arcface_kd.data.formats.recordio import RecordWriter
 from arcface_kd.errors import BadRecordError, DataError, OnBadRecord
@@ -27,7 +33,7 @@ _JPEG_QUALITY = 95
 class PackCounts(NamedTuple):
     """What was packed."""
 
-    identities: int  # number of identities, the classes of the data set
+    identities: int  # number of identities, the classes of the data set; 0 where nobody is named
     images: int  # number of images
     resized: int  # how many of them were not 112x112 and have been scaled
     skipped: int = 0  # images that could not be read and were left out
@@ -101,16 +107,32 @@ def write_identities(out: str | os.PathLike[str], sizes: Sequence[int], images: 
     """
     if len(sizes) > _MAX_IDENTITIES:
         raise DataError(f"{out}: {len(sizes)} identities; a float32 label tells {_MAX_IDENTITIES} apart")
+    _write(out, lambda writer: _write_records(writer, sizes, images), len(sizes))
+
+
+def _write_unlabelled(out: str | os.PathLike[str], images: Iterable[bytes | None]) -> None:
+    """Write encoded images in the plain layout, each with the label -1, in ``train.rec`` and ``train.idx``."""
+
+    def write(writer: RecordWriter) -> None:
+        for key, image in enumerate(filter(None, images), start=1):
+            writer.write(key, pack(RecordHeader(0, -1.0, key, 0), image))
+
+    _write(out, write, None)
+
+
+def _write(out: str | os.PathLike[str], write: Callable[[RecordWriter], None], classes: int | None) -> None:
+    """Write records, and ``property`` where there are classes; on an error ``out`` is as it was before."""
     target = Path(out)
     made = not target.exists()
     try:
         target.mkdir(parents=True, exist_ok=True)
         with RecordWriter(target / "train.rec", target / "train.idx") as writer:
-            _write_records(writer, sizes, images)
+            write(writer)
             # A full disk shows here, before anything is in place; what appears last is what makes a data set of it.
             writer.sync()
-            with atomic_write(target / "property") as stream:
-                stream.write(b"%d,%d,%d\n" % (len(sizes), *IMAGE_SIZE))
+            if classes is not None:
+                with atomic_write(target / "property") as stream:
+                    stream.write(b"%d,%d,%d\n" % (classes, *IMAGE_SIZE))
     except BaseException as error:
         if made:
             with suppress(OSError):
@@ -139,7 +161,8 @@ def pack_folder(
 ) -> PackCounts:
     """Pack a folder of face images into ``train.rec``, ``train.idx`` and ``property``.
 
-    The layout is that of :func:`write_identities`. Labels number the identities' folders in the order of their names.
+    The layout is that of :func:`write_identities`. Labels number the identities' folders in the order of their names. A
+    folder of images, or ``DIR/**``, becomes records of the label -1, without ``property``.
 
     An image of 112x112 pixels is stored as it is, byte for byte, except that WebP, TIFF and others that mxnet cannot
     decode become PNG with the same pixels. Any other is scaled to 112x112 (area averaging down, bilinear up; the aspect
@@ -151,16 +174,21 @@ def pack_folder(
     """
     from tqdm import tqdm
 
-    identities = list_identities(folder, follow_links=follow_links)
+    tree = tree_of(folder)
+    labelled = tree is None and holds_identities(folder)
+    if labelled:
+        groups = [identity.images for identity in list_identities(folder, follow_links=follow_links)]
+    else:
+        groups = [list_images(tree or folder, follow_links=follow_links)]
     refuse_records(out)
-    sizes = [len(identity.images) for identity in identities]
+    sizes = [len(paths) for paths in groups]
     bad = np.zeros(len(sizes), dtype=np.int64)
     resized = 0
 
     def stored() -> Iterator[bytes | None]:
         nonlocal resized
         first = None
-        images = [(label, path) for label, (_, paths) in enumerate(identities) for path in paths]
+        images = [(label, path) for label, paths in enumerate(groups) for path in paths]
         # None shows the bar on a terminal only.
         for label, path in tqdm(images, desc="packing", unit="image", disable=None):
             try:
@@ -179,6 +207,9 @@ def pack_folder(
                 "leave them out with --on-bad-record skip"
             )
 
-    write_identities(out, sizes, stored())
+    if labelled:
+        write_identities(out, sizes, stored())
+    else:
+        _write_unlabelled(out, stored())
     emptied = int((bad == sizes).sum())
-    return PackCounts(len(identities), sum(sizes) - int(bad.sum()), resized, int(bad.sum()), emptied)
+    return PackCounts(len(sizes) if labelled else 0, sum(sizes) - int(bad.sum()), resized, int(bad.sum()), emptied)

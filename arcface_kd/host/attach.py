@@ -32,6 +32,8 @@ logger = logging.getLogger(__name__)
 HOST_NAMES = ("get_model", "get_dataloader", "PartialFC_V2")
 # Where the trainer's module keeps the recipe that a copied config has begun a run of; None for a method of one run.
 _COPIED = "_arcface_kd_copied"
+# Keys of the compact trainer alone, with the values at which they ask for nothing.
+_COMPACT_ONLY = {"lr_decay": "linear", "ema": 0}
 
 
 def _live_config(config: Mapping[str, Any]) -> Callable[[], Mapping[str, Any]]:
@@ -92,6 +94,16 @@ def _keep_sets(config: dict[str, Any], acts: bool) -> None:
             "`arcface-kd train`"
         )
     config.update(rec=verification_folder(rec), rec_sets=rec)
+
+
+def _tell_what_is_off(config: Mapping[str, Any]) -> None:
+    """Warn of keys that arcface_torch's loop does not look at."""
+    given = [f"{key}={config[key]}" for key, nothing in _COMPACT_ONLY.items() if config.get(key, nothing) != nothing]
+    if given and RankGroup().rank == 0:
+        logger.warning(
+            "%s: arcface_kd honours it in `arcface-kd train` alone, and arcface_torch has no such key",
+            " and ".join(given),
+        )
 
 
 def _running_trainer() -> types.ModuleType:
@@ -190,6 +202,7 @@ def attach(
     # The next run of several may be one without a method.
     acts = _acts(config)
     _keep_sets(config, acts)
+    _tell_what_is_off(config)
     if not acts:
         # A flag has switched off what a copied config asks for.
         for name, value in host.__dict__.pop("_arcface_kd_replaced", {}).items():

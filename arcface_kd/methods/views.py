@@ -28,11 +28,13 @@ def refuse_views(kd: KDConfig, types: Mapping[str, type[Method]], configs: Mappi
         )
     if not options.augmentation.mix:
         return
-    if view != "same":
-        raise ConfigError(f"{mixing}, and no clean image shows both: add {_SAME}, or take student.augment=quality")
     needing = [name for name, kind in types.items() if kind.needs_labels(configs[name])]
     if needing or not types:
         raise ConfigError(
             f"{mixing}, a mixture has no label, and {needing[0] if needing else 'a run without a method'} learns "
             "nothing without: take student.augment=quality, or a method that compares embeddings"
         )
+    if view != "same":
+        clean = [name for name, kind in types.items() if "same" not in kind.teacher_views]
+        remedy = f"leave {clean[0]} out" if clean else f"add {_SAME}"
+        raise ConfigError(f"{mixing}, and no clean image shows both: {remedy}, or take student.augment=quality")

@@ -63,9 +63,10 @@ def check_keys(config: Mapping[str, Any]) -> None:
         raise ConfigError(f"optimizer is {config['optimizer']!r}; it must be sgd or adamw")
     if config.get("lr_decay", "linear") not in get_args(Decay):
         raise ConfigError(f"lr_decay is {config['lr_decay']!r}; it must be {' or '.join(get_args(Decay))}")
-    if not 0 <= config.get("ema", 0) < 1:
-        raise ConfigError(f"ema is {config['ema']!r}; it must be in [0, 1), such as 0.999, or 0 for none")
-    if not 0 < config["sample_rate"] <= 1:
+    ema, sample_rate = config.get("ema", 0), config["sample_rate"]
+    if not (isinstance(ema, int | float) and 0 <= ema < 1):
+        raise ConfigError(f"ema is {ema!r}; it must be in [0, 1), such as 0.999, or 0 for none")
+    if not (isinstance(sample_rate, int | float) and 0 < sample_rate <= 1):
         raise ConfigError(f"sample_rate is {config['sample_rate']!r}; it must be in (0, 1]")
     margin_of_config(config)
 

@@ -76,9 +76,11 @@ def resume(run: Run) -> None:
         run.epoch, run.step = state["epoch"], state["global_step"]
         run.first_step = run.step
         run.student.load_state_dict(state["state_dict_backbone"])
-        # Where it was off until now, it begins with the next step.
         if run.average is not None and "state_average" in state:
             run.average.load_state_dict(state["state_average"])
+        elif run.average is not None:
+            # Off until now, it begins with the next step; a run that has ended has none.
+            run.average.module.load_state_dict(run.student.state_dict())
         run.head.load_state_dict(state["state_dict_softmax_fc"])
         load_optimizer(run.optimizer, state["state_optimizer"])
         run.logger.info("resumed after epoch %d, step %d", run.epoch, run.step)

@@ -152,6 +152,20 @@ def test_links_are_followed_when_asked(folder: Path, tmp_path: Path) -> None:
     assert pack_folder(linked, tmp_path / "packed", follow_links=True) == PackCounts(2, 3, 0)
 
 
+@pytest.mark.parametrize("tree", [False, True])
+def test_images_of_nobody_become_records_without_labels(folder: Path, tmp_path: Path, tree: bool) -> None:
+    flat = folder / "bob"
+    (flat / "3.jpg").symlink_to(folder / "alice" / "large.jpg")
+    source = folder / "**" if tree else flat
+    with pytest.raises(DataError, match="--follow-links"):
+        pack_folder(source, tmp_path / "packed")
+    counts = pack_folder(source, tmp_path / "packed", follow_links=True)
+    assert counts == PackCounts(0, 8 if tree else 3, 3 if tree else 1)
+    faces = RecordDataset(tmp_path / "packed", num_classes=0)
+    assert faces.labels().tolist() == [-1] * counts.images
+    assert faces.image_bytes(2 if tree else 0) == (flat / "1.jpg").read_bytes()
+
+
 def test_the_command(folder: Path, tmp_path: Path, three_bad: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     (folder / "erin").symlink_to(folder / "bob")
     words = ["data", "pack", str(folder), str(tmp_path / "packed")]
@@ -200,7 +214,7 @@ def test_places_that_cannot_be_are_refused(folder: Path, tmp_path: Path) -> None
         ("faces", "file", "file: File exists"),
         ("faces", "file/below", "file/below: "),
         ("none", "out", "none: No such file"),
-        ("empty", "out", "empty holds no identity folders"),
+        ("empty", "out", "empty holds no image"),
         ("hollow", "out", "dave"),
         ("bad", "out", "1 of 1 images"),
     ]:

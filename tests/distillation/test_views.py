@@ -122,6 +122,8 @@ def test_the_run_says_what_a_teacher_in_each_step_costs(faces: Faces, caplog: py
         ("tcs", {"augment": "quality", "augment.teacher": "same"}, {"cache": "rows"}, "tcs"),
         ("embedding", {"augment": "strong"}, {}, "strong"),
         ("embedding", {"augment": "crop:0.1,mix:0.1"}, {"cache": "rows"}, "mix:0.1"),
+        # "same" would be refused as well.
+        ("bank", {"augment": "strong"}, {"cache": "rows"}, "leave bank out"),
         ("proxylesskd", {"augment": "mix:1", "augment.teacher": "same"}, {"classifier": "head.pt"}, "proxylesskd"),
         ("embedding+ekd", {"augment": "strong", "augment.teacher": "same"}, {}, "ekd"),
         ("", {"augment": "strong", "augment.teacher": "same"}, {}, "without a method"),

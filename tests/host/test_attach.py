@@ -406,6 +406,16 @@ def test_a_schedule_that_takes_verbose_and_does_not_pass_it_on_runs(
     assert attach(config_of(tmp_path, kd="adadistill", kd_teacher="r50.pt"), trainer=trainer) is not None
 
 
+@pytest.mark.parametrize("kd", ["adadistill", None])
+def test_keys_of_the_compact_trainer_alone_are_told(
+    kd: str | None, trainer: types.ModuleType, loaded: list[object], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    attach(config_of(tmp_path, kd=kd, kd_teacher="r50.pt", lr_decay="linear", ema=0), trainer=trainer)
+    assert "lr_decay" not in caplog.text
+    attach(config_of(tmp_path, kd=kd, kd_teacher="r50.pt", lr_decay="cosine", ema=0.9), trainer=trainer)
+    assert "lr_decay=cosine and ema=0.9" in caplog.text
+
+
 def test_several_record_sets_are_joined_and_the_trainer_sees_the_first(
     trainer: types.ModuleType, loaded: list[object], tmp_path: Path
 ) -> None:

@@ -61,6 +61,13 @@ def test_the_average_is_what_is_judged_and_written_and_goes_on_when_resumed(face
     assert same_weights(saved(tmp_path / "half"), saved(tmp_path / "whole"))
 
 
+def test_a_run_that_had_ended_without_an_average_is_judged_by_its_student(faces: Faces, tmp_path: Path) -> None:
+    keys = {"num_epoch": 1, "val_targets": [], "save_all_states": True}
+    train(config_for(faces, tmp_path, **keys))
+    again = train(config_for(faces, tmp_path, **keys, ema=0.9, resume=True))
+    assert same_weights(again.student.state_dict(), saved(tmp_path))
+
+
 def test_an_average_copies_nothing_to_the_device_in_a_step(monkeypatch: pytest.MonkeyPatch) -> None:
     """A copy of the number of steps, as torch's own update makes one, waits for a GPU."""
     layer = nn.Linear(3, 4)
