@@ -43,6 +43,8 @@ _COMFORTABLE = 0.992
 _CHECKED = 64
 _BATCH = 16
 _TUNED_BATCH = 32
+# Faces that are drawn for each one of a batch at most: those that the file is checked with are passed over.
+_MOST_DRAWN = 100
 
 
 @dataclass(frozen=True)
@@ -218,7 +220,7 @@ class _Tuning:
     """Fine-tuning on the faces of a data set but those that the file is checked with."""
 
     def __init__(self, student: nn.Module, folder: Path, checked: NDArray[Any], steps: int) -> None:
-        self.student, self.steps = student, steps
+        self.student, self.steps, self._folder = student, steps, folder
         self._dataset = open_dataset(folder)
         self._checked = {face.tobytes() for face in checked}
 
@@ -236,11 +238,16 @@ class _Tuning:
     def _batch(self, step: int) -> NDArray[Any]:
         random = np.random.default_rng(step)
         faces: list[NDArray[Any]] = []
-        while len(faces) < _TUNED_BATCH:
+        for _ in range(_TUNED_BATCH * _MOST_DRAWN):
             face = self._dataset.pixels(View(int(random.integers(len(self._dataset))), False))[1]
             if face.tobytes() not in self._checked:
                 faces.append(face[:, ::-1] if random.integers(2) else face)
-        return _prepared(np.stack(faces))
+            if len(faces) == _TUNED_BATCH:
+                return _prepared(np.stack(faces))
+        raise DataError(
+            f"{self._folder} has next to no face but those that the file is checked with, some of them several times: "
+            "give more faces, or leave --tune out"
+        )
 
 
 def _quantized(content: bytes, student: nn.Module, faces: NDArray[Any], tuning: _Tuning | None) -> tuple[bytes, float]:

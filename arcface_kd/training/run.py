@@ -55,10 +55,11 @@ def check_loss_scale(scaler: torch.amp.GradScaler, step: int) -> None:
 
 
 class MovingAverage(AveragedModel):
-    """The moving average of a student's weights and of its batch norms' statistics; counts are the student's own.
+    """The moving average of a student's weights and of its batch norms' statistics.
 
-    ``module`` is a copy of the student, ``decay`` what stays of the average in a step, in (0, 1). torch's own update
-    sends the number of steps to the device, for which the host waits in each step.
+    Counts, and weights that are not trained, are the student's own. ``module`` is a copy of the student, ``decay`` what
+    stays of the average in a step, in (0, 1). torch's own update sends the number of steps to the device, for which the
+    host waits in each step.
     """
 
     def __init__(self, student: nn.Module, decay: float) -> None:
@@ -72,7 +73,9 @@ class MovingAverage(AveragedModel):
         own = [*self.module.parameters(), *self.module.buffers()]
         met = [*model.parameters(), *model.buffers()]
         has_begun = bool(self.n_averaged > 0)
-        moves = [has_begun and each.is_floating_point() for each in own]
+        # Such as a scale that a method sets: axes that it has dropped are dropped at once.
+        fixed = {id(each) for each in model.parameters() if not each.requires_grad}
+        moves = [has_begun and each.is_floating_point() and id(each) not in fixed for each in met]
         stays = [not each for each in moves]
         if any(moves):
             torch._foreach_lerp_([*compress(own, moves)], [*compress(met, moves)], 1 - self._decay)

@@ -8,15 +8,17 @@ import onnx
 import onnxruntime
 import pytest
 from onnx import TensorProto, helper, numpy_helper
+from torch import nn
 
 from arcface_kd.backbones import FaceBackbone
 from arcface_kd.cli.main import main
-from arcface_kd.data.dataset import RecordDataset, View
-from arcface_kd.errors import ArcfaceKDError, ConfigError
+from arcface_kd.data.dataset import RecordDataset, View, open_dataset
+from arcface_kd.errors import ArcfaceKDError, ConfigError, DataError
 from arcface_kd.export import onnx as onnx_export
 from arcface_kd.export.onnx import export, to_onnx
 from arcface_kd.teachers.base import load_teacher
 from arcface_kd.teachers.checkpoint import load_network
+from tests.data.record_sets import encoded
 from tests.export.students import CPU, D, cosines, embeddings_of, network_input, run_of, trained
 from tests.host.trainer.faces import draw_faces
 
@@ -255,6 +257,15 @@ def test_real_faces(real_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyP
     small = export(run, tmp_path / "int8.onnx", int8=True, calibration=real_data / "faces_real", images=64)
     assert small.mean_cosine > 0.99
     assert small.size < 0.35 * whole.size
+
+
+def test_a_data_set_of_checked_faces_alone_is_not_tuned_on(tmp_path: Path) -> None:
+    """As where each photograph is there twice: the search for others would never end."""
+    for name in ("1.png", "2.png"):
+        (tmp_path / name).write_bytes(encoded(1, ".png"))
+    checked = open_dataset(tmp_path).pixels(View(0, False))[1][None]
+    with pytest.raises(DataError, match="--tune"):
+        onnx_export._Tuning(nn.Identity(), tmp_path, checked, 1)._batch(0)
 
 
 def test_int8_after_tuning_is_the_same_graph(

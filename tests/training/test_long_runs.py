@@ -68,6 +68,21 @@ def test_a_run_that_had_ended_without_an_average_is_judged_by_its_student(faces:
     assert same_weights(again.student.state_dict(), saved(tmp_path))
 
 
+def test_what_is_not_trained_is_not_averaged() -> None:
+    """As the axes that tcs drops, whose scale it sets to 0."""
+    student = nn.BatchNorm1d(3)
+    student.weight.requires_grad_(False)
+    average = MovingAverage(student, 0.5)
+    average.update_parameters(student)
+    with torch.no_grad():
+        student.weight.copy_(torch.tensor([1.0, 0.0, 2.0]))
+        student.bias.add_(1)
+    average.update_parameters(student)
+    met = average.module.state_dict()
+    assert met["weight"].tolist() == [1, 0, 2]
+    assert met["bias"].tolist() == [0.5] * 3
+
+
 def test_an_average_copies_nothing_to_the_device_in_a_step(monkeypatch: pytest.MonkeyPatch) -> None:
     """A copy of the number of steps, as torch's own update makes one, waits for a GPU."""
     layer = nn.Linear(3, 4)
