@@ -38,7 +38,12 @@ class CommandLine(argparse.ArgumentParser):
 
 
 class Commands:
-    """The commands below a parser; parsed arguments keep the command's name under ``dest``."""
+    """The commands below a parser.
+
+    Args:
+        parser: of the level above.
+        dest: where the parsed arguments keep the command's name.
+    """
 
     def __init__(self, parser: argparse.ArgumentParser, dest: str = "command") -> None:
         self._parsers = parser.add_subparsers(dest=dest, metavar="COMMAND", required=True, parser_class=_AnyOrder)

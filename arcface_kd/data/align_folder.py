@@ -43,9 +43,18 @@ def align_folder(
     """Align the face on each photograph of a folder, at any depth, to 112x112 pixels.
 
     Faces go to the same places below ``out``, as JPEG of quality 95: ``ann/1.jpg`` stays ``ann/1.jpg``, ``ann/2.png``
-    becomes ``ann/2.png.jpg``; ``not_found.txt`` there lists photographs without one, with the reason. Those that are
-    there already are left alone. Photographs are turned as their EXIF says. Of several faces ``which`` takes the
-    largest, or the one whose middle is nearest to that of the photograph. ``out`` must not lie in ``folder``.
+    becomes ``ann/2.png.jpg``. Those that are there already are left alone. Photographs are turned as their EXIF says.
+
+    Args:
+        folder: photographs.
+        out: where faces go; ``not_found.txt`` there lists photographs without one, with the reason.
+        detector: see :func:`~arcface_kd.data.face_detector.open_detector`.
+        which: of several faces the largest, or the one whose middle is nearest to that of the photograph.
+
+    Raises:
+        ConfigError: ``out`` lies in ``folder``.
+        DataError: no image in the folder.
+        OSError: ``out`` cannot be written.
     """
     import cv2
     from tqdm import tqdm

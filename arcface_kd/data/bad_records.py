@@ -12,19 +12,29 @@ logger = logging.getLogger(__name__)
 
 
 class BadRecord(NamedTuple):
-    """A record that was passed over."""
+    """A record that was passed over.
 
-    # The image's index in its data set.
+    Attributes:
+        index: the image's index in its data set.
+        message: which record it is, where it stands and what is wrong with it.
+    """
+
     index: int  # type: ignore[assignment]
-    message: str  # which record it is, where it stands and what is wrong with it
+    message: str
 
 
 class SkippedRecords:
-    """The bad records that one loader has skipped; ``found`` is every one so far, by its index.
+    """The bad records that one loader has skipped.
 
     The rank that meets a record logs it once, with its key, its place and what is wrong with it. At the end of an epoch
-    rank 0 logs those that only other ranks have met, and how many there were in all: ``of_all_ranks`` says that the
-    ranks of the default process group share their records then, which all of them must reach.
+    rank 0 logs those that only other ranks have met, and how many there were in all.
+
+    Attributes:
+        found: every bad record so far, by its index.
+
+    Args:
+        of_all_ranks: whether the ranks of the default process group share their records at an epoch's end, which all
+            of them must then reach.
     """
 
     def __init__(self, *, of_all_ranks: bool = False) -> None:

@@ -41,13 +41,19 @@ class View(NamedTuple):
 
 
 class Sample(NamedTuple):
-    """One labelled image."""
+    """One labelled image.
 
-    image: torch.Tensor  # uint8 (3, 112, 112), RGB, mirrored when ``flipped``; a transposed view of pixel rows
-    label: int  # the identity, 0 .. classes - 1, or -1 for none
-    # The image's index in its data set.
+    Attributes:
+        image: uint8 (3, 112, 112), RGB, mirrored left to right when ``flipped``; a transposed view of pixel rows.
+        label: the identity, 0 .. classes - 1, or -1 for none.
+        index: the image's index in its data set.
+        flipped: whether ``image`` is mirrored.
+    """
+
+    image: torch.Tensor
+    label: int
     index: int  # type: ignore[assignment]
-    flipped: bool  # whether ``image`` is mirrored
+    flipped: bool
 
 
 class FaceDataset(Dataset[Sample], ABC):
@@ -218,7 +224,11 @@ class RecordDataset(FaceDataset):
 
 
 class FolderDataset(FaceDataset):
-    """Images in folders, one folder per identity; labels number the folders in the order of their names."""
+    """Images in folders, one folder per identity; labels number the folders in the order of their names.
+
+    Raises:
+        DataError: see ``list_identities``; or more identities than ``num_classes``.
+    """
 
     def __init__(
         self, root: str | os.PathLike[str], *, num_classes: int | None = None, on_bad_record: OnBadRecord = "stop"
@@ -294,9 +304,18 @@ def open_dataset(
 ) -> FaceDataset:
     """Open whatever a config's ``rec`` names, choosing as the host's ``get_dataloader`` does.
 
-    ``root`` is ``synthetic``; a folder with ``train.rec`` and ``train.idx``; a folder with one folder of images for
-    each identity; a folder of images, which have no labels then, nor have those of ``FOLDER/**``, at any depth. Labels
-    must be below ``num_classes``; 0 takes all images of a folder, at any depth, without labels; None is no limit.
+    Args:
+        root: ``synthetic``; a folder with ``train.rec`` and ``train.idx``; a folder with one folder of images for each
+            identity; a folder of images, which have no labels then, nor have those of ``FOLDER/**``, at any depth.
+        num_classes: labels must be below it; 0 takes all images of a folder, at any depth, without labels; None for no
+            limit.
+        on_bad_record: see ``FaceDataset``.
+
+    Returns:
+        A ``SyntheticDataset``, a ``RecordDataset``, a ``FolderDataset`` or an ``UnlabelledFolder``.
+
+    Raises:
+        DataError: none of these is there, or it cannot be read.
     """
     if root == "synthetic":
         return SyntheticDataset(num_classes=num_classes)

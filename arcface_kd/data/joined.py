@@ -30,10 +30,19 @@ class JoinedDataset(FaceDataset):
     """Data sets behind each other: the images of the first, then those of the second, and so on.
 
     Labels of the first set stay as they are, those of a later one follow the labels before it. People whom ``same``
-    gives one identity, by set and label, share the label of the first of them, and no number is left out. -1 stays -1.
+    gives one identity share the label of the first of them, and no number is left out. -1 stays -1.
 
-    ``sets`` have one ``on_bad_record``; ``label_maps`` has for each of them int64 (classes + 1,), from its labels to
-    those of this one, -1 at the end.
+    Attributes:
+        sets: the data sets.
+        label_maps: for each set int64 (classes + 1,), from its labels to those of this one; the last is -1, for -1.
+
+    Args:
+        sets: at least one, all with one ``on_bad_record``.
+        same: identities by set and label, where they occur more than once.
+
+    Raises:
+        BadRecordError: a record is damaged, and bad ones are not skipped.
+        DataError: a label is out of range.
     """
 
     def __init__(self, sets: Sequence[FaceDataset], same: Mapping[tuple[int, int], str] | None = None) -> None:
@@ -98,10 +107,20 @@ def _number(sizes: Sequence[int], same: Mapping[tuple[int, int], str]) -> list[N
 
 
 def read_identities(path: str | os.PathLike[str], sets: Sequence[FaceDataset]) -> dict[tuple[int, int], str]:
-    """Read a table of the people who occur more than once in some data sets: identities by set and label.
+    """Read a table of the people who occur more than once in some data sets.
 
     A CSV file with the header ``set,label,identity``: the set by its place, from 0; the label as a number, or the
     folder's name where the set is a folder; any text for the identity. People whom it does not name occur once.
+
+    Args:
+        path: the table.
+        sets: the data sets that it speaks of.
+
+    Returns:
+        The identities by set and label.
+
+    Raises:
+        DataError: no such file, another header, a set or label that does not exist or that is named twice.
     """
     found: dict[tuple[int, int], str] = {}
     numbers = [

@@ -22,12 +22,17 @@ from arcface_kd.system.device import default_device
 
 
 class BatchViews(NamedTuple):
-    """Which records a batch shows, and how; all on the CPU."""
+    """Which records a batch shows, and how.
 
-    # Int64 (B,), indices in the data set; where a bad record is skipped, that of the one shown in its place.
+    Attributes:
+        index: int64 (B,), on the CPU: indices in the data set; where a bad record is skipped, that of the one shown in
+            its place.
+        flipped: bool (B,), on the CPU: whether each is mirrored.
+        clean: uint8 (B, 112, 112, 3), on the CPU: the images before they were degraded, where the loader keeps them.
+    """
+
     index: torch.Tensor  # type: ignore[assignment]
-    flipped: torch.Tensor  # bool (B,), whether each is mirrored
-    # Uint8 (B, 112, 112, 3), the images before they were degraded, where the loader keeps them.
+    flipped: torch.Tensor
     clean: torch.Tensor | None = None
 
     def clean_images(self, device: torch.device) -> torch.Tensor:
@@ -300,8 +305,17 @@ def _normalise(pixels: torch.Tensor) -> torch.Tensor:
 def read_images(faces: FaceDataset, views: BatchViews, places: torch.Tensor, device: torch.device) -> torch.Tensor:
     """Read images of a batch anew, not degraded, as the loader hands out its batches.
 
-    ``places`` int64 (N,) says which of the batch; they come out on ``device`` as float32 (N, 3, 112, 112), RGB, -1 ..
-    1.
+    Args:
+        faces: the records.
+        views: the batch.
+        places: (N,) int64, which of the batch.
+        device: where they are wanted.
+
+    Returns:
+        float32 (N, 3, 112, 112), RGB, -1 .. 1.
+
+    Raises:
+        BadRecordError: a record that cannot be read.
     """
     wanted = zip(views.index[places].tolist(), views.flipped[places].tolist(), strict=True)
     pixels = np.stack([faces.pixels(View(index, flipped))[1] for index, flipped in wanted])

@@ -53,8 +53,10 @@ class PackCounts(NamedTuple):
 def stored_form(data: bytes, where: str) -> tuple[bytes, bool]:
     """What is stored for an image file, and whether it had to be scaled.
 
-    The file itself is stored where it has 112x112 pixels and mxnet reads it. A BadRecordError names what is no image
-    ``where``.
+    The file itself is stored where it has 112x112 pixels and mxnet reads it.
+
+    Raises:
+        BadRecordError: it is no image; the message names it ``where``.
     """
     import cv2
 
@@ -165,12 +167,22 @@ def pack_folder(
     folder of images, or ``DIR/**``, becomes records of the label -1, without ``property``.
 
     An image of 112x112 pixels is stored as it is, byte for byte, except that WebP, TIFF and others that mxnet cannot
-    decode become PNG with the same pixels. Any other is scaled to 112x112 (area averaging down, bilinear up; the aspect
-    ratio is not kept) and stored as JPEG of quality 95. Faces are expected to be aligned.
+    decode become PNG with the same pixels. Any other is scaled to 112x112 (area averaging down, bilinear up; the
+    aspect ratio is not kept) and stored as JPEG of quality 95. Faces are expected to be aligned.
 
-    Images that cannot be read are logged: ``stop`` looks at all images and packs nothing, ``skip`` leaves the bad ones
-    out. ``out`` is made when missing, must not hold records already, and is as it was before where a DataError is
-    raised.
+    Args:
+        folder: one sub-folder of images per identity.
+        out: where the three files go; made when missing. It must not hold records already.
+        on_bad_record: what to do with images that cannot be read, each of which is logged: ``stop`` looks at all images
+            and packs nothing, ``skip`` leaves the bad ones out.
+        follow_links: whether symbolic links are followed; they are refused otherwise.
+
+    Returns:
+        How much was packed.
+
+    Raises:
+        DataError: nothing to pack, images that cannot be read, or ``out`` cannot be written; ``out`` is as it was
+            before.
     """
     from tqdm import tqdm
 

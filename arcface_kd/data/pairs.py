@@ -108,7 +108,11 @@ def write_pairs(
 ) -> PairCounts:
     """Write a verification set of people that no network is trained on and, beside it, who is on its images.
 
-    Images are stored as :func:`~arcface_kd.data.pack.pack_folder` stores them. An existing file is left alone.
+    Images are stored as :func:`~arcface_kd.data.pack.pack_folder` stores them.
+
+    Raises:
+        ConfigError: a seed out of range, or a name that does not end in ``.bin``, as those of such sets do.
+        DataError: the file exists, or too few people or images.
     """
     if Path(out).suffix != ".bin":
         raise ConfigError(f"{out}: the name of a verification set ends in .bin")

@@ -53,10 +53,20 @@ def view_seeds(indices: NDArray[np.int64], *, seed: int, epoch: int) -> NDArray[
 class ViewSampler(Sampler[View]):
     """The views of an epoch for one rank, in the order of the host's ``DistributedSampler``.
 
-    ``torch.randperm`` under ``epoch + seed``, padded from its start to a multiple of the ranks, every ``world_size``-th
-    from ``rank`` on. ``set_epoch`` determines order, flips and seeds completely, so a resumed run sees what an
-    uninterrupted one would have seen. ``size`` is the number of records, ``seed`` the same on every rank; without
-    ``shuffle`` the order is 0, 1, 2, ..., without ``flip`` no record is mirrored.
+    ``torch.randperm`` under ``epoch + seed``, padded from its start to a multiple of the ranks, every
+    ``world_size``-th from ``rank`` on. ``set_epoch`` determines order, flips and seeds completely, so a resumed run
+    sees what an uninterrupted one would have seen.
+
+    Args:
+        size: number of records.
+        rank: this rank, 0 .. ``world_size - 1``.
+        world_size: number of ranks.
+        seed: the run's seed, the same on every rank.
+        shuffle: whether to permute; False gives 0, 1, 2, ...
+        flip: whether to mirror half of the records.
+
+    Raises:
+        ConfigError: an impossible rank, or no records.
     """
 
     def __init__(

@@ -80,7 +80,12 @@ def _listed(lines: list[str]) -> list[str]:
 def verify(rec: Rec, *, num_classes: int | None = None) -> DataReport:
     """Decode every image of one data set or several, and count what may be wrong with it.
 
-    Labels must be below ``num_classes``; 0 for none, as in a run; None for no limit.
+    Args:
+        rec: see :func:`~arcface_kd.data.joined.open_rec`.
+        num_classes: labels must be below it; 0 for none, as in a run; None for no limit.
+
+    Raises:
+        DataError: the set cannot be opened.
     """
     from tqdm import tqdm
 

@@ -77,13 +77,19 @@ def _host_margin(margin_loss: object) -> str:
 
 
 class DropIns(NamedTuple):
-    """Objects with the signatures of the trainer's own, which share one run's :class:`Distiller`."""
+    """Objects with the signatures of the trainer's own, which share one run's :class:`Distiller`.
 
-    get_model: Callable[..., nn.Module]  # ``(name, **kwargs)``, the student with the hook
-    get_dataloader: Callable[..., Any]  # ``(root_dir, local_rank, batch_size, dali, dali_aug, seed, num_workers)``
-    # ``(margin_loss, embedding_size, num_classes, sample_rate, fp16)``, the head.
+    Attributes:
+        get_model: ``(name, **kwargs) -> nn.Module``, the student with the hook.
+        get_dataloader: ``(root_dir, local_rank, batch_size, dali, dali_aug, seed, num_workers) -> loader``.
+        PartialFC_V2: ``(margin_loss, embedding_size, num_classes, sample_rate, fp16) -> nn.Module``, the head.
+        distiller: what they share.
+    """
+
+    get_model: Callable[..., nn.Module]
+    get_dataloader: Callable[..., Any]
     PartialFC_V2: Callable[..., DistillationHead]
-    distiller: Distiller  # what they share
+    distiller: Distiller
 
 
 def _refuse_classes_of_nobody(config: Mapping[str, Any], loader: FaceLoader, methods: MethodSet) -> None:

@@ -83,12 +83,25 @@ def embed(
 ) -> NDArray[Any]:
     """Embed images as InsightFace's verification does: f(x) + f(mirrored x), then L2-normalised.
 
-    ``images`` (N, 3, H, W) are uint8 RGB; the model takes float32 in [-1, 1], in evaluation mode meanwhile; afterwards
-    every module is in the mode it was in. Without ``flip`` no mirrored image is added. Sums and norms are float64, and
-    so is the result with ``dtype=np.float64``, which ``evaluate`` needs to agree with InsightFace to the last digit:
-    (N, D), in which a zero embedding stays zero. The last batch reaches back over earlier images to be as long as the
-    others (as InsightFace's does), so that every batch runs through the same kernels. ``device`` None is where the
-    model's parameters are; ``progress`` shows a bar, on a terminal only.
+    The model is in evaluation mode meanwhile; afterwards every module is in the mode it was in. Sums and norms are
+    float64. The last batch reaches back over earlier images to be as long as the others (as InsightFace's does), so
+    that every batch runs through the same kernels.
+
+    Args:
+        model: (B, 3, H, W) float32 RGB images in [-1, 1] to (B, D) embeddings.
+        images: (N, 3, H, W) uint8 RGB, N >= 1.
+        batch_size: images a forward pass, at least 1.
+        flip: add the embedding of the mirrored image.
+        device: where the batches go, ``None`` for where the model's parameters are.
+        dtype: type of the result; float64 keeps what float32 rounds off, which ``evaluate`` needs to agree with
+            InsightFace to the last digit.
+        progress: show a bar, on a terminal only.
+
+    Returns:
+        (N, D) array of ``dtype``; a zero embedding stays zero.
+
+    Raises:
+        DataError: images of another type or shape, or none; a model that does not return (B, D); a batch size below 1.
     """
     if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[1] != 3 or len(images) == 0:
         raise DataError(

@@ -45,26 +45,40 @@ def tar_name(level: float) -> str:
 
 @dataclass(frozen=True)
 class VerificationResult:
-    """What a verification set says about a model."""
+    """What a verification set says about a model.
 
-    genuine_pairs: int  # pairs of one identity
-    impostor_pairs: int  # pairs of two identities
-    accuracy: float  # mean accuracy of the ten folds, as InsightFace prints it ("Accuracy-Flip")
-    accuracy_std: float  # its standard deviation over the folds (population)
-    fold_accuracies: NDArray[Any]  # (10,) float64
-    # (10,) float64, squared L2 distance below which a pair of that fold counts as one identity.
+    Attributes:
+        genuine_pairs: pairs of one identity.
+        impostor_pairs: pairs of two identities.
+        accuracy: mean accuracy of the ten folds, as InsightFace prints it ("Accuracy-Flip").
+        accuracy_std: its standard deviation over the folds (population).
+        fold_accuracies: (10,) float64.
+        fold_thresholds: (10,) float64, squared L2 distance below which a pair of that fold counts as one identity.
+        auc: area under the ROC curve, in [0, 1].
+        eer: equal error rate, in [0, 1].
+        tar: TAR at the loosest threshold whose FAR does not exceed the level; ``None`` where the set has fewer than
+            1 / level impostor pairs.
+        val: InsightFace's ten-fold VAL (a TAR) at FAR 1e-3; ``None`` when a fold lacks genuine or impostor pairs.
+        val_std: its standard deviation over the folds; ``None`` with ``val``.
+        val_far: mean FAR of the folds at that operating point; ``None`` with ``val``.
+        fpr: (K,) float64, FAR of the ROC curve, rising from 0 to 1.
+        tpr: (K,) float64, TAR of the ROC curve, rising from 0 to 1.
+    """
+
+    genuine_pairs: int
+    impostor_pairs: int
+    accuracy: float
+    accuracy_std: float
+    fold_accuracies: NDArray[Any]
     fold_thresholds: NDArray[Any]
-    auc: float  # area under the ROC curve, in [0, 1]
-    eer: float  # equal error rate, in [0, 1]
-    # TAR at the loosest threshold whose FAR does not exceed the level; ``None`` where the set has fewer than 1 / level
-    # impostor pairs.
+    auc: float
+    eer: float
     tar: dict[float, float | None]
-    # InsightFace's ten-fold VAL (a TAR) at FAR 1e-3; ``None`` when a fold lacks genuine or impostor pairs.
     val: float | None
-    val_std: float | None  # its standard deviation over the folds; ``None`` with ``val``
-    val_far: float | None  # mean FAR of the folds at that operating point; ``None`` with ``val``
-    fpr: NDArray[Any]  # (K,) float64, FAR of the ROC curve, rising from 0 to 1
-    tpr: NDArray[Any]  # (K,) float64, TAR of the ROC curve, rising from 0 to 1
+    val_std: float | None
+    val_far: float | None
+    fpr: NDArray[Any]
+    tpr: NDArray[Any]
 
     def as_row(self) -> dict[str, int | float | None]:
         """The numbers without the curves, for ``json.dumps`` and tables: ``tar@far=1e-3`` and so on."""
@@ -160,7 +174,12 @@ def _require_both_kinds(is_same: NDArray[np.bool_]) -> None:
 
 
 def read_pairs(path: str | os.PathLike[str]) -> VerificationSet:
-    """Read a verification set whole, and check that it can be scored before any of its images is embedded."""
+    """Read a verification set whole, and check that it can be scored before any of its images is embedded.
+
+    Raises:
+        DataError: not a verification set, fewer than ten pairs, one kind of pair only, or an image that cannot be
+            decoded.
+    """
     pairs = read_bin(path)
     try:
         _require_both_kinds(pairs.is_same)

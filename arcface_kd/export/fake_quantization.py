@@ -111,13 +111,17 @@ def tune(
 ) -> tuple[bytes, Ranges]:
     """Fine-tune a network for `arcface_kd.export.int8.quantize`; batch norms keep their statistics.
 
-    ``model`` is a serialised ONNX model in float32, ``data`` to ``embedding``, its nodes named. ``shown`` float32 (N,
-    3, 112, 112), prepared as the network wants them, give the first ranges; ``batch`` the images of a step by its
-    number, prepared alike; ``teacher`` turns images into (B, D) embeddings, those of the network in float32. Adam's
-    rate falls to 0 over the ``steps``.
+    Args:
+        model: a serialised ONNX model in float32, ``data`` to ``embedding``, its nodes named.
+        shown: float32 (N, 3, 112, 112), prepared as the network wants them; the first ranges are theirs.
+        batch: the images of a step by its number, prepared alike.
+        teacher: images to (B, D) embeddings, those of the network in float32.
+        leading: as `quantize` takes it.
+        steps: of Adam, its rate falling to 0; at least 1.
 
-    Returned are the model, in float32 with other weights, and the ranges that go with it. A TeacherError names an
-    operator that torch has no counterpart of here.
+    Returns:
+        The serialised model, in float32 with other weights, and the ranges that go with it. A TeacherError names an
+        operator that torch has no counterpart of here.
     """
     device = default_device()
     graph = OnnxGraph(model, "data", "embedding", size=112, fixed_batch=None, parameter_count=0, digest="")

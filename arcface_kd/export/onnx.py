@@ -84,13 +84,25 @@ def export(
 ) -> ExportReport:
     """Write a student as an ONNX file, and prove that insightface embeds faces with it as the student does.
 
-    ``run`` is a run's output folder, or a checkpoint of one of ``arcface_kd.backbones.NETWORKS``, whose name
-    ``network`` says where its tensors do not tell. ``out`` ends in ``.onnx``, as insightface wants it.
+    Args:
+        run: a run's output folder, or a checkpoint of one of ``arcface_kd.backbones.NETWORKS``.
+        out: the file, ending in ``.onnx``, as insightface wants it.
+        network: the student's name, where its tensors do not tell.
+        int8: quantise it with faces of ``calibration``.
+        calibration: records or a folder of identities; the check takes its faces too, others than those of the
+            quantisation where there are enough. Drawn faces check a file in float32 when None.
+        images: how many faces the quantisation takes at most, at least 1.
+        tune: steps of 32 faces of ``calibration`` that an int8 network is fine-tuned for, towards the student's own
+            embeddings; 0 rounds it as it is.
 
-    ``int8`` quantises it with at most ``images`` faces of ``calibration``, records or a folder of identities; the check
-    takes its faces too, others than those of the quantisation where there are enough. Drawn faces check a file in
-    float32 without it. ``tune`` steps of 32 faces fine-tune an int8 network towards the student's own embeddings; 0
-    rounds it as it is.
+    Returns:
+        What was written.
+
+    Raises:
+        ConfigError: a file name or a number that cannot be, int8 without faces, or a missing package.
+        TeacherError: a checkpoint that cannot be read.
+        DataError: faces that cannot be read.
+        ArcfaceKDError: the file embeds faces otherwise than the student, so it was not written.
     """
     target = Path(out)
     if target.suffix != ".onnx":

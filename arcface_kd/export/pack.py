@@ -28,10 +28,16 @@ def export_pack(
 ) -> ExportReport:
     """Write a student as a model pack, and prove that insightface loads it.
 
-    ``folder`` is made; its name is the pack's, and ``~/.insightface/models/NAME`` is where
-    ``FaceAnalysis(name="NAME")`` looks for it. FaceAnalysis wants a face detector in every pack: ``detector`` is an
-    ``.onnx`` file, such as another pack's. ``run`` and ``options`` are as :func:`arcface_kd.export.onnx.export` takes
-    them. After an error no folder is left.
+    Args:
+        run: as :func:`arcface_kd.export.onnx.export` takes it.
+        folder: the pack, which is made; its name is the pack's. ``~/.insightface/models/NAME`` is where
+            ``FaceAnalysis(name="NAME")`` looks for it.
+        detector: a face detector's ``.onnx`` file, such as another pack's; FaceAnalysis wants one in every pack.
+        options: as `export` takes them.
+
+    Raises:
+        ConfigError: a folder that is there or whose name no pack can have, or a file that is no detector.
+        ArcfaceKDError: insightface does not load the pack, or see `export`; no folder is left.
     """
     target = Path(folder).expanduser()
     require_folder_of(target)

@@ -161,12 +161,19 @@ def patch_checkout(
 ) -> list[PatchOutcome]:
     """Apply patches to a checkout, or take them out; all of them, or none.
 
-    ``directory`` is arcface_torch itself or a checkout of insightface; every patch stands alone. ``check`` finds out
-    and writes nothing; ``revert`` takes the patches out, and files become what they were, byte for byte. A patch that
-    is in place already (or, to be taken out, is not) changes nothing. The outcomes are in the order of the names.
+    Args:
+        directory: arcface_torch itself or a checkout of insightface.
+        names: which patches, in any order; every patch stands alone.
+        check: find out, and write nothing.
+        revert: take the patches out; the files become what they were, byte for byte.
 
-    A ConfigError names what does not fit: a file that lacks a hunk's lines, has them in several places, has only some
-    hunks of a patch or mixed line endings, or cannot be written. Nothing has changed then.
+    Returns:
+        One outcome for each name, in the given order. A patch that is in place already (or, to be taken out, is not)
+        changes nothing.
+
+    Raises:
+        ConfigError: no such patch; no checkout; a file that lacks a hunk's lines, has them in several places, has
+            only some hunks of a patch or mixed line endings; a file that cannot be written. Nothing has changed then.
     """
     checkout = find_checkout(directory)
     texts: dict[str, _Text] = {}

@@ -37,12 +37,18 @@ class Requirement(enum.Enum):
 
 @dataclass(frozen=True)
 class MapsWanted:
-    """Which feature maps a method looks at."""
+    """Which feature maps a method looks at.
 
-    student_map: str | None = None  # path of the student's module that returns the map; None finds it
-    teacher_map: str | None = None  # the same in the teacher, or a tensor of its ONNX graph; None finds it
-    tap: int = 0  # which map is found: 0 is the last one, 1 the last at a larger size, and so on
-    # Whether the teacher's own map of each batch is wanted, which no cache holds, or its tail alone.
+    Attributes:
+        student_map: path of the student's module that returns the map; None finds it.
+        teacher_map: the same in the teacher, or a tensor of its ONNX graph; None finds it.
+        tap: which map is found: 0 is the last one, 1 the last at a larger size, and so on.
+        teacher_maps: whether the teacher's own map of each batch is wanted, which no cache holds, or its tail alone.
+    """
+
+    student_map: str | None = None
+    teacher_map: str | None = None
+    tap: int = 0
     teacher_maps: bool = True
 
 

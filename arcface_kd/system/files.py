@@ -31,10 +31,14 @@ def _sync_folder(folder: Path) -> None:
 
 
 def lock_file(descriptor: int, *, wait: bool) -> bool:
-    """Take an open file for this process, until the descriptor and its duplicates are closed; whether it is taken.
+    """Take an open file for this process, where the system and the file system can lock.
 
-    It is not where the system or the file system cannot lock, nor, unless it is to ``wait``, where another process has
-    it.
+    Args:
+        descriptor: of the file, which keeps the lock until it and its duplicates are closed.
+        wait: whether to wait for another process that has it.
+
+    Returns:
+        Whether it is taken: not where nothing can be locked, nor, without waiting, where another process has it.
     """
     try:
         import fcntl

@@ -36,7 +36,11 @@ _EVOLVE = Author("face.evoLVe", Preprocessing())
 def author_of(path: Path, network: str, prefix: str, beside: Sequence[str]) -> Author | None:
     """The author; None where networks of this layout come in RGB and in BGR and nothing tells which this is.
 
-    ``prefix`` is what the names of the network's tensors begin with, ``beside`` the names of the file's others.
+    Args:
+        path: the file.
+        network: its network's name.
+        prefix: what the tensors' names begin with.
+        beside: names of the other tensors.
     """
     told = _color_space(path)
     if told is not None:

@@ -123,10 +123,17 @@ def merge_teachers(
     *,
     device: torch.device | str | None = None,
 ) -> Teacher:
-    """Load several teachers as one, each as :func:`arcface_kd.teachers.base.load_teacher` takes it.
+    """Load several teachers as one.
 
-    Options are of all teachers; ``2.channels`` is one of the second alone. ``merge`` is ``concat`` (default), ``mean``
-    or the file of a cache that ``arcface-kd cache merge`` has made of these teachers.
+    Args:
+        sources: as :func:`arcface_kd.teachers.base.load_teacher` takes them.
+        options: of all teachers; ``2.channels`` is one of the second alone. ``merge`` is ``concat`` (default), ``mean``
+            or the file of a cache that ``arcface-kd cache merge`` has made of these teachers.
+        device: where they compute.
+
+    Raises:
+        TeacherError: one cannot be loaded or is given twice, the cache is of others, or a mean of unequal dimensions.
+        ConfigError: an option is unknown, out of range or without meaning for a source.
     """
     if len(sources) == 1:
         return load_teacher(sources[0], options, device=device)

@@ -98,7 +98,10 @@ class _CutGraph:
 class CutTeacher:
     """A teacher's trunk and tail. Neither is a module: they stay out of every ``state_dict``, optimiser and DDP.
 
-    ``map_shape`` is (C, H, W) of the map, ``embedding_size`` the dimension Dt, ``place`` says where the cut is.
+    Attributes:
+        map_shape: (C, H, W) of the map.
+        embedding_size: dimension Dt.
+        place: where the cut is, in words.
     """
 
     def __init__(self, teacher: Teacher, cut: _Cut, place: str) -> None:
@@ -163,11 +166,17 @@ class CutTeacher:
 
 
 def cut_teacher(teacher: Teacher, name: str | None = None, tap: int = 0) -> CutTeacher:
-    """Cut a teacher at a feature map, which all of its embedding must pass through.
+    """Cut a teacher at a feature map.
 
-    ``name`` is the module whose output is the map (``layer4``), or the ONNX graph's tensor; None finds the map: in the
-    networks of this package and of arcface_torch by their modules' names, in an ONNX graph the last tensor (B, C, H, W)
-    larger than 1x1. ``tap`` 0 is the last, 1 the last one that is larger in height and width, and so on.
+    Args:
+        teacher: from a checkpoint, a module or an ONNX file.
+        name: the module whose output is the map (``layer4``), or the ONNX graph's tensor; None finds the map: in the
+            networks of this package and of arcface_torch by their modules' names, in an ONNX graph the last tensor
+            (B, C, H, W) larger than 1x1 that all of the embedding passes through.
+        tap: which map is found: 0 is the last, 1 the last one that is larger in height and width, and so on.
+
+    Raises:
+        TeacherError: no such place, or not all of the embedding passes through it.
     """
     network = teacher.network
     where = f"teacher {teacher.description}"

@@ -34,7 +34,12 @@ _KEEP_BUFFERS: dict[str, Any] = {"forward_sync_buffers" if _RENAMED else "broadc
 
 
 def fused_sgd(groups: list[dict[str, Any]], **settings: Any) -> torch.optim.SGD:
-    """SGD in torch's fused kernels, which see the loss scaler's finding of an overflow without making the host wait."""
+    """SGD in torch's fused kernels, which see the loss scaler's finding of an overflow without making the host wait.
+
+    Args:
+        groups: of parameters.
+        settings: of ``torch.optim.SGD``.
+    """
     optimizer = torch.optim.SGD(groups, fused=True, **settings)
     # In the first step the kernel takes over memory that nobody has written, and where that step is passed over, as
     # with fp16 it often is, the second one takes what lies there for momentum (torch 2.11 on a GPU, 2.13 on a CPU).
@@ -57,9 +62,12 @@ def check_loss_scale(scaler: torch.amp.GradScaler, step: int) -> None:
 class MovingAverage(AveragedModel):
     """The moving average of a student's weights and of its batch norms' statistics.
 
-    Counts, and weights that are not trained, are the student's own. ``module`` is a copy of the student, ``decay`` what
-    stays of the average in a step, in (0, 1). torch's own update sends the number of steps to the device, for which the
-    host waits in each step.
+    Counts, and weights that are not trained, are the student's own. torch's own update sends the number of steps to the
+    device, for which the host waits in each step.
+
+    Args:
+        student: the module; a copy of it is ``module``.
+        decay: what stays of the average in a step, in (0, 1).
     """
 
     def __init__(self, student: nn.Module, decay: float) -> None:
@@ -85,7 +93,14 @@ class MovingAverage(AveragedModel):
 
 
 class Run:
-    """One run's objects, of a checked config and the drop-ins, and the loop over them.
+    """One run's objects and the loop over them.
+
+    Args:
+        config: a checked arcface_torch config.
+        made: the drop-ins.
+        rank: of this process.
+        local_rank: its number on its machine.
+        world_size: number of ranks.
 
     Attributes:
         epoch: epochs done.
@@ -93,6 +108,10 @@ class Run:
         images_a_step: ``batch_size`` times the number of ranks.
         steps_per_epoch: of the schedule, from ``num_image`` as in the host; the loop follows the data.
         writer: the TensorBoard writer; None on ranks other than 0.
+
+    Raises:
+        ConfigError: a key that cannot be honoured with this data or network.
+        DataError: records or verification sets that cannot be read.
     """
 
     def __init__(self, config: EasyDict, made: DropIns, rank: int, local_rank: int, world_size: int) -> None:

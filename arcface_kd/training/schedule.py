@@ -15,7 +15,16 @@ def decay_with_warmup(
 
     The rate of step t, counted from 0, is the base rate for t = 0 and ``t / warmup`` of it during the warm-up. Then,
     with ``left = (total - t) / (total - warmup)``, it is ``left`` of it, or ``(1 - cos(pi left)) / 2``; it stays 0 past
-    the end. The scheduler is to be stepped after each micro-step.
+    the end.
+
+    Args:
+        optimizer: whose groups' rates are scheduled.
+        warmup_steps: at least 0.
+        total_steps: of the run, at least 1.
+        decay: which of the two.
+
+    Returns:
+        The scheduler, to be stepped after each micro-step.
     """
 
     def share(step: int) -> float:

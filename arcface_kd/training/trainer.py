@@ -43,14 +43,21 @@ _OF_MACHINES = ("rec", "rec_identities", "num_workers")
 
 @dataclass(frozen=True)
 class TrainResult:
-    """Result of a run."""
+    """Result of a run.
 
-    output: Path  # its folder
-    steps: int  # micro-steps of the whole run, resumed ones included
-    images_per_second: float  # over this process's training steps on all ranks, without verification and saving
-    # The last result on each verification set; empty on ranks other than 0.
+    Attributes:
+        output: its folder.
+        steps: micro-steps of the whole run, resumed ones included.
+        images_per_second: over this process's training steps on all ranks, without verification and saving.
+        verification: the last result on each verification set; empty on ranks other than 0.
+        student: the trained backbone, in eval mode.
+    """
+
+    output: Path
+    steps: int
+    images_per_second: float
     verification: Mapping[str, VerificationResult]
-    student: nn.Module  # the trained backbone, in eval mode
+    student: nn.Module
 
 
 @contextlib.contextmanager

@@ -88,14 +88,22 @@ def image_size(data: "Buffer") -> tuple[int, int]:
 
 
 def decode_rgb(data: "Buffer", size: tuple[int, int] | None = None, *, upright: bool = False) -> NDArray[np.uint8]:
-    """Decode an image file: uint8 (H, W, 3), RGB, 0..255, contiguous and writable.
+    """Decode an image file.
 
-    JPEG, PNG, BMP, WebP, TIFF, PPM, GIF (its first picture) or JPEG 2000. Grey and transparent images come out with
-    three channels, 16-bit ones with eight bits. ``size`` is the only height and width that are accepted; any up to
-    ``MAX_PIXELS`` when None. Where EXIF says how the camera was held, the host's readers of training and verification
-    images, mxnet and Pillow, do not look at it; ``upright`` does, as the host's reader of IJB, ``cv2.imread``.
+    Grey and transparent images come out with three channels, 16-bit ones with eight bits. Where EXIF says how the
+    camera was held, the host's readers of training and verification images, mxnet and Pillow, do not look at it.
 
-    A DataError says what is wrong, and names no file, since only the caller knows it.
+    Args:
+        data: an image file: JPEG, PNG, BMP, WebP, TIFF, PPM, GIF (its first picture) or JPEG 2000.
+        size: the only height and width that are accepted; any size up to ``MAX_PIXELS`` when None.
+        upright: turn the image as EXIF says, as the host's reader of IJB, ``cv2.imread``, does.
+
+    Returns:
+        uint8 array (H, W, 3), RGB, 0..255, contiguous and writable.
+
+    Raises:
+        DataError: not an image, a damaged one, or one of another size; the message says which and names no file, since
+            only the caller knows it.
     """
     height, width = image_size(data)
     if size is not None and (height, width) != size:

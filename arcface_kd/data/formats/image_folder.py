@@ -141,9 +141,17 @@ def list_identities(root: str | os.PathLike[str], *, follow_links: bool = False)
 
 
 def list_images(root: str | os.PathLike[str], *, follow_links: bool = True) -> list[str]:
-    """The paths of the images below a folder, at any depth, by folder and name; a folder without any is refused.
+    """List the images below a folder, at any depth.
 
-    Symbolic links are refused where they are not to be followed; a warning counts hidden and system files.
+    Args:
+        root: the folder.
+        follow_links: whether symbolic links are followed; they are refused otherwise.
+
+    Returns:
+        Their paths, by folder and name; hidden and system files are passed over, and a warning counts what was.
+
+    Raises:
+        DataError: no such folder, no image in it, or a symbolic link.
     """
     listing = _Listing(follow_links)
     found = [os.path.join(folder, name) for folder, name in sorted(listing.images(os.fspath(root)))]
@@ -178,7 +186,11 @@ def _warn(root: str | os.PathLike[str], listing: _Listing, outside: int, nested:
 
 
 def read_image_file(path: str | os.PathLike[str]) -> bytes:
-    """An image file's bytes; a BadRecordError where it cannot be read, or is larger than any image of a face."""
+    """Read an image file's bytes.
+
+    Raises:
+        BadRecordError: it cannot be read, or is larger than any image of a face.
+    """
     try:
         with open_regular(path) as stream:
             size = os.fstat(stream.fileno()).st_size

@@ -152,10 +152,19 @@ def _fit(pixels: NDArray[Any], size: tuple[int, int]) -> NDArray[Any]:
 
 
 def decode(verification_set: VerificationSet, size: tuple[int, int] = (112, 112)) -> torch.Tensor:
-    """Decode the images of a verification set: uint8 (2P, 3, H, W), RGB, 0..255, of ``size`` (H, W).
+    """Decode the images of a verification set.
 
-    Images of another size are scaled, bicubic, as the host's ``eval/verification.py`` scales them. A DataError names
-    one that cannot be decoded or is not of the wanted shape.
+    Images of another size are scaled, bicubic, as the host's ``eval/verification.py`` scales them.
+
+    Args:
+        verification_set: the encoded images.
+        size: height and width wanted, in pixels.
+
+    Returns:
+        uint8 (2P, 3, H, W), RGB, 0..255.
+
+    Raises:
+        DataError: an image that cannot be decoded or is not of the wanted shape; the message names it.
     """
     decoded = torch.empty((len(verification_set.images), *size, 3), dtype=torch.uint8)
     rows = decoded.numpy()

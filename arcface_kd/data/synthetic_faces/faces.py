@@ -30,8 +30,11 @@ def _one_thread() -> Iterator[None]:
 class SyntheticFaces:
     """Faces of people who do not exist, drawn by this package; free of any licence.
 
-    Identities and images of a population, told by its seed, are numbered without end. Each has a random stream of its
-    own, keyed by its numbers, so an image does not depend on what was drawn before it.
+    Identities and images are numbered without end. Each has a random stream of its own, keyed by its numbers, so an
+    image does not depend on what was drawn before it.
+
+    Args:
+        seed: of the population, not negative.
     """
 
     def __init__(self, seed: int) -> None:

@@ -103,8 +103,12 @@ def in_cached_precision(
 ) -> Mapping[str, object]:
     """The ``teacher.*`` options with the precision of a cache, where they name none and there is a cache.
 
-    The default differs between a CPU and a GPU, and a cache is often filled on the one and read beside the other. Of
-    several ``teachers`` as one, each has a precision of its own.
+    The default differs between a CPU and a GPU, and a cache is often filled on the one and read beside the other.
+
+    Args:
+        options: by their names without the prefix.
+        path: the cache.
+        teachers: how many the run names; of several as one, each has a precision of its own.
     """
     given = options or {}
     if TeacherOptions.names_precision(given):
@@ -139,14 +143,24 @@ def readable_size(count: float) -> str:
 
 
 class EmbeddingCache:
-    """Rows of one teacher over one data set, in ``path``, whose header stands beside it as ``path.json``.
+    """Rows of one teacher over one data set.
 
-    Symbolic links are followed, ``~`` is the home folder; unless ``create`` is off, the file is made where there is
-    none. ``identity`` comes from :func:`identity_of` or :func:`identity_in`; ``flags`` are the run's, for messages, as
-    is ``fill_hint``: how to fill it. ``size`` counts the file's bytes.
+    Attributes:
+        path: the file; its header stands beside it as ``path.json``.
+        images: number of images.
+        embedding_size: dimension D.
+        size: bytes of the file.
+        fill_hint: how to fill it, for messages.
 
-    A TeacherError says in what files of another teacher or other data differ, that they are damaged or something else
-    altogether, or that there is no room for them.
+    Args:
+        path: the file, made if there is none; symbolic links are followed, ``~`` is the home folder.
+        identity: from :func:`identity_of` or :func:`identity_in`.
+        create: whether to make the file where there is none.
+        flags: the run's, for messages.
+
+    Raises:
+        TeacherError: the files belong to another teacher or other data (the message says in what they differ), are
+            damaged or something else altogether, or there is no room for them; or there are none and ``create`` is off.
     """
 
     def __init__(
@@ -268,7 +282,11 @@ class EmbeddingCache:
         return _decoded(self._rows[self._positions(index, flipped)])
 
     def store(self, index: Tensor, flipped: Tensor, embeddings: Tensor) -> None:
-        """Keep the teacher's embeddings (B, D), of any norm, of some views; zero, NaN and inf are refused."""
+        """Keep the teacher's embeddings (B, D), of any norm, of some views.
+
+        Raises:
+            TeacherError: one is zero, NaN or inf, or the file is read-only.
+        """
         positions = self._positions(index, flipped)
         rows = ~normalize(embeddings.detach().float()).to("cpu", torch.float16).numpy().view(np.uint16)
         _, sound = _decoded(rows)

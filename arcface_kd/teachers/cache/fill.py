@@ -138,7 +138,11 @@ def fill_cache(config: Mapping[str, Any], *, teacher: Teacher | None = None) -> 
 
 
 def load_run_teacher(kd: KDConfig) -> Teacher:
-    """Load the teacher that a run's keys name, in its cache's precision where they name no precision."""
+    """Load the teacher that a run's keys name, in its cache's precision where they name no precision.
+
+    Raises:
+        TeacherError: the keys name no teacher, or see :func:`arcface_kd.teachers.base.load_teacher`.
+    """
     if kd.teacher is None:
         raise TeacherError("a cache keeps a teacher's embeddings: give a teacher with --kd-teacher FILE")
     options: Any = kd.options.get("teacher")

@@ -39,11 +39,19 @@ class MergeReport:
 
 
 def merge_caches(paths: Sequence[str | os.PathLike[str]], how: How, out: str | os.PathLike[str]) -> MergeReport:
-    """Write the cache ``out`` of the teacher that several teachers, of these caches, make together.
+    """Write the cache of the teacher that several teachers make together.
 
-    ``how`` is one of :class:`arcface_kd.teachers.merged.Merge`; ``pca`` has as many axes as the largest teacher
-    dimensions. A cache that is missing or damaged, of other images, another order or other views than the first, of a
-    teacher that is there already, or empty, is refused.
+    Args:
+        paths: their caches.
+        how: see :class:`arcface_kd.teachers.merged.Merge`; ``pca`` has as many axes as the largest teacher dimensions.
+        out: the new cache.
+
+    Returns:
+        The report.
+
+    Raises:
+        TeacherError: a cache is missing or damaged, of other images, another order or other views than the first, of
+            a teacher that is there already, or empty; a mean of unequal dimensions; no room.
     """
     headers = [header_of(path) for path in paths]
     for path, header in zip(paths, headers, strict=True):

@@ -233,7 +233,11 @@ def _embedding_node(nodes: list[_Node], head: int) -> int:
 
 
 class SymbolGraph(nn.Module):
-    """An MXNet symbol with its ``arrays`` by MXNet's names, the module's parameters, up to the embedding."""
+    """An MXNet symbol with its arrays, up to the embedding.
+
+    Attributes:
+        arrays: the arrays in use, by MXNet's names; the same tensors as the module's parameters.
+    """
 
     def __init__(self, path: Path, arrays: Mapping[str, NDArray[Any]]) -> None:
         """Read the symbol and bind its arrays, named as :func:`.arrays.read_arrays` returns them."""

@@ -39,10 +39,13 @@ def _providers(device: torch.device) -> list[tuple[str, dict[str, object]]]:
 
 
 class OnnxNetwork(nn.Module):
-    """The ONNX graph ``graph`` as a module without parameters.
+    """An ONNX graph as a module without parameters.
 
     It begins on the CPU and follows its images to their GPU, which is not known when a teacher is loaded, where
     onnxruntime has CUDA. The session is made anew there, and after pickling.
+
+    Attributes:
+        graph: what is computed.
     """
 
     def __init__(self, graph: OnnxGraph) -> None:

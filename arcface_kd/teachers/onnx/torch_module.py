@@ -42,12 +42,20 @@ class _Node:
 
 
 class TorchGraph(nn.Module):
-    """An ONNX graph, as :func:`arcface_kd.teachers.onnx.graph.read_graph` gives it, that torch runs in float32.
+    """An ONNX graph that torch runs node by node, in float32.
 
     Weights are parameters; running statistics of batch norms and single numbers are buffers. In training mode batch
     norms behave as torch's own; dropout does nothing. The batch size is freed by
-    :func:`arcface_kd.teachers.onnx.graph.free_batch`, which proves nothing: the caller compares module and graph. In
-    ``graph`` that is done, and constants are among the initializers. A TeacherError names an unknown operator.
+    :func:`arcface_kd.teachers.onnx.graph.free_batch`, which proves nothing: the caller compares module and graph.
+
+    Attributes:
+        graph: what is computed, its batch size freed and its constants among its initializers.
+
+    Args:
+        graph: from :func:`arcface_kd.teachers.onnx.graph.read_graph`.
+
+    Raises:
+        TeacherError: an operator that is not known here, or a damaged graph.
     """
 
     def __init__(self, graph: OnnxGraph) -> None:
