@@ -26,7 +26,8 @@ def fit_head_state(
     if "class_range" not in state:
         raise CheckpointError(
             f"the checkpoint's head has {', '.join(state) or 'nothing'} and no class_range: it is not one of this "
-            "package, so the run began without --kd; begin anew, in another output folder"
+            "package, so the run began without --kd; begin anew, in another output folder, from its student if you "
+            "like: --kd-option student.init=RUN/model.pt"
         )
     wanted = shard.range
     given = class_range(state, "the checkpoint's head")

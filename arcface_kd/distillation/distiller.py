@@ -277,6 +277,13 @@ class Distiller:
         if not self._listens:
             return None
         seen, self._seen = self._seen, None
+        # Later steps may show more: activation checkpointing runs the student again in the backward pass.
+        if self._batches > 1 and not self.has_head:
+            logger.warning(
+                "the student was run %d times in training mode before the head was called, which takes the teacher's "
+                "embeddings of the last run: call it behind each run whose embeddings it is given",
+                self._batches,
+            )
         if seen is None and self._untold:
             raise RuntimeError(NO_VIEWS.format(rows))
         if seen is None or seen.shape[0] != rows:

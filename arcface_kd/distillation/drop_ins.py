@@ -213,7 +213,8 @@ def bind(
     if missing:
         raise ConfigError(
             f"the trainer's {title}{signature} has no {', '.join(missing)}: give it the arguments of arcface_torch's "
-            "own, or use the library in your loop (docs/library.md)"
+            "own, set kd_loader=host, by which get_dataloader stays the trainer's, or use the library in your loop "
+            "(docs/library.md)"
         )
     ignored = [
         name
@@ -235,8 +236,11 @@ class _Makers:
     host_loader: Callable[..., Any] | None
     host_head: Callable[..., nn.Module] | None
 
-    def get_model(self, name: str, **kwargs: Any) -> nn.Module:
+    def get_model(self, name: str, *args: Any, **kwargs: Any) -> nn.Module:
         """The student, watched; it starts from ``student.init`` where that is given."""
+        if args:
+            names = list(inspect.signature(self.host_model or get_backbone).parameters)[1:]
+            kwargs.update(zip(names, args, strict=False))
         init, preprocessing = self.shared.kd.student.init, Preprocessing()
         if init is None:
             student = self._build(name, **kwargs)
@@ -260,8 +264,8 @@ class _Makers:
             return get_backbone(name, **kwargs)
         try:
             network = self.host_model(name, **kwargs)
-        # What arcface_torch raises for an unknown name.
-        except ValueError:
+        # For an unknown name arcface_torch raises the first, forks the others.
+        except (ValueError, KeyError, NotImplementedError):
             if name not in NETWORKS:
                 raise
             return get_backbone(name, **kwargs)
@@ -270,7 +274,15 @@ class _Makers:
 
     def get_dataloader(self, *args: Any, **kwargs: Any) -> Any:
         """This package's loader, or the trainer's own for DALI and ``kd_loader=host``."""
-        given, config = bind(self.host_loader, open_loader, args, kwargs, _LOADER), self.config()
+        config = self.config()
+        if self.host_loader is not None and self.shared.faces is not None:
+            # A trainer that validates; the first loader is that of training.
+            logger.info("the trainer's own get_dataloader makes the loaders after the first")
+            return self.host_loader(*args, **kwargs)
+        if self.host_loader is not None and self.shared.kd.loader == "host" and "rec_sets" not in config:
+            self._tell_what_is_off("the trainer's loader")
+            return self.host_loader(*args, **kwargs)
+        given = bind(self.host_loader, open_loader, args, kwargs, _LOADER)
         # In the host, rec names the first of several sets.
         rec = given["root_dir"] = config.get("rec_sets") or given["root_dir"]
         identities = config.get("rec_identities")

@@ -35,6 +35,7 @@ from arcface_kd.distillation.distiller import NO_CACHE, Distiller
 from arcface_kd.distillation.image_quality import ImageQuality
 from arcface_kd.distillation.monitor import Monitor, SettleFirst
 from arcface_kd.distillation.nan_monitor import BatchRows
+from arcface_kd.distillation.partial_fc_names import PartialFCNames, class_centers
 from arcface_kd.distillation.tensorboard_log import TensorBoardLog
 from arcface_kd.distributed.ranks import RankGroup, for_ddp
 from arcface_kd.errors import CheckpointError, ConfigError, TeacherError
@@ -42,7 +43,7 @@ from arcface_kd.losses.margin import AdaFaceMargin, Margin
 from arcface_kd.methods.base import Batch, Method, Requirement, RunContext
 
 
-class DistillationHead(nn.Module):
+class DistillationHead(PartialFCNames, nn.Module):
     """The drop-in for arcface_torch's ``PartialFC_V2``: (embeddings, labels) to a loss, by whatever method.
 
     Without methods it is a sharded margin softmax over a learned classifier, as the trainer's own head.
@@ -264,7 +265,7 @@ class DistillationHead(nn.Module):
 
     def get_extra_state(self) -> Tensor:
         """The run's settings, which must match on resume, and which entry holds its class centers."""
-        return as_tensor({**self._settings, CLASS_CENTERS: _class_centers(self.methods)})
+        return as_tensor({**self._settings, CLASS_CENTERS: class_centers(self.methods)})
 
     def set_extra_state(self, state: Any) -> None:
         """Nothing: the settings were compared before anything was loaded."""
@@ -378,15 +379,6 @@ def _sum_gradients(methods: Mapping[str, Method], ranks: RankGroup) -> None:
     for method in methods.values():
         for parameter in () if method.computes_part else method.parameters():
             ranks.sum_gradient(parameter)
-
-
-def _class_centers(methods: nn.ModuleDict) -> str | None:
-    """Name of the state's entry with the class centers that the student is scored against; None where there is none."""
-    for name, module in methods.items():
-        method = cast(Method, module)
-        if method.classifies and method.sharded:
-            return f"methods.{name}.{method.sharded[0]}"
-    return None
 
 
 def _put_hooks(head: DistillationHead, student: nn.Module | None) -> None:

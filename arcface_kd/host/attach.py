@@ -124,8 +124,9 @@ def _require_current_stack(host: types.ModuleType) -> None:
     if schedule is None or "verbose" in known:
         return
     try:
-        # A patched one still takes the argument, and hands it on no more.
-        passes = re.search(r"\.__init__\([^)]*(\bverbose=|, False)", inspect.getsource(schedule))
+        # A patched one still takes the argument, and hands it on no more; a comment may keep the line as it was.
+        source = re.sub(r"#.*", "", inspect.getsource(schedule))
+        passes = re.search(r"\.__init__\([^)]*(\bverbose=|, False)", source)
     except (OSError, TypeError):
         return
     if passes:
@@ -173,6 +174,11 @@ def attach(
     if reading_config():
         return None
     host = trainer if trainer is not None else _running_trainer()
+    if arguments is not None and not hasattr(arguments, "kd"):
+        raise ConfigError(
+            "attach(config, arguments) was given arguments without --kd: call arcface_kd.add_arguments(parser) before "
+            "parse_args(), or attach(config) alone, which takes the config's keys"
+        )
     if arguments is None and "kd" not in config:
         KDConfig.from_config(config)
         raise ConfigError(

@@ -8,45 +8,42 @@ written; each file is replaced in one step and keeps its line endings and its mo
 
 import os
 import re
-import stat
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from unidiff import Hunk, PatchedFile, PatchSet
 from unidiff.constants import LINE_TYPE_NO_NEWLINE
 
 from arcface_kd.errors import ConfigError, suggestion
-from arcface_kd.system.files import atomic_write
+from arcface_kd.host.checkout import (
+    BY_HAND,
+    FLAG,
+    STACK,
+    TRAINER,
+    Change,
+    Checkout,
+    Text,
+    find_checkout,
+    fitting,
+    is_in,
+)
+from arcface_kd.host.own_lines import DATA_SETS, TRAINING_FILES, is_substituted, substitute, uses_what_goes
 
-FLAG = "kd_flag"
-TRAINER = "train_v2.py"
 # The second one is what the trainer needs with the torch and the numpy that this package asks for: torch's schedules
 # have no `verbose` any more, and mxnet does not go with numpy 1.24 and newer.
-NEEDED = (FLAG, "current_stack")
-_TORCH_1_12 = "ab27f4d6 (2023-04-08)"
-# A list of packages; one with lines of the user's own is left alone.
-_REQUIREMENTS = "requirement.txt"
-# The oldest commit of insightface that each patch fits.
-_OLDEST = {FLAG: "4f227ba5 (2022-07-13)", "current_stack": _TORCH_1_12, "cpu_gloo": _TORCH_1_12}
+NEEDED = (FLAG, STACK)
 
 # Where the flag's two hunks go beside lines of the user's own, and on which side of that line.
 _ANCHORS = (
-    re.compile(rb"(?P<indent>[ \t]*)(?P<config>\w+) *= *get_config\((?P<args>\w+)\b.*\n"),
-    re.compile(rb"(?P<indent>[ \t]*)[^#\n]*\b(?P<parser>\w+)\.parse_args\(.*\n"),
+    re.compile(rb"(?P<indent>[ \t]*)(?P<config>[\w.]+)(?: *:[^=\n]+)? *= *get_config\((?P<args>[\w.]+)\.\w+\b.*\n"),
+    re.compile(rb"(?P<indent>[ \t]*)[^#\n]*(?<![\w.])(?P<parser>[\w.]+)\.parse_(?:known_)?args\(.*\n"),
 )
 _ADDED = (
     (b"from arcface_kd import attach\n", b"attach(%(config)s, %(args)s)\n"),
     (b"from arcface_kd import add_arguments\n", b"add_arguments(%(parser)s)\n"),
 )
-
-# What an earlier version's patches import from where it is no more; see also `arcface_kd/__init__.py`.
-_MOVED = {
-    b"from arcface_kd.hook import ": b"from arcface_kd import ",
-    b"easydict\narcface_kd\nonnx\n": b"easydict\nonnx\n",
-    b"from arcface_kd.data.recordio import ": b"from arcface_kd.data.formats.recordio import ",
-    b"from arcface_kd.data.verification_bin import ": b"from arcface_kd.data.formats.verification_bin import ",
-}
+_ATTACH = re.compile(rb"[^#]*\battach\(")
 
 
 @dataclass(frozen=True)
@@ -59,71 +56,16 @@ class PatchOutcome:
     removed: int  # number of lines that left them
     check: bool  # nothing was written
     revert: bool  # the patch was to be taken out
+    note: str = ""  # what the user has to know besides
 
     def __str__(self) -> str:
+        return f"{self.name}: {self._what()}{self.note and f'; {self.note}'}"
+
+    def _what(self) -> str:
         if not self.files:
-            return f"{self.name}: {'not applied' if self.revert else 'already applied'}, nothing to do"
+            return f"{'not applied' if self.revert else 'already applied'}, nothing to do"
         verb = ("revert" if self.revert else "apply") if self.check else ("reverted" if self.revert else "applied")
-        return (
-            f"{self.name}: {'would ' if self.check else ''}{verb}, +{self.added} -{self.removed} lines in "
-            f"{', '.join(self.files)}"
-        )
-
-
-@dataclass(frozen=True)
-class _Change:
-    """One hunk as two runs of lines: as the original file has them, and as the patched one does."""
-
-    label: str
-    line: int
-    original: tuple[bytes, ...]
-    patched: tuple[bytes, ...]
-
-
-@dataclass
-class _Text:
-    """A file as lines that end in LF, as today's patches write them, and the line ending that it has on disk."""
-
-    lines: list[bytes]
-    crlf: bool
-
-    @classmethod
-    def read(cls, path: Path, patch: str) -> "_Text":
-        try:
-            raw = path.read_bytes()
-        except FileNotFoundError:
-            raise ConfigError(
-                f"{path} is missing, and {patch}.patch changes it; get the whole of recognition/arcface_torch"
-                f"{_fitting(patch)}"
-            ) from None
-        crlf = raw.count(b"\r\n")
-        lf = raw.count(b"\n") - crlf
-        if crlf and lf:
-            raise ConfigError(
-                f"{path} has {crlf} lines that end in CRLF and {lf} that end in LF; "
-                "give all of them one ending (`git checkout` does), then patch again"
-            )
-        text = raw.replace(b"\r\n", b"\n")
-        for earlier, now in _MOVED.items():
-            text = text.replace(earlier, now)
-        return cls(text.splitlines(keepends=True), crlf=crlf > 0)
-
-    def to_bytes(self) -> bytes:
-        raw = b"".join(self.lines)
-        return raw.replace(b"\n", b"\r\n") if self.crlf else raw
-
-    def places(self, wanted: Sequence[bytes]) -> list[int]:
-        """Every index at which the run of lines stands."""
-        run = list(wanted)
-        return [at for at in range(len(self.lines) - len(run) + 1) if self.lines[at : at + len(run)] == run]
-
-    def replace(self, old: Sequence[bytes], new: Sequence[bytes], label: str) -> None:
-        """Put ``new`` where ``old`` stands, which must be one place."""
-        places = self.places(old)
-        if len(places) != 1:
-            where = ", ".join(str(place + 1) for place in places) or "none"
-            raise ConfigError(f"{label} should fit in one place and fits at lines: {where}; patch this file by hand")
-        self.lines[places[0] : places[0] + len(old)] = new
+        return f"{'would ' if self.check else ''}{verb}, +{self.added} -{self.removed} lines in {', '.join(self.files)}"
 
 
 def patches_folder() -> Path:
@@ -138,18 +80,6 @@ def patches_folder() -> Path:
 def available_patches() -> list[str]:
     """The names that ``patch_checkout`` knows, sorted."""
     return sorted(path.stem for path in patches_folder().glob("*.patch"))
-
-
-def find_checkout(directory: str | os.PathLike[str]) -> Path:
-    """The arcface_torch folder that ``directory`` is or, as a checkout of insightface, contains."""
-    given = Path(directory)
-    for folder in (given, given / "recognition" / "arcface_torch", given / "arcface_torch"):
-        if (folder / TRAINER).is_file():
-            return folder
-    raise ConfigError(
-        f"{given} is no checkout of arcface_torch: {TRAINER} is neither in it nor in its recognition/arcface_torch; "
-        "name the folder that holds it"
-    )
 
 
 def patch_checkout(
@@ -175,46 +105,99 @@ def patch_checkout(
         ConfigError: no such patch; no checkout; a file that lacks a hunk's lines, has them in several places, has
             only some hunks of a patch or mixed line endings; a file that cannot be written. Nothing has changed then.
     """
-    checkout = find_checkout(directory)
-    texts: dict[str, _Text] = {}
-    before: dict[str, bytes] = {}
+    checkout = Checkout(find_checkout(directory), revert)
     outcomes = []
     for name in dict.fromkeys(names):
-        files = _parse(name)
-        changes = {file.path: _changes(name, file) for file in files}
-        for path in changes:
-            if path not in texts:
-                # What is not there has nothing to be taken out.
-                gone = revert and not (checkout / path).exists()
-                texts[path] = _Text([], crlf=False) if gone else _Text.read(checkout / path, name)
-                before[path] = texts[path].to_bytes()
-        if name == FLAG and len(changes.get(TRAINER, ())) == len(_ANCHORS):
-            changes[TRAINER] = [_beside_own_lines(n, c, texts[TRAINER]) for n, c in enumerate(changes[TRAINER])]
-        if _REQUIREMENTS in changes and not _fits(changes[_REQUIREMENTS], texts[_REQUIREMENTS]):
-            del changes[_REQUIREMENTS]
-        parsed = [file for file in files if file.path in changes]
-        applied = _is_applied(name, [(change, texts[path]) for path in changes for change in changes[path]], revert)
-        due = applied == revert
-        if due:
-            for path in changes:
-                for change in changes[path]:
-                    old, new = (change.patched, change.original) if revert else (change.original, change.patched)
-                    texts[path].replace(old, new, change.label)
-        gain, loss = sum(file.added for file in parsed), sum(file.removed for file in parsed)
-        outcomes.append(
-            PatchOutcome(
-                name=name,
-                files=tuple(changes) if due else (),
-                added=(loss if revert else gain) if due else 0,
-                removed=(gain if revert else loss) if due else 0,
-                check=check,
-                revert=revert,
-            )
-        )
+        done = {FLAG: _patch_flag, STACK: _patch_stack}.get(name, _patch_all)(checkout, name)
+        files = tuple(path for path, counts in done.counts.items() if counts != (0, 0))
+        added, removed = (sum(counts[side] for counts in done.counts.values()) for side in (0, 1))
+        outcomes.append(PatchOutcome(name, files, added, removed, check, revert, done.note))
+    checkout.require_python()
     if not check:
-        after = {path: text.to_bytes() for path, text in texts.items()}
-        _write({checkout / path: (before[path], after[path]) for path in texts if before[path] != after[path]})
+        checkout.write()
     return outcomes
+
+
+@dataclass
+class _Done:
+    """What one patch has done to the lines in memory: added and removed lines of each file."""
+
+    counts: dict[str, tuple[int, int]] = field(default_factory=dict)
+    note: str = ""
+
+
+def _patch_all(checkout: Checkout, name: str) -> _Done:
+    """Put all hunks of a patch in, or take all out."""
+    return _together(checkout, name, {file.path: _changes(name, file) for file in _parse(name)})
+
+
+def _together(checkout: Checkout, name: str, changes: Mapping[str, Sequence[Change]]) -> _Done:
+    texts = {path: checkout.text(path, name) for path in changes}
+    applied = _is_applied(
+        name, [(change, texts[path]) for path in changes for change in changes[path]], checkout.revert
+    )
+    if applied != checkout.revert:
+        return _Done()
+    return _Done({path: checkout.replace(texts[path], changes[path]) for path in changes})
+
+
+def _patch_flag(checkout: Checkout, name: str) -> _Done:
+    """The flag's hunks, beside lines of the user's own where these stand between."""
+    changes = {file.path: _changes(name, file) for file in _parse(name)}
+    if len(changes.get(TRAINER, ())) != len(_ANCHORS):
+        return _together(checkout, name, changes)
+    text = checkout.text(TRAINER, name)
+    by_hand = any(b"arcface_kd" in line for line in text.lines) and any(map(_ATTACH.match, text.lines))
+    try:
+        changes[TRAINER] = [_beside_own_lines(n, change, text) for n, change in enumerate(changes[TRAINER])]
+    except ConfigError:
+        if not by_hand:
+            raise
+    else:
+        if not by_hand or any(is_in(change, text) for change in changes[TRAINER]):
+            return _together(checkout, name, changes)
+    note = f"{TRAINER} calls attach in lines of your own"
+    if checkout.revert:
+        return _Done(note=f"{note}, which stay")
+    if not any(b"add_arguments(" in line for line in text.lines):
+        note += ", but has no --kd: `arcface_kd.add_arguments(parser)` before `parse_args()` adds the flags"
+    return _Done(note=note)
+
+
+def _patch_stack(checkout: Checkout, name: str) -> _Done:
+    """Each file by itself: as the patch has it, or by single lines, or left alone where training does without it."""
+    changes: dict[str, Sequence[Change]] = {file.path: _changes(name, file) for file in _parse(name)}
+    done, left = _Done(), []
+    for path in dict.fromkeys([*changes, TRAINER]):
+        if path not in TRAINING_FILES and path not in checkout:
+            continue
+        try:
+            text = checkout.text(path, name)
+        except ConfigError:
+            if path in TRAINING_FILES:
+                raise
+            left.append(path)
+            continue
+        states = {is_in(change, text) for change in changes.get(path, ())}
+        if path == DATA_SETS and states == {False} and uses_what_goes(changes[path], text.lines):
+            states = {None}
+        if len(states) == 1 and None not in states:
+            if states == {checkout.revert}:
+                done.counts[path] = checkout.replace(text, changes[path])
+        elif path in TRAINING_FILES and (path == TRAINER or not checkout.revert or is_substituted(text.lines)):
+            lines = substitute(path, text.lines, revert=checkout.revert)
+            count = sum(new != old for new, old in zip(lines, text.lines, strict=True))
+            done.counts[path], text.lines = (count, count), lines
+        elif checkout.revert and b"arcface_kd" in text.to_bytes():
+            raise ConfigError(
+                f"{checkout.folder / path} was changed since {name} was put in, or another arcface_kd has put it in; "
+                "restore the file (`git checkout`), or take arcface_kd's lines out by hand"
+            )
+        else:
+            left.append(path)
+    if left and not checkout.revert:
+        done.note = f"left alone, for lines of your own that training does not need changed: {', '.join(left)}"
+    return done
 
 
 def _parse(name: str) -> PatchSet:
@@ -225,13 +208,15 @@ def _parse(name: str) -> PatchSet:
     return PatchSet((folder / f"{name}.patch").read_text(encoding="utf-8"))
 
 
-def _changes(name: str, file: PatchedFile) -> list[_Change]:
+def _changes(name: str, file: PatchedFile) -> list[Change]:
     return [
-        _Change(
+        Change(
             label=f"{file.path}: hunk {number} of {name}.patch",
             line=hunk.source_start,
             original=_run(hunk, "-"),
             patched=_run(hunk, "+"),
+            added=hunk.added,
+            removed=hunk.removed,
         )
         for number, hunk in enumerate(file, start=1)
     ]
@@ -253,49 +238,34 @@ def _run(hunk: Hunk, sign: str) -> tuple[bytes, ...]:
     return tuple(run)
 
 
-def _fits(changes: Sequence[_Change], text: _Text) -> bool:
-    return all(text.places(change.original) or text.places(change.patched) for change in changes)
-
-
-def _beside_own_lines(number: int, change: _Change, text: _Text) -> _Change:
+def _beside_own_lines(number: int, change: Change, text: Text) -> Change:
     """A hunk of the flag, held by the one line that it needs where the user has lines of his own beside."""
-    if _fits([change], text):
+    if is_in(change, text) is not None:
         return change
     found = [match for line in text.lines if (match := _ANCHORS[number].fullmatch(line))]
     if len(found) != 1:
         call = ("get_config(", "parse_args(")[number]
         raise ConfigError(
-            f"{change.label} does not fit: {len(found)} lines of {TRAINER} call {call}. Add by hand, behind `cfg = "
-            "get_config(...)`: `from arcface_kd import attach` and `attach(cfg, args)`; before `parser.parse_args()`: "
-            "`from arcface_kd import add_arguments` and `add_arguments(parser)`"
-            f"{_fitting(FLAG)}"
+            f"{change.label} does not fit: {len(found)} lines of {TRAINER} call {call}. {BY_HAND}{fitting(FLAG)}"
         )
     words = {name.encode(): word for name, word in found[0].groupdict().items()}
     added = tuple(words[b"indent"] + line % words for line in _ADDED[number])
     line = found[0].group()
     patched = (line, *added) if number == 0 else (*added, line)
-    return _Change(change.label, change.line, (line,), patched)
+    return Change(change.label, change.line, (line,), patched, len(added), 0)
 
 
-def _fitting(name: str) -> str:
-    return f"; insightface's commits from {_OLDEST[name]} on fit" if name in _OLDEST else ""
-
-
-def _is_applied(name: str, changes: Sequence[tuple[_Change, _Text]], revert: bool) -> bool:
+def _is_applied(name: str, changes: Sequence[tuple[Change, Text]], revert: bool) -> bool:
     """Whether all hunks of a patch are in place (``True``) or none is (``False``); refuse anything between.
 
     A hunk that does not fit is no obstacle where none is in place and the patch is to be taken out.
     """
     in_place, missing, unfit = [], [], []
     for change, text in changes:
-        original, patched = bool(text.places(change.original)), bool(text.places(change.patched))
-        if original and patched:
-            # A hunk that only adds or only removes has the shorter lines among the longer ones.
-            patched = len(change.patched) > len(change.original)
-            original = not patched
-        if patched:
+        state = is_in(change, text)
+        if state:
             in_place.append(change)
-        elif original:
+        elif state is False:
             missing.append(change)
         else:
             present = set(text.lines)
@@ -307,7 +277,7 @@ def _is_applied(name: str, changes: Sequence[tuple[_Change, _Text]], revert: boo
             )
             unfit.append(
                 f"{change.label} does not fit: {reason}; restore the file (`git checkout`), or make the change by "
-                f"hand: the patches are in {patches_folder()}{_fitting(name)}"
+                f"hand: the patches are in {patches_folder()}{fitting(name)}"
             )
     if unfit and (in_place or not revert):
         raise ConfigError(unfit[0])
@@ -317,24 +287,3 @@ def _is_applied(name: str, changes: Sequence[tuple[_Change, _Text]], revert: boo
             "patch again, or name the patches that are meant"
         )
     return bool(in_place)
-
-
-def _write(files: dict[Path, tuple[bytes, bytes]]) -> None:
-    """Replace each file's first content with its second, or leave all as they were."""
-    written: list[Path] = []
-    try:
-        for path, (_, after) in files.items():
-            _replace(path, after)
-            written.append(path)
-    except OSError as error:
-        for path in written:
-            _replace(path, files[path][0])
-        raise ConfigError(f"{path} cannot be written: {error.strerror}; nothing was changed") from error
-
-
-def _replace(path: Path, content: bytes) -> None:
-    target = path.resolve()
-    mode = stat.S_IMODE(target.stat().st_mode)
-    with atomic_write(target) as stream:
-        stream.write(content)
-    target.chmod(mode)

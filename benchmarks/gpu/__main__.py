@@ -45,7 +45,7 @@ def _run(options: argparse.Namespace, scratch: Path, began: float) -> int:
     import torch
 
     from arcface_kd.errors import ConfigError
-    from arcface_kd.host.patching import find_checkout
+    from arcface_kd.host.checkout import find_checkout
     from benchmarks.gpu.checks import CHECKS, Check, Place
     from benchmarks.gpu.page import page
     from benchmarks.gpu.processes import run_check

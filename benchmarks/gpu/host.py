@@ -11,7 +11,8 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from arcface_kd.host.patching import find_checkout, patch_checkout
+from arcface_kd.host.checkout import find_checkout
+from arcface_kd.host.patching import patch_checkout
 from benchmarks.gpu.checks import Findings, Place, Skipped
 from benchmarks.gpu.runs import Runs
 

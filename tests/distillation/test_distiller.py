@@ -71,6 +71,17 @@ def images(count: int = 4, seed: int = 0) -> Tensor:
 LABELS = torch.tensor([0, 3, 3, 6])
 
 
+@pytest.mark.parametrize("runs", [1, 2])
+def test_a_loop_that_runs_the_student_twice_before_the_head_is_told(
+    runs: int, caplog: pytest.LogCaptureFixture
+) -> None:
+    run = make()
+    for _ in range(2):
+        embeddings = [run.student(images(seed=seed)) for seed in range(runs)]
+        run.head(embeddings[0], LABELS)
+    assert caplog.text.count("run 2 times") == runs - 1
+
+
 def test_the_teacher_is_shown_each_training_batch_before_the_student() -> None:
     """First, so that its activations are gone when the student's are kept."""
     run = make()

@@ -78,6 +78,9 @@ def test_dali_stays_the_host_s(tmp_path: Path, caplog: pytest.LogCaptureFixture)
 def test_the_head_has_the_run_s_settings(tmp_path: Path) -> None:
     head = made(tmp_path).PartialFC_V2(Margin(), 4, 11, 0.5, False)
     assert head.shard.num_classes == 11
+    assert (head.class_start, head.num_local, head.sample_rate) == (0, 11, 0.5)
+    assert head.weight.shape == (11, 4)
+    assert head.weight.data_ptr() == head.state_dict()["methods.adadistill.centers.weight"].data_ptr()
     method: Any = head.methods["adadistill"]
     assert method.context.seed == 5
     assert method.context.steps_per_epoch == 10
@@ -203,6 +206,16 @@ def test_a_trainer_of_2022_has_no_dali_aug(tmp_path: Path) -> None:
     assert given.num_workers == 0
 
 
+def test_a_second_loader_is_the_host_s(tmp_path: Path) -> None:
+    def loader(root_dir: str, local_rank: int, batch_size: int, num_workers: int = 2) -> str:
+        return root_dir
+
+    run = made(tmp_path, host_loader=loader)
+    training = run.get_dataloader(records(tmp_path), 0, 4, num_workers=0)
+    assert run.get_dataloader("validation", 0, 4) == "validation"
+    assert run.distiller.faces is training.faces
+
+
 def test_arguments_of_a_fork_are_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     def loader(root_dir: str, local_rank: int, batch_size: int, mixup: float = 0, num_workers: int = 2) -> None: ...
 
@@ -243,6 +256,8 @@ def test_the_host_s_data_set_is_kept_when_asked_for(tmp_path: Path) -> None:
         own.get_dataloader(sets[0], 0, 4)
     own = made(tmp_path, host_loader=host_get_dataloader, keys={"kd_loader": "host"})
     assert own.get_dataloader("there", 0, 4)[0] == "the host's own loader"
+    forks = made(tmp_path, host_loader=lambda protocol, split: (protocol, split), keys={"kd_loader": "host"})
+    assert forks.get_dataloader("folder", split="train") == ("folder", "train")
     with pytest.raises(ConfigError, match="kd_loader"):
         made(tmp_path, keys={"kd_loader": "host"}).get_dataloader("there", 0, 4)
     with pytest.raises(ConfigError, match="kd_cache"):

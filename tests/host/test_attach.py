@@ -154,13 +154,18 @@ def test_a_network_of_the_user_s_own_is_built_in_the_host(
     assert student.fp16
 
 
+@pytest.mark.parametrize("unknown", [ValueError, KeyError])
 def test_names_that_the_host_does_not_have_are_built_in_it_and_told(
-    trainer: types.ModuleType, loaded: list[object], tmp_path: Path, caplog: pytest.LogCaptureFixture
+    trainer: types.ModuleType,
+    loaded: list[object],
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+    unknown: type[Exception],
 ) -> None:
-    def only_r18(name: str, **kwargs: Any) -> nn.Module:
+    def only_r18(name: str, num_features: int = 512, **kwargs: Any) -> nn.Module:
         if name != "r18":
-            raise ValueError
-        return Network(4)
+            raise unknown
+        return Network(num_features)
 
     trainer.get_model = only_r18  # type: ignore[attr-defined]
     attach(config_of(tmp_path, kd="adadistill", kd_teacher="r50.pt"), trainer=trainer)
@@ -172,7 +177,8 @@ def test_names_that_the_host_does_not_have_are_built_in_it_and_told(
     assert "student mbf:width=0.25: 0.30 M" in caplog.text
     assert "M multiply-adds an image" in caplog.text
     assert isinstance(trainer.get_model("r18", num_features=4), Network)
-    with pytest.raises(ValueError, match=r"^$"):
+    assert trainer.get_model("r18", 6).fc.out_features == 6
+    with pytest.raises(unknown, match=r"^$"):
         trainer.get_model("none", num_features=4)
 
 
@@ -400,7 +406,7 @@ def test_a_schedule_that_takes_verbose_and_does_not_pass_it_on_runs(
 ) -> None:
     class PolynomialLRWarmup(torch.optim.lr_scheduler.LRScheduler):
         def __init__(self, optimizer: Any, last_epoch: int = -1, verbose=False) -> None:  # type: ignore[no-untyped-def]
-            super().__init__(optimizer, last_epoch=last_epoch)
+            super().__init__(optimizer, last_epoch=last_epoch)  # was: super().__init__(optimizer, -1, False)
 
     trainer.PolynomialLRWarmup = PolynomialLRWarmup  # type: ignore[attr-defined]
     assert attach(config_of(tmp_path, kd="adadistill", kd_teacher="r50.pt"), trainer=trainer) is not None
@@ -414,6 +420,12 @@ def test_keys_of_the_compact_trainer_alone_are_told(
     assert "lr_decay" not in caplog.text
     attach(config_of(tmp_path, kd=kd, kd_teacher="r50.pt", lr_decay="cosine", ema=0.9), trainer=trainer)
     assert "lr_decay=cosine and ema=0.9" in caplog.text
+
+
+def test_arguments_without_the_flags_are_told(trainer: types.ModuleType, tmp_path: Path) -> None:
+    config = config_of(tmp_path, kd="adadistill", kd_teacher="r50.pt")
+    with pytest.raises(ConfigError, match="add_arguments"):
+        attach(config, argparse.Namespace(config="configs/tiny"), trainer)
 
 
 def test_several_record_sets_are_joined_and_the_trainer_sees_the_first(

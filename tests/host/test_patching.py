@@ -18,8 +18,10 @@ from hypothesis import strategies as st
 from unidiff import PatchSet
 
 from arcface_kd.errors import ConfigError
+from arcface_kd.host import checkout as checkout_module
 from arcface_kd.host import patching
-from arcface_kd.host.patching import PatchOutcome, available_patches, find_checkout, patch_checkout, patches_folder
+from arcface_kd.host.checkout import find_checkout
+from arcface_kd.host.patching import PatchOutcome, available_patches, patch_checkout, patches_folder
 from arcface_kd.system.files import atomic_write
 
 NAMES = ("cpu_gloo", "current_stack", "kd_flag")
@@ -293,18 +295,19 @@ class TestPatchCheckout:
         (miniature / "requirement.txt").write_bytes(b"mxnet==1.9.1\n")
         (outcome,) = patch_checkout(miniature, ["current_stack"])
         assert "dataset.py" in outcome.files
+        assert str(outcome).endswith("requirement.txt")
         assert (miniature / "requirement.txt").read_bytes() == b"mxnet==1.9.1\n"
 
     def test_lines_torn_apart_are_named(self, miniature: Path) -> None:
-        schedule = miniature / "lr_scheduler.py"
-        schedule.write_bytes(schedule.read_bytes().replace(b"verbose=False):\n", b"verbose=False):\n        own()\n"))
-        with pytest.raises(ConfigError, match=r"lr_scheduler\.py: hunk 1 of current_stack\.patch does not fit"):
-            patch_checkout(miniature, ["current_stack"])
+        sampler = miniature / "utils/utils_distributed_sampler.py"
+        sampler.write_bytes(sampler.read_bytes().replace(b'device="cuda"):\n', b'device="cuda"):\n    own()\n'))
+        with pytest.raises(ConfigError, match=r"utils_distributed_sampler\.py: hunk 1 of cpu_gloo\.patch does not fit"):
+            patch_checkout(miniature, ["cpu_gloo"])
 
     def test_a_patch_that_never_fitted_keeps_no_other_in(self, miniature: Path) -> None:
-        data = miniature / "dataset.py"
-        data.write_bytes(data.read_bytes().replace(b"import mxnet as mx\n", b"import mxnet\n"))
-        with pytest.raises(ConfigError, match=rf"dataset\.py: hunk .*{patches_folder()}; .*2023-04-08"):
+        head = miniature / "partial_fc_v2.py"
+        head.write_bytes(head.read_bytes().replace(b"perm[positive] = 2.0", b"perm[positive] = 3.0"))
+        with pytest.raises(ConfigError, match=rf"partial_fc_v2\.py: hunk .*{patches_folder()}; .*2023-04-08"):
             patch_checkout(miniature, NAMES)
         (miniature / "scripts/shuffle_rec.py").unlink()
         fresh = contents(miniature)
@@ -360,7 +363,7 @@ class TestPatchCheckout:
                 raise OSError(28, "No space left on device")
             return atomic_write(path)
 
-        monkeypatch.setattr(patching, "atomic_write", failing)
+        monkeypatch.setattr(checkout_module, "atomic_write", failing)
         with pytest.raises(ConfigError, match="cannot be written: No space left on device; nothing was changed"):
             patch_checkout(miniature, ["cpu_gloo"])
         assert contents(miniature) == before
