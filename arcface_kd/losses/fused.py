@@ -22,6 +22,9 @@ R = TypeVar("R")
 
 logger = logging.getLogger(__name__)
 
+FALLBACK = "the head takes torch's own kernels, which are slower"
+"""In the warning of what cannot be compiled."""
+
 # Starting others takes longer than to compile the few small kernels.
 _IN_THIS_PROCESS: dict[str, Any] = {"compile_threads": 1}
 
@@ -105,4 +108,4 @@ def _probe_by_kernel(triton: Any) -> Any:
 
 
 def _warn(what: str, error: Exception) -> None:
-    logger.warning("%s: the head takes torch's own kernels, which are slower: %s", what, first_line(error))
+    logger.warning("%s: %s: %s", what, FALLBACK, first_line(error))

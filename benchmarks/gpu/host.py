@@ -14,6 +14,7 @@ from typing import Any
 from arcface_kd.host.checkout import find_checkout
 from arcface_kd.host.patching import patch_checkout
 from benchmarks.gpu.checks import Findings, Place, Skipped
+from benchmarks.gpu.processes import fallbacks
 from benchmarks.gpu.runs import Runs
 
 _TWENTY_STEPS = ("embedding", "kd", "gkd", "crosskd", "tcs")
@@ -79,6 +80,8 @@ class _Running:
             said, *_ = self.log.read_text("utf-8", "replace").partition("failed (exitcode")
             found.expect(False, f"{name} ended with {code}: {said[-1500:]}")
             return {}
+        for line in fallbacks(self.log):
+            found.expect(False, f"{name}: {line}")
         losses = _trace(self.output)
         found.expect(
             len(losses) > 0 and all(math.isfinite(loss) for loss in losses.values()), f"{name}: no finite losses"

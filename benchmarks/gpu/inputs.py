@@ -1,5 +1,6 @@
 """What the checks train on: records of patterns, a teacher's file, configs. Made once in a run, by whoever is first."""
 
+import itertools
 import os
 import shutil
 from collections.abc import Iterator
@@ -15,6 +16,7 @@ from arcface_kd.backbones import get_backbone
 from arcface_kd.checkpoints.tensor_file import save_tensors
 from arcface_kd.config.arcface_torch import BASE
 from arcface_kd.data.dataset import open_dataset
+from arcface_kd.data.formats.verification_bin import write_bin
 from arcface_kd.data.pack import write_identities
 from benchmarks.gpu.checks import Place
 
@@ -51,6 +53,17 @@ def _pictures(identities: int) -> Iterator[bytes]:
             noise = cv2.resize(generator.normal(0, 40, (28, 28, 3)), (112, 112))
             picture = np.clip(pattern + noise, 0, 255).astype(np.uint8)
             yield cv2.imencode(".jpg", picture, [cv2.IMWRITE_JPEG_QUALITY, 90])[1].tobytes()
+
+
+def verification_set(folder: Path) -> str:
+    """Write a verification set of 20 pairs into a folder of records, half of one identity; its name in a config."""
+    images = list(_pictures(2))
+    first, second = images[:IMAGES_EACH], images[IMAGES_EACH:]
+    places = list(itertools.combinations(range(IMAGES_EACH), 2))[:10]
+    same = [image for one, other in places for image in (first[one], first[other])]
+    unlike = [image for one, other in places for image in (first[one], second[other])]
+    write_bin(folder / "pairs.bin", [*same, *unlike], [True] * 10 + [False] * 10)
+    return "pairs"
 
 
 def network(name: str, dimension: int, folder: Path) -> nn.Module:

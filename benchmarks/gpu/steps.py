@@ -14,6 +14,7 @@ import torch
 
 from arcface_kd.errors import NumberError
 from arcface_kd.losses import fused
+from arcface_kd.teachers.base import Teacher
 from benchmarks.gpu.bare_machine import ROOT
 from benchmarks.gpu.checks import Findings, Place
 from benchmarks.gpu.runs import Runs, training_steps
@@ -48,6 +49,7 @@ def waits(place: Place, found: Findings) -> None:
     teacher, student, identities, batch = ("thin_r18", "thin_r18", 4, 8) if place.tiny else ("r18", "mbf", 100, 40)
     # The narrow precision that a GPU's default is, for the cache as well: one of another is refused.
     runs = Runs(place, teacher, student, identities, batch, precision="bf16" if place.tiny else "fp16")
+    shown = runs.teacher()
     kinds = {name or "alone": runs.kd(name) if name else {} for name in _METHODS}
     kinds["adadistill, cached"] = {"kd": "adadistill", "kd_cache": str(runs.cache)}
     kinds["an average of weights"] = {"ema": 0.999}
@@ -55,7 +57,7 @@ def waits(place: Place, found: Findings) -> None:
         kinds = {name: kinds[name] for name in ("alone", "proxylesskd", "adadistill, cached")}
     for name, keys in kinds.items():
         try:
-            places = _waits_of(name, runs, place, keys)
+            places = _waits_of(name, runs, shown, place, keys)
         except Exception as error:
             # The other kinds say something all the same.
             found.expect(False, f"{name}: {type(error).__name__}: {error}")
@@ -65,11 +67,11 @@ def waits(place: Place, found: Findings) -> None:
             found.expect(False, f"{name}: {times} waits at {where}")
 
 
-def _waits_of(name: str, runs: Runs, place: Place, keys: dict[str, Any]) -> list[str]:
+def _waits_of(name: str, runs: Runs, teacher: Teacher, place: Place, keys: dict[str, Any]) -> list[str]:
     # One method shows what compiled kernels do; what waits in the others does so with torch's own, and at once.
     compiles = fused._compiles if name.startswith("adadistill") else lambda: False
     with mock.patch.object(fused, "_compiles", compiles):
-        run = runs.run(f"waits_{name}", runs.teacher(), **keys)
+        run = runs.run(f"waits_{name}", teacher, **keys)
         steps = training_steps(run)
         next(steps)
         with _noted_waits(place) as places:

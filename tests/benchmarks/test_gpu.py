@@ -15,7 +15,9 @@ import pytest
 import torch
 from torch.autograd import DeviceType
 
-from benchmarks.gpu import bare_machine, environment, runs, speed, steps
+from arcface_kd.data.formats.verification_bin import read_bin
+from arcface_kd.losses import fused
+from benchmarks.gpu import bare_machine, environment, inputs, methods, runs, speed, steps
 from benchmarks.gpu.__main__ import main
 from benchmarks.gpu.checks import CHECKS, Check, Findings, Place, Skipped
 from benchmarks.gpu.page import page
@@ -36,6 +38,10 @@ def wrong(place: Place, found: Findings) -> None:
 def raising(place: Place, found: Findings) -> None:
     found.add("before", 1)
     raise ValueError("no such thing")
+
+
+def falling_back(place: Place, found: Findings) -> None:
+    fused._warn("a function cannot be compiled here", ValueError("no such operation"))
 
 
 def hanging(place: Place, found: Findings) -> None:
@@ -62,14 +68,17 @@ def outcome_of(function: str, folder: Path, seconds: float = 120.0) -> dict[str,
 @pytest.mark.slow
 def test_a_check_ends_as_it_ends(tmp_path: Path) -> None:
     """One test for all: they share the process that has imported torch."""
-    met = {name: outcome_of(name, tmp_path) for name in ("sound", "wrong", "raising", "killed", "absent")}
+    names = ("sound", "wrong", "raising", "killed", "absent", "falling_back")
+    met = {name: outcome_of(name, tmp_path) for name in names}
     assert {name: each["status"] for name, each in met.items()} == {
         "sound": "passed",
         "wrong": "failed",
         "raising": "failed",
         "killed": "failed",
         "absent": "skipped",
+        "falling_back": "failed",
     }
+    assert "no such operation" in str(met["falling_back"]["faults"])
     assert met["sound"]["numbers"] == {"answer": 42}
     assert met["raising"]["numbers"] == {"before": 1}
     assert "no such thing" in str(met["raising"]["faults"])
@@ -145,6 +154,50 @@ def test_one_kind_of_run_that_fails_leaves_the_others(tmp_path: Path, monkeypatc
     steps.waits(Place(torch.device("cpu"), True, tmp_path), found)
     assert found.faults == ["proxylesskd: ValueError: no such run"]
     assert len(found.numbers) == 2
+
+
+def test_speeds_are_told_round_by_round_and_a_teacher_is_loaded_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loaded: list[str] = []
+
+    class FakeRuns:
+        cache = "rows"
+
+        def __init__(self, *arguments: object) -> None: ...
+
+        def teacher(self, precision: str) -> str:
+            loaded.append(precision)
+            return precision
+
+        def run(self, *arguments: object, **keys: object) -> None: ...
+
+    def told(place: Place, name: str, *arguments: object) -> None:
+        assert len(found.numbers) == 5
+
+    monkeypatch.setattr(torch.backends.cudnn, "benchmark", False)
+    monkeypatch.setattr(speed, "Runs", FakeRuns)
+    monkeypatch.setattr(speed, "training_steps", lambda run: itertools.repeat(0))
+    monkeypatch.setattr(speed, "_seconds_a_step", lambda *arguments: next(seconds))
+    monkeypatch.setattr(speed, "_where_time_goes", told)
+    seconds, found = itertools.chain([0.1] * 20, [None]), Findings(tmp_path / "found.json")
+    with pytest.raises(TypeError):
+        speed.training(Place(torch.device("cpu"), False, tmp_path), found)
+    assert loaded == ["fp32", "fp16"]
+    assert [name for name in found.numbers if name.startswith("r18")] == [
+        f"r18, {kind}: images/s" for kind in ("alone", "cached", "r50 fp32", "r50 fp16")
+    ]
+
+
+def test_a_method_under_adaface_s_margin_is_held_against_fp64(tmp_path: Path) -> None:
+    numbers, faults = methods._of_method(methods._ADAFACE, Place(torch.device("cpu"), True, tmp_path))
+    assert not faults
+    assert all(0 < value < 2e-2 for value in numbers.values())
+
+
+def test_a_verification_set_lies_beside_the_records(tmp_path: Path) -> None:
+    pairs = read_bin(tmp_path / f"{inputs.verification_set(tmp_path)}.bin")
+    assert pairs.is_same.tolist() == [True] * 10 + [False] * 10
 
 
 def test_a_cache_is_filled_in_the_precision_of_its_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
