@@ -58,19 +58,19 @@ def _classifier(sizes: Sizes, device: torch.device) -> LearnedClassifier:
     return LearnedClassifier(context).to(device)
 
 
-def _step_of(loss_of: Callable[[Tensor, Tensor], Tensor], weight: Tensor, sizes: Sizes) -> Callable[[], float]:
-    """One forward and backward pass of a head; returns the loss."""
+def _step_of(loss_of: Callable[[Tensor, Tensor], Tensor], weight: Tensor, sizes: Sizes) -> Callable[[], Tensor]:
+    """One forward and backward pass of a head; returns the loss, for which a GPU is not waited."""
     generator = torch.Generator().manual_seed(1)
     labels = torch.randint(sizes.classes, (sizes.batch,), generator=generator).to(weight.device)
     noise = torch.randn(sizes.batch, sizes.dimension, generator=generator).to(weight.device)
     # Half learned: the host cuts losses off at log 1e30, which untrained embeddings of a few dimensions can pass.
     embeddings = (normalize(noise) + normalize(weight.detach()[labels])).requires_grad_()
 
-    def step() -> float:
+    def step() -> Tensor:
         embeddings.grad = weight.grad = None
         loss = loss_of(embeddings, labels)
         loss.backward()
-        return loss.item()
+        return loss.detach()
 
     return step
 
@@ -79,19 +79,19 @@ def _loss_of(head: LearnedClassifier, batch: int) -> Callable[[Tensor, Tensor], 
     return lambda embeddings, labels: head(Batch(embeddings, embeddings, labels, None, [batch], 0))["ce"]
 
 
-def arcface_kd_step(sizes: Sizes, device: torch.device) -> Callable[[], float]:
+def arcface_kd_step(sizes: Sizes, device: torch.device) -> Callable[[], Tensor]:
     """Provider ``arcface_kd``."""
     head = _classifier(sizes, device)
     return _step_of(_loss_of(head, sizes.batch), head.weight, sizes)
 
 
-def dense_twin_step(sizes: Sizes, device: torch.device) -> Callable[[], float]:
+def dense_twin_step(sizes: Sizes, device: torch.device) -> Callable[[], Tensor]:
     """Provider ``dense_twin``."""
     head = DenseClassifier(_classifier(sizes, device).weight, MARGIN.scale, MARGIN.m2)
     return _step_of(head, head.weight, sizes)
 
 
-def arcface_torch_step(sizes: Sizes, device: torch.device, checkout: Path) -> Callable[[], float]:
+def arcface_torch_step(sizes: Sizes, device: torch.device, checkout: Path) -> Callable[[], Tensor]:
     """Provider ``arcface_torch``; opens a process group of one, and lets the host believe in a GPU, for good."""
     if not distributed.is_initialized():
         backend = "nccl" if device.type == "cuda" else "gloo"
@@ -102,7 +102,7 @@ def arcface_torch_step(sizes: Sizes, device: torch.device, checkout: Path) -> Ca
     host.to(device)
     step = _step_of(host, host.weight, sizes)
 
-    def step_without_cuda() -> float:
+    def step_without_cuda() -> Tensor:
         with ExitStack() as stack:
             stack.enter_context(warnings.catch_warnings())
             warnings.simplefilter("ignore")  # of calls that torch has renamed since
@@ -155,7 +155,7 @@ def run(sizes: Sizes, device: torch.device) -> list[Row]:
         print("\nlearned: ARCFACE_TORCH is not set; a dense twin stands in for the host's head")
     with no_process_group_left():
         steps = {"arcface_kd": arcface_kd_step(sizes, device), other: make()}
-        losses = {name: step() for name, step in steps.items()}
+        losses = {name: float(step()) for name, step in steps.items()}
         if abs(losses["arcface_kd"] - losses[other]) > 1e-3 * (1 + abs(losses[other])):
             raise RuntimeError(f"the heads do not compute the same: their losses are {losses}")
         seconds = interleaved_seconds(steps, sizes.rounds, device)

@@ -7,6 +7,7 @@ import torch
 from torch import distributed
 
 from benchmarks import learned
+from tests.make_believe_gpu import make_believe_gpu
 
 CPU = torch.device("cpu")
 
@@ -36,6 +37,16 @@ def test_on_a_gpu_the_hosts_head_stands_on_nccl(monkeypatch: pytest.MonkeyPatch,
     with pytest.raises(FileNotFoundError):
         learned.arcface_torch_step(learned.TINY, torch.device("cuda"), tmp_path)
     assert opened == ["nccl"]
+
+
+def test_a_step_does_not_wait_for_the_gpu() -> None:
+    with make_believe_gpu() as record:
+        step = learned.arcface_kd_step(learned.TINY, torch.device("cuda"))
+        for _ in range(2):
+            record.clear()
+            step()
+    assert record.launches
+    assert not record.syncs
 
 
 def test_heads_that_compute_something_else_are_not_compared(monkeypatch: pytest.MonkeyPatch) -> None:
