@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from arcface_kd.backbones import get_backbone
 from arcface_kd.checkpoints.shards import merge_head
+from arcface_kd.evaluation.scoring import find_sets, load_models, score
 from arcface_kd.training.trainer import train
 from benchmarks.gpu.checks import Findings, Place
 from benchmarks.gpu.inputs import verification_set
@@ -75,6 +76,9 @@ def trainer(place: Place, found: Findings) -> None:
     found.add("accuracy on verification sets", str(accuracies))
     # A set that cannot be verified is passed over with a warning.
     found.expect(bool(accuracies), "the verification set was not verified: the log says why")
+    # As `arcface-kd eval` judges the run.
+    models = load_models([str(parts.output)], device=place.device)
+    found.add("judged by eval", len([*score(models, find_sets([runs.folder]), device=place.device)]))
     classes, dimension = merge_head(Path(parts.output), place.scratch / "head.pt")
     found.add("merged class centers", f"{classes} x {dimension}")
     found.expect((classes, dimension) == (identities, runs.dimension), f"merge-head made {classes} x {dimension}")

@@ -21,6 +21,7 @@ from benchmarks.gpu.runs import Runs, training_steps
 
 _STEPS = 20
 _METHODS = ("", "adadistill", "proxylesskd", "embedding", "ekd", "rkd", "kd", "gkd", "thkd", "crosskd", "tcs", "bank")
+_TINY = ("alone", "proxylesskd", "adadistill, cached", "adadistill, degraded images")
 
 
 @contextmanager
@@ -52,10 +53,11 @@ def waits(place: Place, found: Findings) -> None:
     shown = runs.teacher()
     kinds = {name or "alone": runs.kd(name) if name else {} for name in _METHODS}
     kinds["adadistill, cached"] = {"kd": "adadistill", "kd_cache": str(runs.cache)}
+    kinds["adadistill, degraded images"] = {"kd": "adadistill", "kd_option": "student.augment=quality"}
     kinds["an average of weights"] = {"ema": 0.999}
-    if place.tiny:
-        kinds = {name: kinds[name] for name in ("alone", "proxylesskd", "adadistill, cached")}
     for name, keys in kinds.items():
+        if place.tiny and name not in _TINY:
+            continue
         try:
             places = _waits_of(name, runs, shown, place, keys)
         except Exception as error:
