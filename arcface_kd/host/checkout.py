@@ -172,7 +172,9 @@ class Checkout:
 
     def write(self) -> None:
         """Replace all changed files, or leave all as they were."""
-        _write({self.folder / path: contents for path, contents in self._changed().items()})
+        changed = {self.folder / path: after for path, (_, after) in self._changed().items()}
+        # What is put back when a write fails is the file itself, with an earlier version's imports.
+        _write({path: (path.read_bytes(), after) for path, after in changed.items()})
 
 
 def _is_python(source: bytes) -> bool:

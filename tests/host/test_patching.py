@@ -354,6 +354,8 @@ class TestPatchCheckout:
         assert contents(miniature) == before
 
     def test_a_failing_write_takes_back_the_ones_before(self, miniature: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        with (miniature / "dataset.py").open("ab") as stream:
+            stream.write(b"from arcface_kd.hook import attach\n")
         before = contents(miniature)
         calls = []
 
