@@ -119,6 +119,10 @@ def _load_schedule(run: Run, state: Mapping[str, Any], before: Mapping[str, Any]
             *(IMAGES_A_STEP, then, run.images_a_step, done * then, place, run.steps_per_epoch * run.config.num_epoch),
         )
     run.schedule.load_state_dict({**state, "last_epoch": place})
+    # The optimizer has brought the rate of the run as it was, which may have ended here or gone down otherwise.
+    schedule = zip(run.optimizer.param_groups, run.schedule.base_lrs, run.schedule.lr_lambdas, strict=True)
+    for group, rate, share in schedule:
+        group["lr"] = rate * share(place)
     run.head.schedule_offset = place - run.step
 
 

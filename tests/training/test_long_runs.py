@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from arcface_kd.distillation.drop_ins import drop_ins
+from arcface_kd.training.resume import resume
 from arcface_kd.training.run import MovingAverage, Run
 from arcface_kd.training.schedule import decay_with_warmup
 from arcface_kd.training.trainer import train
@@ -66,6 +67,16 @@ def test_a_run_that_had_ended_without_an_average_is_judged_by_its_student(faces:
     train(config_for(faces, tmp_path, **keys))
     again = train(config_for(faces, tmp_path, **keys, ema=0.9, resume=True))
     assert same_weights(again.student.state_dict(), saved(tmp_path))
+
+
+def test_a_run_that_is_made_longer_has_its_new_rate_from_the_first_step_on(faces: Faces, tmp_path: Path) -> None:
+    keys = {"val_targets": [], "save_all_states": True}
+    train(config_for(faces, tmp_path, **keys, num_epoch=1))
+    config = config_for(faces, tmp_path, **keys, num_epoch=3, lr_decay="cosine")
+    run = Run(config, drop_ins(lambda: config), 0, 0, 1)
+    resume(run)
+    # A third of the run is behind it: 0.1 (1 + cos(pi / 3)) / 2.
+    assert [group["lr"] for group in run.optimizer.param_groups] == pytest.approx([0.075, 0.075])
 
 
 def test_what_is_not_trained_is_not_averaged() -> None:

@@ -1,5 +1,6 @@
 """Several models on the same verification sets: scores with intervals, who is best, hardest pairs, cost."""
 
+import ast
 import os
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -13,6 +14,7 @@ from torch import nn
 
 from arcface_kd.data.formats.pair_identities import PairIdentities, pair_identities
 from arcface_kd.data.formats.verification_bin import VerificationSet, decode
+from arcface_kd.data.joined import verification_folder
 from arcface_kd.errors import DataError
 from arcface_kd.evaluation.pair_views import Sizes, embed_sizes, pair_views
 from arcface_kd.evaluation.report.bootstrap import REPLICATES, Interval, bootstrap, interval
@@ -208,13 +210,22 @@ def teacher_contestant(source: str | os.PathLike[str] | tuple[str, ...], teacher
 
 
 def data_of(runs: Sequence[RunFolder]) -> Path:
-    """The folder of the records that all runs were trained on."""
-    folders = {run.settings.get("rec") for run in runs}
+    """The folder of the records that all runs were trained on, of several sets the first one's."""
+    folders = {_folder_of(run.settings["rec"]) if "rec" in run.settings else None for run in runs}
     (only,) = folders if len(folders) == 1 else (None,)
     if only is None or not Path(only).is_dir():
         names = ", ".join(sorted(folder or "one does not say" for folder in folders))
         raise DataError(f"the runs name no one folder of data that is here ({names}); say with --data where to judge")
     return Path(only)
+
+
+def _folder_of(rec: str) -> str:
+    """Where verification sets lie beside what a log says of ``rec``."""
+    try:
+        # Several sets are a list there.
+        return verification_folder(ast.literal_eval(rec) if rec.startswith(("[", "(")) else rec)
+    except (SyntaxError, TypeError, ValueError):
+        return rec
 
 
 def compare(

@@ -146,6 +146,9 @@ def test_the_data_are_the_runs_own(tmp_path: Path, files: list[Path]) -> None:
     two = read_run(write_run(tmp_path / "two", {"rec": tmp_path / "elsewhere"}))
     nowhere = read_run(write_run(tmp_path / "three", {}))
     assert data_of([one, one]) == folder
+    tree = read_run(write_run(tmp_path / "tree", {"rec": folder / "**"}))
+    several = read_run(write_run(tmp_path / "several", {"rec": [str(folder), "photos/**"]}))
+    assert data_of([tree, several]) == folder
     for runs in ([one, two], [two], [nowhere]):
         with pytest.raises(DataError, match="say with --data where to judge"):
             data_of(runs)
