@@ -171,7 +171,7 @@ def pack_folder(
     aspect ratio is not kept) and stored as JPEG of quality 95. Faces are expected to be aligned.
 
     Args:
-        folder: one sub-folder of images per identity.
+        folder: one sub-folder of images per identity, or images without labels.
         out: where the three files go; made when missing. It must not hold records already.
         on_bad_record: what to do with images that cannot be read, each of which is logged: ``stop`` looks at all images
             and packs nothing, ``skip`` leaves the bad ones out.
