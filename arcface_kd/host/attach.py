@@ -101,8 +101,7 @@ def _tell_what_is_off(config: Mapping[str, Any]) -> None:
     given = [f"{key}={config[key]}" for key, nothing in _COMPACT_ONLY.items() if config.get(key, nothing) != nothing]
     if given and RankGroup().rank == 0:
         logger.warning(
-            "%s: arcface_kd honours it in `arcface-kd train` alone, and arcface_torch has no such key",
-            " and ".join(given),
+            "%s is for `arcface-kd train` alone: arcface_torch does not look at such a key", " and ".join(given)
         )
 
 
