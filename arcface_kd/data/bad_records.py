@@ -4,8 +4,7 @@ import logging
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from torch import distributed
-
+from arcface_kd.distributed.ranks import RankGroup
 from arcface_kd.system.console import printable
 
 logger = logging.getLogger(__name__)
@@ -55,15 +54,11 @@ class SkippedRecords:
 
     def end_epoch(self) -> int:
         """Count and log what the epoch has skipped, each record once, and begin a new one."""
-        of_ranks = [self._of_epoch]
-        rank = 0
-        if self._of_all_ranks and distributed.is_available() and distributed.is_initialized():
-            rank = distributed.get_rank()
-            of_ranks = [{} for _ in range(distributed.get_world_size())]
-            distributed.all_gather_object(of_ranks, self._of_epoch)
+        ranks = RankGroup(alone=not self._of_all_ranks)
+        of_ranks = ranks.gather_objects(self._of_epoch)
         self._of_epoch = {}
         every = {index: message for found in of_ranks for index, message in found.items()}
-        if rank == 0:
+        if ranks.rank == 0:
             for index in sorted(every):
                 self._log(index, every[index])
             if every:

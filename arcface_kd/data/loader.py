@@ -9,7 +9,6 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import distributed
 from torch.utils.data import DataLoader, Dataset, get_worker_info
 
 from arcface_kd.config.augmentation import Augmentation
@@ -17,6 +16,7 @@ from arcface_kd.data.bad_records import BadRecord, SkippedRecords
 from arcface_kd.data.dataset import IMAGE_SIZE, FaceDataset, View
 from arcface_kd.data.joined import Rec, open_rec
 from arcface_kd.data.sampler import ViewSampler
+from arcface_kd.distributed.ranks import RankGroup
 from arcface_kd.errors import ConfigError, DataError, OnBadRecord
 from arcface_kd.system.device import default_device
 
@@ -322,14 +322,6 @@ def read_images(faces: FaceDataset, views: BatchViews, places: torch.Tensor, dev
     return _normalise(torch.from_numpy(pixels).to(device))
 
 
-def _shared_seed(seed: int | None) -> int:
-    """Rank 0's seed on every rank, drawn when None, as the host's ``sync_random_seed`` does."""
-    chosen = [int(torch.randint(1 << 31, ())) if seed is None else seed]
-    if distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1:
-        distributed.broadcast_object_list(chosen, src=0)
-    return chosen[0]
-
-
 def get_dataloader(
     root_dir: Rec,
     local_rank: int,
@@ -371,10 +363,11 @@ def get_dataloader(
     """
     if dali and root_dir != "synthetic":
         raise ConfigError("dali = True needs the host's own loader; set dali = False to read with arcface_kd's")
-    grouped = distributed.is_available() and distributed.is_initialized()
-    rank, world_size = (distributed.get_rank(), distributed.get_world_size()) if grouped else (0, 1)
-    dataset = open_rec(root_dir, num_classes, on_bad_record, identities, rank=rank)
-    sampler = ViewSampler(len(dataset), rank=rank, world_size=world_size, seed=_shared_seed(seed))
+    ranks = RankGroup()
+    dataset = open_rec(root_dir, num_classes, on_bad_record, identities, rank=ranks.rank)
+    # Rank 0's counts, as in the host's ``sync_random_seed``.
+    seed = ranks.gather_objects(int(torch.randint(1 << 31, ())) if seed is None else seed)[0]
+    sampler = ViewSampler(len(dataset), rank=ranks.rank, world_size=ranks.world_size, seed=seed)
     return FaceLoader(
         dataset,
         batch_size=batch_size,

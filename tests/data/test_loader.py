@@ -8,13 +8,13 @@ import threading
 import time
 from itertools import product
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import distributed
 
 from arcface_kd.data import loader as loader_module
 from arcface_kd.data.dataset import RecordDataset, View
@@ -337,9 +337,7 @@ def test_what_is_odd_about_the_data_is_told_once(
 ) -> None:
     folder = faces.reader.rec_path.parent
     (folder / "property").write_text("of somebody else")
-    monkeypatch.setattr(distributed, "is_initialized", lambda: True)
-    monkeypatch.setattr(distributed, "get_rank", lambda: rank)
-    monkeypatch.setattr(distributed, "get_world_size", lambda: 2)
-    monkeypatch.setattr(loader_module, "_shared_seed", lambda seed: 0)
+    ranks = SimpleNamespace(rank=rank, world_size=2, gather_objects=lambda seed: [seed] * 2)
+    monkeypatch.setattr(loader_module, "RankGroup", lambda: ranks)
     get_dataloader(str(folder), 0, 1, num_workers=0)
     assert len(caplog.records) == 1 - rank

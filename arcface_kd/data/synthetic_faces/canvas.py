@@ -32,9 +32,9 @@ Colour = NDArray[np.float32]
 """RGB, 0 to 255."""
 
 
-def to_pixels(points: Floats, side: int = SIDE) -> Floats:
-    """Convert face units (..., 2) to pixel coordinates on a canvas of ``side`` rows; pixel centres are integers."""
-    return (points - _CORNER) * np.float32(side / FIELD_SIZE) - np.float32(0.5)
+def to_pixels(points: Floats) -> Floats:
+    """Convert face units (..., 2) to pixel coordinates on the painted canvas; pixel centres are integers."""
+    return (points - _CORNER) * np.float32(SIDE / FIELD_SIZE) - np.float32(0.5)
 
 
 def sample(canvas: Bytes | Floats, x: Floats, y: Floats, *, beyond: float | None = None) -> NDArray[Any]:
@@ -73,14 +73,17 @@ def _catmull_rom(count: int, closed: bool) -> Floats:
 
 def curve(points: ArrayLike) -> Floats:
     """A smooth open curve through ``points`` (..., K, 2): five samples a segment and the last point."""
-    controls = np.asarray(points, np.float32)
-    return cast(Floats, np.einsum("sk,...kc->...sc", _catmull_rom(controls.shape[-2], False), controls))
+    return _through(points, closed=False)
 
 
 def loop(points: ArrayLike) -> Floats:
     """A smooth closed curve through ``points`` (..., K, 2)."""
+    return _through(points, closed=True)
+
+
+def _through(points: ArrayLike, *, closed: bool) -> Floats:
     controls = np.asarray(points, np.float32)
-    return cast(Floats, np.einsum("sk,...kc->...sc", _catmull_rom(controls.shape[-2], True), controls))
+    return cast(Floats, np.einsum("sk,...kc->...sc", _catmull_rom(controls.shape[-2], closed), controls))
 
 
 _ANGLES = np.arange(16, dtype=np.float32) * np.float32(2 * np.pi / 16)

@@ -127,14 +127,13 @@ def bootstrap(
     far_levels: Sequence[float],
     *,
     replicates: int = REPLICATES,
-    seed: int = 0,
 ) -> dict[str, Floats]:
-    """The verification scores in each replicate, (R,) each; equal pairs and seeds give equal draws.
+    """The verification scores in each replicate, (R,) each; equal pairs give equal draws.
 
     As :func:`replicate_statistics`, from persons (P, 2).
     """
     blocks = [
         replicate_statistics(scores, is_same, correct, weights, far_levels)
-        for weights in pair_weights(identities, replicates, seed)
+        for weights in pair_weights(identities, replicates)
     ]
     return {name: np.concatenate([block[name] for block in blocks]) for name in blocks[0]}

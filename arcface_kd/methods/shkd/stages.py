@@ -13,19 +13,16 @@ of all ranks of the first.
 """
 
 import json
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
-
-from torch import distributed
 
 from arcface_kd import registry
 from arcface_kd.backbones import KNOWN_NAMES, OWN, FaceBackbone, is_network
 from arcface_kd.checkpoints.files import checkpoint_file, read_checkpoint
 from arcface_kd.config.kd import CLASS_MEANS, KDConfig, option_items
 from arcface_kd.config.options import build
-from arcface_kd.distributed.ranks import on_first_rank_first
+from arcface_kd.distributed.ranks import RankGroup, on_first_rank_first
 from arcface_kd.errors import CheckpointError, ConfigError, TeacherError
 from arcface_kd.methods.base import Method
 from arcface_kd.methods.recipe import Stage
@@ -225,7 +222,7 @@ def _done(stage: Stage, config: Mapping[str, Any]) -> bool:
     known = json.loads(record.read_text(encoding="utf-8")) if record.is_file() else {}
     checkpoint = checkpoint_file(stage.changes["output"], 0)
     if not checkpoint.exists():
-        if _rank() == 0:
+        if RankGroup().rank == 0:
             record.parent.mkdir(parents=True, exist_ok=True)
             with atomic_write(record) as stream:
                 stream.write(json.dumps({**known, str(stage.number): own}, indent=1).encode())
@@ -244,8 +241,3 @@ def _done(stage: Stage, config: Mapping[str, Any]) -> bool:
     if not isinstance(epoch, int):
         raise CheckpointError(f"{checkpoint} says nothing of its epoch: it is of another trainer")
     return bool(epoch >= settings["num_epoch"])
-
-
-def _rank() -> int:
-    joined = distributed.is_available() and distributed.is_initialized()
-    return distributed.get_rank() if joined else int(os.environ.get("RANK", "0"))

@@ -10,7 +10,6 @@ The components are kept beside the cache (FILE.pca.npz) with its header, for the
 import json
 import logging
 import zipfile
-from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -74,7 +73,7 @@ class StreamingPCA:
         ``centered=False`` takes the variance about the origin: the axes that keep most of the rows' inner products.
         """
         ranks = ranks or RankGroup(alone=True)
-        sums = _summed(self._sums.clone(), ranks)
+        sums = ranks.sum_on_hosts(self._sums)
         count, size = int(sums[-1, -1]), self.dimension
         if count < 2:
             raise ValueError(f"principal components of {count} rows: at least two are needed")
@@ -92,27 +91,15 @@ class StreamingPCA:
         return shared
 
 
-def _summed(values: Tensor, ranks: RankGroup) -> Tensor:
-    return values if ranks.world_size == 1 else ranks.sum_on_hosts(values)
-
-
 def _from_first_rank(found: PrincipalComponents | None, size: int, ranks: RankGroup) -> PrincipalComponents | None:
     """What rank 0 has found, on all ranks."""
     packed = torch.zeros(size + 2, size + 1, dtype=torch.float64)
     if found is not None:
         packed[:size, :size], packed[size, :size], packed[size + 1, :size] = found.axes, found.variances, found.mean
         packed[-1, -1] = found.count
-    packed = _summed(packed, ranks)
+    packed = ranks.sum_on_hosts(packed)
     axes, count = packed[:size, :size].contiguous(), int(packed[-1, -1])
     return PrincipalComponents(packed[size + 1, :size], axes, packed[size, :size], count) if count else None
-
-
-def components_of_blocks(blocks: Iterable[Tensor], dimension: int) -> PrincipalComponents:
-    """Principal components of rows in one process."""
-    pca = StreamingPCA(dimension)
-    for block in blocks:
-        pca.add(block)
-    return pca.finish()
 
 
 def components_file(cache: EmbeddingCache) -> Path:
@@ -143,7 +130,7 @@ def _found(cache: EmbeddingCache, ranks: RankGroup) -> PrincipalComponents:
     for rows, known in cache.blocks(start, stop):
         missing += (~known).sum()
         pca.add(rows[known])
-    missing = _summed(missing, ranks)
+    missing = ranks.sum_on_hosts(missing)
     if missing > 0:
         raise TeacherError(
             f"the cache {cache.path} lacks {int(missing)} of {2 * cache.images} embeddings: {cache.fill_hint}"

@@ -11,12 +11,11 @@ from torch import Tensor, nn
 from arcface_kd.backbones import get_backbone
 from arcface_kd.errors import ConfigError
 from arcface_kd.methods.tcs.coordinate_system import choose_axes, embedding_norm, set_scale
-from arcface_kd.teachers.cache.principal_components import components_of_blocks
-from tests.teachers.cache.test_principal_components import spread_rows
+from tests.teachers.cache.test_principal_components import components_of, spread_rows
 
 DIMENSION = 12
 ROWS = spread_rows(400, DIMENSION)
-COMPONENTS = components_of_blocks([ROWS], DIMENSION)
+COMPONENTS = components_of([ROWS], DIMENSION)
 
 
 class TestAxes:

@@ -2,7 +2,7 @@
 
 import json
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import numpy as np
@@ -18,8 +18,8 @@ from arcface_kd.teachers.cache import embedding_cache
 from arcface_kd.teachers.cache.embedding_cache import EmbeddingCache, identity_in
 from arcface_kd.teachers.cache.principal_components import (
     PrincipalComponents,
+    StreamingPCA,
     components_file,
-    components_of_blocks,
     components_of_cache,
 )
 from benchmarks.peak_memory import can_measure, peak_mb
@@ -57,6 +57,13 @@ def filled_cache(path: Path, images: int, dimension: int, seed: int = 0) -> tupl
     return cache, cache.look_up(index, flipped)[0].double().numpy()
 
 
+def components_of(blocks: Iterable[Tensor], dimension: int) -> PrincipalComponents:
+    pca = StreamingPCA(dimension)
+    for block in blocks:
+        pca.add(block)
+    return pca.finish()
+
+
 def assert_is_sklearns(found: PrincipalComponents, rows: np.ndarray) -> None:
     wanted = PCA(svd_solver="full").fit(rows)
     held = len(wanted.components_)
@@ -70,7 +77,7 @@ def assert_is_sklearns(found: PrincipalComponents, rows: np.ndarray) -> None:
 @pytest.mark.parametrize(("count", "dimension", "block"), [(200, 7, 64), (90, 24, 1), (1000, 16, 1000)])
 def test_equals_sklearn_up_to_sign(count: int, dimension: int, block: int) -> None:
     rows = spread_rows(count, dimension)
-    found = components_of_blocks(rows.split(block), dimension)
+    found = components_of(rows.split(block), dimension)
     assert found.count == count
     assert_is_sklearns(found, rows.numpy())
     torch.testing.assert_close(found.axes @ found.axes.T, torch.eye(dimension, dtype=torch.float64))
@@ -82,13 +89,13 @@ def test_equals_sklearn_up_to_sign(count: int, dimension: int, block: int) -> No
 
 def test_fewer_rows_than_dimensions() -> None:
     rows = spread_rows(6, 20)
-    found = components_of_blocks([rows], 20)
+    found = components_of([rows], 20)
     assert found.rank == 5
     assert found.axes_for(1.0) == 5
     assert_is_sklearns(found, rows.numpy())
     assert found.axes_for(1e-9) == 1
     with pytest.raises(ValueError, match="principal components of 1 rows"):
-        components_of_blocks([rows[:1]], 20)
+        components_of([rows[:1]], 20)
 
 
 def test_of_a_cache_and_kept_beside_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
