@@ -10,8 +10,7 @@ With normalised embeddings f_s (student) and f_t (teacher) and the class center 
 Early in training the student is far from the teacher, a is near 0 and a center is the teacher's embedding of the
 sample at hand, as in feature distillation; later a grows and the centers become averages that a class shares. One
 loss, no weight to balance, and no teacher classifier: student and teacher may know different identities. The margin is
-the trainer's
-own: (1, m, 0) gives AdaArc (published m = 0.45), (1, 0, m) AdaCos (published m = 0.35).
+the trainer's own: (1, m, 0) gives AdaArc (published m = 0.45), (1, 0, m) AdaCos (published m = 0.35).
 
 Under AdaFace's margin a public fork (rayyichen310/adadistill_with_adaface_loss, 2025, not reviewed) adds a geometry
 term to a row's quality q before it is clipped, with c = clip(cos(w_y before, f_t)), from nothing at the start to its

@@ -5,20 +5,15 @@ With Q the unit embeddings that the teacher gave to some thousand images, one a 
     loss = weight * mean_i KL( softmax(Q f_t / T) || softmax(Q f_s / T) )
          + mined * mean_i mean over the rows q of Q that are nearest to f_t of | cos(f_s, q) - cos(f_t, q) |
 
-SEED (Fang et al., ICLR 2021, arXiv 2101.04731) published the first term for networks without labels: a queue of the
-teacher's last 65,536 embeddings in place of a classifier, beside it the image's own, and in the released code T = 0.2
-for the student and 1e-4 for the teacher. lightly-train's has one T of 0.07 and, from 20,000 images on, 8,192
-embeddings, those of the batch among them; its T and number are the defaults here. CoupleFace (Liu et al., ECCV 2022,
-arXiv 2204.05502) published the idea of the second for faces: what tells a teacher from a student is how they see the
-people who look most alike. Its code is not public and its equations were not at hand: this is the idea, not the paper.
+The first term is that of SEED (Fang et al., ICLR 2021, arXiv 2101.04731), for networks without labels; T and the number
+of rows are lightly-train's. The second is the idea of CoupleFace (Liu et al., ECCV 2022, arXiv 2204.05502), whose code
+is not public and whose equations were not at hand: it is not the paper.
 
 Chosen here: Q comes from the cache and stays the same for the whole run, so that there is no queue to warm up, and a
 batch of any size is compared with thousands of faces; the run's seed draws it, without labels, each image at most
 once and not mirrored. An image's own embedding is in it if it was drawn: always where the images are few, next to never
 of millions. The divergence has the gradient of a cross entropy, and is 0 for a student that sees as its teacher does.
-``of=classes`` takes the teacher's classifier in Q's place, as the class means of cached embeddings: the nearest rows
-are then the nearest people. A weight of 10: with 1 a few epochs came less far, with 64 no further. Labels are left out
-as long as ``labels=classify`` does not ask for them.
+A weight of 10: with 1 a few epochs came less far, with 64 no further.
 """
 
 import random

@@ -9,17 +9,8 @@ embedding gets the loss of the labels and nothing else: the two signals meet in 
 each other in its head. The tail stays in evaluation mode, the gradient passes through it, and nothing of it is left in
 the trained student.
 
-The paper is about detection heads. Published there: align_scale, the frozen tail, that mimicking through the tail alone
-is better than together with direct mimicking (38.7 against 38.1 AP), and that a tap shortly before the end is best
-(38.2, 38.3, 38.6, 38.7, 38.2 for positions 0 to 4). Chosen here, for embedding networks: the tail begins behind the
-last feature map (``tap`` moves both taps towards the image), the adapter for unequal maps, the two distances and their
-weights.
-
-No cache holds feature maps: with align_scale the teacher runs each step. ``align=False`` needs the teacher's tail and
-its embeddings only, which a cache may hold.
-
-In the log, ``gradient_share`` counts gradients in the student's embedding, where these terms have none by design;
-``cross_cosine`` shows what they do.
+The paper is about detection heads. Chosen here, for embedding networks: the tail begins behind the last feature map
+(``tap`` moves both taps towards the image), the adapter for unequal maps, the two distances and their weights.
 """
 
 from dataclasses import dataclass

@@ -9,17 +9,12 @@ ranked among the student's thresholds, the teacher's among the teacher's.
 
 The thresholds are the cosines that these shares of the batch's negative pairs exceed, followed by a moving average,
 threshold <- 0.99 threshold + 0.01 of this batch. The hardest negative pairs are the 2,000 with the largest cosines of
-the student's. Pairs are taken from the batches of all ranks.
-
-Published (the authors' code in Tencent's TFace, whose numbers these are): all of the above, ArcFace beside it, and
-batches of which a half is drawn so that identities repeat. Chosen here:
+the student's. Pairs are taken from the batches of all ranks. All numbers are those of the authors' code in Tencent's
+TFace, which draws half of a batch so that identities repeat. Chosen here:
 
 - the first batch sets the thresholds, which in the published code rise from 0 over hundreds of steps;
 - rows without a label are in no pair;
-- the trainer's own sampler stays, so that positive pairs are those that chance brings: in a batch of 128 about 8 of
-  1,000 identities with equally many images, and 60 to 80 of 985 that LFW shows unequally often; in one of 1,024 about 6
-  of 85,742. ``ekd_positive_pairs`` in the log tells how many there were. On those real faces the positive pairs'
-  gradient was about a tenth of the classification's, the negative pairs' less than a hundredth.
+- the trainer's own sampler stays, so that positive pairs are those that chance brings.
 
 A batch with fewer negative pairs than a rate asks for has its largest cosine as the threshold; the moving average of
 largest cosines is then below the true threshold.

@@ -4,16 +4,11 @@ r"""Embedding distillation: match the teacher's embedding.
     cosine  weight * mean_i ( 1 - cos(f_s, f_t) )
 
 of unit embeddings. It is the feature distillation that PocketNet, MaskInv, QuantFace and AdaDistill's authors train or
-compare with (Boutros et al., ECCV 2024, arXiv 2407.01332, section 4). For unit vectors the two distances are one loss,
-L2 being twice the cosine's: ``distance=cosine weight=128`` is ``distance=l2 weight=64``.
+compare with (Boutros et al., ECCV 2024, arXiv 2407.01332, section 4). For unit vectors the first is twice the second.
 
-The weight decides everything. In a row's cosine the derivative of L2 is 2 weight, that of margin softmax with logit
-scale s is about s (1 - p_y), which goes from s = 64 at the start to a fraction of it. So a weight of 1, or the mean
-over the dimension in place of the sum, does nothing beside a classification loss (several public forks report "no gain"
-for that reason), and weights of 64 to 128 make the two alike in strength. The default of 64 is the logit scale; what
-came of it shows in the log as ``gradient_share/embedding``.
-
-With ``labels=none`` the labels are left out: there is no classifier, the distance is all that is trained on.
+In a row's cosine the derivative of L2 is 2 weight, that of margin softmax with logit scale s about s (1 - p_y), which
+goes from s = 64 at the start to a fraction of it. So a weight of 1, or the mean over the dimension in place of the sum,
+does nothing beside a classification loss, and weights of 64 to 128 make the two alike in strength.
 """
 
 from dataclasses import dataclass

@@ -9,14 +9,7 @@ gathered batch and Huber's difference l (quadratic below 1, then linear):
 
 25 and 50 are the published weights beside a classification loss; the means over all ordered pairs and triples, those of
 a row with itself included, are the published code's. Chosen here: unit embeddings, since faces are compared by their
-cosine. Neither labels nor a common dimension are needed.
-
-Beside margin softmax with logit scale 64 the published weights are light: on batches of 128 real faces, with students
-at various distances from the teacher, the two terms' gradients were below 1 % of the classification's (see
-``gradient_share`` in the log). Weights about a hundred times as large make them count.
-
-Time grows with the cube of the gathered batch, which is shared out among the ranks: no rank forms more than its own
-rows' angles. ``angle_weight=0`` leaves them out.
+cosine. Time grows with the cube of the gathered batch, which is shared out among the ranks.
 """
 
 from dataclasses import dataclass

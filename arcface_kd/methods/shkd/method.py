@@ -1,24 +1,18 @@
 r"""SH-KD: a teacher that is trained for its student (Ben-Baruch et al., 2022, arXiv 2201.06945).
 
-Three runs, one after the other:
+Three runs, one after the other, see :mod:`arcface_kd.methods.shkd.stages`:
 
     1  a temporary student, by the margin softmax alone
     2  the teacher, by the margin softmax against that student's classifier, frozen: it learns to stand where a network
        of the student's capacity can follow
     3  the final student, distilled from that teacher, whose classifier is the shared one
 
-Published: the three steps, and that they beat TH-KD and embedding distillation for R100 to MobileFaceNet on MS1MV3
-(IJB-C TAR at FAR 1e-6 / 1e-5 / 1e-4: 90.24 / 93.73 / 95.64 against 88.72 / 92.75 / 95.42 of the student alone). Not
-published for faces: code, loss, weights, schedule, and where the teacher of step 2 starts.
-
-Chosen here: the second run is ProxylessKD with the student's classes in the teacher's place, under the trainer's own
-margin. It starts from the teacher that is given (an ONNX teacher becomes a network that can be trained), at a tenth of
-the learning rate, or from scratch at the whole of it, and says which. The third run is logit KD (``distil=kd``): the
-student has a classifier of its own and learns, beside its labels, the probabilities T^2 KL(p_t || p_s) of the teacher
-under the shared frozen classifier. ``distil=thkd`` puts that classifier on the student as well, the other reading of
-"the shared head"; any method that takes a teacher and its classifier will do.
-
-What each run is, says :mod:`arcface_kd.methods.shkd.stages`.
+Code, loss, weights, schedule and where the teacher of the second run starts were not published for faces. Chosen here:
+the second run is ProxylessKD with the student's classes in the teacher's place, under the trainer's own margin. It
+starts from the teacher that is given (an ONNX teacher becomes a network that can be trained), at a tenth of the
+learning rate, or from scratch at the whole of it. The third run is logit KD (``distil=kd``): the student has a
+classifier of its own and learns, beside its labels, the probabilities of the teacher under the shared frozen
+classifier. ``distil=thkd`` puts that classifier on the student as well, the other reading of "the shared head".
 """
 
 from collections.abc import Mapping

@@ -10,25 +10,18 @@ is no teacher in training. With the mask m of the axes that are left,
 where c_s = (f_s - mu) V for the student's place f_s = mu + V c_s in the teacher's space. Every so often, the axes of
 least importance are dropped: an axis's importance is the sum over steps of | d margin softmax / d m_j * m_j |.
 
-The paper came without code and leaves settings open, so this is what was published and what was chosen here.
-
-Published: principal components of one forward pass as the system; the student trained in it, then classified; a mask
-whose importance is accumulated from gradients and whose least useful entries are dropped step by step; everything
-linear, folded into the last layer; a random orthogonal basis is much worse, and 1-2 images a class are too few. Of the
-same group: the mimic term, weight 1 : 1 with a cross entropy, V holding about 60 % of the variance.
+Published, without code: principal components of one forward pass as the system; the student trained in it, then
+classified; a mask whose importance is accumulated from gradients and whose least useful entries are dropped step by
+step; everything linear, folded into the last layer. Of the same group: the mimic term, weight 1 : 1 with a cross
+entropy, V holding about 60 % of the variance.
 
 Chosen here, for faces:
 
 - Teacher embeddings are unit vectors, from the cache, both views of each image.
-- The linear part is folded from the first step on and not at the end, see :mod:`.coordinate_system`. A matrix
-  between the last fully connected layer and the system, begun at V, would be one matrix with that layer, and the
-  layer's normally distributed start is the same distribution before and behind a rotation. ``model.pt`` is a plain
-  backbone at every epoch.
-- Coordinates have the teacher's variances, by the scale of the last batch norm, which is not trained, as in
-  arcface_torch; its offset stays zero, since mu is the origin.
+- The linear part is folded from the first step on and not at the end, see :mod:`.coordinate_system`, so that
+  ``model.pt`` is a plain backbone at every epoch.
 - Axes that are not there or were dropped are zeros in the embedding, whose size stays as configured. So cosines are
   those of the coordinates, and the first numbers are those that count most.
-- Classification is the trainer's margin softmax; the classifier is the trainer's learned one.
 - The mimic weight: a sum over axes of unit vectors needs 64, the logit scale, to be heard beside margin softmax.
 - Each step's importance is divided by its sum, so that neither the falling loss nor a loss scale for fp16 lets some
   steps count more than others. It begins anew after each round of dropping.
