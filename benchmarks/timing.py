@@ -7,6 +7,8 @@ from collections.abc import Callable, Mapping
 
 import torch
 
+from arcface_kd.system.device import synchronize
+
 
 def interleaved_seconds(
     providers: Mapping[str, Callable[[], object]], rounds: int, device: torch.device, *, warm_ups: int = 1
@@ -31,17 +33,12 @@ def interleaved_seconds(
         for name in order if number % 2 == 0 else reversed(order):
             gc.collect()
             gc.disable()
-            _wait_for(device)
+            synchronize(device)
             begin = time.perf_counter()
             providers[name]()
-            _wait_for(device)
+            synchronize(device)
             elapsed = time.perf_counter() - begin
             gc.enable()
             if number >= warm_ups:
                 seconds[name].append(elapsed)
     return {name: statistics.median(values) for name, values in seconds.items()}
-
-
-def _wait_for(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)

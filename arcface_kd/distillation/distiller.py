@@ -25,6 +25,7 @@ from arcface_kd.distributed.ranks import RankGroup
 from arcface_kd.errors import ConfigError, TeacherError
 from arcface_kd.methods.base import Requirement
 from arcface_kd.methods.views import refuse_views
+from arcface_kd.system.device import synchronize
 from arcface_kd.teachers.base import Teacher, load_teacher
 from arcface_kd.teachers.cache.embedding_cache import EmbeddingCache, fill_hint
 from arcface_kd.teachers.cache.fill import load_run_teacher
@@ -323,8 +324,7 @@ def _tell_cost(seconds: float, images: int) -> None:
 
 def _now(images: Tensor) -> float:
     """Seconds, after all that the images' device was given to do."""
-    if images.device.type == "cuda":
-        torch.cuda.synchronize(images.device)
+    synchronize(images.device)
     return time.perf_counter()
 
 

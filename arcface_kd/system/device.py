@@ -13,3 +13,9 @@ def autocast_dtype(device: torch.device) -> torch.dtype | None:
     if device.type == "cuda":
         return torch.float16
     return torch.bfloat16 if torch.ops.mkldnn._is_mkldnn_bf16_supported() else None
+
+
+def synchronize(device: torch.device) -> None:
+    """Wait for all that a GPU was given to do; a CPU has done it."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)

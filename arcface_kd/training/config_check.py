@@ -9,26 +9,15 @@ from arcface_kd.losses.margin import Margin
 from arcface_kd.training.schedule import Decay
 
 LOGIT_SCALE = 64.0  # the host's, which no key of its configs changes
-
-
-_AT_LEAST_ONE = (
-    *("num_image", "num_epoch", "batch_size"),
-    *("embedding_size", "gradient_acc", "frequent", "verbose"),
-)
-
-
+_AT_LEAST_ONE = ("num_image", "num_epoch", "batch_size", "embedding_size", "gradient_acc", "frequent", "verbose")
 # What seeds are multiplied by, to make one of each step and rank, must leave them in 64 bits.
 _LARGEST_SEED = 2**31 - 1
-
-
-# Keys that only the host's own surroundings can honour, with the values at which they ask for nothing.
-_HOST_ONLY = {"dali": (False,), "dali_aug": (False,), "using_wandb": (False,)}
-
-
-_WANDB = ("wandb_key", "suffix_run_name", "wandb_entity", "wandb_project", "wandb_log_all", "wandb_resume", "notes")
-
-
-_IGNORED_WITHOUT_WANDB = (*_WANDB, "save_artifacts")
+# Keys that only the host's own surroundings can honour.
+_HOST_ONLY = ("dali", "dali_aug", "using_wandb")
+_IGNORED_WITHOUT_WANDB = (
+    *("wandb_key", "suffix_run_name", "wandb_entity", "wandb_project", "wandb_log_all", "wandb_resume", "notes"),
+    "save_artifacts",
+)
 
 
 def check_keys(config: Mapping[str, Any]) -> None:
@@ -37,9 +26,9 @@ def check_keys(config: Mapping[str, Any]) -> None:
     for key in config:
         if key not in known and not key.startswith("kd"):
             raise ConfigError(f"the compact trainer does not know the key {key!r}{suggestion(key, known)}")
-    for key, allowed in _HOST_ONLY.items():
-        if config.get(key, allowed[0]) not in allowed:
-            raise ConfigError(f"{key}={config[key]!r} needs the host: run train_v2.py, or set {key}={allowed[0]!r}")
+    for key in _HOST_ONLY:
+        if config.get(key):
+            raise ConfigError(f"{key}={config[key]!r} needs the host: run train_v2.py, or set {key}=False")
     wanted = ("rec", "num_classes", "num_image", "num_epoch", "warmup_epoch", "val_targets")
     missing = [key for key in wanted if config.get(key) is None]
     if missing:

@@ -19,7 +19,7 @@ from arcface_kd.data.joined import verification_folder
 from arcface_kd.distillation.drop_ins import DropIns
 from arcface_kd.errors import ConfigError, DataError, NumberError, first_line
 from arcface_kd.evaluation.verification import VerificationResult, evaluate, read_pairs
-from arcface_kd.system.device import autocast_dtype, default_device
+from arcface_kd.system.device import autocast_dtype, default_device, synchronize
 from arcface_kd.training.config_check import margin_of_config
 from arcface_kd.training.schedule import decay_with_warmup
 
@@ -217,16 +217,16 @@ class Run:
             loss = self._train_step(images, labels)
             bar.update()
             if self.step % self.config.frequent == 0:
-                self._sync()
+                synchronize(self.device)
                 self.seconds += time.perf_counter() - began
                 self._log(float(loss), last_step, bar)
                 began = time.perf_counter()
             if self.step % self.config.verbose == 0:
-                self._sync()
+                synchronize(self.device)
                 self.seconds += time.perf_counter() - began
                 self.verify()
                 began = time.perf_counter()
-        self._sync()
+        synchronize(self.device)
         self.seconds += time.perf_counter() - began
         self.epoch += 1
 
@@ -249,10 +249,6 @@ class Run:
             self.schedule.step()
         self.images += images.shape[0] * self.world_size
         return loss.detach()
-
-    def _sync(self) -> None:
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
 
     @property
     def rate(self) -> float:

@@ -132,13 +132,6 @@ def test_files_of_torch_before_1_6_are_read_without_a_mapping(tmp_path: Path) ->
 # ---- what does not belong together
 
 
-def test_a_missing_rank_is_named(tmp_path: Path) -> None:
-    save_run(tmp_path, 12, 3)
-    checkpoint_file(tmp_path, 1).unlink()
-    with pytest.raises(CheckpointError, match=r"checkpoint_gpu_1\.pt is missing; .*save_all_states=True"):
-        open_shards(tmp_path)
-
-
 def test_no_checkpoint_at_all_is_named(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=r"checkpoint_gpu_0\.pt is missing"):
         open_shards(tmp_path)
@@ -166,21 +159,14 @@ def test_a_file_of_another_run_is_named(
         open_shards(tmp_path / "run")
 
 
-@pytest.mark.parametrize("content", [b"", b"no checkpoint at all", b"PK\x03\x04 half a zip file"])
-def test_a_damaged_file_is_named(tmp_path: Path, content: bytes) -> None:
-    save_run(tmp_path, 12, 2)
-    checkpoint_file(tmp_path, 1).write_bytes(content)
+@pytest.mark.parametrize("content", [b"", b"no checkpoint at all", b"PK\x03\x04 half a zip file", None], ids=str)
+def test_a_damaged_file_is_named(tmp_path: Path, content: bytes | None) -> None:
+    save_run(tmp_path, 2000, 2)
+    path = checkpoint_file(tmp_path, 1)
+    path.write_bytes(path.read_bytes()[:-3000] if content is None else content)
     with pytest.raises(CheckpointError, match=r"checkpoint_gpu_1\.pt cannot be read as a checkpoint: .") as error:
         open_shards(tmp_path)
     assert "\n" not in str(error.value)
-
-
-def test_a_truncated_file_is_named(tmp_path: Path) -> None:
-    save_run(tmp_path, 2000, 2)
-    path = checkpoint_file(tmp_path, 1)
-    path.write_bytes(path.read_bytes()[:-3000])
-    with pytest.raises(CheckpointError, match=r"checkpoint_gpu_1\.pt cannot be read"):
-        open_shards(tmp_path)
 
 
 class _Evil:
@@ -410,7 +396,7 @@ def test_a_state_names_its_class_centers(tmp_path: Path) -> None:
 def test_nothing_is_written_when_a_shard_is_missing(tmp_path: Path, entry: str) -> None:
     save_run(tmp_path, 12, 3, entry=entry)
     checkpoint_file(tmp_path, 1).unlink()
-    with pytest.raises(CheckpointError, match=r"checkpoint_gpu_1\.pt is missing"):
+    with pytest.raises(CheckpointError, match=r"checkpoint_gpu_1\.pt is missing; .*save_all_states=True"):
         merge_head(tmp_path, tmp_path / "head.pt")
     assert not (tmp_path / "head.pt").exists()
 

@@ -10,7 +10,6 @@ import warnings
 import zipfile
 from argparse import Namespace
 from collections import defaultdict
-from collections.abc import Mapping
 from datetime import datetime
 from pathlib import Path
 from types import SimpleNamespace
@@ -175,28 +174,14 @@ def test_a_flipped_bit_in_a_weight_is_found_by_its_checksum(tmp_path: Path) -> N
         read_content(path)
 
 
-def _rezipped(path: Path, compression: int = zipfile.ZIP_STORED, replace: Mapping[bytes, bytes] | None = None) -> None:
-    with zipfile.ZipFile(path) as archive:
-        records = {record.filename: archive.read(record) for record in archive.infolist()}
-    with zipfile.ZipFile(path, "w", compression) as archive:
-        for name, content in records.items():
-            for old, new in (replace or {}).items():
-                content = content.replace(old, new) if name.endswith("data.pkl") else content
-            archive.writestr(name, content)
-
-
-def test_a_zip_bomb_is_not_unpacked(tmp_path: Path) -> None:
-    path = saved(tmp_path, {"a": torch.zeros(100_000)})
-    _rezipped(path, zipfile.ZIP_DEFLATED)
-    assert path.stat().st_size < 10_000
-    with pytest.raises(TeacherError, match=r"is compressed, which torch\.save never does"):
-        read_content(path)
-
-
 @pytest.mark.parametrize("claimed", [b"J\x00\x00\x00\x10", b"J\xff\xff\xff\x7f"])
 def test_a_tensor_larger_than_its_record_is_refused(tmp_path: Path, claimed: bytes) -> None:
     path = saved(tmp_path, {"a": torch.zeros(1000)})
-    _rezipped(path, replace={b"M\xe8\x03": claimed})
+    with zipfile.ZipFile(path) as archive:
+        records = {record.filename: archive.read(record) for record in archive.infolist()}
+    with zipfile.ZipFile(path, "w") as archive:
+        for name, content in records.items():
+            archive.writestr(name, content.replace(b"M\xe8\x03", claimed) if name.endswith("data.pkl") else content)
     with pytest.raises(TeacherError, match="damaged or not a PyTorch checkpoint"):
         read_content(path)
 

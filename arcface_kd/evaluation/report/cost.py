@@ -16,6 +16,7 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from arcface_kd.backbones import FaceBackbone
+from arcface_kd.system.device import synchronize
 from arcface_kd.teachers.base import Teacher
 
 BATCH_SIZE = 32
@@ -133,17 +134,12 @@ def images_per_second(
             if durations[name] and sum(durations[name]) >= seconds:
                 continue
             images = _inputs(model, batch_size, size, where)
-            _wait_for(where)
+            synchronize(where)
             began = time.perf_counter()
             model(images)
-            _wait_for(where)
+            synchronize(where)
             durations[name].append(time.perf_counter() - began)
     return {name: batch_size / min(taken) for name, taken in durations.items()}
-
-
-def _wait_for(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
 
 
 def costs(
@@ -200,7 +196,7 @@ def latency(
 
         def run() -> None:
             model(image)
-            _wait_for(where)
+            synchronize(where)
 
         run()
     taken: list[float] = []
