@@ -2,7 +2,7 @@
 
 A score is a similarity: larger means more alike. A pair is accepted when its score reaches a threshold. FAR is the
 share of impostor pairs that are accepted, TAR the share of genuine ones; both are exact step functions of the threshold
-here, without a grid.
+here, without a grid. There is at least one score of each kind.
 """
 
 from collections.abc import Sequence
@@ -11,19 +11,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from arcface_kd.errors import ConfigError, DataError
-
-
-def _require_both(genuine: NDArray[Any], impostor: NDArray[Any]) -> None:
-    if len(genuine) == 0 or len(impostor) == 0:
-        raise DataError(
-            f"{len(genuine)} genuine and {len(impostor)} impostor scores: wanted at least one of each to compare"
-        )
+from arcface_kd.errors import ConfigError
 
 
 def roc_curve(genuine: NDArray[Any], impostor: NDArray[Any]) -> tuple[NDArray[Any], NDArray[Any]]:
     """FAR and TAR (K,), rising from 0 to 1: a point for each distinct score, the strictest threshold first."""
-    _require_both(genuine, impostor)
     scores = np.concatenate([genuine, impostor])
     order = np.argsort(-scores, kind="stable")
     descending = scores[order]
@@ -37,7 +29,6 @@ def roc_curve(genuine: NDArray[Any], impostor: NDArray[Any]) -> tuple[NDArray[An
 
 def area_under_curve(genuine: NDArray[Any], impostor: NDArray[Any]) -> float:
     """Probability that a genuine score exceeds an impostor score, ties counting half (Mann-Whitney)."""
-    _require_both(genuine, impostor)
     ascending = np.sort(impostor)
     below = np.searchsorted(ascending, genuine, side="left").sum(dtype=np.int64)
     not_above = np.searchsorted(ascending, genuine, side="right").sum(dtype=np.int64)
@@ -66,7 +57,6 @@ def tar_at_far(genuine: NDArray[Any], impostor: NDArray[Any], levels: Sequence[f
     exceeds it, and the number would only say where the hardest impostor pair is. A genuine score of minus infinity is
     never accepted.
     """
-    _require_both(genuine, impostor)
     descending = -np.sort(-impostor)
     result: dict[float, float | None] = {}
     for level in levels:

@@ -19,6 +19,7 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
+import arcface_kd
 from arcface_kd.data.dataset import View, open_dataset
 from arcface_kd.errors import ArcfaceKDError, ConfigError, DataError, first_line
 from arcface_kd.evaluation.embedding import embed, normalize
@@ -190,18 +191,12 @@ def to_onnx(student: NetworkCheckpoint) -> bytes:
         part.doc_string = ""
     del model.functions[:]
     model.ir_version = _IR_VERSION
-    model.producer_name, model.producer_version = "arcface_kd", _version()
+    model.producer_name, model.producer_version = "arcface_kd", arcface_kd.__version__
     for key, value in (("network", student.name), ("weights", student.digest), ("input", "RGB, (x - 127.5) / 127.5")):
         entry = model.metadata_props.add()
         entry.key, entry.value = key, value
     onnx.checker.check_model(model, full_check=True)
     return bytes(model.SerializeToString())
-
-
-def _version() -> str:
-    from importlib import metadata
-
-    return metadata.version("arcface_kd")
 
 
 def _faces(folder: str | os.PathLike[str] | None, shown: int) -> tuple[NDArray[Any], NDArray[Any]]:
