@@ -1,6 +1,5 @@
 """The comparison as one page: ``report.html``, which holds everything it shows, and ``report.md`` with its tables."""
 
-import base64
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -14,7 +13,7 @@ from arcface_kd.data.formats.image import decode_rgb
 from arcface_kd.errors import ConfigError
 from arcface_kd.evaluation.report.comparison import ComparedSet, Comparison, Contestant, Score
 from arcface_kd.evaluation.report.cost import BATCH_SIZE
-from arcface_kd.evaluation.report.pictures import Picture, draw_curves, draw_histograms, draw_roc
+from arcface_kd.evaluation.report.pictures import Picture, data_uri, draw_curves, draw_histograms, draw_roc
 from arcface_kd.evaluation.report.run_folder import RunFolder
 from arcface_kd.evaluation.report.scalars import Curve
 from arcface_kd.evaluation.score_table import ScoreTable, heading, score_tables
@@ -48,18 +47,6 @@ class Table:
 
 
 @dataclass(frozen=True)
-class InlinePicture:
-    """A picture as the page holds it: data URIs for a light and a dark page, sizes in CSS pixels."""
-
-    title: str
-    description: str
-    light: str
-    dark: str
-    width: int
-    height: int
-
-
-@dataclass(frozen=True)
 class FacePair:
     """One pair of the hardest: both faces beside each other as a data URI."""
 
@@ -75,7 +62,7 @@ class Part:
     title: str = ""
     table: Table | None = None
     notes: Sequence[str] = ()
-    pictures: Sequence[InlinePicture] = ()
+    pictures: Sequence[Picture] = ()
     faces: Sequence[FacePair] = ()
 
 
@@ -249,7 +236,7 @@ def _cost_part(comparison: Comparison) -> Part:
     return Part(table=Table(heads, rows), notes=notes)
 
 
-def _score_pictures(comparison: Comparison) -> list[InlinePicture]:
+def _score_pictures(comparison: Comparison) -> list[Picture]:
     pictures = []
     for compared in comparison.sets:
         name = compared.pairs.name
@@ -257,7 +244,7 @@ def _score_pictures(comparison: Comparison) -> list[InlinePicture]:
         pictures.append(draw_roc(name, {model: Curve(found.fpr, found.tpr) for model, found in results.items()}))
         similarities = {model: judgement.similarities for model, judgement in compared.judgements.items()}
         pictures.append(draw_histograms(name, similarities, compared.pairs.is_same))
-    return [_inline(picture) for picture in pictures]
+    return pictures
 
 
 def _training_parts(contestants: Sequence[Contestant]) -> list[Part]:
@@ -266,7 +253,7 @@ def _training_parts(contestants: Sequence[Contestant]) -> list[Part]:
 
     def add(title: str, pictures: Sequence[Picture], *notes: str) -> None:
         if pictures:
-            parts.append(Part(title, notes=notes, pictures=[_inline(picture) for picture in pictures]))
+            parts.append(Part(title, notes=notes, pictures=pictures))
 
     found = {run.name: run.loss_terms() for run in runs}
     among = [contestant.name for contestant in contestants]
@@ -335,16 +322,7 @@ def _side_by_side(compared: ComparedSet, pair: int) -> str:
     sides = [cv2.resize(face, (_SIDE, _SIDE), interpolation=cv2.INTER_AREA) for face in faces]
     both = np.hstack(sides)[:, :, ::-1]
     _, encoded = cv2.imencode(".jpg", both, [cv2.IMWRITE_JPEG_QUALITY, _JPEG_QUALITY])
-    return _data_uri(encoded.tobytes(), "image/jpeg")
-
-
-def _data_uri(content: bytes, kind: str) -> str:
-    return f"data:{kind};base64,{base64.b64encode(content).decode()}"
-
-
-def _inline(picture: Picture) -> InlinePicture:
-    light, dark = (_data_uri(content, "image/svg+xml") for content in (picture.light, picture.dark))
-    return InlinePicture(picture.title, picture.description, light, dark, picture.width, picture.height)
+    return data_uri(encoded.tobytes(), "image/jpeg")
 
 
 def _markdown(title: str, subtitle: str, sections: Sequence[Section]) -> str:

@@ -1,5 +1,6 @@
 """The pictures of a comparison report: drawn once, in colours for a light page and for a dark one."""
 
+import base64
 import io
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -38,12 +39,12 @@ _BINS = 60
 
 @dataclass(frozen=True)
 class Picture:
-    """One picture as SVG for a light and a dark page; sizes in CSS pixels."""
+    """One picture as the page holds it: data URIs for a light and a dark page, sizes in CSS pixels."""
 
     title: str
     description: str
-    light: bytes
-    dark: bytes
+    light: str
+    dark: str
     width: int
     height: int
 
@@ -99,7 +100,13 @@ def _picture(figure: "Figure", title: str, description: str) -> Picture:
     for colour, other in _DARK.items():
         dark = dark.replace(colour.encode(), other.encode())
     width, height = (round(96 * inches) for inches in figure.get_size_inches())
-    return Picture(title, description, light, dark, width, height)
+    kind = "image/svg+xml"
+    return Picture(title, description, data_uri(light, kind), data_uri(dark, kind), width, height)
+
+
+def data_uri(content: bytes, kind: str) -> str:
+    """A file as a page holds it."""
+    return f"data:{kind};base64,{base64.b64encode(content).decode()}"
 
 
 def _look(number: int) -> dict[str, Any]:
