@@ -1,19 +1,17 @@
-"""Every code block of the README is run: as it stands where that takes seconds, at a small size elsewhere."""
+"""The README's commands: what they name is there, and those that train and patch are run, at a small size."""
 
 import os
 import re
 import shlex
 import shutil
 import subprocess
-from argparse import ArgumentParser
 from pathlib import Path
 
 import pytest
 import torch
 
 from arcface_kd.backbones import get_backbone
-from arcface_kd.cli.main import build_parser, main
-from arcface_kd.config.flags import add_arguments
+from arcface_kd.cli.main import main
 from tests.host.trainer.faces import draw_faces
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -33,39 +31,9 @@ def test_make_knows_the_target(target: str) -> None:
     assert finished.returncode == 0, finished.stderr
 
 
-@pytest.mark.parametrize("block", [block for language, block in BLOCKS if language == "python"])
-def test_a_python_block_runs(block: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
-    torch.manual_seed(0)
-    exec(compile(block, "README.md", "exec"), {})
-
-
-@pytest.mark.parametrize("command", [c for c in COMMANDS if c[0] == "arcface-kd"], ids=" ".join)
-def test_a_command_is_understood(command: list[str]) -> None:
-    assert build_parser().parse_args(command[1:]).run is not None
-
-
-def _trainer_parser() -> ArgumentParser:
-    parser = ArgumentParser()
-    parser.add_argument("config")
-    add_arguments(parser)
-    return parser
-
-
-@pytest.mark.parametrize("command", [c for c in COMMANDS if c[0] == "torchrun"], ids=" ".join)
-def test_a_host_command_is_understood(command: list[str]) -> None:
-    words = command[command.index("train_v2.py") + 1 :]
-    arguments = _trainer_parser().parse_args(words)
-    ours = ROOT / f"{arguments.config}.py"
-    assert arguments.kd == "adadistill" or ours.is_file()
-
-
-def test_no_kind_of_block_is_left_out() -> None:
-    assert {language for language, _ in BLOCKS} <= {"bash", "python", "text"}
-    assert {command[0] for command in COMMANDS} <= {"make", "arcface-kd", "torchrun", "cp", "cd", "python3", "pip", "."}
-    for command in COMMANDS:
-        if command[0] == "cp":
-            assert (ROOT / command[1]).is_file()
+@pytest.mark.parametrize("file", [command[1] for command in COMMANDS if command[0] == "cp"])
+def test_a_file_that_is_copied_is_there(file: str) -> None:
+    assert (ROOT / file).is_file()
 
 
 def _small(folder: Path) -> list[str]:
