@@ -86,16 +86,12 @@ def choose_pairs(labels: NDArray[np.int64], most: int, seed: int = 0) -> tuple[N
     for people_of_fold in folds:
         random.shuffle(people_of_fold)
     # Two begin at the other end, so that both kinds together show as many people as they can.
-    kinds = [(_of_one(fold, wanted), _of_two(fold[::-1], labels, wanted)) for fold in folds]
+    kinds = [(list(islice(_in_turn(map(_ring, fold)), wanted)), _of_two(fold[::-1], labels, wanted)) for fold in folds]
     count = min(len(pairs) for both in kinds for pairs in both)
     chosen = [
         pair for same, different in kinds for both in zip(same[:count], different[:count], strict=True) for pair in both
     ]
     return np.array(chosen), np.tile([True, False], FOLDS * count)
-
-
-def _of_one(people: list[list[int]], wanted: int) -> list[tuple[int, int]]:
-    return list(islice(_in_turn(map(_ring, people)), wanted))
 
 
 def _of_two(people: list[list[int]], labels: NDArray[np.int64], wanted: int) -> list[tuple[int, int]]:

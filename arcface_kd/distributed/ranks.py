@@ -164,7 +164,7 @@ class RankGroup:
         Returns:
             The same value.
         """
-        return loss if _is_shared_out(loss) else _shared_out(_scale_gradient(loss, 1 / self.world_size))
+        return loss if getattr(loss, _SHARED_OUT, False) else _shared_out(_scale_gradient(loss, 1 / self.world_size))
 
     def computed_in_parts(self, part: Tensor) -> Tensor:
         """A loss whose summands the ranks have shared out among them: the sum, whose gradient is the own part's.
@@ -271,10 +271,6 @@ def _shared_out(loss: Tensor) -> Tensor:
     """Mark a loss whose gradient the ranks have shared out among them."""
     setattr(loss, _SHARED_OUT, True)
     return loss
-
-
-def _is_shared_out(loss: Tensor) -> bool:
-    return getattr(loss, _SHARED_OUT, False)
 
 
 def _scale_gradient(values: Tensor, factor: float) -> Tensor:

@@ -16,7 +16,7 @@ from arcface_kd.evaluation.report.cost import BATCH_SIZE
 from arcface_kd.evaluation.report.pictures import Picture, data_uri, draw_curves, draw_histograms, draw_roc
 from arcface_kd.evaluation.report.run_folder import RunFolder
 from arcface_kd.evaluation.report.scalars import Curve
-from arcface_kd.evaluation.score_table import ScoreTable, heading, score_tables
+from arcface_kd.evaluation.score_table import heading, score_tables
 from arcface_kd.system.files import atomic_write
 
 if TYPE_CHECKING:
@@ -112,8 +112,11 @@ def _sections(comparison: Comparison, faces: bool) -> list[Section]:
         if compared.views:
             sections[0].parts.append(_views_part(compared))
     if comparison.scores:
-        tables = score_tables(comparison.scores)
-        sections.append(Section("Groups and searches", [_plain_part(found) for found in tables]))
+        tables = [
+            Part(found.title, Table(found.heads, [[Cell(text) for text in row] for row in found.rows]))
+            for found in score_tables(comparison.scores)
+        ]
+        sections.append(Section("Groups and searches", tables))
     sections.append(Section("Cost", [_cost_part(comparison)]))
     if comparison.sets:
         sections.append(Section("ROC and similarities", [Part(pictures=_score_pictures(comparison))]))
@@ -186,10 +189,6 @@ def _views_part(compared: ComparedSet) -> Part:
     if any(view.startswith("gallery") for view in compared.views):
         notes.append("Gallery: its model embeds the first image of each pair, the model of the row the second.")
     return Part(f"{compared.pairs.name}: low resolution and galleries", Table(heads, rows), notes)
-
-
-def _plain_part(found: ScoreTable) -> Part:
-    return Part(found.title, Table(found.heads, [[Cell(text) for text in row] for row in found.rows]))
 
 
 def _large(number: int | None) -> str:
