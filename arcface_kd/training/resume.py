@@ -100,11 +100,16 @@ def resume(run: Run) -> None:
 
 
 def load_optimizer(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
-    """Load an optimiser's state, but for its kernels: they are those of the device that the run is on now."""
+    """Load an optimiser's state, but for its kernels and memory formats: they are those of the run as it is now."""
     fused = [group.get("fused") for group in optimizer.param_groups]
     optimizer.load_state_dict(state)
     for group, own in zip(optimizer.param_groups, fused, strict=True):
         group["fused"] = own
+    # Fused kernels go through the memory of parameter and momentum as it lies; the host's is not channels_last.
+    for parameter, entries in optimizer.state.items():
+        for name, value in entries.items():
+            if isinstance(value, torch.Tensor) and value.shape == parameter.shape:
+                entries[name] = torch.empty_like(parameter, dtype=value.dtype).copy_(value)
 
 
 def _load_schedule(run: Run, state: Mapping[str, Any], before: Mapping[str, Any]) -> None:

@@ -95,6 +95,24 @@ def test_an_optimiser_keeps_the_kernels_of_its_device(fused: bool | None) -> Non
     assert torch.equal(momentum["momentum_buffer"], torch.ones(2))
 
 
+def test_the_momentum_of_a_run_of_the_host_lies_as_the_parameters_do() -> None:
+    weight, gradient = torch.randn(2, 8, 4, 3, 3).unbind()
+    saved, own = (
+        torch.optim.SGD([torch.nn.Parameter(each)], lr=0.1, momentum=0.9, fused=True)
+        for each in (weight.clone(), weight.to(memory_format=torch.channels_last))
+    )
+    parameters = [optimizer.param_groups[0]["params"][0] for optimizer in (saved, own)]
+    parameters[0].grad = gradient.clone()
+    saved.step()
+    load_optimizer(own, saved.state_dict())
+    with torch.no_grad():
+        parameters[1].copy_(parameters[0])
+    parameters[1].grad = gradient.to(memory_format=torch.channels_last)
+    for optimizer in (saved, own):
+        optimizer.step()
+    torch.testing.assert_close(parameters[1], parameters[0])
+
+
 def test_a_resumed_run_gives_the_same_bits(faces: Faces, teacher_file: Path, tmp_path: Path) -> None:
     keys: dict[str, Any] = {
         "kd": "adadistill",
