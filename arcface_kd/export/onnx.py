@@ -11,6 +11,7 @@ import tempfile
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
+from importlib import metadata
 from pathlib import Path
 from typing import Any, Literal, cast
 
@@ -19,7 +20,6 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
-import arcface_kd
 from arcface_kd.data.dataset import View, open_dataset
 from arcface_kd.errors import ArcfaceKDError, ConfigError, DataError, first_line
 from arcface_kd.evaluation.embedding import embed, normalize
@@ -191,7 +191,7 @@ def to_onnx(student: NetworkCheckpoint) -> bytes:
         part.doc_string = ""
     del model.functions[:]
     model.ir_version = _IR_VERSION
-    model.producer_name, model.producer_version = "arcface_kd", arcface_kd.__version__
+    model.producer_name, model.producer_version = "arcface_kd", metadata.version("arcface_kd")
     for key, value in (("network", student.name), ("weights", student.digest), ("input", "RGB, (x - 127.5) / 127.5")):
         entry = model.metadata_props.add()
         entry.key, entry.value = key, value
