@@ -155,7 +155,7 @@ def drop_ins(
     shared = distiller if distiller is not None else Distiller(KDConfig.from_config(config()))
     makers = _Makers(config, shared, host_model, host_loader, host_head)
     return DropIns(
-        makers.get_model,
+        _like(host_model or get_backbone, makers.get_model),
         _like(host_loader or open_loader, makers.get_dataloader),
         _like(host_head or _head_arguments, makers.partial_fc),
         shared,
@@ -279,19 +279,16 @@ class _Makers:
             # A trainer that validates; the first loader is that of training.
             logger.info("the trainer's own get_dataloader makes the loaders after the first")
             return self.host_loader(*args, **kwargs)
-        if self.host_loader is not None and self.shared.kd.loader == "host" and "rec_sets" not in config:
-            self._tell_what_is_off("the trainer's loader")
-            return self.host_loader(*args, **kwargs)
-        given = bind(self.host_loader, open_loader, args, kwargs, _LOADER)
-        # In the host, rec names the first of several sets.
-        rec = given["root_dir"] = config.get("rec_sets") or given["root_dir"]
-        identities = config.get("rec_identities")
-        if self.shared.kd.loader == "host" or (given.get("dali") and self.host_loader is not None):
+        by_host = self.shared.kd.loader == "host"
+        # Whatever its arguments are, the trainer's own takes them.
+        given = {} if by_host else bind(self.host_loader, open_loader, args, kwargs, _LOADER)
+        if by_host or (given.get("dali") and self.host_loader is not None):
             if self.host_loader is None:
                 raise ConfigError("kd_loader=host needs the host: run train_v2.py, or leave it out")
             if "rec_sets" in config:
                 raise ConfigError(
-                    f"the trainer's own loader reads one data set, but rec is {rec}: leave kd_loader=host and dali out"
+                    f"the trainer's own loader reads one data set, but rec is {config['rec_sets']}: leave "
+                    "kd_loader=host and dali out"
                 )
             self._tell_what_is_off("DALI" if given.get("dali") else "the trainer's loader")
             return self.host_loader(*args, **kwargs)
@@ -299,6 +296,9 @@ class _Makers:
             logger.info(
                 "images are read by arcface_kd, not by the trainer's dataset.py; kd_loader=host lets it read them"
             )
+        # In the host, rec names the first of several sets.
+        given["root_dir"] = config.get("rec_sets") or given["root_dir"]
+        identities = config.get("rec_identities")
         num_classes, on_bad_record = config.get("num_classes"), self.shared.kd.on_bad_record
         loader = open_loader(**given, num_classes=num_classes, on_bad_record=on_bad_record, identities=identities)
         _refuse_classes_of_nobody(config, loader, self.shared.methods)

@@ -96,7 +96,7 @@ def _keep_sets(config: dict[str, Any], acts: bool) -> None:
     config.update(rec=verification_folder(rec), rec_sets=rec)
 
 
-def _tell_what_is_off(config: Mapping[str, Any]) -> None:
+def _warn_of_compact_keys(config: Mapping[str, Any]) -> None:
     """Warn of keys that arcface_torch's loop does not look at."""
     given = [f"{key}={config[key]}" for key, nothing in _COMPACT_ONLY.items() if config.get(key, nothing) != nothing]
     if given and RankGroup().rank == 0:
@@ -207,7 +207,7 @@ def attach(
     # The next run of several may be one without a method.
     acts = _acts(config)
     _keep_sets(config, acts)
-    _tell_what_is_off(config)
+    _warn_of_compact_keys(config)
     if not acts:
         # A flag has switched off what a copied config asks for.
         for name, value in host.__dict__.pop("_arcface_kd_replaced", {}).items():

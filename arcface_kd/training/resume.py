@@ -108,7 +108,11 @@ def load_optimizer(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> N
     # Fused kernels go through the memory of parameter and momentum as it lies; the host's is not channels_last.
     for parameter, entries in optimizer.state.items():
         for name, value in entries.items():
-            if isinstance(value, torch.Tensor) and value.shape == parameter.shape:
+            if (
+                isinstance(value, torch.Tensor)
+                and value.shape == parameter.shape
+                and value.stride() != parameter.stride()
+            ):
                 entries[name] = torch.empty_like(parameter, dtype=value.dtype).copy_(value)
 
 

@@ -178,10 +178,8 @@ def test_the_drop_ins_take_what_the_trainer_gives(teacher: Teacher, monkeypatch:
         before[name] = inspect.signature(trainer.__dict__[name])
     attach({"kd": "adadistill", "kd_teacher": str(teacher.file)}, trainer=trainer)
     for name in HOST_NAMES:
-        drop_in = inspect.signature(getattr(trainer, name)).parameters.values()
-        # Forks hand on by place what the trainer names.
-        named = [each for each in drop_in if each.kind is not inspect.Parameter.VAR_POSITIONAL]
-        for theirs, ours in zip(before[name].parameters.values(), named, strict=True):
+        drop_in = inspect.signature(getattr(trainer, name))
+        for theirs, ours in zip(before[name].parameters.values(), drop_in.parameters.values(), strict=True):
             assert (theirs.name, theirs.kind, theirs.default) == (ours.name, ours.kind, ours.default), name
 
 
