@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
+from arcface_kd.distillation.frozen_step import FrozenStep
 from arcface_kd.distributed.ranks import RankGroup
 from arcface_kd.losses.margin import Margin
 from arcface_kd.methods.adadistill import AdaDistill, AdaDistillConfig
@@ -84,22 +85,33 @@ def _adadistill(
     return AdaDistill(AdaDistillConfig(), context).to(device)
 
 
-def _step_of(head: AdaDistill, classes: int, batch: int, dimension: int, device: torch.device) -> Callable[[], None]:
+def _step_of(
+    head: AdaDistill, classes: int, batch: int, dimension: int, device: torch.device, *, replayed: bool = True
+) -> Callable[[], None]:
     student, teacher, labels = _inputs(classes, batch, dimension, device)
+    # As the trainer's head calls it.
+    terms = FrozenStep(head) if replayed and device.type == "cuda" else head
 
     def step() -> None:
         student.grad = None
-        (loss,) = head(Batch(student, student, labels, teacher, [batch], 0)).values()
+        (loss,) = terms(Batch(student, student, labels, teacher, [batch], 0, observed=False)).values()
         loss.backward()
 
     return step
 
 
 def adadistill_step(
-    classes: int, batch: int, dimension: int, device: torch.device, product_dtype: torch.dtype | None = None
+    classes: int,
+    batch: int,
+    dimension: int,
+    device: torch.device,
+    product_dtype: torch.dtype | None = None,
+    *,
+    replayed: bool = True,
 ) -> Callable[[], None]:
-    """Provider ``arcface_kd``."""
-    return _step_of(_adadistill(classes, dimension, device, product_dtype), classes, batch, dimension, device)
+    """Provider ``arcface_kd``; on a GPU as one CUDA graph unless ``replayed`` is off."""
+    head = _adadistill(classes, dimension, device, product_dtype)
+    return _step_of(head, classes, batch, dimension, device, replayed=replayed)
 
 
 def dense_step(classes: int, batch: int, dimension: int, device: torch.device) -> Callable[[], None]:

@@ -29,16 +29,23 @@ class BatchViews(NamedTuple):
             its place.
         flipped: bool (B,), on the CPU: whether each is mirrored.
         clean: uint8 (B, 112, 112, 3), on the CPU: the images before they were degraded, where the loader keeps them.
+        embeddings: float32 (B, D), on the CPU: what was looked up of each view, NaN where nothing is known; where the
+            loader looks up.
     """
 
     index: torch.Tensor  # type: ignore[assignment]
     flipped: torch.Tensor
     clean: torch.Tensor | None = None
+    embeddings: torch.Tensor | None = None
 
     def clean_images(self, device: torch.device) -> torch.Tensor:
         """The images before they were degraded, on a device: float32 (B, 3, 112, 112), RGB, -1 .. 1."""
         assert self.clean is not None
         return _normalise(self.clean.to(device, non_blocking=True))
+
+
+LookUp = Callable[[torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
+"""From index and flipped (B,) to embeddings (B, D), NaN where nothing is known, and which are known, (B,)."""
 
 
 class _Batch(NamedTuple):
@@ -58,6 +65,7 @@ class _BatchReader(Dataset[Any]):
         self.dataset = dataset
         self.augmentation: Augmentation | None = None
         self.keeps_clean = False
+        self.look_up: LookUp | None = None
 
     def __len__(self) -> int:
         return len(self.dataset)
@@ -83,6 +91,8 @@ class _BatchReader(Dataset[Any]):
             return error
         index, flipped, _ = zip(*shown, strict=True)
         shown_views = BatchViews(torch.tensor(index), torch.tensor(flipped), clean)
+        if self.look_up is not None:
+            shown_views = shown_views._replace(embeddings=self.look_up(*shown_views[:2])[0])
         return _Batch(pixels, torch.tensor(labels), shown_views, bad)
 
     def _degrade(self, rows: NDArray[np.uint8], labels: list[int], views: list[View], bad: list[BadRecord]) -> None:
@@ -229,6 +239,21 @@ class FaceLoader(DataLoader[Any]):
         if self._has_workers and (reader.augmentation or Augmentation(), reader.keeps_clean) != (augmentation, keeps):
             raise ConfigError("this loader's workers read for a run with another student.augment: make a new loader")
         reader.augmentation, reader.keeps_clean = augmentation or None, keeps
+
+    def look_up(self, look_up: LookUp | None) -> bool:
+        """Have the embeddings of each batch looked up where its images are read, ahead of the step that wants them.
+
+        Args:
+            look_up: of this machine's memory or files, and picklable; None looks nothing up.
+
+        Returns:
+            Whether ``BatchViews.embeddings`` come from it; not if workers have begun to read with another one.
+        """
+        reader = self.dataset
+        assert isinstance(reader, _BatchReader)
+        if not self._has_workers:
+            reader.look_up = look_up
+        return reader.look_up == look_up
 
     def __iter__(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:  # type: ignore[override]
         """Start an epoch of ``(images, labels)``; a bad record raises a ``DataError`` that names it."""

@@ -86,7 +86,7 @@ class Distiller:
         self.faces: FaceDataset | None = None
         self.cache: EmbeddingCache | None = None
         self.maps: FeatureMaps | None = None
-        self.even_batches = self.cache_is_off = False
+        self.even_batches = self.cache_is_off = self._loader_looks_up = False
         self._views: BatchViews | None = None
         self._shown: BatchViews | None = None
         self._seen: Tensor | None = None
@@ -126,6 +126,7 @@ class Distiller:
         self.cache = open_cache(self.kd, self.methods, self.teacher, loader.faces, ranks)
         if self.methods.from_cache_alone:
             self.teacher = None
+        self._loader_looks_up = loader.look_up(self.cache.look_up if self.cache is not None and self._listens else None)
         runs_on_clean = (
             self.student_options.teacher_sees_others
             and self._listens
@@ -250,6 +251,8 @@ class Distiller:
         """The teacher's unit embeddings of a batch, or of the images before they were degraded."""
         if self.cache is not None and views is not None:
             clean = self.faces if self.student_options.teacher_sees_others else None
+            if not self._loader_looks_up:
+                views = views._replace(embeddings=None)
             return look_up_or_fill(self.cache, self.teacher, images, views, clean)
         if self.teacher is None:
             raise TeacherError(NO_CACHE.format(self.methods.title))

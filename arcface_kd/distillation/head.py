@@ -32,6 +32,7 @@ from arcface_kd.checkpoints.run_settings import (
 )
 from arcface_kd.checkpoints.shards import CLASS_CENTERS, SETTINGS
 from arcface_kd.distillation.distiller import NO_CACHE, Distiller
+from arcface_kd.distillation.frozen_step import FrozenStep, can_replay, replays
 from arcface_kd.distillation.image_quality import ImageQuality
 from arcface_kd.distillation.monitor import Monitor, SettleFirst
 from arcface_kd.distillation.nan_monitor import BatchRows
@@ -132,6 +133,7 @@ class DistillationHead(PartialFCNames, nn.Module):
         methods = distiller.methods.build(context)
         _sum_gradients(methods, ranks)
         self.methods = nn.ModuleDict(methods)
+        self._frozen_steps = {name: FrozenStep(method) for name, method in methods.items() if can_replay(method)}
         self._scores_classes = any(method.classifies for method in methods.values())
         if self.quality is not None and not self._scores_classes:
             raise ConfigError(f"head.margin=adaface has no effect: {distiller.methods.title} does not classify")
@@ -206,7 +208,8 @@ class DistillationHead(PartialFCNames, nn.Module):
         found: dict[str, dict[str, Tensor]] = {}
         for name, module in self.methods.items():
             method = cast(Method, module)
-            terms = method(batch)
+            step = self._frozen_steps.get(name)
+            terms = method(batch) if step is None or not replays(batch) else step(batch)
             if not method.computes_part:
                 terms = {key: self.ranks.computed_by_all(term) for key, term in terms.items()}
             found[name] = terms

@@ -6,6 +6,7 @@ hold one more. Batches may differ in size from rank to rank.
 
 import weakref
 from collections.abc import Callable
+from functools import partial
 from typing import Any, TypeVar
 
 import torch
@@ -43,6 +44,11 @@ class RankGroup:
     Sizes of batches are exchanged between the hosts over gloo, so that a step on GPUs never waits for the device to
     learn how many rows the others bring.
 
+    Attributes:
+        rank: of this process.
+        world_size: number of ranks.
+        instead: takes :meth:`sum_` and :meth:`max_` in place of doing them, while a step is recorded; None else.
+
     Args:
         group: the process group; ``None`` takes the default one when ``torch.distributed`` is initialised.
         alone: be a single process, whatever group there is.
@@ -53,6 +59,7 @@ class RankGroup:
         active = not alone and distributed.is_available() and distributed.is_initialized()
         self.rank: int = distributed.get_rank(group) if active else 0
         self.world_size: int = distributed.get_world_size(group) if active else 1
+        self.instead: Callable[[Callable[[], object]], None] | None = None
         self._host_group = group
         self._scatters = False
         if self.world_size > 1 and "gloo" not in str(distributed.get_backend(group)):
@@ -140,9 +147,7 @@ class RankGroup:
 
     def sum_(self, values: Tensor) -> Tensor:
         """Sum over ranks, in place."""
-        if self.world_size > 1:
-            distributed.all_reduce(values, distributed.ReduceOp.SUM, group=self.group)
-        return values
+        return self._reduce_(values, distributed.ReduceOp.SUM)
 
     def sum_on_hosts(self, values: Tensor) -> Tensor:
         """The sum over ranks of a tensor on the CPU, whatever device the ranks train on."""
@@ -210,8 +215,15 @@ class RankGroup:
 
     def max_(self, values: Tensor) -> Tensor:
         """Maximum over ranks, in place."""
+        return self._reduce_(values, distributed.ReduceOp.MAX)
+
+    def _reduce_(self, values: Tensor, how: Any) -> Tensor:
+        reduce = partial(distributed.all_reduce, values, how, group=self.group)
         if self.world_size > 1:
-            distributed.all_reduce(values, distributed.ReduceOp.MAX, group=self.group)
+            if self.instead is None:
+                reduce()
+            else:
+                self.instead(reduce)
         return values
 
     def max_of(self, *values: Tensor) -> tuple[Tensor, ...]:

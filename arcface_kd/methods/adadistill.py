@@ -100,6 +100,11 @@ class AdaDistill(Method):
         )
         self._seen: _Seen | None = None
 
+    @property
+    def same_each_step(self) -> bool:
+        """Without a draw of classes and without the geometry term, whose weight grows by the step."""
+        return self.context.sample_rate >= 1 and not self.config.geometry
+
     def forward(self, batch: Batch) -> dict[str, Tensor]:
         """Update the centers from the gathered batch, then score the student against them."""
         classes = step_classes(self.context, batch)

@@ -77,6 +77,7 @@ class MarginDistillation(ProxylessKD):
 
     Config = MarginDistillationConfig
     requires = frozenset({Requirement.TEACHER_EMBEDDINGS, Requirement.TEACHER_CLASSIFIER})
+    same_each_step = ProxylessKD.same_each_step
     config: MarginDistillationConfig
 
     def __init__(self, config: MarginDistillationConfig, context: RunContext) -> None:

@@ -85,6 +85,11 @@ class ProxylessKD(Method):
             raise ConfigError(f"{type(self).__name__} has a margin of its own: leave head.margin=adaface out")
         self.centers = FrozenCenters(context.teacher_classifier, context.shard, context.product_dtype)
 
+    @property
+    def same_each_step(self) -> bool:
+        """Without a draw of classes."""
+        return self.context.sample_rate >= 1
+
     def forward(self, batch: Batch) -> dict[str, Tensor]:
         """Score the student against the teacher's classes."""
         classes = step_classes(self.context, batch)
@@ -104,6 +109,7 @@ class ArcDistill(ProxylessKD):
     """
 
     Config = ArcDistillConfig
+    same_each_step = ProxylessKD.same_each_step
 
 
 class CosDistill(ProxylessKD):
@@ -113,3 +119,4 @@ class CosDistill(ProxylessKD):
     """
 
     Config = CosDistillConfig
+    same_each_step = ProxylessKD.same_each_step

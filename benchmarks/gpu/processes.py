@@ -13,6 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from arcface_kd.distributed.step_graph import NOT_RECORDED
 from arcface_kd.losses.fused import FALLBACK
 from benchmarks.gpu.checks import Check, Findings, Place, Skipped
 
@@ -91,9 +92,9 @@ def _end(process: Any, mark: str) -> None:
 
 
 def fallbacks(log: Path) -> list[str]:
-    """The warnings in a log of functions that a GPU should have compiled: numbers are right without, but not speed."""
+    """The warnings in a log of what was not compiled or recorded: numbers are right without, but not speed."""
     lines = log.read_text(encoding="utf-8", errors="replace").splitlines() if log.exists() else []
-    return sorted({line for line in lines if FALLBACK in line})
+    return sorted({line for line in lines if FALLBACK in line or NOT_RECORDED in line})
 
 
 def _tail(log: Path) -> str:

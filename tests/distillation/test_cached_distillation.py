@@ -15,6 +15,7 @@ from arcface_kd.config.kd import KDConfig
 from arcface_kd.data.dataset import RecordDataset
 from arcface_kd.data.loader import BatchViews, FaceLoader
 from arcface_kd.data.sampler import ViewSampler
+from arcface_kd.distillation import distiller as distiller_module
 from arcface_kd.distillation.distiller import Distiller
 from arcface_kd.distillation.drop_ins import drop_ins
 from arcface_kd.distillation.head import DistillationHead
@@ -137,6 +138,33 @@ def test_the_cache_says_what_the_teacher_says(faces: Faces, tmp_path: Path, work
         torch.testing.assert_close(cached.losses, online.losses, rtol=2e-3, atol=2e-3)
         assert cached.losses == rounded.losses
     assert len(set(online.losses)) == len(online.losses)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_the_loader_looks_up_and_no_step_does(
+    faces: Faces, tmp_path: Path, workers: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    wanted = distil(faces, teacher_of(Network(1)), tmp_path / "rows")
+    # In the thread or the processes that read images.
+    monkeypatch.setattr(distiller_module, "look_up_or_fill", lambda cache, *given: look_up_or_fill(None, *given))  # type: ignore[arg-type]
+    assert distil(faces, teacher_of(Network(1)), tmp_path / "rows", workers=workers).losses == wanted.losses
+
+
+def test_a_loader_that_reads_another_runs_cache_is_not_believed(faces: Faces, tmp_path: Path) -> None:
+    dataset = RecordDataset(faces.folder)
+    loader = FaceLoader(dataset, batch_size=9, num_workers=1)
+    said = []
+    for seed in (1, 2):
+        kd = KDConfig(methods=("adadistill",), cache=str(tmp_path / f"rows{seed}"))
+        distiller = Distiller(kd, teacher_of(Network(seed)))
+        distiller.use_cache(loader)
+        student = distiller.watch(Network(seed=3))
+        for _ in range(2):
+            for images, _ in loader:
+                student(images)
+                said.append(distiller.take_teacher_embeddings(len(images)))
+                wanted = normalize(Network(seed)(images)).detach()
+                torch.testing.assert_close(said[-1], wanted, rtol=0, atol=1e-3)
 
 
 def test_a_full_cache_leaves_the_teacher_alone(faces: Faces, tmp_path: Path) -> None:

@@ -189,10 +189,21 @@ class EmbeddingCache:
                 self._create()
             self._check_header()
             self._check_size()
-            self._rows = np.memmap(self.path, np.uint16, mode="r", shape=(2 * self.images, self.embedding_size))
-            self._file = self._open_for_writing()
+            self._open()
         except OSError as error:
             raise TeacherError(f"the cache {self.path} cannot be used: {error.strerror or error}") from error
+
+    def _open(self) -> None:
+        self._rows = np.memmap(self.path, np.uint16, mode="r", shape=(2 * self.images, self.embedding_size))
+        self._file = self._open_for_writing()
+
+    def __getstate__(self) -> dict[str, Any]:
+        # A loader's worker opens the file itself.
+        return {name: value for name, value in vars(self).items() if name not in ("_rows", "_file")}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+        self._open()
 
     @property
     def identity(self) -> Mapping[str, object]:

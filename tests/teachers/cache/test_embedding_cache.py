@@ -3,6 +3,7 @@
 import errno
 import json
 import os
+import pickle
 from pathlib import Path
 from typing import Any
 
@@ -92,6 +93,16 @@ def test_rows_come_back_as_unit_vectors(cache: EmbeddingCache) -> None:
     assert cache.filled() == 4
     others = torch.tensor([0, 39, 1])
     assert not cache.look_up(others, torch.tensor([True, False, False]))[1].any()
+
+
+def test_a_pickled_one_opens_the_same_file(full: EmbeddingCache) -> None:
+    """As a loader's workers are handed it where they are not forked."""
+    pickled = pickle.dumps(full)
+    assert len(pickled) < 4096
+    found = pickle.loads(pickled)
+    assert assert_whole_rows(found) == 2 * IMAGES
+    found.store(torch.tensor([3]), torch.tensor([True]), torch.ones(1, DIMENSION))
+    assert (full.look_up(torch.tensor([3]), torch.tensor([True]))[0] > 0).all()
 
 
 @pytest.mark.parametrize("dimension", [1, 2, 512, 4096])
