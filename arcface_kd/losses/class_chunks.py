@@ -4,6 +4,7 @@ The first finds each row's sum of exponentials and its weighted sum of unit cent
 centers alone, finds the centers' gradient. Neither holds more than a chunk of the (classes, batch) logits.
 """
 
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
@@ -17,6 +18,8 @@ from arcface_kd.losses.narrow_products import WEIGHT_SCALE, RunningSoftmax, add_
 # A chunk's logits should stay in the processor's cache on a CPU, and in the last-level cache of a GPU as a rule.
 _CHUNK_ELEMENTS = {"cpu": 1 << 20, "cuda": 1 << 23}
 _LARGEST_CHUNK = 1 << 15
+# Below, a chunk of its own for what is left takes longer to launch than it saves.
+_ALIGNED_FROM = 1024
 
 # exp(64), exp(-64) and the sum of two thousand million of them are normal numbers of fp32.
 LARGEST_BARE_SCALE = 64.0
@@ -26,6 +29,18 @@ def chunk_size(batch: int, device: torch.device) -> int:
     """Classes in one chunk for a gathered batch, chosen so that a chunk's logits suit the device's memory."""
     budget = _CHUNK_ELEMENTS.get(device.type, _CHUNK_ELEMENTS["cuda"])
     return min(max(256, budget // max(batch, 1) // 256 * 256), _LARGEST_CHUNK)
+
+
+def aligned_chunks(classes: int, chunk: int) -> Iterator[slice]:
+    """Chunks of about ``chunk`` classes, alike and in eights, and behind them the few classes that are left.
+
+    Tensor cores want rows of 16-bit numbers in eights: on an H200 an odd chunk took five times as long by its classes.
+    """
+    size = classes // max(round(classes / chunk), 1)
+    if size >= _ALIGNED_FROM:
+        size -= size % 8
+    for first in range(0, classes, max(size, 1)):
+        yield slice(first, min(first + size, classes))
 
 
 class ClassSums(NamedTuple):
@@ -173,11 +188,11 @@ def _sum_by_narrow_products(
     scaled = unit_rows(unit, margin.scale, product_dtype)
     running = RunningSoftmax.none(unit)
     pull: Tensor | None = None
-    for first in range(0, classes.visited, chunk):
-        rows = narrow_rows(classes, slice(first, min(first + chunk, classes.visited)), unit.dtype, product_dtype)
+    for chosen in aligned_chunks(classes.visited, chunk):
+        rows = narrow_rows(classes, chosen, unit.dtype, product_dtype)
         logits = product(scaled, rows.T)
         weights = torch.empty(logits.shape, dtype=product_dtype, device=unit.device)
-        add_chunk(logits, weights, classes.position, first, margin.filter_threshold * margin.scale, running)
+        add_chunk(logits, weights, classes.position, chosen.start, margin.filter_threshold * margin.scale, running)
         part = product(weights, rows)
         pull = part if pull is None else torch.addcmul(part, pull, running.fade.unsqueeze(1))
     return ClassSums(running.shift, running.total, torch.zeros_like(unit) if pull is None else pull, WEIGHT_SCALE)

@@ -84,7 +84,7 @@ def _add_chunk_by_kernel(
     batch, classes = logits.shape
     if not batch:
         return
-    block = min(2048, 1 << (classes - 1).bit_length())
+    block = min(2048, max(16, 1 << (classes - 1).bit_length()))
     with torch.cuda.device_of(logits):
         kernel()[(batch,)](
             *(logits, weights, position, *running, classes, first, threshold, WEIGHT_SCALE),

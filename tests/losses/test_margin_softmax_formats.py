@@ -2,9 +2,12 @@
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from torch import Tensor
 from torch.nn.functional import normalize
 
+from arcface_kd.losses.class_chunks import aligned_chunks
 from arcface_kd.losses.margin import Margin
 from arcface_kd.losses.margin_softmax import margin_softmax
 from tests.losses.test_margin_softmax import ours, truth, twin
@@ -91,3 +94,14 @@ def test_an_enclosing_autocast_changes_nothing(learned: bool) -> None:
     wanted = run()
     with torch.autocast("cpu", dtype=torch.bfloat16):
         assert all(torch.equal(a, b) for a, b in zip(run(), wanted, strict=True))
+
+
+@given(classes=st.integers(0, 20_000), chunk=st.integers(1, 9000))
+def test_chunks_tile_the_classes_in_eights(classes: int, chunk: int) -> None:
+    found = list(aligned_chunks(classes, chunk))
+    assert [place for part in found for place in range(part.start, part.stop)] == list(range(classes))
+    sizes = [part.stop - part.start for part in found]
+    assert all(0 < size <= max(1.5 * chunk, 1) for size in sizes)
+    assert all(size == sizes[0] for size in sizes[:-1])
+    if sizes and sizes[0] >= 1024:
+        assert sizes[0] % 8 == 0
