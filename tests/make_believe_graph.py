@@ -5,8 +5,9 @@ operation over the very memory that the recording saw; what the function's Pytho
 """
 
 import contextlib
+import gc
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -22,14 +23,17 @@ def _tensors(value: object) -> list[Tensor]:
 
 
 class _Operations(TorchDispatchMode):
-    def __init__(self) -> None:
+    def __init__(self, *, refuses: bool) -> None:
         super().__init__()
+        self.refuses = refuses
         self.noted: list[tuple[Callable[..., Any], Any, Any, Any]] = []
         self._made: set[int] = set()
         self._before: dict[int, tuple[Tensor, Tensor]] = {}
 
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
+        if self.refuses and len(self.noted) == 5:
+            raise RuntimeError("CUDA error: operation not permitted when stream is capturing")
         for place, argument in enumerate(function._schema.arguments):
             given = kwargs.get(argument.name, args[place] if place < len(args) else None)
             if argument.alias_info is not None and argument.alias_info.is_write:
@@ -52,19 +56,33 @@ class _Operations(TorchDispatchMode):
 
 
 class Graph:
-    """In place of ``torch.cuda.CUDAGraph``."""
+    """In place of ``torch.cuda.CUDAGraph``; as torch 2.11's, it does not clear up behind a recording that has failed.
+
+    Attributes:
+        recorded: how many have begun.
+        replayed: how many replays.
+        refused: which one is refused half-way, counted from 1; 0 refuses none.
+        underway: what of torch takes a recording to be going on.
+    """
 
     recorded = 0
     replayed = 0
+    refused = 0
+    underway: ClassVar[set[str]] = set()
 
     def capture_begin(self, pool: object, capture_error_mode: str) -> None:
+        assert not gc.isenabled()
         type(self).recorded += 1
-        self._operations = _Operations()
+        self.underway.update(("allocator", "generator"))
+        self._operations = _Operations(refuses=self.recorded == self.refused)
         self._operations.__enter__()
 
     def capture_end(self) -> None:
         self._operations.__exit__(None, None, None)
         self._operations.put_back()
+        if self._operations.refuses:
+            raise RuntimeError("CUDA error: operation failed due to a previous error during capture")
+        self.underway.clear()
 
     def replay(self) -> None:
         type(self).replayed += 1
@@ -83,6 +101,14 @@ class _Stream:
         return
 
 
+class _Generator:
+    def clone_state(self) -> "_Generator":
+        return _Generator()
+
+    def graphsafe_set_state(self, state: "_Generator") -> None:
+        Graph.underway.discard("generator")
+
+
 @contextlib.contextmanager
 def make_believe_graphs() -> Iterator[type[Graph]]:
     """Inside, steps that a GPU would replay are replayed on the CPU; gives the class that counts them."""
@@ -92,7 +118,9 @@ def make_believe_graphs() -> Iterator[type[Graph]]:
         patch.setattr(torch.cuda, "Stream", _Stream)
         patch.setattr(torch.cuda, "current_stream", _Stream)
         patch.setattr(torch.cuda, "stream", lambda stream: contextlib.nullcontext())
+        patch.setattr(torch.cuda, "default_generators", {None: _Generator()})
+        patch.setattr(torch._C, "_cuda_endAllocateToPool", lambda device, pool: Graph.underway.discard("allocator"))
         patch.setattr(head, "replays", lambda batch: not batch.observed)
-        for each in ("recorded", "replayed"):
+        for each in ("recorded", "replayed", "refused"):
             patch.setattr(Graph, each, 0)
         yield Graph

@@ -7,8 +7,11 @@ Collectives stay outside: the recording is cut where one stands, and a replay is
 So it holds over any backend, and a rank that replays goes along with one that does not.
 """
 
+import contextlib
+import gc
 import logging
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -88,28 +91,42 @@ class _Recording:
         device = next(each.device for each in given if each is not None)
         current, side = torch.cuda.current_stream(device), torch.cuda.Stream(device)
         side.wait_stream(current)
-        with torch.cuda.stream(side):
-            self._graph = self._begun()
-            ranks.instead = self._cut
+        with torch.cuda.stream(side), _nothing_collected():
             try:
+                self._begin()
+                ranks.instead = self._cut
                 self._found = function(*self._given)
+                self._graph.capture_end()
+            except BaseException:
+                self._give_up(device)
+                raise
             finally:
                 ranks.instead = None
-                self._graph.capture_end()
         self._pieces.append(self._graph.replay)
         current.wait_stream(side)
 
-    def _begun(self) -> torch.cuda.CUDAGraph:
-        graph = torch.cuda.CUDAGraph()
+    def _begin(self) -> None:
+        self._graph = torch.cuda.CUDAGraph()
         # Loader threads and NCCL's own may go on asking the device for memory and events.
-        graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
-        return graph
+        self._graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
 
     def _cut(self, collective: Callable[[], object]) -> None:
         """End the graph, put down the collective, and begin the next graph."""
         self._graph.capture_end()
         self._pieces += [self._graph.replay, collective]
-        self._graph = self._begun()
+        self._begin()
+
+    def _give_up(self, device: torch.device) -> None:
+        """End a recording that has failed; torch leaves half of it to others, all its versions before 2.13.
+
+        Its allocator would give back no memory that two streams share, as the loader's images, and its generator would
+        refuse to draw.
+        """
+        for end in (self._graph.capture_end, partial(torch._C._cuda_endAllocateToPool, device.index, self._pool)):
+            with contextlib.suppress(RuntimeError):
+                end()
+        generator = torch.cuda.default_generators[device.index]
+        generator.graphsafe_set_state(generator.clone_state())
 
     def replay(self, given: Given) -> tuple[Tensor, ...]:
         for mine, theirs in zip(self._given, given, strict=True):
@@ -119,3 +136,15 @@ class _Recording:
             piece()
         # The next replay writes over them.
         return tuple(each.clone() for each in self._found)
+
+
+@contextlib.contextmanager
+def _nothing_collected() -> Iterator[None]:
+    """Without garbage collection: CUDA refuses to free another graph or a kernel's module while it records."""
+    collects = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if collects:
+            gc.enable()
