@@ -8,6 +8,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from arcface_kd.distributed.step_graph import StepGraph
+from arcface_kd.losses.class_weights import format_of_sums
 from arcface_kd.methods.base import Batch, Method
 
 
@@ -28,27 +29,38 @@ class FrozenStep:
     """
 
     def __init__(self, method: Method) -> None:
-        self._method, self._term = method, ""
-        self._graph = StepGraph(self._loss_and_gradient, method.buffers, method.context.ranks)
+        self._method, self._step = method, _LossAndGradient(method)
+        self._graph = StepGraph(self._step, method.buffers, method.context.ranks)
 
     def __call__(self, batch: Batch) -> dict[str, Tensor]:
         """The method's loss term."""
         found = self._graph(batch.projected, batch.labels, batch.teacher, batch.row_m2)
         loss: Tensor = _FoundAlready.apply(batch.projected, *found)  # type: ignore[no-untyped-call]
-        return {self._term: loss}
-
-    def _loss_and_gradient(
-        self, student: Tensor, labels: Tensor, teacher: Tensor | None, row_m2: Tensor | None
-    ) -> tuple[Tensor, Tensor]:
-        with torch.enable_grad():
-            student = student.detach().requires_grad_()
-            batch = Batch(student, student, labels, teacher, sizes=[], step=0, observed=False, row_m2=row_m2)
-            ((self._term, loss),) = self._method(batch).items()
-            (gradient,) = torch.autograd.grad(loss, student)
-        return loss.detach(), gradient
+        return {self._step.term: loss}
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "FrozenStep":
         return FrozenStep(copy.deepcopy(self._method, memo))
+
+
+class _LossAndGradient:
+    """A method's loss and its gradient in the student's rows, both in the format of the loss's sums.
+
+    An fp16 gradient would lose what the trainer's loss scale is to save, which it is multiplied by later.
+    """
+
+    def __init__(self, method: Method) -> None:
+        self._method = method
+        self.term = ""
+
+    def __call__(
+        self, student: Tensor, labels: Tensor, teacher: Tensor | None, row_m2: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        with torch.enable_grad():
+            student = student.detach().to(format_of_sums(student)).requires_grad_()
+            batch = Batch(student, student, labels, teacher, sizes=[], step=0, observed=False, row_m2=row_m2)
+            ((self.term, loss),) = self._method(batch).items()
+            (gradient,) = torch.autograd.grad(loss, student)
+        return loss.detach(), gradient
 
 
 class _FoundAlready(torch.autograd.Function):
@@ -57,10 +69,11 @@ class _FoundAlready(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, rows: Tensor, loss: Tensor, gradient: Tensor) -> Tensor:
         ctx.save_for_backward(gradient)
+        ctx.dtype = rows.dtype
         return loss.view_as(loss)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
         (gradient,) = ctx.saved_tensors
-        return gradient * gradients[0], None, None
+        return (gradient * gradients[0]).to(ctx.dtype), None, None

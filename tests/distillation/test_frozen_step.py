@@ -8,6 +8,7 @@ import copy
 import functools
 import gc
 import logging
+import weakref
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -154,6 +155,30 @@ def test_what_cannot_be_recorded_is_told_once_and_run_as_it_is(
     assert [record.message for record in caplog.records] == [
         "a head's step cannot be recorded as a CUDA graph: CUDA error: operation not permitted when stream is capturing"
     ]
+
+
+def test_a_narrow_students_gradient_is_rounded_behind_the_loss_scale(tmp_path: Path) -> None:
+    plain, replayed = (_head("adadistill", {}, tmp_path) for _ in range(2))
+    wanted = steps(plain, 5, dtype=torch.float16, scale=65536)
+    with make_believe_graphs() as graph:
+        found = steps(replayed, 5, dtype=torch.float16, scale=65536)
+        assert graph.replayed == 2
+    assert found[1].dtype == torch.float16
+    _require_same(found, wanted, replayed, plain)
+
+
+def test_class_centers_go_with_their_head(tmp_path: Path) -> None:
+    """And their memory: nothing waits for the garbage collector."""
+    with make_believe_graphs():
+        head = _head("adadistill", {}, tmp_path)
+        steps(head, 5)
+        centers = weakref.ref(head.methods["adadistill"].centers)
+        gc.disable()
+        try:
+            del head
+            assert centers() is None
+        finally:
+            gc.enable()
 
 
 def test_what_is_not_the_same_each_step_is_not_recorded(tmp_path: Path) -> None:
