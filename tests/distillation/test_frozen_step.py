@@ -22,6 +22,8 @@ from arcface_kd.distillation.frozen_step import can_replay
 from arcface_kd.distillation.head import DistillationHead
 from arcface_kd.distillation.tensorboard_log import TensorBoardLog
 from arcface_kd.distributed import step_graph
+from arcface_kd.distributed.ranks import RankGroup
+from arcface_kd.distributed.step_graph import StepGraph
 from arcface_kd.methods.adadistill import AdaDistill
 from tests.distillation.test_launches import BATCH, CLASSES, DIMENSION, head_of
 from tests.make_believe_graph import make_believe_graphs
@@ -230,3 +232,25 @@ def _counted() -> Iterator[list[int]]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(step_graph, "_Recording", count)
         yield counts
+
+
+@pytest.mark.gpu
+def test_a_gpu_goes_on_behind_a_recording_that_has_failed() -> None:
+    if not torch.cuda.is_available():
+        pytest.skip("no CUDA device here: torch.cuda.is_available() is False")
+
+    def waits(values: Tensor) -> tuple[Tensor]:
+        return (values * float(values.sum()),)
+
+    step = StepGraph(waits, list, RankGroup(alone=True))
+    ones = torch.ones(3, device="cuda")
+    assert all((step(ones)[0] == 3).all() for _ in range(5))
+    assert torch.rand(3, device="cuda").isfinite().all()
+    held = []
+    for _ in range(4):
+        image = torch.empty(1 << 20, device="cuda")
+        image.record_stream(torch.cuda.Stream())
+        torch.cuda.synchronize()
+        held.append(torch.cuda.memory_stats()["active_bytes.all.current"])
+    # Each takes the place of the one before the last, which two streams have shared.
+    assert held[-1] <= held[1]

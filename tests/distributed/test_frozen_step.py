@@ -30,15 +30,26 @@ def _said(teacher: Tensor, rows: int) -> Tensor:
 
 
 def _run(
-    ranks: RankGroup, method: str, sizes: list[int], folder: Path, margin: str, replaying: tuple[int, ...]
+    ranks: RankGroup,
+    method: str,
+    sizes: list[int],
+    folder: Path,
+    margin: str,
+    replaying: tuple[int, ...],
+    refused: tuple[int, ...] = (0, 0, 0),
 ) -> tuple[list[Tensor], int]:
-    """Losses, gradients and the state after some steps, and how many graphs were recorded."""
+    """Losses, gradients and the state after some steps, and how many graphs were recorded.
+
+    ``refused`` says of each rank which graph cannot be.
+    """
     kd = KDConfig((method,), classifier=str(folder / "head.pt"), options={"head": {"margin": margin}})
     distiller = Distiller(kd, load_teacher(Linear(DIMENSION, 1), TeacherOptions(size=8)))
     log = TensorBoardLog(folder, STEPS, writes=False)
     head = DistillationHead(distiller, ARCFACE, DIMENSION, CLASSES, seed=3, ranks=ranks, log=log)
     found = []
     with make_believe_graphs() if ranks.rank in replaying else contextlib.nullcontext() as graph:
+        if graph is not None:
+            graph.refused = refused[ranks.rank]
         for step in range(STEPS):
             generator = torch.Generator().manual_seed(step)
             embeddings = torch.randn(sum(sizes), DIMENSION, generator=generator)
@@ -71,3 +82,12 @@ def test_ranks_that_replay_and_ranks_that_do_not_find_the_same(
             # One graph before, between and behind the collectives.
             assert recorded == (rank in replaying) * 4, recorded
             assert all(torch.equal(met, value) for met, value in zip(found, right, strict=True))
+
+
+def test_a_rank_that_cannot_record_goes_along_with_one_that_replays(ranks: RankPool, tmp_path: Path) -> None:
+    wanted = ranks.run(2, _run, "adadistill", [4, 4], tmp_path, "none", ())
+    # Behind its first collective.
+    answers = ranks.run(2, _run, "adadistill", [4, 4], tmp_path, "none", (0, 1), (0, 2))
+    assert [recorded for _, recorded in answers] == [4, 2]
+    for (found, _), (right, _) in zip(answers, wanted, strict=True):
+        assert all(torch.equal(met, value) for met, value in zip(found, right, strict=True))
