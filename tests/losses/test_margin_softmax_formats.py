@@ -97,11 +97,11 @@ def test_an_enclosing_autocast_changes_nothing(learned: bool) -> None:
 
 
 @given(classes=st.integers(0, 20_000), chunk=st.integers(1, 9000))
-def test_chunks_tile_the_classes_in_eights(classes: int, chunk: int) -> None:
+def test_chunks_tile_the_classes_in_sixteens(classes: int, chunk: int) -> None:
     found = list(aligned_chunks(classes, chunk))
     assert [place for part in found for place in range(part.start, part.stop)] == list(range(classes))
     sizes = [part.stop - part.start for part in found]
     assert all(0 < size <= max(1.5 * chunk, 1) for size in sizes)
     assert all(size == sizes[0] for size in sizes[:-1])
     if sizes and sizes[0] >= 1024:
-        assert sizes[0] % 8 == 0
+        assert sizes[0] % 16 == 0
