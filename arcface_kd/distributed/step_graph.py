@@ -89,6 +89,7 @@ class _Recording:
         # On the stream that replays will run on, whose memory this is.
         self._given = [None if each is None else each.detach().clone() for each in given]
         device = next(each.device for each in given if each is not None)
+        # A stream of its own: torch 2.12 gives cuBLAS's workspace up with the first of a stream's graphs that goes.
         current, side = torch.cuda.current_stream(device), torch.cuda.Stream(device)
         side.wait_stream(current)
         with torch.cuda.stream(side), _nothing_collected():
@@ -128,6 +129,7 @@ class _Recording:
         generator = torch.cuda.default_generators[device.index]
         generator.graphsafe_set_state(generator.clone_state())
 
+    @torch.no_grad()
     def replay(self, given: Given) -> tuple[Tensor, ...]:
         for mine, theirs in zip(self._given, given, strict=True):
             if mine is not None and theirs is not None:

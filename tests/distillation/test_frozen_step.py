@@ -141,6 +141,19 @@ def test_a_step_whose_loss_is_not_yet_differentiated_keeps_its_gradient(tmp_path
         assert torch.equal(two_at_once(_head("proxylesskd", {}, tmp_path)), wanted)
 
 
+def test_a_replay_keeps_no_step_of_the_student(tmp_path: Path) -> None:
+    with make_believe_graphs() as graph:
+        head = _head("adadistill", {}, tmp_path)
+        steps(head, 4)
+        embeddings, labels, teacher = _batch(4, BATCH)
+        head._distiller.take_teacher_embeddings = lambda rows: teacher  # type: ignore[method-assign]
+        head(embeddings.requires_grad_(), labels).backward()
+        assert graph.replayed == 2
+        kept = weakref.ref(embeddings)
+        del embeddings
+        assert kept() is None
+
+
 def test_what_cannot_be_recorded_is_told_once_and_run_as_it_is(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
