@@ -14,7 +14,7 @@ from arcface_kd.methods.base import Batch, Method
 
 def can_replay(method: Method) -> bool:
     """Whether a method is the same each step; its own class has to say so, a subclass may do more."""
-    return "same_each_step" in vars(type(method)) and method.same_each_step
+    return "same_each_step" in vars(type(method)) and method.computes_part and method.same_each_step
 
 
 def replays(batch: Batch) -> bool:

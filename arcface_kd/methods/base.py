@@ -242,8 +242,9 @@ class Method(nn.Module):
     def same_each_step(self) -> bool:
         """Whether a GPU may record a step that is not observed and replay it; a subclass says it for itself.
 
-        Then the method has one loss term, no parameters, and looks at the batch's ``projected``, ``labels``,
-        ``teacher`` and ``row_m2`` alone; which operations it asks for depends on their shapes and on nothing else.
+        Then the method ``computes_part``, has one loss term and no parameters, and looks at the batch's ``projected``,
+        ``labels``, ``teacher`` and ``row_m2`` alone; which operations it asks for depends on their shapes and on
+        nothing else.
         """
         return False
 

@@ -200,6 +200,12 @@ def test_what_is_not_the_same_each_step_is_not_recorded(tmp_path: Path) -> None:
     class Own(AdaDistill):
         """One that may look at the step."""
 
+    class Whole(AdaDistill):
+        """One whose gradient the head shares out among the ranks, unless the method has."""
+
+        computes_part = False
+        same_each_step = AdaDistill.same_each_step
+
     sampled = head_of("adadistill", {}, tmp_path, sample_rate=0.5).methods["adadistill"]
     whole = head_of("adadistill", {}, tmp_path).methods["adadistill"]
     assert isinstance(sampled, AdaDistill)
@@ -207,6 +213,7 @@ def test_what_is_not_the_same_each_step_is_not_recorded(tmp_path: Path) -> None:
     assert can_replay(whole)
     assert not can_replay(sampled)
     assert not can_replay(Own(whole.config, whole.context))
+    assert not can_replay(Whole(whole.config, whole.context))
     assert not can_replay(head_of("kd", {}, tmp_path).methods["kd"])  # type: ignore[arg-type]
 
 
