@@ -29,7 +29,7 @@ class FrozenStep:
     """
 
     def __init__(self, method: Method) -> None:
-        self._method, self._step = method, _LossAndGradient(method)
+        self._step = _LossAndGradient(method)
         self._graph = StepGraph(self._step, method.buffers, method.context.ranks)
 
     def __call__(self, batch: Batch) -> dict[str, Tensor]:
@@ -39,7 +39,7 @@ class FrozenStep:
         return {self._step.term: loss}
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "FrozenStep":
-        return FrozenStep(copy.deepcopy(self._method, memo))
+        return FrozenStep(copy.deepcopy(self._step.method, memo))
 
 
 class _LossAndGradient:
@@ -49,8 +49,7 @@ class _LossAndGradient:
     """
 
     def __init__(self, method: Method) -> None:
-        self._method = method
-        self.term = ""
+        self.method, self.term = method, ""
 
     def __call__(
         self, student: Tensor, labels: Tensor, teacher: Tensor | None, row_m2: Tensor | None
@@ -58,7 +57,7 @@ class _LossAndGradient:
         with torch.enable_grad():
             student = student.detach().to(format_of_sums(student)).requires_grad_()
             batch = Batch(student, student, labels, teacher, sizes=[], step=0, observed=False, row_m2=row_m2)
-            ((self.term, loss),) = self._method(batch).items()
+            ((self.term, loss),) = self.method(batch).items()
             (gradient,) = torch.autograd.grad(loss, student)
         return loss.detach(), gradient
 

@@ -39,7 +39,7 @@ class StepGraph:
 
     Args:
         function: of tensors; its operations may depend on their shapes and on nothing else, and change no memory beside
-            ``memory``. Its collectives are ``ranks``'.
+            ``memory``. Its collectives are sums and maxima of ``ranks``.
         memory: gives the tensors that it reads and writes beside its inputs.
         ranks: whose collectives it calls.
     """
