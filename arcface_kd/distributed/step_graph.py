@@ -11,7 +11,6 @@ import contextlib
 import gc
 import logging
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from functools import partial
 from typing import Any
 
 import torch
@@ -123,9 +122,11 @@ class _Recording:
         Its allocator would give back no memory that two streams share, as the loader's images, and its generator would
         refuse to draw.
         """
-        for end in (self._graph.capture_end, partial(torch._C._cuda_endAllocateToPool, device.index, self._pool)):
-            with contextlib.suppress(RuntimeError):
-                end()
+        with contextlib.suppress(RuntimeError):
+            self._graph.capture_end()
+        # There is no public name for it.
+        with contextlib.suppress(RuntimeError, AttributeError):
+            torch._C._cuda_endAllocateToPool(device.index, self._pool)
         generator = torch.cuda.default_generators[device.index]
         generator.graphsafe_set_state(generator.clone_state())
 
