@@ -34,8 +34,8 @@ def chunk_size(batch: int, device: torch.device) -> int:
 def aligned_chunks(classes: int, chunk: int) -> Iterator[slice]:
     """Chunks of about ``chunk`` classes, alike and in sixteens, and behind them the few classes that are left.
 
-    Tensor cores want rows of 16-bit numbers in eights, and Triton loads them in sixteens. On an H200 the products of an
-    odd chunk took five times as long as those of an even one with as many classes.
+    Tensor cores want rows of 16-bit numbers in eights, and Triton loads them in sixteens: on an H200 a class of an odd
+    chunk took the products five times as long.
     """
     size = classes // max(round(classes / chunk), 1)
     if size >= _ALIGNED_FROM:
