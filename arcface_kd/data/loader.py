@@ -221,8 +221,12 @@ class FaceLoader(DataLoader[Any]):
     @property
     def faces(self) -> FaceDataset:
         """The data set behind the batches."""
+        return self._reader.dataset
+
+    @property
+    def _reader(self) -> _BatchReader:
         assert isinstance(self.dataset, _BatchReader)
-        return self.dataset.dataset
+        return self.dataset
 
     def degrade(self, augmentation: Augmentation, *, keep_clean: bool = False) -> None:
         """Show degraded views from the first iteration on, see :mod:`arcface_kd.data.views`.
@@ -234,8 +238,7 @@ class FaceLoader(DataLoader[Any]):
         Raises:
             ConfigError: the workers have begun to read otherwise.
         """
-        reader, keeps = self.dataset, keep_clean and bool(augmentation)
-        assert isinstance(reader, _BatchReader)
+        reader, keeps = self._reader, keep_clean and bool(augmentation)
         if self._has_workers and (reader.augmentation or Augmentation(), reader.keeps_clean) != (augmentation, keeps):
             raise ConfigError("this loader's workers read for a run with another student.augment: make a new loader")
         reader.augmentation, reader.keeps_clean = augmentation or None, keeps
@@ -249,11 +252,9 @@ class FaceLoader(DataLoader[Any]):
         Returns:
             Whether ``BatchViews.embeddings`` come from it; not if workers have begun to read with another one.
         """
-        reader = self.dataset
-        assert isinstance(reader, _BatchReader)
         if not self._has_workers:
-            reader.look_up = look_up
-        return reader.look_up == look_up
+            self._reader.look_up = look_up
+        return self._reader.look_up == look_up
 
     def __iter__(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:  # type: ignore[override]
         """Start an epoch of ``(images, labels)``; a bad record raises a ``DataError`` that names it."""

@@ -31,6 +31,12 @@ def chunk_size(batch: int, device: torch.device) -> int:
     return min(max(256, budget // max(batch, 1) // 256 * 256), _LARGEST_CHUNK)
 
 
+def slices(length: int, size: int) -> Iterator[slice]:
+    """Ranges of ``size`` that cover ``length``; the last may be shorter."""
+    for first in range(0, length, max(size, 1)):
+        yield slice(first, min(first + size, length))
+
+
 def aligned_chunks(classes: int, chunk: int) -> Iterator[slice]:
     """Chunks of about ``chunk`` classes, alike and in sixteens, and behind them the few classes that are left.
 
@@ -40,8 +46,7 @@ def aligned_chunks(classes: int, chunk: int) -> Iterator[slice]:
     size = classes // max(round(classes / chunk), 1)
     if size >= _ALIGNED_FROM:
         size -= size % 16
-    for first in range(0, classes, max(size, 1)):
-        yield slice(first, min(first + size, classes))
+    return slices(classes, size)
 
 
 class ClassSums(NamedTuple):

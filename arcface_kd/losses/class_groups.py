@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 
 from arcface_kd.distributed.ranks import RankGroup
+from arcface_kd.losses.class_chunks import slices
 from arcface_kd.losses.class_weights import VisitedClasses
-from arcface_kd.losses.sharded_logits import slices
 
 _BINS = 2048
 # Histograms that lead from the range of logits to what the format can tell apart.

@@ -8,8 +8,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from arcface_kd.losses.class_chunks import slices
 from arcface_kd.losses.fused import fused
-from arcface_kd.losses.sharded_logits import ShardedLogits, slices
+from arcface_kd.losses.sharded_logits import ShardedLogits
 
 Buffers = tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]
 

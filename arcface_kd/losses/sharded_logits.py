@@ -4,13 +4,13 @@ Where a loss needs the same logits several times (to rank them, to sum over a gr
 costs less than multiplying again. Classes stand in rows, as they do in memory.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from arcface_kd.losses.class_chunks import narrow_rows, unit_rows
+from arcface_kd.losses.class_chunks import narrow_rows, slices, unit_rows
 from arcface_kd.losses.class_weights import VisitedClasses, inverse_norm
 from arcface_kd.losses.fused import fused
 from arcface_kd.losses.narrow_products import product
@@ -27,12 +27,6 @@ def pass_size(chunk: int, batch: int, device: torch.device) -> int:
     if device.type != "cpu":
         return chunk
     return min(chunk, max(_PASS_ELEMENTS * torch.get_num_threads() // max(batch, 1), 1))
-
-
-def slices(length: int, size: int) -> Iterator[slice]:
-    """Ranges of ``size`` that cover ``length``; the last may be shorter."""
-    for first in range(0, length, max(size, 1)):
-        yield slice(first, min(first + size, length))
 
 
 class ShardedLogits(NamedTuple):

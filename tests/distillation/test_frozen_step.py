@@ -5,7 +5,6 @@ Without a GPU, graphs are make-believe ones.
 
 import contextlib
 import copy
-import functools
 import gc
 import logging
 import weakref
@@ -18,6 +17,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
+from arcface_kd.distillation.distiller import Distiller
 from arcface_kd.distillation.frozen_step import can_replay
 from arcface_kd.distillation.head import DistillationHead
 from arcface_kd.distillation.tensorboard_log import TensorBoardLog
@@ -39,18 +39,23 @@ CASES: list[tuple[str, dict[str, object]]] = [
 NARROW = [None, torch.bfloat16]
 
 
-def _batch(step: int, rows: int) -> tuple[Tensor, Tensor, Tensor]:
+def batch_of(step: int, rows: int, dimension: int = DIMENSION, classes: int = CLASSES) -> tuple[Tensor, Tensor, Tensor]:
     """Embeddings, labels with some -1, and the teacher's embeddings."""
     generator = torch.Generator().manual_seed(step)
-    embeddings = torch.randn(rows, DIMENSION, generator=generator)
-    teacher = normalize(embeddings + torch.randn(rows, DIMENSION, generator=generator))
-    labels = torch.randint(-1, CLASSES, (rows,), generator=generator)
+    embeddings = torch.randn(rows, dimension, generator=generator)
+    teacher = normalize(embeddings + torch.randn(rows, dimension, generator=generator))
+    labels = torch.randint(-1, classes, (rows,), generator=generator)
     return embeddings, labels, teacher
 
 
-def _said(teacher: Tensor, rows: int) -> Tensor:
-    assert len(teacher) == rows
-    return teacher
+def let_say(distiller: Distiller, teacher: Tensor) -> None:
+    """Hand these embeddings to the heads, in place of a teacher's."""
+
+    def take(rows: int) -> Tensor:
+        assert len(teacher) == rows
+        return teacher
+
+    distiller.take_teacher_embeddings = take  # type: ignore[method-assign]
 
 
 def steps(
@@ -65,10 +70,10 @@ def steps(
     """Losses and gradients of some steps; two rows of each batch are of one class."""
     found = []
     for step in range(first, first + count):
-        embeddings, labels, teacher = (each.to(device) for each in _batch(step, rows))
+        embeddings, labels, teacher = (each.to(device) for each in batch_of(step, rows))
         labels[1] = labels[0]
         embeddings = embeddings.to(dtype).requires_grad_()
-        head._distiller.take_teacher_embeddings = functools.partial(_said, teacher)  # type: ignore[method-assign]
+        let_say(head._distiller, teacher)
         loss = head(embeddings, labels)
         (scale * loss).backward()
         assert embeddings.grad is not None
@@ -127,9 +132,9 @@ def test_another_batch_size_another_state_and_a_copy_are_recorded_anew(tmp_path:
 def test_a_step_whose_loss_is_not_yet_differentiated_keeps_its_gradient(tmp_path: Path) -> None:
     def two_at_once(head: DistillationHead) -> Tensor:
         steps(head, 5)
-        embeddings, labels, teacher = _batch(7, BATCH)
+        embeddings, labels, teacher = batch_of(7, BATCH)
         embeddings.requires_grad_()
-        head._distiller.take_teacher_embeddings = lambda rows: teacher  # type: ignore[method-assign]
+        let_say(head._distiller, teacher)
         # The tenth step is observed no more than the seventh.
         head.monitor._log = TensorBoardLog(tmp_path, 1000, writes=False)
         (head(embeddings, labels) + head(-embeddings, labels)).backward()
@@ -145,8 +150,8 @@ def test_a_replay_keeps_no_step_of_the_student(tmp_path: Path) -> None:
     with make_believe_graphs() as graph:
         head = _head("adadistill", {}, tmp_path)
         steps(head, 4)
-        embeddings, labels, teacher = _batch(4, BATCH)
-        head._distiller.take_teacher_embeddings = lambda rows: teacher  # type: ignore[method-assign]
+        embeddings, labels, teacher = batch_of(4, BATCH)
+        let_say(head._distiller, teacher)
         head(embeddings.requires_grad_(), labels).backward()
         assert graph.replayed == 2
         kept = weakref.ref(embeddings)

@@ -1,13 +1,11 @@
 """Replayed steps on several ranks, with make-believe graphs: the bits of steps that are not, collectives between."""
 
 import contextlib
-import functools
 from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor
-from torch.nn.functional import normalize
 
 from arcface_kd.config.kd import KDConfig
 from arcface_kd.distillation.distiller import Distiller
@@ -16,17 +14,13 @@ from arcface_kd.distillation.tensorboard_log import TensorBoardLog
 from arcface_kd.distributed.ranks import RankGroup
 from arcface_kd.teachers.base import load_teacher
 from arcface_kd.teachers.options import TeacherOptions
+from tests.distillation.test_frozen_step import batch_of, let_say
 from tests.distributed.pool import RankPool
 from tests.distributed.test_adadistill import CLASSES, Linear
 from tests.make_believe_graph import make_believe_graphs
 from tests.reference.problems import ARCFACE
 
 DIMENSION, STEPS = 6, 10
-
-
-def _said(teacher: Tensor, rows: int) -> Tensor:
-    assert len(teacher) == rows
-    return teacher
 
 
 def _run(
@@ -51,13 +45,9 @@ def _run(
         if graph is not None:
             graph.refused = refused[ranks.rank]
         for step in range(STEPS):
-            generator = torch.Generator().manual_seed(step)
-            embeddings = torch.randn(sum(sizes), DIMENSION, generator=generator)
-            teacher = normalize(embeddings + torch.randn(sum(sizes), DIMENSION, generator=generator))
-            labels = torch.randint(-1, CLASSES, (sum(sizes),), generator=generator)
+            embeddings, labels, teacher = batch_of(step, sum(sizes), DIMENSION, CLASSES)
             own = ranks.own_rows(embeddings, sizes).requires_grad_()
-            said = functools.partial(_said, ranks.own_rows(teacher, sizes))
-            distiller.take_teacher_embeddings = said  # type: ignore[method-assign]
+            let_say(distiller, ranks.own_rows(teacher, sizes))
             loss = head(own, ranks.own_rows(labels, sizes))
             loss.backward()
             assert own.grad is not None
